@@ -1,0 +1,125 @@
+"""Labelled images by random access. `open_source` is the one place that knows the data sets by name."""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from mvar_jax.errors import InputError
+
+SOURCE_NAMES = ("digits", "synthetic")
+SPLITS = ("train", "val")
+
+
+class Source(Protocol):
+    """Random access to labelled items.
+
+    An item is `{"image": array, "label": int}`; from a token cache `{"ids": int32 [views, L], "label": int}`.
+    Items may be read from several threads at once.
+    """
+
+    label_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class ArraySource:
+    """Images [N, ...] and integer labels [N] that are already in memory."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, label_names: tuple[str, ...]):
+        assert len(images) == len(labels)
+        self._images, self._labels, self.label_names = images, labels, label_names
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.label_names)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self._images[index], "label": int(self._labels[index])}
+
+
+class SyntheticSource:
+    """Striped uint8 images [64, 64, 3], drawn on access, with `label = index % 10`.
+
+    Direction and colour tell the class, phase and noise the image. The splits hold different images.
+    """
+
+    _SIDE = 64
+    _NUM_CLASSES = 10
+
+    def __init__(self, split: str, *, seed: int, size: int):
+        self._stream = 2 * seed + SPLITS.index(split)
+        self._size = size
+        self.label_names = tuple(f"stripes_{label}" for label in range(self._NUM_CLASSES))
+
+    @property
+    def num_classes(self) -> int:
+        return self._NUM_CLASSES
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(self._size)[index]  # negative and out-of-range indices as in a sequence
+        label = index % self._NUM_CLASSES
+        rng = np.random.Generator(np.random.Philox(key=[self._stream, index]))
+        turn = label / self._NUM_CLASSES
+        y, x = np.meshgrid(np.arange(self._SIDE), np.arange(self._SIDE), indexing="ij", sparse=True)
+        along = y * np.sin(np.pi * turn) + x * np.cos(np.pi * turn)
+        stripes_YX = 0.5 + 0.5 * np.sin(2 * np.pi * (along / 12.0 + rng.uniform()))
+        colour = 0.5 + 0.5 * np.cos(2 * np.pi * (turn + np.arange(3) / 3))
+        image_YX3 = stripes_YX[..., None] * colour + rng.normal(0, 0.05, (self._SIDE, self._SIDE, 3))
+        return {"image": (255 * np.clip(image_YX3, 0, 1)).round().astype(np.uint8), "label": label}
+
+
+def _open_digits(split: str, split_seed: int, val_fraction: float, size: int) -> ArraySource:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    parts = train_test_split(
+        np.arange(len(data.target)), test_size=val_fraction, random_state=split_seed, stratify=data.target
+    )
+    chosen = np.sort(parts[SPLITS.index(split)])
+    if size > len(chosen):
+        raise InputError("size", size, f"at most {len(chosen)}, the number of {split} images of digits")
+    chosen = chosen[: size or None]
+    images_NYX = (data.images[chosen] / 16).astype(np.float32)
+    return ArraySource(images_NYX, data.target[chosen], tuple(str(digit) for digit in range(10)))
+
+
+def open_source(name: str, split: str, *, split_seed: int = 0, val_fraction: float = 0.2, size: int = 0) -> Source:
+    """Open one split of a data set.
+
+    `digits`: the 1,797 images bundled with scikit-learn, float32 [8, 8] in [0, 1]; `val_fraction` of them is
+    held out, stratified, by `split_seed`.
+    `synthetic`: generated uint8 images [64, 64, 3] of 10 classes; each split has `size` of its own, by
+    `split_seed`, so `val_fraction` does not apply.
+
+    Args:
+      split: "train" or "val".
+      size: number of images of the split to keep; 0 keeps all (`synthetic` has no "all").
+
+    Raises:
+      InputError: an unknown name or split, or a number out of range.
+    """
+    if name not in SOURCE_NAMES:
+        raise InputError("source", name, f"one of {', '.join(SOURCE_NAMES)}")
+    if split not in SPLITS:
+        raise InputError("split", split, f"one of {', '.join(SPLITS)}")
+    if not 0 <= split_seed < 2**32:
+        raise InputError("split_seed", split_seed, "an integer from 0 to 2**32 - 1")
+    if not 0 < val_fraction < 1:
+        raise InputError("val_fraction", val_fraction, "a number between 0 and 1, both excluded")
+    if size < 0 or (name == "synthetic" and size == 0):
+        raise InputError("size", size, "at least 1 for synthetic, at least 0 otherwise")
+    if name == "digits":
+        return _open_digits(split, split_seed, val_fraction, size)
+    return SyntheticSource(split, seed=split_seed, size=size)

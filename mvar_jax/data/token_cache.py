@@ -1,0 +1,271 @@
+"""Token pyramids of a data set, encoded once: ArrayRecord shards beside a `cache.json`.
+
+A record is one image: its label (little-endian int32), then its token pyramids [views, L] row-major
+(little-endian uint16; int32 when the codebook has more than 65,536 entries). `cache.json` is written last, so
+a directory without it is not a cache.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from mvar_jax.errors import InputError
+
+META_NAME = "cache.json"
+_FORMAT = 1
+_META_KEYS = {"tokenizer_fingerprint", "tokenizer_path", "sides", "vocab_size", "dtype", "label_names"}
+_SPLIT_KEYS = {"num_records", "num_views", "shards"}
+_SHARD_KEYS = {"name", "num_records", "bytes"}
+_LABEL_BYTES = 4
+_UNFINISHED = ".unfinished"
+_WRITE_OPTIONS = "group_size:1"
+_READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # with group size 1, for random access
+
+
+class CacheWriter:
+    """Writes a token cache split by split; the cache appears when the `with` block ends without an exception.
+
+    Until then every file has a temporary name, and after an exception none is left; a cache that was there
+    before stays as it was until a complete one takes its place.
+
+        with CacheWriter(out_dir, ...) as writer:
+            writer.write_split("train", records, num_records=1437, transform={...})
+            writer.write_split("val", ...)
+    """
+
+    def __init__(
+        self,
+        out_dir: str | os.PathLike,
+        *,
+        sides: Iterable[int],
+        vocab_size: int,
+        tokenizer_fingerprint: str,
+        tokenizer_path: str,
+        label_names: Iterable[str],
+    ):
+        self._dir = Path(out_dir)
+        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
+        self._meta: dict[str, Any] = {
+            "format": _FORMAT,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "tokenizer_path": str(tokenizer_path),
+            "sides": [int(side) for side in sides],
+            "vocab_size": vocab_size,
+            "dtype": self._dtype.name,
+            "label_names": list(label_names),
+            "splits": {},
+        }
+        self._num_tokens = sum(side**2 for side in self._meta["sides"])
+
+    def __enter__(self) -> "CacheWriter":
+        self._dir.mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
+        return self
+
+    def write_split(
+        self,
+        split: str,
+        records: Iterable[tuple[np.ndarray, int]],
+        *,
+        num_records: int,
+        transform: dict[str, Any],
+        num_shards: int = 1,
+    ) -> dict[str, Any]:
+        """Write all images of one split.
+
+        Args:
+          records: (integer ids [views, L], label) per image, the same number of views each.
+          transform: what was done to the images before encoding; kept for the reader, not interpreted.
+          num_shards: files over which the records are spread in order.
+
+        Returns:
+          The split's entry in `cache.json`.
+
+        Raises:
+          InputError: ids or labels out of range, ids of another shape or not integers, or another number of
+            records than announced.
+        """
+        if not 1 <= num_shards <= num_records:
+            raise InputError("num_shards", num_shards, f"from 1 to the number of records, {num_records}")
+        records = self._checked(records)
+        bounds = [shard * num_records // num_shards for shard in range(num_shards + 1)]
+        num_views, shards = 0, []
+        for shard, num_wanted in enumerate(np.diff(bounds).tolist()):
+            name = f"{split}-{shard:05d}-of-{num_shards:05d}.array_record"
+            path, num_written = self._dir / (name + _UNFINISHED), 0
+            with contextlib.closing(ArrayRecordWriter(str(path), _WRITE_OPTIONS)) as writer:
+                for ids, label in itertools.islice(records, num_wanted):
+                    writer.write(np.array(label, "<i4").tobytes() + ids.astype(self._dtype).tobytes())
+                    num_views, num_written = len(ids), num_written + 1
+            if num_written < num_wanted:
+                raise InputError("num_records", num_records, f"{bounds[shard] + num_written}, all there were")
+            shards.append({"name": name, "num_records": num_wanted, "bytes": path.stat().st_size})
+        if next(records, None) is not None:
+            raise InputError("num_records", num_records, "the number of records, which is larger")
+        self._meta["splits"][split] = {
+            "num_records": num_records,
+            "num_views": num_views,
+            "bytes": sum(shard["bytes"] for shard in shards),
+            "shards": shards,
+            "transform": transform,
+        }
+        return self._meta["splits"][split]
+
+    def _checked(self, records: Iterable[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int]]:
+        num_labels, vocab_size = len(self._meta["label_names"]), self._meta["vocab_size"]
+        shape = None
+        for ids, label in records:
+            ids = np.asarray(ids)
+            if shape is None:
+                shape = (max(1, ids.shape[0]) if ids.ndim else 1, self._num_tokens)
+            if ids.shape != shape or not np.issubdtype(ids.dtype, np.integer):
+                raise InputError("ids", f"{ids.dtype}{list(ids.shape)}", f"integers {list(shape)}, views by tokens")
+            if ids.min() < 0 or ids.max() >= vocab_size:
+                raise InputError("ids", f"{ids.min()}..{ids.max()}", f"token ids from 0 to {vocab_size - 1}")
+            if not 0 <= label < num_labels:
+                raise InputError("label", int(label), f"a class from 0 to {num_labels - 1}")
+            yield ids, label
+
+    def _remove_unfinished(self) -> None:
+        for path in self._dir.glob(f"*{_UNFINISHED}"):
+            path.unlink()
+
+    def _remove_replaced(self) -> None:
+        """Take away a cache that was here before, its `cache.json` first."""
+        with contextlib.suppress(InputError):
+            splits = read_meta(self._dir)["splits"].values()
+            (self._dir / META_NAME).unlink()
+            for shard in [shard for split in splits for shard in split["shards"]]:
+                (self._dir / shard["name"]).unlink(missing_ok=True)
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        if exception_type is not None:
+            self._remove_unfinished()
+            return
+        self._remove_replaced()
+        names = [shard["name"] for split in self._meta["splits"].values() for shard in split["shards"]]
+        (self._dir / (META_NAME + _UNFINISHED)).write_text(json.dumps(self._meta, indent=1) + "\n")
+        for name in [*names, META_NAME]:
+            os.replace(self._dir / (name + _UNFINISHED), self._dir / name)
+
+
+def read_meta(path: str | os.PathLike) -> dict[str, Any]:
+    """The contents of a cache's `cache.json`.
+
+    Raises:
+      InputError: no finished cache at `path`, or its `cache.json` cannot be understood.
+    """
+    reason = f"its {META_NAME} lacks keys or is not of format {_FORMAT}"
+    try:
+        meta = json.loads((Path(path) / META_NAME).read_text())
+        is_complete = meta["format"] == _FORMAT and meta.keys() >= _META_KEYS
+        for split in meta["splits"].values():
+            is_complete &= split.keys() >= _SPLIT_KEYS
+            is_complete &= all(shard.keys() >= _SHARD_KEYS for shard in split["shards"])
+    except OSError:
+        is_complete, reason = False, f"there is no readable {META_NAME}, as after an interrupted writing"
+    except ValueError:
+        is_complete, reason = False, f"its {META_NAME} is not valid JSON"
+    except (TypeError, KeyError, AttributeError):
+        is_complete = False
+    if not is_complete:
+        raise InputError("cache", str(path), f"a finished token cache; {reason}")
+    return meta
+
+
+class TokenCache:
+    """One split of a token cache as a source: `cache[i] -> {"ids": int32 [views, L], "label": int}`.
+
+    A split of up to `max_memory_bytes` is held in memory; a larger one is read from its files on access.
+
+    Args:
+      expect_fingerprint, expect_sides, expect_vocab_size: what the tokenizer in use has; None: not compared.
+
+    Raises:
+      InputError: the cache is unfinished, damaged or incomplete, has no such split, or was made by another
+        tokenizer. Damage inside a split too large for memory shows only when the record is read.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split: str,
+        *,
+        expect_fingerprint: str | None = None,
+        expect_sides: Iterable[int] | None = None,
+        expect_vocab_size: int | None = None,
+        max_memory_bytes: int = 256 * 2**20,
+    ):
+        self._dir = Path(path)
+        self.meta = read_meta(path)
+        self.sides = tuple(self.meta["sides"])
+        self.vocab_size: int = self.meta["vocab_size"]
+        self.label_names = tuple(self.meta["label_names"])
+        self.tokenizer_path: str = self.meta["tokenizer_path"]
+        who = "as the tokenizer in use has; encode the images again with it"
+        fingerprint = self.meta["tokenizer_fingerprint"]
+        self._expect("tokenizer_fingerprint", fingerprint, expect_fingerprint, who)
+        self._expect("sides", self.sides, None if expect_sides is None else tuple(expect_sides), who)
+        self._expect("vocab_size", self.vocab_size, expect_vocab_size, who)
+        if split not in self.meta["splits"]:
+            raise InputError("split", split, f"one of {', '.join(self.meta['splits'])}, the splits of {path}")
+        entry = self.meta["splits"][split]
+        self._dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        self._shape = (entry["num_views"], sum(side**2 for side in self.sides))
+        self._record_bytes = _LABEL_BYTES + self._shape[0] * self._shape[1] * self._dtype.itemsize
+        self._starts = np.cumsum([0, *(shard["num_records"] for shard in entry["shards"])])
+        self._num_records = int(self._starts[-1])
+        self._expect("num_records", entry["num_records"], self._num_records, "the sum over the shards")
+        self._readers = [self._open_shard(shard) for shard in entry["shards"]]
+        self._memory: list[bytes] | None = None
+        if self._num_records * self._record_bytes <= max_memory_bytes:
+            self._memory = [record for reader in self._readers for record in self._read(reader, None)]
+
+    def _expect(self, field: str, given: Any, expected: Any, why: str) -> None:
+        if expected is not None and given != expected:
+            raise InputError(field, given, f"{expected!r}, {why} (token cache {self._dir})")
+
+    def _open_shard(self, shard: dict[str, Any]) -> ArrayRecordReader:
+        name, why = shard["name"], f"as {META_NAME} says"
+        path = self._dir / name
+        if not path.is_file():
+            raise InputError("cache", str(self._dir), f"a complete token cache; {name} is missing")
+        self._expect(f"bytes of {name}", path.stat().st_size, shard["bytes"], why)
+        reader = ArrayRecordReader(str(path), _READ_OPTIONS)
+        self._expect(f"records of {name}", reader.num_records(), shard["num_records"], why)
+        return reader
+
+    def _read(self, reader: ArrayRecordReader, positions: list[int] | None) -> list[bytes]:
+        """The records at these positions of a shard; None reads all."""
+        try:
+            records = reader.read_all() if positions is None else reader.read(positions)
+        except RuntimeError as error:
+            reason = str(error).split(";")[0]
+            raise InputError("cache", str(self._dir), f"undamaged records; {reason}") from None
+        for record in records:
+            self._expect("bytes of a record", len(record), self._record_bytes, f"as {META_NAME} says")
+        return records
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.label_names)
+
+    def __len__(self) -> int:
+        return self._num_records
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(self._num_records)[index]  # negative and out-of-range indices as in a sequence
+        if self._memory is not None:
+            record = self._memory[index]
+        else:
+            shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+            record = self._read(self._readers[shard], [index - int(self._starts[shard])])[0]
+        ids = np.frombuffer(record, self._dtype, offset=_LABEL_BYTES).reshape(self._shape)
+        return {"ids": ids.astype(np.int32), "label": int.from_bytes(record[:_LABEL_BYTES], "little")}

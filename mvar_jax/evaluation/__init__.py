@@ -1,0 +1,1 @@
+"""Judges, figures, pictures and the report: what a finished run is held to."""

@@ -1,0 +1,1 @@
+"""Flax linen modules: the tokenizer and the transformer."""

@@ -1,0 +1,180 @@
+"""Transformer layers: adaptive-norm block, attention with normalised q and k, feed-forward (SPEC: transformer)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mvar_jax.ops.attention import (
+    block_causal_mask,
+    block_diagonal_attention,
+    dense_attention,
+    normalise_query_key,
+)
+from mvar_jax.ops.window import local_window_attention
+from mvar_jax.scales import BLOCK_CAUSAL, BLOCK_DIAGONAL, Phase, Pyramid
+from mvar_jax.sharding import constrain, named_axes
+
+
+def normal(std: float, factors: np.ndarray | float = 1.0):
+    """Initializer: normal of that std cut at absolute +-2, times constant factors."""
+
+    def init(key, shape, dtype=jnp.float32):
+        x = jax.random.truncated_normal(key, -2 / std, 2 / std, shape, jnp.float32) * std
+        return (x * factors).astype(dtype)
+
+    return init
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """LayerNorm without affine over the last axis, eps 1e-6, computed and returned in float32."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+class Attention(nn.Module):
+    """Self-attention over the tokens of one phase. Returns the output and this phase's (k, v) [B, N, H, K]."""
+
+    pyramid: Pyramid
+    phase: Phase
+    num_heads: int
+    init_std: float
+    depth: int
+    window_backend: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array, cache: tuple[jax.Array, jax.Array] | None):
+        D, H = x_BND.shape[-1], self.num_heads
+        K = D // H
+        kernel = self.param(
+            "qkv", named_axes(normal(self.init_std), "width", None, "heads", "head_width"), (D, 3, H, K)
+        )
+        bias_axes = ("heads", "head_width")
+        q_bias = self.param("q_bias", named_axes(nn.initializers.zeros, *bias_axes), (H, K))
+        v_bias = self.param("v_bias", named_axes(nn.initializers.zeros, *bias_axes), (H, K))
+        log_scale = self.param("log_scale", named_axes(nn.initializers.constant(np.log(4.0)), "heads"), (H,))
+
+        qkv = jnp.einsum("bnd,dthk->tbnhk", x_BND.astype(self.dtype), kernel.astype(self.dtype))
+        qkv = constrain(qkv, None, "batch", "tokens", "heads", "head_width")
+        q = qkv[0] + q_bias.astype(self.dtype)
+        v = qkv[2] + v_bias.astype(self.dtype)
+        q, k = normalise_query_key(q, qkv[1], log_scale)
+        y_BNHK = self.attend(q, k, v, cache)
+        y_BND = nn.DenseGeneral(
+            D,
+            axis=(-2, -1),
+            dtype=self.dtype,
+            kernel_init=named_axes(
+                normal(self.init_std, 1 / np.sqrt(2 * self.depth)), "heads", "head_width", "width"
+            ),
+            name="proj",
+        )(y_BNHK)
+        return y_BND, (k, v)
+
+    def attend(self, q, k, v, cache):
+        """Which keys a query sees: SPEC's scale-Markov, spatial-Markov and VAR rules."""
+        phase, areas = self.phase, self.pyramid.areas[self.phase.first : self.phase.last + 1]
+        if phase.attention == BLOCK_DIAGONAL:
+            return block_diagonal_attention(q, k, v, areas)
+        if phase.attention == BLOCK_CAUSAL:
+            if cache is not None:
+                k, v = (jnp.concatenate([past, now], axis=1) for past, now in zip(cache, (k, v), strict=True))
+            mask = block_causal_mask(self.pyramid.areas[: phase.last + 1])[phase.begin :]
+            return dense_attention(q, k, v, None if mask.all() else mask)
+        side = self.pyramid.sides[phase.first]
+        window = self.pyramid.window(phase.first)
+        q, k, v = (x.reshape(x.shape[0], side, side, *x.shape[2:]) for x in (q, k, v))
+        y_BYXHK = local_window_attention(q, k, v, window, backend=self.window_backend)
+        return y_BYXHK.reshape(y_BYXHK.shape[0], side * side, *y_BYXHK.shape[3:])
+
+
+class FeedForward(nn.Module):
+    """D -> 4 D, tanh-GELU, -> D."""
+
+    init_std: float
+    depth: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BND: jax.Array) -> jax.Array:
+        D = x_BND.shape[-1]
+        up, down = normal(self.init_std), normal(self.init_std, 1 / np.sqrt(2 * self.depth))
+        hidden = nn.Dense(4 * D, dtype=self.dtype, kernel_init=named_axes(up, "width", "hidden"), name="up")(
+            x_BND
+        )
+        hidden = constrain(nn.gelu(hidden, approximate=True), "batch", "tokens", "hidden")
+        return nn.Dense(D, dtype=self.dtype, kernel_init=named_axes(down, "hidden", "width"), name="down")(
+            hidden
+        )
+
+
+class Adaptive(nn.Module):
+    """SiLU + linear of the condition: [B, D] -> float32 [B, n, D]. `factors` scale each vector at init."""
+
+    num_vectors: int
+    init_std: float
+    factors: tuple[float, ...]
+
+    @nn.compact
+    def __call__(self, cond_BD: jax.Array) -> jax.Array:
+        D, n = cond_BD.shape[-1], self.num_vectors
+        init = normal(self.init_std, np.asarray(self.factors, np.float32)[:, None])
+        kernel = self.param("kernel", named_axes(init, "width", "adaptive", None), (D, n, D))
+        bias = self.param("bias", named_axes(nn.initializers.zeros, "adaptive", None), (n, D))
+        return jnp.einsum("bd,dne->bne", nn.silu(cond_BD), kernel) + bias
+
+
+class Block(nn.Module):
+    """One layer. Adaptive vectors split in the order gamma1, gamma2, scale1, scale2, shift1, shift2."""
+
+    pyramid: Pyramid
+    phase: Phase
+    num_heads: int
+    depth: int
+    init_std: float
+    init_adaptive: float
+    init_gamma: float
+    shared_aln: bool
+    window_backend: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BND, cond, path_2B, cache):
+        """cond: class rows [B, D], or with shared_aln the shared vectors [B, 6, D]; path_2B: drop-path factors."""
+        factors = (self.init_gamma,) * 2 + (self.init_adaptive,) * 4
+        if self.shared_aln:
+            D = cond.shape[-1]
+            init = lambda key, shape, dtype=jnp.float32: (
+                jax.random.normal(key, shape, dtype) / np.sqrt(D) * np.asarray(factors, np.float32)[:, None]
+            )
+            offset = self.param("adaptive_offset", named_axes(init, "adaptive", "width"), (6, D))
+            adaptive = cond + offset
+        else:
+            adaptive = Adaptive(6, self.init_std, factors, name="adaptive")(cond)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = (adaptive[:, None, i] for i in range(6))
+
+        y, kv = Attention(
+            self.pyramid,
+            self.phase,
+            self.num_heads,
+            self.init_std,
+            self.depth,
+            self.window_backend,
+            self.dtype,
+            name="attention",
+        )(layer_norm(x_BND) * (1 + scale1) + shift1, cache)
+        x_BND = self.add_branch(x_BND, gamma1 * y, path_2B, 0)
+        y = FeedForward(self.init_std, self.depth, self.dtype, name="ffn")(
+            layer_norm(x_BND) * (1 + scale2) + shift2
+        )
+        x_BND = self.add_branch(x_BND, gamma2 * y, path_2B, 1)
+        return x_BND, kv if self.phase.attention == BLOCK_CAUSAL else None
+
+    def add_branch(self, x_BND, branch_BND, path_2B, i):
+        if path_2B is not None:
+            branch_BND = branch_BND * path_2B[i][:, None, None]
+        return constrain(x_BND + branch_BND.astype(x_BND.dtype), "batch", "tokens", None)

@@ -1,0 +1,254 @@
+"""The multi-scale residual VQ autoencoder (SPEC: tokenizer; VAR section 3.2). Images are NHWC in [-1, 1]."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mvar_jax.errors import InputError
+from mvar_jax.ops import quantize
+from mvar_jax.ops.losses import commitment_loss
+from mvar_jax.scales import check_sides
+from mvar_jax.sharding import constrain, named_axes
+
+CONV_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def conv(features: int, size: int, dtype: Any, name: str, stride: int = 1) -> nn.Conv:
+    """A square convolution; stride 1 keeps the side, stride 2 takes an already padded map."""
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=stride,
+        padding=size // 2 if stride == 1 else 0,
+        dtype=dtype,
+        kernel_init=named_axes(CONV_INIT, "space", None, "channels_in", "channels_out"),
+        name=name,
+    )
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation in float32, eps 1e-6; groups by number or by channels in each."""
+
+    num_groups: int | None
+    group_size: int | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BYXC):
+        norm = nn.GroupNorm(
+            num_groups=self.num_groups,
+            group_size=self.group_size,
+            epsilon=1e-6,
+            use_fast_variance=False,
+            dtype=jnp.float32,
+            name="norm",
+        )
+        return norm(x_BYXC.astype(jnp.float32)).astype(self.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """(GroupNorm, SiLU, 3x3 conv) twice, with a 1x1 shortcut where widths differ."""
+
+    features: int
+    norm: dict
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BYXC):
+        y = conv(self.features, 3, self.dtype, "conv1")(nn.silu(GroupNorm(**self.norm, name="norm1")(x_BYXC)))
+        y = conv(self.features, 3, self.dtype, "conv2")(nn.silu(GroupNorm(**self.norm, name="norm2")(y)))
+        if x_BYXC.shape[-1] != self.features:
+            x_BYXC = conv(self.features, 1, self.dtype, "shortcut")(x_BYXC)
+        return constrain(x_BYXC + y, "batch", None, None, None)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions, softmax in float32, residual."""
+
+    norm: dict
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BYXC):
+        B, Y, X, C = x_BYXC.shape
+        y = GroupNorm(**self.norm, name="norm")(x_BYXC)
+        q, k, v = jnp.split(conv(3 * C, 1, self.dtype, "qkv")(y).reshape(B, Y * X, 3 * C), 3, axis=-1)
+        logits = jnp.einsum("bnc,bmc->bnm", q, k, preferred_element_type=jnp.float32) * C**-0.5
+        y = jnp.einsum("bnm,bmc->bnc", jax.nn.softmax(logits, axis=-1).astype(self.dtype), v)
+        return x_BYXC + conv(C, 1, self.dtype, "proj")(y.reshape(B, Y, X, C))
+
+
+class Encoder(nn.Module):
+    """Image [B, Y, X, 3] -> [B, y, x, c]; attention in the last level and the middle."""
+
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    code_width: int
+    norm: dict
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        dtype, last = self.dtype, len(self.ch_mult) - 1
+        x = conv(self.ch, 3, dtype, "conv_in")(x)
+        for level, mult in enumerate(self.ch_mult):
+            for block in range(self.num_res_blocks):
+                x = ResidualBlock(self.ch * mult, self.norm, dtype, name=f"level{level}_block{block}")(x)
+                if level == last:
+                    x = AttentionBlock(self.norm, dtype, name=f"level{level}_attention{block}")(x)
+            if level != last:
+                x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))  # bottom and right only
+                x = conv(x.shape[-1], 3, dtype, f"level{level}_down", stride=2)(x)
+        x = middle(x, self.norm, dtype)
+        x = nn.silu(GroupNorm(**self.norm, name="norm_out")(x))
+        return conv(self.code_width, 3, dtype, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """[B, y, x, c] -> image [B, Y, X, 3], not clipped."""
+
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    norm: dict
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        dtype, last = self.dtype, len(self.ch_mult) - 1
+        x = conv(self.ch * self.ch_mult[-1], 3, dtype, "conv_in")(x)
+        x = middle(x, self.norm, dtype)
+        for level in reversed(range(len(self.ch_mult))):
+            features = self.ch * self.ch_mult[level]
+            for block in range(self.num_res_blocks + 1):
+                x = ResidualBlock(features, self.norm, dtype, name=f"level{level}_block{block}")(x)
+                if level == last:
+                    x = AttentionBlock(self.norm, dtype, name=f"level{level}_attention{block}")(x)
+            if level:
+                x = x.repeat(2, axis=1).repeat(2, axis=2)
+                x = conv(features, 3, dtype, f"level{level}_up")(x)
+        x = nn.silu(GroupNorm(**self.norm, name="norm_out")(x))
+        return conv(3, 3, dtype, "conv_out")(x)
+
+
+def middle(x, norm, dtype):
+    """Residual, attention, residual at the coarsest resolution; call inside a compact method."""
+    x = ResidualBlock(x.shape[-1], norm, dtype, name="middle_block1")(x)
+    x = AttentionBlock(norm, dtype, name="middle_attention")(x)
+    return ResidualBlock(x.shape[-1], norm, dtype, name="middle_block2")(x)
+
+
+class Tokenizer(nn.Module):
+    """Images <-> pyramids of token ids.
+
+    sides: map sides, the last is the latent side; image side = sides[-1] * 2^(len(ch_mult) - 1).
+    ch, ch_mult, num_res_blocks: encoder width, its multiple per level, residual blocks per level.
+    num_groups or group_size: group normalisation (one of them None). num_phi, phi_ratio: shared residual
+    convolutions. znorm: nearest code on the unit sphere. beta: commitment weight. dtype: computation of
+    encoder and decoder; the quantizer is always float32.
+    """
+
+    sides: tuple[int, ...]
+    vocab_size: int = 4096
+    code_width: int = 32
+    ch: int = 160
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    num_groups: int | None = 32
+    group_size: int | None = None
+    num_phi: int = 4
+    phi_ratio: float = 0.5
+    znorm: bool = False
+    beta: float = 0.25
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        norm = {"num_groups": self.num_groups, "group_size": self.group_size, "dtype": self.dtype}
+        sizes = (self.ch, tuple(self.ch_mult), self.num_res_blocks)
+        self.encoder = Encoder(*sizes, self.code_width, norm, self.dtype)
+        self.decoder = Decoder(*sizes, norm, self.dtype)
+        self.quant_conv = conv(self.code_width, 3, self.dtype, None)
+        self.post_quant_conv = conv(self.code_width, 3, self.dtype, None)
+        self.phi_convs = [conv(self.code_width, 3, jnp.float32, None) for _ in range(self.num_phi)]
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
+        self.codebook = self.param(
+            "codebook", named_axes(init, "vocab", "code"), (self.vocab_size, self.code_width)
+        )
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def image_size(self) -> int:
+        return self.sides[-1] * self.downsampling
+
+    def check(self, image_size: int | None = None) -> None:
+        """Raises InputError for fields that do not fit together, or do not fit an image side."""
+        check_sides(self.sides)
+        if (self.num_groups is None) == (self.group_size is None):
+            raise InputError(
+                "num_groups", self.num_groups, f"exactly one of num_groups and group_size={self.group_size}"
+            )
+        if not 1 <= self.num_phi <= len(self.sides):
+            raise InputError("num_phi", self.num_phi, f"1 to {len(self.sides)}, the number of scales")
+        if image_size is not None and image_size != self.image_size:
+            latent = image_size / self.downsampling
+            raise InputError(
+                "sides",
+                self.sides,
+                f"a last side of {latent:g}: image_size={image_size} / {self.downsampling}",
+            )
+
+    def phi(self, scale: int, x_BYXc: jax.Array) -> jax.Array:
+        """(1 - r) x + r conv3x3(x) with the convolution that this scale shares."""
+        index = quantize.phi_index(len(self.sides), self.num_phi)[scale]
+        return (1 - self.phi_ratio) * x_BYXc + self.phi_ratio * self.phi_convs[index](x_BYXc)
+
+    def features(self, images_BYX3: jax.Array) -> jax.Array:
+        """float32 latent map f [B, y, x, c]."""
+        return self.quant_conv(self.encoder(images_BYX3)).astype(jnp.float32)
+
+    def quantize(self, f_BYXc: jax.Array) -> quantize.Encoded:
+        """Token ids and f_hat after each scale; see `ops.quantize.encode_residual`."""
+        return quantize.encode_residual(f_BYXc, self.codebook, self.phi, self.sides, self.znorm)
+
+    def encode(self, images_BYX3: jax.Array) -> jax.Array:
+        """Token ids int32 [B, L]."""
+        return self.quantize(self.features(images_BYX3)).ids_BL
+
+    def f_hats(self, ids_BL: jax.Array) -> tuple[jax.Array, ...]:
+        """f_hat after each scale, from ids alone."""
+        return quantize.decode_ids(ids_BL, self.codebook, self.phi, self.sides)
+
+    def teacher_forcing(self, ids_BL: jax.Array) -> jax.Array:
+        """The transformer's input of every token but the start's: float32 [B, L - n_0, c]."""
+        return quantize.teacher_forcing_input(self.f_hats(ids_BL), self.sides)
+
+    def add_codes(self, f_hat_BYXc: jax.Array, codes_Bnc: jax.Array, scale: int) -> jax.Array:
+        """f_hat with one more scale of codewords."""
+        return f_hat_BYXc + quantize.upsample_codes(codes_Bnc, scale, self.sides, self.phi)
+
+    def decode_raw(self, f_hat_BYXc: jax.Array) -> jax.Array:
+        """Image of a latent map, not clipped: what training losses see."""
+        return self.decoder(self.post_quant_conv(f_hat_BYXc)).astype(jnp.float32)
+
+    def decode(self, f_hat_BYXc: jax.Array) -> jax.Array:
+        """float32 image in [-1, 1] of a latent map."""
+        return jnp.clip(self.decode_raw(f_hat_BYXc), -1, 1)
+
+    def __call__(self, images_BYX3: jax.Array, use_codes: jax.Array | bool = True):
+        """Training forward: (reconstruction not clipped, quantizer loss, Encoded).
+
+        The reconstruction's gradient reaches f only (straight-through). use_codes False passes f itself to
+        the decoder and drops the quantizer loss: the unquantised warm-up of a small tokenizer.
+        """
+        f = self.features(images_BYX3)
+        encoded = self.quantize(f)
+        loss = commitment_loss(f, encoded.f_hats, self.beta)
+        straight = jax.lax.stop_gradient(encoded.f_hats[-1] - f) + f
+        use = jnp.asarray(use_codes, bool)
+        return self.decode_raw(jnp.where(use, straight, f)), jnp.where(use, loss, 0.0), encoded

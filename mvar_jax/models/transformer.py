@@ -1,0 +1,161 @@
+"""The scale- and spatial-Markov transformer (MVAR section 3) and, as a view of the same parameters, VAR."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mvar_jax.errors import InputError
+from mvar_jax.models.layers import Adaptive, Block, layer_norm, normal
+from mvar_jax.scales import BLOCK_DIAGONAL, CONDITIONINGS, Phase, Pyramid
+from mvar_jax.sharding import constrain, named_axes
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Transformer(nn.Module):
+    """Predicts the ids of a phase's tokens from the class and the previous scale's f_hat.
+
+    sides, refine_step, kernel_size: see `Pyramid`. conditioning: "markov" (MVAR) or "full" (VAR).
+    drop_path_rate: rate of the last block, growing linearly from 0. class_init_std: std of the class table,
+    None for the common sqrt(1 / (3 D)). dtype: computation; parameters, norms, softmax and logits are float32.
+    """
+
+    sides: tuple[int, ...]
+    refine_step: int
+    kernel_size: int | tuple[int, ...]
+    vocab_size: int
+    code_width: int
+    num_classes: int
+    depth: int
+    width: int
+    num_heads: int
+    conditioning: str = "markov"
+    shared_aln: bool = False
+    drop_path_rate: float = 0.0
+    init_adaptive: float = 0.5
+    init_gamma: float = 1e-5
+    init_head: float = 0.02
+    class_init_std: float | None = None
+    window_backend: str = "auto"
+    remat: str = "none"
+    scan_unroll: int = 1
+    dtype: Any = jnp.float32
+
+    @property
+    def pyramid(self) -> Pyramid:
+        return Pyramid(self.sides, self.refine_step, self.kernel_size)
+
+    def check(self) -> None:
+        """Raises InputError for fields that do not fit together."""
+        _ = self.pyramid
+        if self.width % self.num_heads:
+            raise InputError("num_heads", self.num_heads, f"a divisor of width={self.width}")
+        if self.conditioning not in CONDITIONINGS:
+            raise InputError("conditioning", self.conditioning, f"one of {', '.join(CONDITIONINGS)}")
+        if self.remat not in REMAT_POLICIES:
+            raise InputError("remat", self.remat, f"one of {', '.join(REMAT_POLICIES)}")
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The passes that together cover every token once."""
+        return self.pyramid.phases(self.conditioning)
+
+    @nn.compact
+    def __call__(
+        self,
+        previous_BMc: jax.Array,
+        labels_B: jax.Array,
+        phase: Phase,
+        path_D2B: jax.Array | None = None,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+    ):
+        """Logits of one phase.
+
+        previous_BMc: the teacher-forcing input of the phase's tokens, float32; the start tokens of scale 0
+        have none, so M = N - n_0 where the phase begins at 0, else N. labels_B: int32, num_classes means "no
+        class". path_D2B: drop-path factors [depth, 2, B], None to keep all. cache: VAR's keys and values of
+        the coarser scales, each [depth, B, P, H, K]. Returns (float32 [B, N, V], the phase's keys and values
+        stacked over layers for VAR, else None).
+        """
+        D, std = self.width, float(np.sqrt(1 / (3 * self.width)))
+        class_std = self.class_init_std or std
+        table = self.param(
+            "class_embed", named_axes(normal(class_std), "classes", "width"), (self.num_classes + 1, D)
+        )
+        cond_BD = table[labels_B]
+        x_BND = self.embed(previous_BMc, cond_BD, phase, std)
+        shared = cond_BD
+        if self.shared_aln:
+            shared = Adaptive(6, std, (1.0,) * 6, name="shared_adaptive")(cond_BD)
+
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0, 0),
+            length=self.depth,
+            unroll=self.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x_BND, kv = blocks(
+            self.pyramid,
+            phase,
+            self.num_heads,
+            self.depth,
+            std,
+            self.init_adaptive,
+            self.init_gamma,
+            self.shared_aln,
+            self.window_backend,
+            self.dtype,
+            name="blocks",
+        )(x_BND, shared, path_D2B, cache)
+
+        adaptive = Adaptive(2, std, (self.init_adaptive,) * 2, name="head_adaptive")(cond_BD)
+        x_BND = layer_norm(x_BND) * (1 + adaptive[:, None, 0]) + adaptive[:, None, 1]
+        head = nn.Dense(
+            self.vocab_size,
+            kernel_init=named_axes(normal(std, self.init_head), "width", "vocab"),
+            dtype=jnp.float32,
+            name="head",
+        )
+        return constrain(head(x_BND), "batch", "tokens", "vocab"), kv
+
+    def embed(self, previous_BMc, cond_BD, phase, std):
+        """Start tokens (class + start position) or the projected input, plus position and scale embeddings."""
+        D, pyramid = self.width, self.pyramid
+        start_ND = self.param("pos_start", named_axes(normal(std), "tokens", "width"), (pyramid.areas[0], D))
+        position_LD = self.param(
+            "pos_embed", named_axes(normal(std), "tokens", "width"), (pyramid.num_tokens, D)
+        )
+        level_SD = self.param("level_embed", named_axes(normal(std), None, "width"), (pyramid.num_scales, D))
+        word = nn.Dense(
+            D, dtype=jnp.float32, kernel_init=named_axes(normal(std), "code", "width"), name="word_embed"
+        )
+        parts = [cond_BD[:, None] + start_ND] if phase.first == 0 else []
+        if previous_BMc.shape[1]:
+            parts.append(word(previous_BMc))
+        x_BND = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        levels = pyramid.level_of_token()[phase.begin : phase.end]
+        x_BND = x_BND + level_SD[levels] + position_LD[phase.begin : phase.end]
+        return constrain(x_BND.astype(self.dtype), "batch", "tokens", None)
+
+    def init_params(self, key: jax.Array):
+        """The parameter tree, each leaf boxed with its logical axes. Call under jit or eval_shape."""
+        pyramid = self.pyramid
+        everything = Phase(0, pyramid.num_scales - 1, 0, pyramid.num_tokens, BLOCK_DIAGONAL)
+        previous = jnp.zeros((1, pyramid.num_tokens - pyramid.areas[0], self.code_width))
+        return self.init(key, previous, jnp.zeros((1,), jnp.int32), everything)["params"]
+
+    def drop_path_rates(self) -> np.ndarray:
+        """float32 [depth]: probability of dropping each block's branches."""
+        return np.linspace(0, self.drop_path_rate, self.depth, dtype=np.float32)

@@ -1,0 +1,75 @@
+"""Dense attention and its two masks: block-diagonal (scale-Markov) and block-causal (VAR)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MASKED = -1e30  # finite, so that a fully masked row could not produce NaN
+
+# Below this many tokens one masked product is cheaper than several small ones.
+GROUP_TOKENS = 96
+
+
+def dense_attention(
+    q_BNHK: jax.Array,
+    k_BMHK: jax.Array,
+    v_BMHK: jax.Array,
+    mask_NM: np.ndarray | None = None,
+    scale: float = 1.0,
+) -> jax.Array:
+    """softmax(scale * q k^T + mask) v. Logits and softmax in float32, output in v's dtype [B, N, H, K]."""
+    logits = jnp.einsum("bnhk,bmhk->bhnm", q_BNHK, k_BMHK, preferred_element_type=jnp.float32) * scale
+    if mask_NM is not None:
+        logits = logits + jnp.where(jnp.asarray(mask_NM), 0.0, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v_BMHK.dtype)
+    return jnp.einsum("bhnm,bmhk->bnhk", weights, v_BMHK)
+
+
+def block_diagonal_mask(areas: tuple[int, ...]) -> np.ndarray:
+    """bool [N, N]: true where query and key lie in the same scale."""
+    level = np.repeat(np.arange(len(areas)), areas)
+    return level[:, None] == level[None, :]
+
+
+def block_causal_mask(areas: tuple[int, ...]) -> np.ndarray:
+    """bool [N, N]: true where the key's scale is not finer than the query's."""
+    level = np.repeat(np.arange(len(areas)), areas)
+    return level[:, None] >= level[None, :]
+
+
+def group_scales(areas: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Split consecutive scales into groups of at most GROUP_TOKENS tokens (a larger scale stands alone)."""
+    groups, current = [], []
+    for area in areas:
+        if current and sum(current) + area > GROUP_TOKENS:
+            groups.append(tuple(current))
+            current = []
+        current.append(area)
+    return (*groups, tuple(current))
+
+
+def block_diagonal_attention(
+    q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, areas: tuple[int, ...], scale: float = 1.0
+) -> jax.Array:
+    """Every scale attends to itself: small scales masked together, large ones alone. No N x N product."""
+    outputs, begin = [], 0
+    for group in group_scales(areas):
+        cut = slice(begin, begin + sum(group))
+        mask = block_diagonal_mask(group) if len(group) > 1 else None
+        outputs.append(dense_attention(q_BNHK[:, cut], k_BNHK[:, cut], v_BNHK[:, cut], mask, scale))
+        begin = cut.stop
+    return jnp.concatenate(outputs, axis=1)
+
+
+def normalise_query_key(q: jax.Array, k: jax.Array, log_scale_H: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """L2-normalise per head and scale q by exp(min(log_scale, log 100)), in float32 (SPEC: attention)."""
+    dtype = q.dtype
+    scale = jnp.exp(jnp.minimum(log_scale_H.astype(jnp.float32), np.log(100.0)))[:, None]
+    return (unit_norm(q) * scale).astype(dtype), unit_norm(k).astype(dtype)
+
+
+def unit_norm(x: jax.Array) -> jax.Array:
+    """x / max(|x|, 1e-12) over the last axis, in float32; safe to differentiate at zero."""
+    x = x.astype(jnp.float32)
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))

@@ -1,0 +1,59 @@
+"""Area-down and bicubic-up as constant matrices, one per axis (SPEC: tokenizer; both maps are separable)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KEYS_A = -0.75  # not -0.5, which jax.image.resize uses
+
+
+@functools.lru_cache(maxsize=256)
+def area_matrix(source: int, target: int) -> np.ndarray:
+    """float32 [target, source]: adaptive average pooling, windows floor(i*s/t) .. ceil((i+1)*s/t)."""
+    matrix = np.zeros((target, source), np.float32)
+    for i in range(target):
+        begin, end = i * source // target, -(-(i + 1) * source // target)
+        matrix[i, begin:end] = 1 / (end - begin)
+    return matrix
+
+
+@functools.lru_cache(maxsize=256)
+def bicubic_matrix(source: int, target: int) -> np.ndarray:
+    """float32 [target, source]: Keys kernel (a = -0.75), half-pixel centres, replicated border, no antialias."""
+    a = KEYS_A
+
+    def near(x):  # |x| <= 1
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+
+    def far(x):  # 1 < |x| < 2
+        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+
+    matrix = np.zeros((target, source), np.float64)
+    for i in range(target):
+        place = (i + 0.5) * source / target - 0.5
+        floor = int(np.floor(place))
+        t = place - floor
+        for offset, weight in zip((-1, 0, 1, 2), (far(t + 1), near(t), near(1 - t), far(2 - t)), strict=True):
+            matrix[i, np.clip(floor + offset, 0, source - 1)] += weight
+    return matrix.astype(np.float32)
+
+
+def _apply(matrix_ty: np.ndarray, x_BYXc: jax.Array) -> jax.Array:
+    """The same matrix on rows and columns. Float32 throughout: f_hat must not drift by TF32 or bf16."""
+    m = jnp.asarray(matrix_ty)
+    x = jnp.einsum("iy,byxc->bixc", m, x_BYXc.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("jx,bixc->bijc", m, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def resize_area(x_BYXc: jax.Array, side: int) -> jax.Array:
+    """[B, y, y, c] -> float32 [B, side, side, c] by area averaging; the identity at equal sizes."""
+    source = x_BYXc.shape[1]
+    return x_BYXc if source == side else _apply(area_matrix(source, side), x_BYXc)
+
+
+def resize_bicubic(x_BYXc: jax.Array, side: int) -> jax.Array:
+    """[B, y, y, c] -> float32 [B, side, side, c] by bicubic interpolation; the identity at equal sizes."""
+    source = x_BYXc.shape[1]
+    return x_BYXc if source == side else _apply(bicubic_matrix(source, side), x_BYXc)

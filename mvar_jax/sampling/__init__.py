@@ -1,0 +1,1 @@
+"""Drawing token pyramids scale by scale."""

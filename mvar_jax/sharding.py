@@ -1,0 +1,116 @@
+"""The mesh and the one table from logical axis names to mesh axes. No other file names a mesh axis."""
+
+import contextlib
+import math
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mvar_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES = {
+    "batch": ("data", "fsdp"),
+    "tokens": None,
+    "layers": None,
+    "width": "fsdp",  # D of the transformer's matrices
+    "heads": "tensor",
+    "head_width": None,
+    "hidden": "tensor",  # 4 D inside the feed-forward
+    "vocab": "tensor",
+    "code": None,  # codebook width c
+    "classes": None,
+    "adaptive": None,  # the 6 (or 2) adaptive vectors
+    "channels_in": "fsdp",
+    "channels_out": "tensor",
+    "space": None,
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
+    """A mesh over all devices; one axis may be -1 and takes what is left.
+
+    Raises InputError when the product of the axes is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    given = math.prod(size for size in sizes.values() if size != -1)
+    fits = given > 0 and len(devices) % given == 0 if free else given == len(devices)
+    if len(free) > 1 or not fits:
+        raise InputError(
+            "mesh", sizes, f"axes whose product is {len(devices)}, the number of devices (one may be -1)"
+        )
+    if free:
+        sizes[free[0]] = len(devices) // given
+    return Mesh(
+        np.asarray(devices).reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * 3
+    )
+
+
+def spec_of(logical_axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The mesh axes of each dimension. Raises KeyError for an unknown name, ValueError for a mesh axis used twice."""
+    mesh_axes = [None if name is None else RULES[name] for name in logical_axes]
+    flat = [axis for entry in mesh_axes if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+    if len(flat) != len(set(flat)):
+        raise ValueError(f"logical axes {logical_axes} put one mesh axis on two dimensions: {mesh_axes}")
+    return PartitionSpec(*mesh_axes)
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Pins an activation's sharding inside jit; the identity where no mesh is set."""
+    spec = spec_of(logical_axes)  # a misspelt name must fail on one device too
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def named_axes(init, *logical_axes: str | None):
+    """An initializer whose parameter carries logical axis names."""
+    spec_of(logical_axes)
+    return nn.with_partitioning(init, logical_axes)
+
+
+def shardings_of(abstract_boxed_params, mesh: Mesh):
+    """NamedShardings of a tree of parameters boxed by `named_axes`; unboxed leaves are replicated.
+
+    A dimension that the mesh does not divide stays whole.
+    """
+
+    def sharding(leaf):
+        if not isinstance(leaf, nn.Partitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        entries = list(spec_of(leaf.names))
+        for i, entry in enumerate(entries):
+            axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+            if leaf.value.shape[i] % math.prod(mesh.shape[a] for a in axes):
+                entries[i] = None
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    return jax.tree.map(sharding, abstract_boxed_params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """One whole copy on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises InputError unless the batch divides over the mesh's batch axes."""
+    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    if batch_size < 1 or batch_size % ways:
+        raise InputError("batch_size", batch_size, f"a multiple of {ways}, the devices that share a batch")
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows -> global arrays sharded over the batch axes."""
+    sharding = NamedSharding(mesh, spec_of(("batch",)))
+    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+
+def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """Context in which `constrain` applies."""
+    return jax.set_mesh(mesh)

@@ -1,0 +1,1 @@
+"""Optimizer, training steps, checkpoints and the loop."""

@@ -1,0 +1,237 @@
+"""What a run tells: metrics.jsonl, TensorBoard events, picture files and one line of progress."""
+
+import io
+import json
+import math
+import os
+import queue
+import resource
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from mvar_jax.training.checkpoint import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+PICTURE_FOLDER = "pictures"
+
+
+class MetricLog:
+    """Writes scalars, vectors (one value per scale) and pictures of a run; only the first process writes.
+
+    A run that resumes at `start_step` will log everything from there on again, so such lines are dropped
+    first: the file then has each logged step once.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, start_step: int):
+        self._workdir = Path(workdir)
+        self._is_writing = jax.process_index() == 0
+        if self._is_writing:
+            path = self._workdir / METRICS_FILE
+            _drop_lines_from(path, start_step)
+            self._file = path.open("a")
+            self._tensorboard = _TensorBoard(self._workdir / TENSORBOARD_FOLDER)
+
+    def __enter__(self) -> "MetricLog":
+        return self
+
+    def __exit__(self, error_type, *_):
+        self.close(wait=not (error_type and issubclass(error_type, KeyboardInterrupt)))
+
+    def write(self, step: int, kind: Literal["train", "eval"], metrics: dict[str, Any]) -> None:
+        """One line; values are numbers or [S] vectors, kept to float32 precision, non-finite ones as null."""
+        if not self._is_writing:
+            return
+        values = {name: _round(value) for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._file.flush()
+        self._tensorboard.add("write_scalars", step, _name_scalars(kind, values))
+
+    def write_pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        """uint8 [Y, X, 3] each, as workdir/pictures/NAME_STEP.png and in TensorBoard."""
+        if not self._is_writing or not pictures:
+            return
+        folder = self._workdir / PICTURE_FOLDER
+        folder.mkdir(exist_ok=True)
+        for name, picture_YX3 in pictures.items():
+            write_atomically(folder / f"{name}_{step:06d}.png", _encode_png(picture_YX3))
+        self._tensorboard.add("write_images", step, {k: v[None] for k, v in pictures.items()})
+
+    def close(self, wait: bool = True) -> None:
+        if self._is_writing:
+            self._file.close()
+            self._tensorboard.close(wait)
+
+
+def has_line(workdir: str | os.PathLike, kind: str, step: int) -> bool:
+    """Whether metrics.jsonl already has the line of this step."""
+    lines = _read_lines(Path(workdir) / METRICS_FILE)
+    return any(line["kind"] == kind and line["step"] == step for _, line in lines)
+
+
+class Throughput:
+    """Images per second of training alone: evaluations, pictures and saves are not counted."""
+
+    def __init__(self, examples_per_step: int):
+        self._examples_per_step = examples_per_step
+        self._num_steps, self._since_s = 0, time.perf_counter()
+
+    def count_step(self) -> None:
+        self._num_steps += 1
+
+    @contextmanager
+    def pause(self):
+        before_s = time.perf_counter()
+        yield
+        self._since_s += time.perf_counter() - before_s
+
+    def take(self) -> float:
+        """The rate since the last call."""
+        now_s = time.perf_counter()
+        rate = self._num_steps * self._examples_per_step / max(now_s - self._since_s, 1e-9)
+        self._num_steps, self._since_s = 0, now_s
+        return rate
+
+
+class Progress:
+    """A bar on a terminal, otherwise a plain line every few seconds; only the first process shows it."""
+
+    def __init__(self, start_step: int, num_steps: int, examples_per_step: int):
+        self._num_steps, self._examples_per_step = num_steps, examples_per_step
+        self._start_step = self._shown_step = start_step
+        self._started_s = self._shown_s = time.monotonic()
+        self._is_showing = jax.process_index() == 0
+        self._bar = None
+        if self._is_showing and sys.stderr.isatty():
+            self._bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True)
+        self._interval_s = 0.5 if self._bar else 5.0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_):
+        if self._bar:
+            self._bar.close()
+
+    def show(self, num_done: int, loss: Any) -> None:
+        """`loss` is a scalar array; it is fetched only when something is about to be shown."""
+        now_s = time.monotonic()
+        if not self._is_showing or (now_s - self._shown_s < self._interval_s and num_done < self._num_steps):
+            return
+        num_new = num_done - self._shown_step
+        rate = num_new * self._examples_per_step / max(now_s - self._shown_s, 1e-9)
+        text = f"{rate:.1f} images/s, loss {float(loss):.4f}, {describe_memory()}"
+        if self._bar:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(num_new)
+        else:
+            step_s = (now_s - self._started_s) / (num_done - self._start_step)
+            left = tqdm.format_interval((self._num_steps - num_done) * step_s)
+            print(f"step {num_done}/{self._num_steps}, {text}, {left} left", file=sys.stderr, flush=True)
+        self._shown_step, self._shown_s = num_done, now_s
+
+
+def describe_memory() -> str:
+    """Peak memory of the first device where it tells, else of this process, in MiB."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return f"device {stats['peak_bytes_in_use'] / 2**20:.0f} MiB"
+    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes on macOS, KiB on Linux
+    return f"RSS {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB"
+
+
+class _TensorBoard:
+    """Events go through a queue: importing the writer takes seconds, and training need not wait for it."""
+
+    def __init__(self, folder: Path):
+        self._queue = queue.SimpleQueue()
+        # A daemon, so that an abort does not wait for it.
+        self._thread = threading.Thread(target=self._write_all, args=(folder,), daemon=True)
+        self._thread.start()
+
+    def add(self, method: str, step: int, values: dict[str, Any]) -> None:
+        self._queue.put((method, step, values))
+
+    def close(self, wait: bool) -> None:
+        self._queue.put(None)
+        if wait:
+            self._thread.join()
+
+    def _write_all(self, folder: Path) -> None:
+        writer = None
+        try:
+            writer = _open_summary_writer(folder)
+            while item := self._queue.get():
+                method, step, values = item
+                getattr(writer, method)(step, values)
+                if self._queue.empty():
+                    writer.flush()
+        except Exception as error:  # a full disk or a broken TensorFlow must not end the training
+            print(f"TensorBoard events are no longer written: {error}", file=sys.stderr, flush=True)
+        finally:
+            if writer:
+                writer.close()
+
+
+def _open_summary_writer(folder: Path):
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it announces itself; nothing is computed there
+    from clu.metric_writers import SummaryWriter
+
+    return SummaryWriter(str(folder))
+
+
+def _read_lines(path: Path) -> list[tuple[str, dict]]:
+    """(text, object) of each whole line; a kill may have cut the last one."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append((text, json.loads(text)))
+        except ValueError:
+            continue
+    return lines
+
+
+def _drop_lines_from(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [text + "\n" for text, line in _read_lines(path) if line["step"] < step]
+        write_atomically(path, "".join(kept))
+
+
+def _round(value: Any) -> Any:
+    """Numbers in float32's shortest form, so that equal runs give equal text."""
+    if isinstance(value, int | np.integer):
+        return int(value)
+    array = np.asarray(value, np.float32)
+    if array.ndim:
+        return [_round(element) for element in array]
+    return float(str(array)) if math.isfinite(array) else None
+
+
+def _name_scalars(kind: str, values: dict[str, Any]) -> dict[str, float]:
+    """`loss_per_scale` [S] becomes loss/scale_0 ...; names of an evaluation get the prefix eval/."""
+    prefix = "" if kind == "train" else f"{kind}/"
+    scalars = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            stem = f"{prefix}{name.removesuffix('_per_scale')}/scale_"
+            scalars |= {f"{stem}{i}": element for i, element in enumerate(value)}
+        else:
+            scalars[prefix + name] = value
+    return {name: value for name, value in scalars.items() if value is not None}
+
+
+def _encode_png(picture_YX3: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture_YX3).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,279 @@
+"""The training loop. It knows tasks (steps, batches, evaluations), nothing of images or models."""
+
+import dataclasses
+import fcntl
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mvar_jax.errors import InputError
+from mvar_jax.training.checkpoint import CONFIG_FILE, Checkpoints, check_config, shorten
+from mvar_jax.training.logging import MetricLog, Progress, Throughput, has_line
+
+LOCK_FILE = ".lock"
+# Finished steps are read this much later: the device always has work queued, and yet neither batches pile
+# up on it nor does a signal wait for more than a few steps.
+_STEPS_AHEAD = 2
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, in one line; its last checkpoint is intact."""
+
+
+class Task(Protocol):
+    """What is trained. The state is a dataclass pytree with step, params, ema, opt_state and extra."""
+
+    examples_per_step: int
+
+    def init_state(self) -> Any:
+        """Arrays placed on the mesh: a function of the seed alone."""
+
+    def abstract_state(self) -> Any:
+        """The same as ShapeDtypeStructs with shardings."""
+
+    def batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of steps start_step, start_step + 1, ...: the same ones wherever it starts."""
+
+    def train_step(self, state: Any, batch: dict[str, np.ndarray], step: int) -> tuple[Any, dict[str, jax.Array]]:
+        """Dispatches one step; may donate `state`. Metrics are scalars or [S] vectors, among them
+        `loss` and `is_bad` (1 where the loss was not finite)."""
+
+    def evaluate(self, state: Any) -> dict[str, float | list[float]]:
+        """Means over the validation data."""
+
+    def pictures(self, state: Any) -> dict[str, np.ndarray]:
+        """By name, uint8 [Y, X, 3]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """0 for the evaluation, picture and save intervals: only at the end (an evaluation also at the start)."""
+
+    num_steps: int
+    log_every_steps: int
+    eval_every_steps: int
+    picture_every_steps: int
+    save_every_steps: int
+    keep_checkpoints: int
+    max_bad_steps: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            is_interval = field.name in ("eval_every_steps", "picture_every_steps", "save_every_steps")
+            least = 0 if is_interval else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(field.name, value, f"a whole number of at least {least}")
+
+
+class RunResult(NamedTuple):
+    """`interrupted`: the number of the signal that ended the run early, None if it is complete."""
+
+    step: int
+    interrupted: int | None
+    seconds: float
+
+
+def run(task: Task, workdir: str | os.PathLike, settings: LoopSettings, config_json: dict) -> RunResult:
+    """Trains to `settings.num_steps`, going on from the newest checkpoint in `workdir`.
+
+    A resumed run gives bit-equal metrics and weights. SIGINT and SIGTERM end it at a step boundary with
+    a checkpoint; a second SIGINT raises KeyboardInterrupt at once.
+
+    Raises:
+      InputError: the workdir is of another configuration, in use, unwritable, or its checkpoint is damaged.
+      RunError: too many steps in a row without a finite loss, no more batches, or a failed save.
+    """
+    started_s = time.monotonic()
+    workdir = Path(workdir)
+    if (workdir / CONFIG_FILE).exists():
+        check_config(workdir, config_json)  # before the lock file, so that a refused run leaves no trace
+    with _StopFlag() as stop, _hold(workdir):
+        check_config(workdir, config_json)
+        with Checkpoints(workdir, settings.keep_checkpoints) as checkpoints:
+            newest = checkpoints.latest_step()
+            if newest is not None and _is_complete(workdir, newest, settings.num_steps):
+                _say(f"{workdir} already holds step {newest} of {settings.num_steps}: nothing to do")
+                return RunResult(newest, None, time.monotonic() - started_s)
+            if newest is None:
+                state = task.init_state()
+            else:
+                state = checkpoints.restore(task.abstract_state())
+                _say(f"going on from step {newest} of {settings.num_steps} in {workdir}")
+            start = int(state.step)
+            with (
+                MetricLog(workdir, start) as log,
+                Progress(start, settings.num_steps, task.examples_per_step) as progress,
+            ):
+                loop = _Loop(task, workdir, settings, config_json, checkpoints, log, progress)
+                step, interrupted = loop.train(state, task.batches(start), start, newest, stop)
+    return RunResult(step, interrupted, time.monotonic() - started_s)
+
+
+class _Loop:
+    def __init__(self, task, workdir, settings, config_json, checkpoints, log, progress):
+        self._task, self._workdir, self._settings = task, workdir, settings
+        self._config_json, self._checkpoints = config_json, checkpoints
+        self._log, self._progress = log, progress
+        self._throughput = Throughput(task.examples_per_step)
+        self._pending: deque[tuple[int, dict[str, jax.Array]]] = deque()
+        self._num_bad = 0
+        self._saved_step: int | None = None
+
+    def train(
+        self, state: Any, batches: Iterator, start: int, newest: int | None, stop: "_StopFlag"
+    ) -> tuple[int, int | None]:
+        """Returns the steps done and the signal that ended the run, if one did."""
+        settings = self._settings
+        self._saved_step = newest
+        for step in range(start, settings.num_steps + 1):
+            # A boundary: `step` updates are done. The order matters. Lines of the steps before this one
+            # are written before the checkpoint that makes a resumed run skip them; the checkpoint comes
+            # before anything that could fail and before the next batch is pulled, so that a resumed run
+            # pulls that batch itself; an evaluation belongs to the part that a resumed run repeats.
+            is_last = step == settings.num_steps
+            interrupted = stop.agreed_number(step, settings.log_every_steps)
+            if is_last or interrupted or (step > start and _is_due(step, settings.save_every_steps)):
+                self._save(state, step)
+            if interrupted:
+                break
+            self._observe(state, step, is_last)
+            if is_last:
+                break
+            try:
+                batch = next(batches)
+            except StopIteration:
+                raise RunError(f"the data ended at step {step} of {settings.num_steps}") from None
+            state, metrics = self._task.train_step(state, batch, step)
+            self._pending.append((step, metrics))
+            self._read_finished(_STEPS_AHEAD)
+        self._wait_for_save()
+        return step, interrupted
+
+    def _observe(self, state: Any, step: int, is_last: bool) -> None:
+        """Evaluation and pictures, where they are due."""
+        settings = self._settings
+        has_evaluation = step == 0 or is_last or _is_due(step, settings.eval_every_steps)
+        has_pictures = is_last or (step > 0 and _is_due(step, settings.picture_every_steps))
+        if not (has_evaluation or has_pictures):
+            return
+        self._read_finished(0)
+        with self._throughput.pause():
+            if has_pictures:
+                self._log.write_pictures(step, self._task.pictures(state))
+            if has_evaluation:
+                # Last of all, because its line at the end is what marks a run as complete.
+                self._log.write(step, "eval", self._task.evaluate(state))
+
+    def _read_finished(self, num_left: int) -> None:
+        """Waits for all but the newest `num_left` steps and reads what they tell."""
+        while len(self._pending) > num_left:
+            step, metrics = self._pending.popleft()
+            is_bad = bool(metrics["is_bad"])  # waits for the step
+            self._throughput.count_step()
+            if step % self._settings.log_every_steps == 0 or step == self._settings.num_steps - 1:
+                rate = self._throughput.take()
+                self._log.write(step, "train", jax.device_get(metrics) | {"images_per_s": rate})
+            self._progress.show(step + 1, metrics["loss"])
+            self._num_bad = self._num_bad + 1 if is_bad else 0
+            if self._num_bad >= self._settings.max_bad_steps:
+                raise RunError(
+                    f"the loss was not finite for {self._num_bad} steps in a row, up to step {step}; "
+                    f"{self._workdir} keeps the checkpoint of step {self._saved_step}"
+                )
+
+    def _save(self, state: Any, step: int) -> None:
+        self._read_finished(0)
+        if step == (self._saved_step or 0):  # on disk already, or a function of the seed alone
+            return
+        assert int(state.step) == step, "every step counts, also one whose update was skipped"
+        with self._throughput.pause():
+            try:
+                self._checkpoints.save(state, {"step": step, "config": self._config_json})
+            except Exception as error:  # of this save or of the one before, which ran in the background
+                raise self._save_error(error) from error
+        self._saved_step = step
+
+    def _wait_for_save(self) -> None:
+        try:
+            self._checkpoints.wait()
+        except Exception as error:
+            raise self._save_error(error) from error
+
+    def _save_error(self, error: Exception) -> RunError:
+        return RunError(f"a checkpoint could not be written to {self._workdir}: {shorten(error)}")
+
+
+class _StopFlag:
+    """Turns SIGINT and SIGTERM into a flag while it is entered; only a main thread may."""
+
+    def __init__(self):
+        self._number = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopFlag":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {n: signal.signal(n, self._catch) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def agreed_number(self, step: int, every_steps: int) -> int | None:
+        """The signal caught so far. Several processes agree on it, now and then because that costs."""
+        if jax.process_count() == 1:
+            return self._number or None
+        if step % every_steps:
+            return None
+        return int(multihost_utils.process_allgather(np.int32(self._number)).max()) or None
+
+    def _catch(self, number: int, frame) -> None:
+        self._number = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+        # Not print: a handler may run in the middle of one.
+        os.write(2, b"\nstopping after this step with a checkpoint (Ctrl-C again: at once, without)\n")
+
+
+@contextmanager
+def _hold(workdir: Path):
+    """One run at a time; the lock goes with the process, however that ends."""
+    if jax.process_index():
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK_FILE).open("w")
+    except OSError as error:
+        raise InputError("workdir", str(workdir), f"a writable directory ({error.strerror})") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError("workdir", str(workdir), "a directory that no other run is using") from error
+        yield
+
+
+def _is_complete(workdir: Path, newest: int, num_steps: int) -> bool:
+    # The final evaluation comes after the final checkpoint: a kill between them leaves it to be done.
+    return newest > num_steps or (newest == num_steps and has_line(workdir, "eval", num_steps))
+
+
+def _is_due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)

@@ -1,0 +1,155 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from mvar_jax.data.pipeline import eval_batches, train_batches
+from mvar_jax.data.sources import ArraySource
+from mvar_jax.errors import InputError
+
+
+def _source(num_samples=10):
+    """Sample i holds the value i in its image and i % 5 as its label."""
+    images = np.arange(num_samples, dtype=np.float32)[:, None, None, None] * np.ones((1, 2, 2, 3), np.float32)
+    return ArraySource(images, np.arange(num_samples) % 5, tuple("abcde"))
+
+
+class _TokenSource(ArraySource):
+    def __getitem__(self, index):
+        return {"ids": np.full(6, index, np.int64), "label": int(self._labels[index])}
+
+
+def _add_noise(image, rng):
+    return image + rng.uniform(size=image.shape).astype(np.float32) / 2
+
+
+def _take(batches, count):
+    taken = list(itertools.islice(batches, count))
+    if hasattr(batches, "close"):
+        batches.close()
+    return taken
+
+
+def _train(count, transform=_add_noise, source=None, **options):
+    options = {"batch_size": 4, "seed": 3, **options}
+    return _take(train_batches(source or _source(), transform, **options), count)
+
+
+def _samples(batches):
+    return np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches]).astype(int)
+
+
+def _assert_equal(batches, expected):
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        assert batch.keys() == other.keys()
+        for key in batch:
+            assert batch[key].dtype == other[key].dtype
+            assert np.array_equal(batch[key], other[key]), key
+
+
+def test_train_batch_has_the_declared_fields_and_dtypes():
+    batch = _train(2)[1]
+    assert {key: (value.dtype.name, value.shape) for key, value in batch.items()} == {
+        "image": ("float32", (4, 2, 2, 3)),
+        "label": ("int32", (4,)),
+        "index": ("int64", (4,)),
+    }
+    assert batch["index"].tolist() == [4, 5, 6, 7]
+    assert np.array_equal(batch["label"], batch["image"][:, 0, 0, 0].astype(int) % 5)
+
+
+@pytest.mark.parametrize("start_step", [1, 4, 37])
+def test_train_batches_resume_bit_equal_at_any_step(start_step):
+    full = _train(start_step + 3)
+    _assert_equal(_train(3, start_step=start_step), full[start_step:])
+
+
+def test_train_batches_are_the_same_for_any_number_of_threads():
+    _assert_equal(_train(8, num_threads=3), _train(8, num_threads=0))
+
+
+def test_process_shards_make_up_the_single_process_batch():
+    whole = _train(5)
+    parts = [_train(5, process_index=process, process_count=2) for process in range(2)]
+    joined = [
+        {key: np.concatenate([first[key], second[key]]) for key in first}
+        for first, second in zip(*parts, strict=True)
+    ]
+    _assert_equal(joined, whole)
+    assert not set(parts[0][0]["index"]) & set(parts[1][0]["index"])
+
+
+def test_every_epoch_is_another_permutation_of_the_source():
+    epochs = _samples(_train(10)).reshape(4, 10)
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert tuple(epochs[0]) != tuple(_samples(_train(10, seed=4)).reshape(4, 10)[0])
+
+
+def test_sample_noise_differs_between_rows_epochs_and_seeds():
+    def noises(seed):
+        batches = _train(10, seed=seed)
+        return {(batch["image"][row] % 1).tobytes() for batch in batches for row in range(4)}
+
+    assert len(noises(3)) == 40
+    assert not noises(3) & noises(4)
+
+
+def test_token_ids_take_the_place_of_images():
+    source = _TokenSource(np.zeros(10), np.arange(10) % 5, tuple("abcde"))
+    batch = _train(1, transform=None, source=source)[0]
+    assert batch["ids"].dtype == np.int32 and batch["ids"].shape == (4, 6) and "image" not in batch
+    assert np.array_equal(batch["ids"][:, 0] % 5, batch["label"])
+    doubled = _train(1, transform=lambda ids, rng: 2 * ids, source=source)[0]
+    assert np.array_equal(doubled["ids"], 2 * batch["ids"])
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_eval_batches_hold_every_sample_once_and_mask_the_filling(process_count):
+    seen, num_batches = [], set()
+    for process in range(process_count):
+        batches = _take(
+            eval_batches(_source(), None, batch_size=8, process_index=process, process_count=process_count), 99
+        )
+        num_batches.add(len(batches))
+        for batch in batches:
+            assert batch["image"].shape == (8 // process_count, 2, 2, 3)
+            assert batch["mask"].dtype == np.float32 and set(batch["mask"]) <= {0, 1}
+            seen.extend(batch["image"][batch["mask"] == 1, 0, 0, 0].astype(int))
+    assert sorted(seen) == list(range(10))
+    assert num_batches == {2}
+
+
+def test_eval_transform_gets_no_rng():
+    assert (
+        _take(eval_batches(_source(), lambda image, rng: image + (rng is not None), batch_size=10), 1)[0][
+            "image"
+        ].max()
+        == 9
+    )
+
+
+def test_error_in_a_transform_reaches_the_caller():
+    def refuse(image, rng):
+        raise InputError("image", 1, "another one")
+
+    with pytest.raises(InputError, match="image=1"):
+        _train(1, transform=refuse)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"process_count": 3}, "batch_size=4.*3 processes"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"process_index": 2, "process_count": 2}, "process_index=2"),
+        ({"seed": -1}, "seed=-1"),
+        ({"start_step": -1}, "start_step=-1"),
+        ({"source": ArraySource(np.zeros((0, 2)), np.zeros(0), ("a",))}, "source=0"),
+    ],
+)
+def test_train_batches_name_the_field_they_refuse(options, message):
+    source = options.pop("source", _source())
+    with pytest.raises(InputError, match=message):
+        train_batches(source, None, **{"batch_size": 4, "seed": 0, **options})

@@ -1,0 +1,92 @@
+import hashlib
+
+import numpy as np
+import pytest
+
+from mvar_jax.data.sources import open_source
+from mvar_jax.errors import InputError
+
+
+def _rows(source):
+    images = np.stack([source[i]["image"] for i in range(len(source))])
+    return {image.tobytes() for image in images}, np.array([source[i]["label"] for i in range(len(source))])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_source("digits", "train"), open_source("digits", "val")
+
+
+def test_digits_splits_are_disjoint_and_cover_all_images(digits):
+    train, val = digits
+    assert (len(train), len(val)) == (1437, 360)
+    train_images, val_images = _rows(train)[0], _rows(val)[0]
+    assert not train_images & val_images
+    assert len(train_images) + len(val_images) == 1797
+
+
+def test_digits_splits_hold_every_class_in_proportion(digits):
+    counts = [np.bincount(_rows(source)[1], minlength=10) for source in digits]
+    assert np.all(np.abs(counts[1] - (counts[0] + counts[1]) * 0.2) <= 1)
+
+
+def test_digits_split_is_the_recorded_one_for_seed_0(digits):
+    digest = hashlib.sha256(b"".join(digits[1][i]["image"].tobytes() for i in range(360)))
+    assert digest.hexdigest()[:16] == "7ccd56919e300165"
+
+
+def test_digits_split_changes_with_the_seed_only(digits):
+    again = _rows(open_source("digits", "val"))[0]
+    other = _rows(open_source("digits", "val", split_seed=1))[0]
+    assert again == _rows(digits[1])[0]
+    assert other != again
+
+
+def test_digits_images_are_float32_in_unit_range_with_labels_of_the_named_classes(digits):
+    item = digits[0][3]
+    assert item["image"].shape == (8, 8) and item["image"].dtype == np.float32
+    images = np.stack([digits[0][i]["image"] for i in range(len(digits[0]))])
+    assert images.min() == 0 and images.max() == 1
+    assert digits[0].label_names == tuple("0123456789") and digits[0].num_classes == 10
+
+
+def test_size_keeps_that_many_images(digits):
+    assert len(open_source("digits", "val", size=7)) == 7
+    with pytest.raises(InputError, match="size=361.*360"):
+        open_source("digits", "val", size=361)
+
+
+def test_synthetic_images_repeat_exactly_and_differ_between_indices_and_splits():
+    first, again = (open_source("synthetic", "train", size=12) for _ in range(2))
+    val = open_source("synthetic", "val", size=12)
+    assert len(first) == 12
+    assert first[3]["image"].shape == (64, 64, 3) and first[3]["image"].dtype == np.uint8
+    assert np.array_equal(first[3]["image"], again[3]["image"])
+    assert not np.array_equal(first[1]["image"], first[11]["image"])
+    assert not np.array_equal(first[3]["image"], val[3]["image"])
+    with pytest.raises(IndexError):
+        first[12]
+
+
+def test_synthetic_label_can_be_told_from_the_mean_colour():
+    train = open_source("synthetic", "train", size=20)
+    val = open_source("synthetic", "val", size=20)
+    means = np.stack([train[i]["image"].mean((0, 1)) for i in range(10)])
+    for i in range(20):
+        nearest = np.argmin(np.square(val[i]["image"].mean((0, 1)) - means).sum(1))
+        assert nearest == val[i]["label"] == i % 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"name": "digit", "split": "train"}, "source='digit'"),
+        ({"name": "digits", "split": "test"}, "split='test'"),
+        ({"name": "digits", "split": "val", "val_fraction": 1.0}, "val_fraction=1.0"),
+        ({"name": "digits", "split": "val", "split_seed": -1}, "split_seed=-1"),
+        ({"name": "synthetic", "split": "train"}, "size=0"),
+    ],
+)
+def test_open_source_names_the_field_it_refuses(arguments, field):
+    with pytest.raises(InputError, match=field):
+        open_source(**arguments)

@@ -1,0 +1,130 @@
+import json
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvar_jax.training import logging
+from mvar_jax.training.logging import MetricLog, Progress, has_line
+
+
+class FakeWriter:
+    def __init__(self):
+        self.calls, self.is_closed = [], False
+
+    def write_scalars(self, step, scalars):
+        self.calls.append((step, scalars))
+
+    def write_images(self, step, images):
+        self.calls.append((step, {name: image.shape for name, image in images.items()}))
+
+    def flush(self):
+        pass
+
+    def close(self):
+        self.is_closed = True
+
+
+@pytest.fixture
+def writer(monkeypatch):
+    writer = FakeWriter()
+    monkeypatch.setattr(logging, "_open_summary_writer", lambda folder: writer)
+    return writer
+
+
+def read_lines(workdir):
+    return [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_line_holds_float32_values_and_null_for_what_is_not_finite(tmp_path, writer):
+    with MetricLog(tmp_path, 0) as log:
+        log.write(4, "train", {"loss": np.float32(0.1), "loss_per_scale": np.array([1 / 3, np.nan]), "n": 7})
+        text = (tmp_path / "metrics.jsonl").read_text()  # there before the log is closed
+    expected = '{"step": 4, "kind": "train", "loss": 0.1, "loss_per_scale": [0.33333334, null], "n": 7}\n'
+    assert text == expected
+
+
+def test_resumed_log_has_each_step_once(tmp_path, writer):
+    for start in (0, 4):
+        with MetricLog(tmp_path, start) as log:
+            for step in range(start, 6):
+                log.write(step, "train", {"loss": start})
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 3, "ki')  # cut by a kill
+    with MetricLog(tmp_path, 6):
+        lines = read_lines(tmp_path)
+    assert [(line["step"], line["loss"]) for line in lines] == [(i, 0 if i < 4 else 4) for i in range(6)]
+
+
+def test_finished_evaluation_is_found(tmp_path, writer):
+    assert not has_line(tmp_path, "eval", 3)
+    with MetricLog(tmp_path, 0) as log:
+        log.write(3, "train", {"loss": 1.0})
+        assert not has_line(tmp_path, "eval", 3)
+        log.write(3, "eval", {"loss": 1.0})
+    assert has_line(tmp_path, "eval", 3) and not has_line(tmp_path, "eval", 4)
+
+
+def test_tensorboard_gets_one_scalar_per_scale(tmp_path, writer):
+    with MetricLog(tmp_path, 0) as log:
+        log.write(1, "train", {"loss": 2.0, "loss_per_scale": [3.0, float("nan"), 4.0]})
+        log.write(1, "eval", {"loss": 2.0, "loss_per_scale": [3.0]})
+    assert writer.calls == [
+        (1, {"loss": 2.0, "loss/scale_0": 3.0, "loss/scale_2": 4.0}),
+        (1, {"eval/loss": 2.0, "eval/loss/scale_0": 3.0}),
+    ]
+    assert writer.is_closed
+
+
+def test_events_wait_for_a_slow_writer_and_closing_waits_too(tmp_path, monkeypatch):
+    writer, may_open = FakeWriter(), threading.Event()
+    monkeypatch.setattr(logging, "_open_summary_writer", lambda folder: may_open.wait(10) and writer)
+    log = MetricLog(tmp_path, 0)
+    log.write(1, "train", {"loss": 2.0})
+    assert not writer.calls
+    threading.Timer(0.2, may_open.set).start()
+    log.close()
+    assert len(writer.calls) == 1 and writer.is_closed
+
+
+def test_broken_tensorboard_is_reported_and_does_not_stop_the_run(tmp_path, monkeypatch, capfd):
+    def fail(folder):
+        raise ImportError("no clu")
+
+    monkeypatch.setattr(logging, "_open_summary_writer", fail)
+    with MetricLog(tmp_path, 0) as log:
+        log.write(1, "train", {"loss": 2.0})
+    assert "no longer written: no clu" in capfd.readouterr().err
+    assert len(read_lines(tmp_path)) == 1
+
+
+def test_pictures_are_files_too(tmp_path, writer):
+    picture_YX3 = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    with MetricLog(tmp_path, 0) as log:
+        log.write_pictures(450, {"samples": picture_YX3})
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["samples_000450.png"]
+    np.testing.assert_array_equal(Image.open(tmp_path / "pictures/samples_000450.png"), picture_YX3)
+    assert writer.calls == [(450, {"samples": (1, 4, 6, 3)})]
+
+
+def test_progress_on_a_file_is_plain_lines(tmp_path, capfd):
+    with Progress(0, 3, 8) as progress:
+        for step in range(3):
+            progress.show(step + 1, np.float32(0.5))
+    text = capfd.readouterr().err
+    assert text.startswith("step 3/3, ") and "loss 0.5000" in text and "MiB" in text
+    assert "\r" not in text and text.count("\n") == 1
+
+
+def test_real_event_files_hold_scalars_and_pictures(tmp_path):
+    with MetricLog(tmp_path, 0) as log:
+        log.write(2, "train", {"loss_per_scale": [1.5, 2.5]})
+        log.write_pictures(2, {"samples": np.full((4, 6, 3), 7, np.uint8)})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    assert sorted(events.Tags()["tensors"]) == ["loss/scale_0", "loss/scale_1", "samples"]
+    (event,) = events.Tensors("loss/scale_1")
+    assert event.step == 2 and event.tensor_proto.float_val[0] == 2.5
