@@ -107,10 +107,8 @@ class Pyramid:
 
     def scale_phase(self, scale: int, conditioning: str = "markov") -> Phase:
         """One scale on its own, as in sampling."""
-        if conditioning == "full":
-            attention = BLOCK_CAUSAL
-        else:
-            attention = BLOCK_DIAGONAL if scale < self.refine_step else WINDOW
+        markov = BLOCK_DIAGONAL if scale < self.refine_step else WINDOW
+        attention = BLOCK_CAUSAL if conditioning == "full" else markov
         return Phase(scale, scale, self.offsets[scale], self.offsets[scale + 1], attention)
 
     def phases(self, conditioning: str = "markov") -> tuple[Phase, ...]:

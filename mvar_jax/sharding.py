@@ -1,9 +1,11 @@
 """The mesh and the one table from logical axis names to mesh axes. No other file names a mesh axis."""
 
 import contextlib
+import functools
 import math
 
 import flax.linen as nn
+import flax.struct
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -46,9 +48,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
         )
     if free:
         sizes[free[0]] = len(devices) // given
-    return Mesh(
-        np.asarray(devices).reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * 3
-    )
+    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def spec_of(logical_axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -68,10 +68,19 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+@flax.struct.dataclass
+class Named(nn.Partitioned):
+    """A parameter that carries logical axis names. Placement is decided once, by `shardings_of`."""
+
+    def unbox(self, apply_constraint: bool = True):
+        """The bare array; flax's own would read the names as mesh axes."""
+        return self.value
+
+
 def named_axes(init, *logical_axes: str | None):
     """An initializer whose parameter carries logical axis names."""
     spec_of(logical_axes)
-    return nn.with_partitioning(init, logical_axes)
+    return functools.wraps(init)(lambda *args, **kwargs: Named(init(*args, **kwargs), names=logical_axes))
 
 
 def shardings_of(abstract_boxed_params, mesh: Mesh):
@@ -81,7 +90,7 @@ def shardings_of(abstract_boxed_params, mesh: Mesh):
     """
 
     def sharding(leaf):
-        if not isinstance(leaf, nn.Partitioned):
+        if not isinstance(leaf, Named):
             return NamedSharding(mesh, PartitionSpec())
         entries = list(spec_of(leaf.names))
         for i, entry in enumerate(entries):
@@ -90,7 +99,7 @@ def shardings_of(abstract_boxed_params, mesh: Mesh):
                 entries[i] = None
         return NamedSharding(mesh, PartitionSpec(*entries))
 
-    return jax.tree.map(sharding, abstract_boxed_params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return jax.tree.map(sharding, abstract_boxed_params, is_leaf=lambda x: isinstance(x, Named))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

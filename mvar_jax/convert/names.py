@@ -36,9 +36,7 @@ def attention_layouts(num_heads: int) -> dict[str, Layout]:
     """Layouts that know the heads: qkv [3HK, D] <-> [D, 3, H, K], biases, per-head scale, output projection."""
     H = num_heads
     return {
-        "qkv": Layout(
-            lambda x: x.T.reshape(x.shape[1], 3, H, -1), lambda x: x.reshape(x.shape[0], -1).T
-        ),
+        "qkv": Layout(lambda x: x.T.reshape(x.shape[1], 3, H, -1), lambda x: x.reshape(x.shape[0], -1).T),
         "bias": Layout(lambda x: x.reshape(H, -1), lambda x: x.reshape(-1)),
         "scale": Layout(lambda x: x.reshape(H), lambda x: x.reshape(1, H, 1, 1)),
         "proj": Layout(lambda x: x.T.reshape(H, -1, x.shape[0]), lambda x: x.reshape(-1, x.shape[-1]).T),

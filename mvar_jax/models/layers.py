@@ -103,13 +103,9 @@ class FeedForward(nn.Module):
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         D = x_BND.shape[-1]
         up, down = normal(self.init_std), normal(self.init_std, 1 / np.sqrt(2 * self.depth))
-        hidden = nn.Dense(4 * D, dtype=self.dtype, kernel_init=named_axes(up, "width", "hidden"), name="up")(
-            x_BND
-        )
+        hidden = nn.Dense(4 * D, dtype=self.dtype, kernel_init=named_axes(up, "width", "hidden"), name="up")(x_BND)
         hidden = constrain(nn.gelu(hidden, approximate=True), "batch", "tokens", "hidden")
-        return nn.Dense(D, dtype=self.dtype, kernel_init=named_axes(down, "hidden", "width"), name="down")(
-            hidden
-        )
+        return nn.Dense(D, dtype=self.dtype, kernel_init=named_axes(down, "hidden", "width"), name="down")(hidden)
 
 
 class Adaptive(nn.Module):
@@ -168,9 +164,7 @@ class Block(nn.Module):
             name="attention",
         )(layer_norm(x_BND) * (1 + scale1) + shift1, cache)
         x_BND = self.add_branch(x_BND, gamma1 * y, path_2B, 0)
-        y = FeedForward(self.init_std, self.depth, self.dtype, name="ffn")(
-            layer_norm(x_BND) * (1 + scale2) + shift2
-        )
+        y = FeedForward(self.init_std, self.depth, self.dtype, name="ffn")(layer_norm(x_BND) * (1 + scale2) + shift2)
         x_BND = self.add_branch(x_BND, gamma2 * y, path_2B, 1)
         return x_BND, kv if self.phase.attention == BLOCK_CAUSAL else None
 

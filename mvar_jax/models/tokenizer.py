@@ -174,9 +174,7 @@ class Tokenizer(nn.Module):
         self.post_quant_conv = conv(self.code_width, 3, self.dtype, None)
         self.phi_convs = [conv(self.code_width, 3, jnp.float32, None) for _ in range(self.num_phi)]
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
-        self.codebook = self.param(
-            "codebook", named_axes(init, "vocab", "code"), (self.vocab_size, self.code_width)
-        )
+        self.codebook = self.param("codebook", named_axes(init, "vocab", "code"), (self.vocab_size, self.code_width))
 
     @property
     def downsampling(self) -> int:

@@ -134,13 +134,9 @@ class Transformer(nn.Module):
         """Start tokens (class + start position) or the projected input, plus position and scale embeddings."""
         D, pyramid = self.width, self.pyramid
         start_ND = self.param("pos_start", named_axes(normal(std), "tokens", "width"), (pyramid.areas[0], D))
-        position_LD = self.param(
-            "pos_embed", named_axes(normal(std), "tokens", "width"), (pyramid.num_tokens, D)
-        )
+        position_LD = self.param("pos_embed", named_axes(normal(std), "tokens", "width"), (pyramid.num_tokens, D))
         level_SD = self.param("level_embed", named_axes(normal(std), None, "width"), (pyramid.num_scales, D))
-        word = nn.Dense(
-            D, dtype=jnp.float32, kernel_init=named_axes(normal(std), "code", "width"), name="word_embed"
-        )
+        word = nn.Dense(D, dtype=jnp.float32, kernel_init=named_axes(normal(std), "code", "width"), name="word_embed")
         parts = [cond_BD[:, None] + start_ND] if phase.first == 0 else []
         if previous_BMc.shape[1]:
             parts.append(word(previous_BMc))

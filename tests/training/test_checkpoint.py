@@ -209,7 +209,8 @@ checkpoints.wait()
 print("saved", flush=True)
 """
     command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout.readline() == "saving\n"
     while not any(name.startswith("2") for name in os.listdir(tmp_path / "checkpoints")):
         time.sleep(0.001)

@@ -122,9 +122,10 @@ def test_real_event_files_hold_scalars_and_pictures(tmp_path):
         log.write(2, "train", {"loss_per_scale": [1.5, 2.5]})
         log.write_pictures(2, {"samples": np.full((4, 6, 3), 7, np.uint8)})
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
 
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
     events.Reload()
     assert sorted(events.Tags()["tensors"]) == ["loss/scale_0", "loss/scale_1", "samples"]
     (event,) = events.Tensors("loss/scale_1")
-    assert event.step == 2 and event.tensor_proto.float_val[0] == 2.5
+    assert event.step == 2 and make_ndarray(event.tensor_proto) == 2.5

@@ -34,9 +34,7 @@ def local_window_attention(
     check_window(window)
     for name, x in (("k", k_BYXHK), ("v", v_BYXHK)):
         if x.shape != q_BYXHK.shape or x.dtype != q_BYXHK.dtype:
-            raise InputError(
-                name, f"{x.dtype}{x.shape}", f"q's shape and dtype, {q_BYXHK.dtype}{q_BYXHK.shape}"
-            )
+            raise InputError(name, f"{x.dtype}{x.shape}", f"q's shape and dtype, {q_BYXHK.dtype}{q_BYXHK.shape}")
     Y, X = q_BYXHK.shape[1:3]
     name = choose_backend(Y, X, window) if backend == "auto" else backend
     if name not in BACKENDS:

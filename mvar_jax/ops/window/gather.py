@@ -6,9 +6,7 @@ import jax.numpy as jnp
 from mvar_jax.ops.window.geometry import window_indices
 
 
-def attend(
-    q_BYXHK: jax.Array, k_BYXHK: jax.Array, v_BYXHK: jax.Array, kernel_size: int, scale: float
-) -> jax.Array:
+def attend(q_BYXHK: jax.Array, k_BYXHK: jax.Array, v_BYXHK: jax.Array, kernel_size: int, scale: float) -> jax.Array:
     """Local-window attention by gathering; see `local_window_attention`."""
     B, Y, X, H, K = q_BYXHK.shape
     index_NW = jnp.asarray(window_indices(Y, X, kernel_size))

@@ -6,9 +6,7 @@ from mvar_jax.ops.attention import dense_attention
 from mvar_jax.ops.window.geometry import window_mask
 
 
-def attend(
-    q_BYXHK: jax.Array, k_BYXHK: jax.Array, v_BYXHK: jax.Array, kernel_size: int, scale: float
-) -> jax.Array:
+def attend(q_BYXHK: jax.Array, k_BYXHK: jax.Array, v_BYXHK: jax.Array, kernel_size: int, scale: float) -> jax.Array:
     """Local-window attention by masking; see `local_window_attention`."""
     B, Y, X, H, K = q_BYXHK.shape
     q, k, v = (x.reshape(B, Y * X, H, K) for x in (q_BYXHK, k_BYXHK, v_BYXHK))

@@ -1,0 +1,55 @@
+"""`python -m mvar_jax COMMAND`: the command line."""
+
+import argparse
+import importlib
+import sys
+
+from mvar_jax.errors import InputError
+
+COMMANDS = ("train", "cache_tokens", "sample", "reconstruct", "convert", "report")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage text."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands with their arguments; imports no heavy library."""
+    parser = Parser(prog="mvar", description="MVAR in JAX: train, sample and look.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f"mvar_jax.cli.{name}")
+        command = commands.add_parser(name, help=module.SUMMARY, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 2 for bad input, in one line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    args, rest = parser.parse_known_args(argv)
+    takes_overrides = args.command in ("train", "cache_tokens")
+    unknown = [a for a in rest if not (takes_overrides and a.startswith("--config."))]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides = rest
+    try:
+        return args.run(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

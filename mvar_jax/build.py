@@ -1,0 +1,197 @@
+"""The one door from an ml_collections config to modules, data and tasks. No ConfigDict goes below this file."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from mvar_jax.errors import InputError
+
+# key -> whether it is a section; every config has exactly these
+COMMON_KEYS = {
+    "task": False,
+    "seed": False,
+    "num_steps": False,
+    "batch_size": False,
+    "log_every_steps": False,
+    "eval_every_steps": False,
+    "picture_every_steps": False,
+    "save_every_steps": False,
+    "keep_checkpoints": False,
+    "max_bad_steps": False,
+    "data": True,
+    "model": True,
+    "optimizer": True,
+    "mesh": True,
+}
+TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True}}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """source: a data set's name. image_size: side the tokenizer sees. flip: random horizontal flip of photographs.
+    degrees, shift_px, scale, shear: random affine change of digits. num_views, cache: how often the token cache
+    sees each training image, and where it lies."""
+
+    source: str
+    image_size: int
+    split_seed: int = 0
+    val_fraction: float = 0.2
+    size: int = 0
+    flip: bool = False
+    degrees: float = 0.0
+    shift_px: float = 0.0
+    scale: float = 0.0
+    shear: float = 0.0
+    num_views: int = 1
+    cache: str = ""
+
+    def transform(self):
+        """(array, rng or None) -> float32 image in [-1, 1]."""
+        from mvar_jax.data.transforms import DigitTransform, PhotoTransform
+
+        if self.source == "digits":
+            return DigitTransform(self.image_size, self.degrees, self.shift_px, self.scale, self.shear)
+        return PhotoTransform(self.image_size, self.flip)
+
+    def open(self, split: str):
+        """The source of a split. Raises InputError for an unknown name."""
+        from mvar_jax.data.sources import open_source
+
+        return open_source(
+            self.source, split, split_seed=self.split_seed, val_fraction=self.val_fraction, size=self.size
+        )
+
+
+def fill(cls: type, section: str, values: dict) -> Any:
+    """A frozen dataclass from a config section. Raises InputError for an unknown or missing key."""
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    check_keys(f"config.{section}", values, known)
+    for name, field in known.items():
+        if field.default is dataclasses.MISSING and name not in values:
+            raise InputError(f"config.{section}.{name}", None, "a value: it has no default")
+    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def check_keys(where: str, values: dict, known) -> None:
+    """Raises InputError naming the first key that is not known, and the nearest one that is."""
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), n=1)
+            hint = f"{where}.{near[0]}, perhaps" if near else f"one of {', '.join(sorted(known))}"
+            raise InputError(f"{where}.{name}", values[name], f"a known key: {hint}")
+
+
+def check_config(config: dict) -> None:
+    """Raises InputError unless the config has every common key, its task's section and nothing else."""
+    if config.get("task") not in TASK_KEYS:
+        raise InputError("config.task", config.get("task"), f"one of {', '.join(TASK_KEYS)}")
+    known = COMMON_KEYS | TASK_KEYS[config["task"]]
+    check_keys("config", config, known)
+    for name, is_section in known.items():
+        if name not in config:
+            raise InputError(f"config.{name}", None, "a value: every config has it")
+        if is_section != isinstance(config[name], dict):
+            raise InputError(f"config.{name}", config[name], "a section of keys" if is_section else "a plain value")
+
+
+def build_module(config: dict):
+    """The linen module that a config describes, checked against its image side."""
+    from mvar_jax.store import module_from_dict
+
+    check_config(config)
+    kind, fields = config["task"], dict(config["model"])
+    try:
+        module = module_from_dict(kind, fields)
+    except InputError as error:  # say it in the config's words
+        raise InputError(
+            f"config.model.{error.field.removeprefix(kind + '.')}", error.given, error.expected
+        ) from None
+    if kind == "tokenizer":
+        data = fill(DataOptions, "data", config["data"])
+        try:
+            module.check(data.image_size)
+        except InputError as error:
+            raise InputError(f"config.model.{error.field}", error.given, error.expected) from None
+    return module
+
+
+def build_settings(config: dict):
+    """The loop's settings."""
+    from mvar_jax.training.loop import LoopSettings
+
+    check_config(config)
+    names = [field.name for field in dataclasses.fields(LoopSettings)]
+    return LoopSettings(**{name: config[name] for name in names})
+
+
+def build_run(config: dict):
+    """What both tasks share: seed, steps, batch, optimizer, mesh."""
+    from mvar_jax.sharding import make_mesh
+    from mvar_jax.training.optimizer import OptimizerOptions
+    from mvar_jax.training.tasks import RunOptions
+
+    check_keys("config.mesh", config["mesh"], ("data", "fsdp", "tensor"))
+    optimizer = fill(OptimizerOptions, "optimizer", config["optimizer"])
+    numbers = (config["seed"], config["num_steps"], config["batch_size"])
+    run = RunOptions(*numbers, optimizer, make_mesh(**config["mesh"]))
+    run.check()
+    return run
+
+
+def build_task(config: dict):
+    """(task, modules to describe in model.json, tokenizer weights to store beside it or None)."""
+    from mvar_jax.training.tasks import TokenizerTask, TransformerTask
+    from mvar_jax.training.tokenizer_step import CodebookOptions
+    from mvar_jax.training.transformer_step import PhaseOptions
+
+    module, run = build_module(config), build_run(config)
+    data = fill(DataOptions, "data", config["data"])
+    if config["task"] == "tokenizer":
+        options = fill(CodebookOptions, "codebook", config["codebook"])
+        sources = {split: data.open(split) for split in ("train", "val")}
+        return TokenizerTask(run, module, options, sources, data.transform()), {"tokenizer": module}, None
+
+    from mvar_jax.data.token_cache import TokenCache
+    from mvar_jax.data.transforms import PickView
+
+    options = fill(PhaseOptions, "phases", config["phases"])
+    tokenizer, tokenizer_params, fingerprint = load_cache_tokenizer(data.cache)
+    check_transformer_fits(module, tokenizer)
+    sources = {
+        split: TokenCache(
+            data.cache,
+            split,
+            expect_fingerprint=fingerprint,
+            expect_sides=tokenizer.sides,
+            expect_vocab_size=tokenizer.vocab_size,
+        )
+        for split in ("train", "val")
+    }
+    if sources["train"].num_classes != module.num_classes:
+        raise InputError(
+            "config.model.num_classes", module.num_classes, f"{sources['train'].num_classes}, those of {data.cache}"
+        )
+    task = TransformerTask(run, module, options, tokenizer, tokenizer_params, sources, PickView())
+    return task, {"tokenizer": tokenizer, "transformer": module}, tokenizer_params
+
+
+def load_cache_tokenizer(cache: str):
+    """(tokenizer, its weights, its fingerprint) of the directory that a token cache was made with."""
+    from mvar_jax.data.token_cache import read_meta
+    from mvar_jax.store import fingerprint, load_model
+
+    path = Path(read_meta(cache)["tokenizer_path"])
+    modules, params = load_model(path)
+    if "tokenizer" not in modules:
+        raise InputError("tokenizer", str(path), "a directory that holds a tokenizer")
+    tokenizer, weights = modules["tokenizer"], params["tokenizer"]
+    return tokenizer, weights, fingerprint(tokenizer, weights)
+
+
+def check_transformer_fits(transformer, tokenizer) -> None:
+    """Raises InputError unless both have the same scales and codebook sizes."""
+    for name in ("sides", "vocab_size", "code_width"):
+        ours, theirs = getattr(transformer, name), getattr(tokenizer, name)
+        if ours != theirs:
+            raise InputError(f"config.model.{name}", ours, f"{theirs}, that of the tokenizer")

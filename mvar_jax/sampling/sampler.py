@@ -1,0 +1,115 @@
+"""Drawing token pyramids scale by scale (MVAR section 3; no KV cache in the Markov view)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.transformer import Transformer
+from mvar_jax.ops.quantize import next_input
+from mvar_jax.ops.sampling import (
+    check_sampling_options,
+    draw,
+    filter_logits,
+    guidance_strength,
+    guide,
+    gumbel_noise,
+    smooth_codes,
+)
+
+# (scale, previous_BNc, carry) -> (guided logits [B, N, V], carry)
+LogitsFn = Callable[[int, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """cfg: guidance; top_k 0 and top_p 0 switch a filter off (top_k 1 is greedy); smooth: Gumbel average."""
+
+    cfg: float = 1.5
+    top_k: int = 0
+    top_p: float = 0.0
+    smooth: bool = False
+
+    def check(self) -> None:
+        """Raises InputError for values out of range."""
+        check_sampling_options(self.cfg, self.top_k, self.top_p)
+
+
+def sample_pyramid(
+    logits_fn: LogitsFn, tokenizer: Tokenizer, tokenizer_params, keys_B, options: SampleOptions, noise=gumbel_noise
+):
+    """Draws every scale from what `logits_fn` says of it.
+
+    keys_B: one random key per sample. noise(logits_BNV, keys_B): Gumbel noise of the smooth mode. Returns
+    (ids int32 [B, L], f_hat float32 [B, Y, X, c], guided logits of each scale before the filters).
+    """
+    sides, codebook = tokenizer.sides, tokenizer_params["codebook"]
+    B = keys_B.shape[0]
+    f_hat = jnp.zeros((B, sides[-1], sides[-1], tokenizer.code_width))
+    previous, carry = jnp.zeros((B, 0, tokenizer.code_width)), None
+    ids, all_logits = [], []
+    for scale in range(len(sides)):
+        logits_BNV, carry = logits_fn(scale, previous, carry)
+        all_logits.append(logits_BNV)
+        filtered = filter_logits(logits_BNV, options.top_k, options.top_p)
+        scale_keys = jax.vmap(functools.partial(jax.random.fold_in, data=scale))(keys_B)
+        ids_BN = draw(filtered, scale_keys)
+        ids.append(ids_BN)
+        if options.smooth:
+            codes = smooth_codes(filtered, noise(filtered, scale_keys), codebook, scale, len(sides))
+        else:
+            codes = codebook[ids_BN]
+        f_hat = tokenizer.apply({"params": tokenizer_params}, f_hat, codes, scale, method="add_codes")
+        if scale + 1 < len(sides):
+            previous = next_input(f_hat, scale, sides)
+    return jnp.concatenate(ids, axis=1), f_hat, all_logits
+
+
+def guided_logits(model: Transformer, params, labels_B: jax.Array, cfg: float) -> LogitsFn:
+    """The model as a `LogitsFn`: (1 + t) * cond - t * uncond with t = cfg * l / (S - 1).
+
+    Markov: cfg exactly 1 means conditional logits only, and a scale with t = 0 needs no second half. VAR is
+    guided at 1 too and carries the keys and values of the coarser scales.
+    """
+    pyramid, is_var = model.pyramid, model.conditioning == "full"
+    is_guided = cfg != 0 and (is_var or cfg != 1)
+    both_2B = jnp.concatenate([labels_B, jnp.full_like(labels_B, model.num_classes)])
+
+    def logits_fn(scale, previous_BNc, cache):
+        strength = guidance_strength(cfg, scale, pyramid.num_scales) if is_guided else 0.0
+        # VAR needs the cache of both halves from the first scale on
+        has_both = is_guided and (is_var or strength > 0)
+        labels = both_2B if has_both else labels_B
+        previous = jnp.concatenate([previous_BNc, previous_BNc]) if has_both else previous_BNc
+        phase = pyramid.scale_phase(scale, model.conditioning)
+        logits, kv = model.apply({"params": params}, previous, labels, phase, None, cache)
+        if is_var:
+            past = (None, None) if cache is None else cache
+            cache = tuple(
+                new if old is None else jnp.concatenate([old, new], axis=2) for old, new in zip(past, kv, strict=True)
+            )
+        if has_both:
+            cond, uncond = jnp.split(logits, 2)
+            logits = guide(cond, uncond, strength)
+        return logits, cache
+
+    return logits_fn
+
+
+def keys_of_samples(seed: int, index_B) -> jax.Array:
+    """One key per sample: a function of (seed, sample index) alone, so of no batch, order or device."""
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(index_B, jnp.uint32))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "tokenizer", "options"))
+def sample(
+    model: Transformer, tokenizer: Tokenizer, params, tokenizer_params, labels_B, keys_B, options: SampleOptions
+):
+    """(ids int32 [B, L], f_hat float32 [B, Y, X, c]) for class labels int32 [B]; one program per options."""
+    logits_fn = guided_logits(model, params, labels_B, options.cfg)
+    ids_BL, f_hat, _ = sample_pyramid(logits_fn, tokenizer, tokenizer_params, keys_B, options)
+    return ids_BL, f_hat

@@ -1,0 +1,106 @@
+"""AdamW with clipping as the published program applies it (SPEC: training), on optax's Adam."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mvar_jax.errors import InputError
+from mvar_jax.training.schedules import check_schedule, learning_rate_factor, weight_decay_at
+
+UNDECAYED = ("bias", "q_bias", "v_bias", "scale", "log_scale", "pos_start", "pos_embed", "level_embed")
+UNDECAYED += ("adaptive_offset", "codebook")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """base_learning_rate is the peak for 256 images a step and grows with the batch; *_factor are multiples of it."""
+
+    base_learning_rate: float = 1e-4
+    schedule: str = "lin0"
+    warmup_steps: int = 0
+    warmup_factor: float = 0.005
+    final_factor: float = 0.1
+    weight_decay: float = 0.05
+    final_weight_decay: float | None = None  # None: constant
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 2.0  # 0: off
+    ema_decay: float = 0.0  # 0: no moving average is kept
+
+    def check(self, num_steps: int) -> None:
+        """Raises InputError for values out of range."""
+        check_schedule(self.schedule)
+        if not 0 <= self.ema_decay < 1:
+            raise InputError("ema_decay", self.ema_decay, "0 (off) to below 1")
+        if not 0 <= self.warmup_steps < max(num_steps, 1):
+            raise InputError("warmup_steps", self.warmup_steps, f"0 to below num_steps={num_steps}")
+
+    def at(self, step: int, num_steps: int, batch_size: int) -> tuple[float, float]:
+        """(learning rate, weight decay) of iteration `step`."""
+        factor = learning_rate_factor(
+            self.schedule, step, num_steps, self.warmup_steps, self.warmup_factor, self.final_factor
+        )
+        last = self.weight_decay if self.final_weight_decay is None else self.final_weight_decay
+        decay = weight_decay_at(step, num_steps, self.weight_decay, last)
+        return self.base_learning_rate * batch_size / 256 * factor, decay
+
+
+def path_name(path: tuple) -> str:
+    """Last key of a parameter's path."""
+    return path[-1].key
+
+
+def decay_mask(params) -> dict:
+    """True for matrices; false for biases, positions, start, scale embedding, per-head scales, offsets, norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) not in UNDECAYED, params)
+
+
+def make_adam(options: OptimizerOptions, params) -> optax.GradientTransformation:
+    """Adam moments; the start position has a state of its own, so that it can stand still in window phases."""
+    adam = lambda: optax.scale_by_adam(options.beta1, options.beta2, options.eps)
+    labels = jax.tree_util.tree_map_with_path(
+        lambda path, _: "start" if path_name(path) == "pos_start" else "rest", params
+    )
+    return optax.partition({"start": adam(), "rest": adam()}, labels)
+
+
+def clip_by_norm(grads, clip_norm: float):
+    """(grads * min(1, clip / (norm + 1e-6)), norm before clipping). clip_norm 0 leaves them."""
+    norm = optax.global_norm(grads)
+    if clip_norm == 0:
+        return grads, norm
+    factor = jnp.minimum(1.0, clip_norm / (norm + 1e-6))
+    return jax.tree.map(lambda g: g * factor, grads), norm
+
+
+def apply_gradients(options: OptimizerOptions, state, grads, learning_rate, weight_decay, trains_start: bool = True):
+    """One AdamW step with decoupled decay. Returns (state, metrics grad_norm and is_bad).
+
+    trains_start False: the start position receives no gradient and neither decays nor moves its moments.
+    A non-finite gradient leaves the whole state (but its step) as it was and sets is_bad.
+    """
+    grads, norm = clip_by_norm(grads, options.clip_norm)
+    updates, opt_state = make_adam(options, state.params).update(grads, state.opt_state, state.params)
+    if not trains_start:
+        inner = {**opt_state.inner_states, "start": state.opt_state.inner_states["start"]}
+        opt_state = opt_state._replace(inner_states=inner)
+
+    def move(path, param, update, is_decayed):
+        if path_name(path) == "pos_start" and not trains_start:
+            return param
+        decayed = param * (1 - learning_rate * weight_decay) if is_decayed else param
+        return decayed - learning_rate * update
+
+    params = jax.tree_util.tree_map_with_path(move, state.params, updates, decay_mask(state.params))
+    ema = state.ema
+    if ema is not None:
+        ema = jax.tree.map(lambda e, p: options.ema_decay * e + (1 - options.ema_decay) * p, ema, params)
+    is_good = jnp.isfinite(norm)
+    moved = (params, ema, opt_state)
+    kept = (state.params, state.ema, state.opt_state)
+    params, ema, opt_state = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), moved, kept)
+    state = state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+    return state, {"grad_norm": norm, "is_bad": 1 - is_good.astype(jnp.int32)}

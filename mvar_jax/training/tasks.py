@@ -1,0 +1,218 @@
+"""The two tasks of the training loop: a tokenizer from images, a transformer from a token cache."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mvar_jax.data.pipeline import Transform, eval_batches, train_batches
+from mvar_jax.data.sources import Source
+from mvar_jax.evaluation.pictures import side_by_side, tile_grid, to_uint8
+from mvar_jax.model import Model
+from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.transformer import Transformer
+from mvar_jax.ops.statistics import perplexity
+from mvar_jax.sharding import check_batch_size, put_batch, use_mesh
+from mvar_jax.store import initializer
+from mvar_jax.training import tokenizer_step, transformer_step
+from mvar_jax.training.optimizer import OptimizerOptions
+from mvar_jax.training.state import TrainState, abstract_sharded, init_sharded, make_state
+
+NUM_PICTURES = 16
+
+
+def min_zoom(side: int) -> int:
+    """Pixel repetition that makes small images visible."""
+    return max(1, 96 // side)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What both tasks share."""
+
+    seed: int
+    num_steps: int
+    batch_size: int
+    optimizer: OptimizerOptions
+    mesh: Mesh
+
+    def check(self) -> None:
+        """Raises InputError for values out of range."""
+        check_batch_size(self.batch_size, self.mesh)
+        self.optimizer.check(self.num_steps)
+
+    def rates(self, step: int) -> tuple[np.float32, np.float32]:
+        """(learning rate, weight decay) of a step."""
+        learning_rate, weight_decay = self.optimizer.at(step, self.num_steps, self.batch_size)
+        return np.float32(learning_rate), np.float32(weight_decay)
+
+
+class _Task:
+    """State, batches and evaluation data: the part that does not depend on what is trained."""
+
+    def __init__(self, run: RunOptions, module, data: dict[str, Source], transform: Transform, extra):
+        run.check()
+        self.run, self.module, self.data, self.transform = run, module, data, transform
+        self.examples_per_step = run.batch_size
+        # rbg: compiling many threefry draws takes most of a small model's start-up
+        init = functools.partial(initializer(module), jax.random.key(run.seed, impl="rbg"))
+        self._make_state = functools.partial(make_state, init, run.optimizer, extra)
+
+    def init_state(self) -> TrainState:
+        """Sharded arrays, a function of the seed."""
+        with use_mesh(self.run.mesh):
+            return init_sharded(self._make_state, self.run.mesh)[0]
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and shardings of the state."""
+        return abstract_sharded(self._make_state, self.run.mesh)
+
+    def batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of the batches from `start_step` on."""
+        return train_batches(
+            self.data["train"],
+            self.transform,
+            batch_size=self.run.batch_size,
+            seed=self.run.seed,
+            start_step=start_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
+        """The validation split, every sample once; padding rows have mask 0."""
+        batches = eval_batches(
+            self.data["val"],
+            self.transform,
+            batch_size=self.run.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for batch in batches:
+            batch.pop("index", None)
+            yield put_batch(batch, self.run.mesh)
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Batch arrays on the mesh; sample numbers as uint32, which random keys take."""
+        return put_batch({**batch, "index": batch["index"].astype(np.uint32)}, self.run.mesh)
+
+
+class TokenizerTask(_Task):
+    """Trains the autoencoder and its codebook on images."""
+
+    def __init__(self, run: RunOptions, tokenizer: Tokenizer, options, data: dict[str, Source], transform: Transform):
+        options.check()
+        zeros = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
+        super().__init__(run, tokenizer, data, transform, zeros)
+        self.tokenizer, self.options = tokenizer, options
+        static = (tokenizer, run.optimizer, options)
+        self._step = jax.jit(functools.partial(tokenizer_step.train_step, *static), donate_argnums=0)
+        self._redraw = jax.jit(functools.partial(tokenizer_step.redraw_codes, tokenizer, options), donate_argnums=0)
+        self._evaluate = jax.jit(self._eval_step)
+
+    def train_step(self, state, batch, step: int):
+        """One step; redraws unused codes first where that is due."""
+        with use_mesh(self.run.mesh):
+            images = self.put(batch)
+            if self.options.is_care_due(step):
+                key = jax.random.fold_in(jax.random.key(self.run.seed), step)
+                state = self._redraw(state, images, key)
+            learning_rate, weight_decay = self.run.rates(step)
+            state, metrics = self._step(state, images, learning_rate, weight_decay)
+        return state, {**metrics, "learning_rate": learning_rate, "weight_decay": weight_decay}
+
+    def _eval_step(self, params, batch):
+        """Sums over real rows: (squared error of clipped images a row, PSNR, hits [S, V], rows)."""
+        rec, _, encoded = self.tokenizer.apply({"params": params}, batch["image"])
+        error_B = jnp.mean(jnp.square(jnp.clip(rec, -1, 1) - batch["image"]), axis=(1, 2, 3))
+        psnr_B = 10 * jnp.log10(4 / error_B)
+        mask = batch["mask"]
+        V = self.tokenizer.vocab_size
+        # a padding row's ids fall outside the codebook and are not counted
+        ids_BL = jnp.where(mask[:, None] > 0, encoded.ids_BL, V)
+        hits_SV = tokenizer_step.count_hits(ids_BL, self.tokenizer.sides, V + 1)[:, :V]
+        return mask @ error_B, mask @ psnr_B, hits_SV, jnp.sum(mask)
+
+    def evaluate(self, state) -> dict:
+        """Held-out mse and PSNR (mean over images, dB) of the averaged weights; usage in percent and perplexity."""
+        params = state.params if state.ema is None else state.ema
+        with use_mesh(self.run.mesh):
+            parts = [self._evaluate(params, batch) for batch in self.eval_batches()]
+        error, psnr, hits_SV, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(4))
+        return {
+            "loss": float(error / rows),
+            "psnr_db": float(psnr / rows),
+            "usage_per_scale": (100 * (hits_SV > 0).mean(axis=1)).tolist(),
+            "perplexity_per_scale": [perplexity(hits_V) for hits_V in hits_SV],
+            "codebook_used_percent": float(100 * (hits_SV.sum(axis=0) > 0).mean()),
+        }
+
+    def pictures(self, state) -> dict[str, np.ndarray]:
+        """Held-out images beside their reconstructions."""
+        params = state.params if state.ema is None else state.ema
+        data = self.data["val"]
+        images = np.stack([self.transform(data[i]["image"]) for i in range(min(NUM_PICTURES, len(data)))])
+        model = Model({"tokenizer": self.tokenizer}, {"tokenizer": params})
+        reconstructions = np.asarray(model.decode(model.encode(images)))
+        zoom = min_zoom(images.shape[1])
+        return {"reconstructions": side_by_side(to_uint8(images), to_uint8(reconstructions), 4, zoom=zoom)}
+
+
+class TransformerTask(_Task):
+    """Trains the transformer on token ids; the teacher-forcing input is recomputed from them on the device."""
+
+    def __init__(
+        self,
+        run: RunOptions,
+        transformer: Transformer,
+        options: transformer_step.PhaseOptions,
+        tokenizer: Tokenizer,
+        tokenizer_params,
+        data: dict[str, Source],
+        transform: Transform,
+    ):
+        options.check()
+        super().__init__(run, transformer, data, transform, {})
+        self.transformer, self.options = transformer, options
+        self.tokenizer, self.tokenizer_params = tokenizer, tokenizer_params
+        quantizer = {k: v for k, v in tokenizer_params.items() if k == "codebook" or k.startswith("phi_convs")}
+        teacher_forcing = lambda ids_BL: tokenizer.apply({"params": quantizer}, ids_BL, method="teacher_forcing")
+        step = functools.partial(
+            transformer_step.train_step, transformer, teacher_forcing, run.optimizer, options, run.seed
+        )
+        self._step = jax.jit(step, static_argnums=0, donate_argnums=1)
+        self._evaluate = jax.jit(functools.partial(transformer_step.eval_step, transformer, teacher_forcing))
+
+    def train_step(self, state, batch, step: int):
+        """One step over the phases that are due."""
+        learning_rate, weight_decay = self.run.rates(step)
+        phases = self.options.phases_of_step(self.transformer, step)
+        with use_mesh(self.run.mesh):
+            state, metrics = self._step(phases, state, self.put(batch), learning_rate, weight_decay)
+        return state, {**metrics, "learning_rate": learning_rate, "weight_decay": weight_decay}
+
+    def evaluate(self, state) -> dict:
+        """True token-weighted means over the validation split (averaged weights, no dropout), nats a token."""
+        params = state.params if state.ema is None else state.ema
+        with use_mesh(self.run.mesh):
+            parts = [self._evaluate(params, batch) for batch in self.eval_batches()]
+        nll_S, hits_S, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(3))
+        areas = np.asarray(self.transformer.pyramid.areas)
+        return {
+            "loss": float(nll_S.sum() / rows / areas.sum()),
+            "loss_per_scale": (nll_S / rows / areas).tolist(),
+            "accuracy_per_scale": (hits_S / rows / areas).tolist(),
+        }
+
+    def pictures(self, state) -> dict[str, np.ndarray]:
+        """One sample of each of the first classes from fixed seeds, guidance 1.5."""
+        params = state.params if state.ema is None else state.ema
+        modules = {"tokenizer": self.tokenizer, "transformer": self.transformer}
+        model = Model(modules, {"tokenizer": self.tokenizer_params, "transformer": params})
+        labels = np.arange(NUM_PICTURES) % self.transformer.num_classes
+        images, _ = model.sample(labels, seed=self.run.seed, cfg=1.5)
+        return {"samples": tile_grid(to_uint8(images), 8, zoom=min_zoom(images.shape[1]))}

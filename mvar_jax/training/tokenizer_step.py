@@ -1,0 +1,134 @@
+"""Losses, updates and codebook care of the tokenizer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mvar_jax.errors import InputError
+from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
+from mvar_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class CodebookOptions:
+    """warmup_steps: the decoder sees f itself, then codes are drawn from residuals. revive_every_steps (0: never),
+    until revive_until_step: codes with fewer than revive_below hits a step (moving average) are redrawn."""
+
+    warmup_steps: int = 0
+    revive_every_steps: int = 0
+    revive_until_step: int = 0
+    revive_below: float = 0.1
+    l1_weight: float = 0.0
+    l2_weight: float = 1.0
+    usage_decay: float = 0.99
+    usage_decay_early: float = 0.9
+    usage_early_steps: int = 100
+
+    def check(self) -> None:
+        """Raises InputError for values out of range."""
+        for name in ("warmup_steps", "revive_every_steps", "revive_until_step"):
+            if getattr(self, name) < 0:
+                raise InputError(f"codebook.{name}", getattr(self, name), "0 or more")
+        if self.l1_weight < 0 or self.l2_weight < 0 or self.l1_weight + self.l2_weight == 0:
+            raise InputError(
+                "codebook.l2_weight", self.l2_weight, f"weights of 0 or more, not both 0 (l1_weight={self.l1_weight})"
+            )
+
+    def is_care_due(self, step: int) -> bool:
+        """Whether codes are redrawn before iteration `step`."""
+        if step == self.warmup_steps and self.warmup_steps:
+            return True
+        due = self.revive_every_steps and step % self.revive_every_steps == 0
+        return bool(due and self.warmup_steps < step <= self.revive_until_step)
+
+
+def count_hits(ids_BL: jax.Array, sides: tuple[int, ...], vocab_size: int) -> jax.Array:
+    """float32 [S, V]: how often each scale of the batch chose each code."""
+    bounds = np.cumsum((0, *(side * side for side in sides)))
+    spans = zip(bounds[:-1], bounds[1:], strict=True)
+    return jnp.stack(
+        [jnp.bincount(ids_BL[:, a:b].reshape(-1), length=vocab_size).astype(jnp.float32) for a, b in spans]
+    )
+
+
+def usage_percent(hits_ema_SV: jax.Array, batch_size: int, latent_area: int) -> jax.Array:
+    """[S]: share of codes whose moving average reaches 0.08 * B*h*w / V, in percent; B over all devices."""
+    V = hits_ema_SV.shape[-1]
+    return 100 * jnp.mean(hits_ema_SV >= 0.08 * batch_size * latent_area / V, axis=-1)
+
+
+def tokenizer_loss(model: Tokenizer, options: CodebookOptions, params, images_BYX3, use_codes):
+    """(loss, (encoded, parts)): weighted L1 and L2 of the raw reconstruction plus the quantizer's loss."""
+    rec, quantizer_loss, encoded = model.apply({"params": params}, images_BYX3, use_codes)
+    error = rec - images_BYX3
+    l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
+    loss = options.l1_weight * l1 + options.l2_weight * l2 + quantizer_loss
+    clipped = jnp.mean(jnp.square(jnp.clip(rec, -1, 1) - images_BYX3))
+    return loss, (encoded, {"psnr_db": 10 * jnp.log10(4 / clipped), "quantizer_loss": quantizer_loss})
+
+
+def train_step(
+    model: Tokenizer,
+    optimizer: OptimizerOptions,
+    options: CodebookOptions,
+    state: TrainState,
+    batch: dict,
+    learning_rate: jax.Array,
+    weight_decay: jax.Array,
+):
+    """One optimizer step. Jit with the first three static. `extra.hits` is the usage moving average [S, V]."""
+    use_codes = state.step >= options.warmup_steps
+    loss_fn = lambda params: tokenizer_loss(model, options, params, batch["image"], use_codes)
+    (loss, (encoded, parts)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    if options.warmup_steps:  # before the codes are drawn nothing may move the codebook
+        frozen = {"codebook": jnp.where(use_codes, grads["codebook"], 0.0)}
+        grads = {**grads, **frozen}
+    hits_SV = count_hits(encoded.ids_BL, model.sides, model.vocab_size)
+    is_early = state.step < options.warmup_steps + options.usage_early_steps
+    decay = jnp.where(is_early, options.usage_decay_early, options.usage_decay)
+    hits_ema_SV = decay * state.extra["hits"] + (1 - decay) * hits_SV
+    state, metrics = apply_gradients(optimizer, state, grads, learning_rate, weight_decay)
+    state = state.replace(extra={"hits": hits_ema_SV})
+    B = batch["image"].shape[0]
+    usage_S = usage_percent(hits_ema_SV, B, model.sides[-1] ** 2)
+    return state, {"loss": loss, **parts, "usage_per_scale": usage_S, **metrics}
+
+
+def redraw_codes(model: Tokenizer, options: CodebookOptions, state: TrainState, batch: dict, key: jax.Array):
+    """Replaces unused codes (all of them at the end of the warm-up) by residual vectors of this batch.
+
+    Scales are drawn with equal probability, so that the fine ones' many vectors do not crowd out the coarse.
+    The EMA's codebook and the moments follow, or they would pull a new code back to where the dead one lay.
+    """
+    is_first = state.step == options.warmup_steps
+    encoded = model.apply({"params": state.params}, batch["image"], method=lambda m, x: m.quantize(m.features(x)))
+    V = model.vocab_size
+    pools = [rest.reshape(-1, rest.shape[-1]) for rest in encoded.rests]
+    keys = jax.random.split(key, len(pools) + 1)
+    picks = jnp.stack(
+        [pool[jax.random.randint(k, (V,), 0, pool.shape[0])] for pool, k in zip(pools, keys[1:], strict=True)]
+    )
+    scale_V = jax.random.randint(keys[0], (V,), 0, len(pools))
+    drawn_Vc = picks[scale_V, jnp.arange(V)]
+    is_dead_V = (jnp.sum(state.extra["hits"], axis=0) < options.revive_below) | is_first
+    dead = is_dead_V[:, None]
+
+    def replace(path, leaf, fresh):
+        # every moment and copy of the codebook has its path's last key
+        keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+        return jnp.where(dead, fresh, leaf) if keys and keys[-1] == "codebook" else leaf
+
+    def with_codes(tree, fresh):
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: replace(path, leaf, fresh), tree)
+
+    # one step's worth of grace, or a new code would be dead again at once
+    grace_SV = jnp.where(is_dead_V[None], options.revive_below, state.extra["hits"])
+    return state.replace(
+        params=with_codes(state.params, drawn_Vc),
+        ema=None if state.ema is None else with_codes(state.ema, drawn_Vc),
+        opt_state=with_codes(state.opt_state, jnp.zeros_like(drawn_Vc)),
+        extra={"hits": grace_SV},
+    )

@@ -1,0 +1,125 @@
+"""Losses, gradients and updates of the transformer: the paper's schedule of phases and the joint one (MVAR 3.3)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mvar_jax.errors import InputError
+from mvar_jax.models.transformer import Transformer
+from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
+from mvar_jax.scales import Phase, phase_of
+from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
+from mvar_jax.training.state import TrainState, sample_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseOptions:
+    """schedule: "paper" (one phase a step, `ratio` coarse steps a cycle) or "joint" (all phases, one step)."""
+
+    schedule: str = "paper"
+    ratio: int = 8
+    label_drop_rate: float = 0.1
+    label_smoothing: float = 0.0
+
+    def check(self) -> None:
+        """Raises InputError for an unknown schedule or values out of range."""
+        if self.schedule not in ("paper", "joint"):
+            raise InputError("phases.schedule", self.schedule, "paper or joint")
+        if self.ratio < 1:
+            raise InputError("phases.ratio", self.ratio, "1 or more coarse steps a cycle")
+        for name in ("label_drop_rate", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"phases.{name}", getattr(self, name), "0 to below 1")
+
+    def phases_of_step(self, model: Transformer, step: int) -> tuple[Phase, ...]:
+        """The phases that iteration `step` trains."""
+        phases = model.phases()
+        return phases if self.schedule == "joint" else (phases[phase_of(step, len(phases), self.ratio)],)
+
+
+def previous_of(previous_BMc: jax.Array, phase: Phase, num_start: int) -> jax.Array:
+    """The rows of the whole teacher-forcing input [B, L - n_0, c] that a phase's tokens take."""
+    return previous_BMc[:, max(phase.begin - num_start, 0) : phase.end - num_start]
+
+
+def phase_loss(model, params, batch: dict, phase: Phase, label_smoothing: float = 0.0):
+    """(loss, sums): weight 1/L a token, summed over the phase, mean over the batch; nll and hits [B, scales].
+
+    batch: `ids` int32 [B, L], `label` int32 [B], `previous` float32 [B, L - n_0, c] and, in training,
+    `path` [depth, 2, B].
+    """
+    pyramid = model.pyramid
+    previous = previous_of(batch["previous"], phase, pyramid.areas[0])
+    logits_BNV, _ = model.apply({"params": params}, previous, batch["label"], phase, batch.get("path"))
+    ids_BN = batch["ids"][:, phase.begin : phase.end]
+    cross_entropy_BN = token_cross_entropy(logits_BNV, ids_BN, label_smoothing)
+    loss = jnp.mean(jnp.sum(cross_entropy_BN, axis=1)) / pyramid.num_tokens
+    areas = pyramid.areas[phase.first : phase.last + 1]
+    hits_BN = (jnp.argmax(logits_BNV, axis=-1) == ids_BN).astype(jnp.float32)
+    return loss, (sum_per_scale(cross_entropy_BN, areas), sum_per_scale(hits_BN, areas))
+
+
+def drop_labels(labels_B, keys_B, rate: float, no_class: int) -> jax.Array:
+    """Labels replaced by the "no class" row with this probability."""
+    draws_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(keys_B)
+    return jnp.where(draws_B < rate, no_class, labels_B)
+
+
+def draw_paths(model: Transformer, keys_B) -> jax.Array | None:
+    """Drop-path factors [depth, 2, B]: 0 for a dropped branch, 1 / keep for a kept one; None without drop-path."""
+    if model.drop_path_rate == 0:
+        return None
+    keep_D = 1 - jnp.asarray(model.drop_path_rates())
+    draws_BD2 = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (model.depth, 2)))(keys_B)
+    return jnp.transpose((draws_BD2 < keep_D[:, None]) / keep_D[:, None], (1, 2, 0))
+
+
+def train_step(
+    model: Transformer,
+    teacher_forcing,
+    optimizer: OptimizerOptions,
+    options: PhaseOptions,
+    seed: int,
+    phases: tuple[Phase, ...],
+    state: TrainState,
+    batch: dict,
+    learning_rate: jax.Array,
+    weight_decay: jax.Array,
+):
+    """One optimizer step over `phases`, gradients accumulated phase by phase. Jit with the first six static.
+
+    teacher_forcing: ids_BL -> previous_BMc. batch: `ids` [B, L], `label` [B], `index` [B], the samples' places
+    in the stream. Metrics hold NaN for scales outside the step's phases.
+    """
+    keys_B = sample_keys(seed, batch["index"])
+    batch = {
+        "ids": batch["ids"],
+        "label": drop_labels(batch["label"], keys_B, options.label_drop_rate, model.num_classes),
+        "previous": teacher_forcing(batch["ids"]),
+        "path": draw_paths(model, keys_B),
+    }
+    total_loss, total_grads = 0.0, None
+    nan_S = jnp.full((model.pyramid.num_scales,), jnp.nan)
+    nll_S, hits_S = nan_S, nan_S
+    areas = jnp.asarray(model.pyramid.areas, jnp.float32)
+    for phase in phases:
+        loss_fn = lambda params, phase=phase: phase_loss(model, params, batch, phase, options.label_smoothing)
+        (loss, (nll, hits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        total_loss += loss
+        total_grads = grads if total_grads is None else jax.tree.map(jnp.add, total_grads, grads)
+        cut = slice(phase.first, phase.last + 1)
+        nll_S = nll_S.at[cut].set(nll.mean(0) / areas[cut])
+        hits_S = hits_S.at[cut].set(hits.mean(0) / areas[cut])
+    trains_start = any(phase.trains_start for phase in phases)
+    state, metrics = apply_gradients(optimizer, state, total_grads, learning_rate, weight_decay, trains_start)
+    return state, {"loss": total_loss, "loss_per_scale": nll_S, "accuracy_per_scale": hits_S, **metrics}
+
+
+def eval_step(model: Transformer, teacher_forcing, params, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums over the batch's real rows: (nll [S], hits [S], rows). No dropout. batch adds `mask` float32 [B]."""
+    batch = {**batch, "previous": teacher_forcing(batch["ids"])}
+    parts = [phase_loss(model, params, batch, phase)[1] for phase in model.phases()]
+    nll_BS, hits_BS = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+    mask = batch["mask"]
+    return mask @ nll_BS, mask @ hits_BS, jnp.sum(mask)

@@ -1,0 +1,103 @@
+"""A toy task, and a process that trains it: python toy_run.py WORKDIR NUM_STEPS STEP_S."""
+
+import sys
+import time
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mvar_jax.training import logging
+from mvar_jax.training.loop import LoopSettings, run
+
+OPTIMIZER = optax.adamw(1e-2)
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt_state: Any
+    extra: Any
+
+
+class NoWriter:
+    write_scalars = write_images = lambda self, step, values: None
+    flush = close = lambda self: None
+
+
+def update(state, x_BD, step):
+    """Noise is a function of the step, so that a resumed run draws the same."""
+
+    def loss_of(params):
+        noise_BD = 0.1 * jax.random.normal(jax.random.fold_in(jax.random.key(1), step), x_BD.shape)
+        return jnp.mean((x_BD @ params["kernel_DD"] + noise_BD - 1) ** 2)
+
+    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, state.ema, params)
+    metrics = {"loss": loss, "loss_per_scale": jnp.stack([loss, loss / 3]), "is_bad": ~jnp.isfinite(loss)}
+    extra = {"num_seen": state.extra["num_seen"] + len(x_BD)}
+    return State(state.step + 1, params, ema, opt_state, extra), metrics
+
+
+class ToyTask:
+    examples_per_step = 4
+
+    def __init__(self, step_s=0.0, bad_steps=(), num_batches=10**6, on_step=None):
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+        self._sharding = NamedSharding(mesh, P())
+        self._update = jax.jit(update, donate_argnums=0)
+        self._step_s, self._bad_steps, self._num_batches = step_s, bad_steps, num_batches
+        self._on_step = on_step or (lambda step: None)
+        self.num_inits = 0
+        self.evaluated_steps = []
+
+    def _init(self):
+        params = {"kernel_DD": jax.random.normal(jax.random.key(0), (8, 8))}
+        ema = jax.tree.map(jnp.copy, params)
+        return State(jnp.int32(0), params, ema, OPTIMIZER.init(params), {"num_seen": jnp.int32(0)})
+
+    def init_state(self):
+        self.num_inits += 1
+        return jax.device_put(self._init(), self._sharding)
+
+    def abstract_state(self):
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding)
+        return jax.tree.map(place, jax.eval_shape(self._init))
+
+    def batches(self, start_step):
+        for step in range(start_step, self._num_batches):
+            yield {"x_BD": np.random.default_rng(step).normal(size=(4, 8)).astype(np.float32)}
+
+    def train_step(self, state, batch, step):
+        time.sleep(self._step_s)
+        self._on_step(step)
+        x_BD = batch["x_BD"] * (np.nan if step in self._bad_steps else 1)
+        return self._update(state, x_BD, np.int32(step))
+
+    def evaluate(self, state):
+        self.evaluated_steps.append(int(state.step))
+        return {"loss": float(jnp.sum(state.ema["kernel_DD"] ** 2))}
+
+    def pictures(self, state):
+        return {"weights": np.asarray(state.params["kernel_DD"])[..., None].repeat(3, -1).astype(np.uint8)}
+
+
+def make_settings(num_steps, **changes):
+    intervals = dict(log_every_steps=2, eval_every_steps=5, picture_every_steps=0, save_every_steps=4)
+    return LoopSettings(**(dict(num_steps=num_steps, keep_checkpoints=2, max_bad_steps=3) | intervals | changes))
+
+
+if __name__ == "__main__":
+    logging._open_summary_writer = lambda folder: NoWriter()
+    task = ToyTask(float(sys.argv[3]), on_step=lambda step: print("step", step, flush=True))
+    result = run(task, sys.argv[1], make_settings(int(sys.argv[2])), {"lr": 0.01})
+    print("result", result.step, result.interrupted, flush=True)
