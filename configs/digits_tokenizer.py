@@ -46,7 +46,8 @@ def get_config() -> ml_collections.ConfigDict:
         warmup_steps=30,
         revive_every_steps=15,
         revive_until_step=int(0.6 * NUM_STEPS),
-        revive_below=0.1,
+        revive_below=1.0,
+        usage_decay=0.9,  # follows within tens of steps: a run is short
         l1_weight=0.0,
         l2_weight=1.0,
     )

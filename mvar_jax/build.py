@@ -127,11 +127,11 @@ def build_settings(config: dict):
 
 def build_run(config: dict):
     """What both tasks share: seed, steps, batch, optimizer, mesh."""
-    from mvar_jax.sharding import make_mesh
+    from mvar_jax.sharding import MESH_AXES, make_mesh
     from mvar_jax.training.optimizer import OptimizerOptions
     from mvar_jax.training.tasks import RunOptions
 
-    check_keys("config.mesh", config["mesh"], ("data", "fsdp", "tensor"))
+    check_keys("config.mesh", config["mesh"], MESH_AXES)
     optimizer = fill(OptimizerOptions, "optimizer", config["optimizer"])
     numbers = (config["seed"], config["num_steps"], config["batch_size"])
     run = RunOptions(*numbers, optimizer, make_mesh(**config["mesh"]))

@@ -1,7 +1,7 @@
 """The one table between the published tensors' names and layouts and ours (numpy only)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -106,7 +106,7 @@ def tokenizer_entries(ch_mult: tuple[int, ...], num_res_blocks: int, num_phi: in
         entries.append(Entry((*root, "bias"), (f"{published}.bias",), SAME))
 
     def norm(path: str, published: str) -> None:
-        root = (*path.split("/"), "norm")
+        root = tuple(path.split("/"))
         entries.append(Entry((*root, "scale"), (f"{published}.weight",), SAME))
         entries.append(Entry((*root, "bias"), (f"{published}.bias",), SAME))
 
@@ -155,7 +155,20 @@ def tokenizer_entries(ch_mult: tuple[int, ...], num_res_blocks: int, num_phi: in
     return entries
 
 
-def to_tree(entries: list[Entry], published: dict[str, np.ndarray]) -> dict:
+def published_shapes(entries: list[Entry], shapes: dict) -> dict[str, tuple[int, ...]]:
+    """Shape of every published tensor. shapes: the parameter tree, of anything with a shape."""
+    published = {}
+    for entry in entries:
+        leaf = shapes
+        for key in entry.path:
+            leaf = leaf[key]
+        nothing = np.broadcast_to(np.float32(0), leaf.shape[1:] if entry.is_stacked else leaf.shape)
+        shape = entry.layout.to_published(nothing).shape
+        published |= dict.fromkeys(entry.published, shape)
+    return published
+
+
+def to_tree(entries: list[Entry], published: Mapping[str, np.ndarray]) -> dict:
     """The nested parameter tree of a published state dict that holds every entry."""
     tree: dict = {}
     for entry in entries:

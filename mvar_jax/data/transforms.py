@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import numpy as np
 from PIL import Image
@@ -50,6 +51,15 @@ class DigitTransform:
         )
         grey_YX1 = 2 * np.clip(warped, 0, 1).reshape(self.image_size, self.image_size, 1) - 1
         return np.repeat(grey_YX1, 3, axis=-1)
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """An image file as uint8 [Y, X, 3]. Raises InputError where it is none, or too large to be honest."""
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError("images", str(path), f"a readable image ({error})") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Drawing many samples into a directory, with progress: PNGs, a grid, samples.npz and tokens.npz."""
+"""Samples and reconstructions into a directory, with progress: PNGs, grids, samples.npz and tokens.npz."""
 
 import os
 import tempfile
@@ -8,8 +8,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mvar_jax.errors import InputError
-from mvar_jax.evaluation.pictures import save_png, tile_grid, to_uint8
+from mvar_jax.evaluation.pictures import save_png, side_by_side, tile_grid, to_uint8
 from mvar_jax.model import Model
+from mvar_jax.ops.statistics import psnr, ssim
 from mvar_jax.sampling.sampler import SampleOptions
 
 GRID_IMAGES = 400  # a larger grid is of no use to an eye
@@ -75,3 +76,37 @@ def draw_all(
     zoom = max(1, 96 // images_NYX3.shape[1])
     save_png(out / "grid.png", tile_grid(images_NYX3[:GRID_IMAGES], min(columns, 32), zoom=zoom))
     save_npz(out / "samples.npz", arr_0=images_NYX3, arr_1=labels_N)
+
+
+def reconstruct(model: Model, images_NYX3: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(reconstructions float32 [N, Y, X, 3] in [-1, 1], ids int32 [N, L]), batch by batch at one shape."""
+    N, parts = len(images_NYX3), []
+    for begin in tqdm(range(0, N, batch_size), desc="reconstruct", unit="batch", mininterval=1):
+        rows = np.minimum(np.arange(begin, begin + batch_size), N - 1)
+        ids = model.encode(images_NYX3[rows])
+        parts.append((np.asarray(model.decode(ids)), np.asarray(ids)))
+    images, ids = (np.concatenate(part)[:N] for part in zip(*parts, strict=True))
+    return images, ids
+
+
+def write_reconstructions(model: Model, files: list[Path], load_one, out: Path, batch_size: int, saves_tokens: bool):
+    """Writes a side-by-side PNG of each file, reconstructions.png and the table psnr.md, which it returns."""
+    images = np.stack([load_one(file) for file in files])
+    reconstructions, ids = reconstruct(model, images, min(batch_size, len(files)))
+    before, after = to_uint8(images), to_uint8(reconstructions)
+    zoom = max(1, 96 // images.shape[1])
+    for i, file in enumerate(files):
+        # the number keeps photo.png and photo.jpg apart
+        save_png(out / f"{i:06d}_{file.stem}.png", side_by_side(before[i : i + 1], after[i : i + 1], 1, zoom=zoom))
+    save_png(out / "reconstructions.png", side_by_side(before[:GRID_IMAGES], after[:GRID_IMAGES], 4, zoom=zoom))
+    if saves_tokens:
+        save_npz(out / "tokens.npz", ids=ids)
+    psnr_N, ssim_N = psnr(before, after, 255.0), ssim(before, after, 255.0)
+    rows = [(file.name, *scores) for file, *scores in zip(files, psnr_N, ssim_N, strict=True)]
+    rows.append(("mean", psnr_N.mean(), ssim_N.mean()))
+    table = "| image | PSNR dB | SSIM |\n| --- | --- | --- |\n"
+    table += "".join(f"| {name} | {db:.2f} | {similarity:.4f} |\n" for name, db, similarity in rows)
+    temporary = out / "psnr.md.tmp"
+    temporary.write_text(table)
+    os.replace(temporary, out / "psnr.md")
+    return table

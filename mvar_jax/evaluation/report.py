@@ -32,6 +32,7 @@ REQUIREMENTS = (
     Requirement("num_distinct_pyramids", ">=", "num_samples", "no two samples have the same tokens"),
     Requirement("val_loss_worst_over_log_v", "<", 0.6, "final loss of the worst scale over log V"),
     Requirement("total_s", "<=", 480.0, "training and sampling, wall seconds"),
+    Requirement("clone_to_pictures_s", "<=", 720.0, "installation, training, sampling and report, wall seconds"),
     Requirement("peak_rss_mib", "<=", 4096.0, "largest resident memory of any stage, MiB"),
 )
 COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
@@ -100,12 +101,17 @@ def measure_validation(steps_K, loss_KS, log_v: float) -> dict:
 
 
 def measure_stages(stages: Mapping[str, Mapping]) -> dict:
-    """Sums the records of `launch/stage.py`; memory is the largest process of any stage."""
+    """Sums the records of `launch/stage.py`; memory is the largest process of any stage.
+
+    `total_s` is training and sampling; `clone_to_pictures_s` adds installation and the report itself.
+    """
     fields = ("wall_s", "cpu_s", "peak_rss_mib")
+    work = [record for name, record in stages.items() if name not in ("install", "report")]
     return {
         "stages": {name: {field: record[field] for field in fields} for name, record in stages.items()},
-        "total_s": sum(record["wall_s"] for record in stages.values()),
-        "total_cpu_s": sum(record["cpu_s"] for record in stages.values()),
+        "total_s": sum(record["wall_s"] for record in work),
+        "total_cpu_s": sum(record["cpu_s"] for record in work),
+        "clone_to_pictures_s": sum(record["wall_s"] for record in stages.values()),
         "peak_rss_mib": max(record["peak_rss_mib"] for record in stages.values()),
     }
 
@@ -202,7 +208,7 @@ def _markdown(figures: Mapping, rows: list[dict]) -> str:
     per_scale += ("val_loss_end_per_scale", "val_loss_end_over_log_v_per_scale")
     scales = list(zip(*(figures[name] for name in per_scale), strict=True))
     stages = [(name, *record.values()) for name, record in figures["stages"].items()]
-    stages.append(("all", figures["total_s"], figures["total_cpu_s"], figures["peak_rss_mib"]))
+    stages.append(("training and sampling", figures["total_s"], figures["total_cpu_s"], figures["peak_rss_mib"]))
     shown = {row["figure"] for row in rows}
     others = [
         (name, value) for name, value in figures.items() if name not in shown and isinstance(value, int | float)

@@ -35,6 +35,7 @@ def good_run() -> dict:
         validation_steps_K=[0, 100],
         validation_loss_KS=[[2.8, 2.7], [1.0, 1.5]],
         stages={
+            "install": {"wall_s": 60.0, "cpu_s": 40.0, "peak_rss_mib": 200.0, "finished": True},
             "tokenizer": {"wall_s": 150.0, "cpu_s": 220.0, "peak_rss_mib": 1600.0, "finished": True},
             "transformer": {"wall_s": 230.0, "cpu_s": 420.0, "peak_rss_mib": 1500.0, "finished": True},
         },
@@ -55,6 +56,7 @@ def test_good_run_passes_every_requirement_with_the_right_figures(tmp_path):
     assert figures["log_v"] == pytest.approx(math.log(16))
     assert figures["val_loss_worst_over_log_v"] == pytest.approx(1.5 / math.log(16))
     assert (figures["total_s"], figures["total_cpu_s"], figures["peak_rss_mib"]) == (380, 640, 1600)
+    assert figures["clone_to_pictures_s"] == 440
     mse = ((run["heldout_images"] - run["reconstructions"]) ** 2).mean()
     assert figures["psnr_pooled_mse_db"] == pytest.approx(10 * math.log10(4 / mse))
     assert figures["fd_bound"] == 2 * figures["fd_train"] + figures["fd_reconstructions"]
@@ -64,7 +66,7 @@ def test_good_run_passes_every_requirement_with_the_right_figures(tmp_path):
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["passed"] and written["figures"] == figures
     text = (tmp_path / "report.md").read_text()
-    assert "10 of 10 requirements passed" in text and "FAIL" not in text
+    assert "11 of 11 requirements passed" in text and "FAIL" not in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
@@ -77,6 +79,7 @@ def test_bad_run_fails_every_requirement(tmp_path):
     run["sample_ids_NL"] = np.zeros((200, 5), int)
     run["code_counts_SV"] = np.array([[1] * 8 + [0] * 8] * 2)
     run["validation_loss_KS"] = [[2.8, 2.7], [0.1, math.nan]]
+    run["stages"]["install"]["wall_s"] = 241.0
     run["stages"]["transformer"] |= {"wall_s": 331.0, "peak_rss_mib": 4100.0}
     figures = report.measure(**run)
     assert failed(figures) == {requirement.figure for requirement in report.REQUIREMENTS}
@@ -85,7 +88,7 @@ def test_bad_run_fails_every_requirement(tmp_path):
     assert not report.write_report(tmp_path, figures)
     written = json.loads((tmp_path / "report.json").read_text())
     assert not written["passed"] and written["figures"]["val_loss_worst_over_log_v"] is None
-    assert "0 of 10 requirements passed" in (tmp_path / "report.md").read_text()
+    assert "0 of 11 requirements passed" in (tmp_path / "report.md").read_text()
 
 
 def test_requirement_fails_alone_just_beyond_its_bound():
@@ -101,6 +104,7 @@ def test_requirement_fails_alone_just_beyond_its_bound():
         "num_samples": 100,
         "val_loss_worst_over_log_v": 0.5999,
         "total_s": 480.0,
+        "clone_to_pictures_s": 720.0,
         "peak_rss_mib": 4096.0,
     }
     assert failed(figures) == set()

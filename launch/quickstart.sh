@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# From nothing to pictures on a CPU: tokenizer, token cache, transformer, samples, report, in runs/quickstart.
+# Started again it goes on where it was; finished stages are not repeated.
+#   SEED=1 RUN=runs/seed1 bash launch/quickstart.sh    another seed, beside the first
+set -euo pipefail
+cd "$(dirname "$0")/.."
+RUN=${RUN:-runs/quickstart}
+SEED=${SEED:-0}
+
+export JAX_PLATFORMS=cpu
+# Two host devices share the batch: a quarter faster on two cores. Huge pages spare most of the page faults.
+export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=2}"
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+
+# any Python can time the stages
+python=$(for p in "${PYTHON:-}" python3.12 python3.11 python3; do
+  [ -n "$p" ] && "$p" -c '' 2>/dev/null && echo "$p" && break
+done)
+stage() { # NAME OUTPUT... -- COMMAND...
+  local name=$1
+  shift
+  "$python" launch/stage.py --log "$RUN/stages.json" --name "$name" --makes "$@"
+}
+mvar=(.venv/bin/python -m mvar_jax)
+seeded=("--config.seed=$SEED")
+cached=("${seeded[@]}" "--config.data.cache=$RUN/tokens")
+
+mkdir -p "$RUN"
+stage install .venv/.ready -- bash launch/setup.sh
+bash launch/setup.sh # at once done, but where requirements have changed since
+stage tokenizer "$RUN/tokenizer/model.json" -- \
+  "${mvar[@]}" train --config configs/digits_tokenizer.py --workdir "$RUN/tokenizer" "${seeded[@]}"
+stage tokens "$RUN/tokens/cache.json" -- \
+  "${mvar[@]}" cache_tokens --config configs/digits.py --tokenizer "$RUN/tokenizer" --out "$RUN/tokens" "${cached[@]}"
+stage transformer "$RUN/transformer/model.json" -- \
+  "${mvar[@]}" train --config configs/digits.py --workdir "$RUN/transformer" "${cached[@]}"
+stage samples "$RUN/samples/samples.npz" -- \
+  "${mvar[@]}" sample --checkpoint "$RUN/transformer" --labels 0-9 --num 100 --cfg 0.2 --seed "$SEED" \
+  --batch_size 100 --save_tokens --out "$RUN/samples"
+stage report "$RUN/report.json" "$RUN/samples.png" "$RUN/samples.npz" -- \
+  "${mvar[@]}" report --tokenizer "$RUN/tokenizer" --transformer "$RUN/transformer" --samples "$RUN/samples" \
+  --stages "$RUN/stages.json" --out "$RUN"
+echo "pictures: $RUN/samples.png, $RUN/reconstructions.png, $RUN/curves.png; figures: $RUN/report.md"

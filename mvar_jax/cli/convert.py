@@ -1,0 +1,114 @@
+"""`convert`: published PyTorch weights to a model directory, and back."""
+
+import argparse
+import sys
+
+from mvar_jax.errors import InputError
+
+SUMMARY = "published PyTorch weights to a model directory, and back"
+
+TO_TORCH_OPTIONS = ("checkpoint", "to_torch")
+FROM_TORCH_OPTIONS = (
+    "tokenizer",
+    "transformer",
+    "out",
+    "from_hub",
+    "patch_nums",
+    "kernel_size",
+    "refine_step",
+    "conditioning",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    there = parser.add_argument_group("to a model directory")
+    there.add_argument("--tokenizer", metavar="FILE", help="published tokenizer, as vae_ch160v4096z32.pth")
+    there.add_argument(
+        "--transformer", metavar="FILE", help="published MVAR or VAR transformer, or a trainer's state"
+    )
+    there.add_argument("--out", metavar="DIR", help="model directory to write; new or empty")
+    there.add_argument(
+        "--from_hub",
+        metavar="REPO",
+        nargs="+",
+        help="take the files from this Hugging Face repository; two: the tokenizer's, then the transformer's",
+    )
+    there.add_argument("--patch_nums", metavar="N,N,...", help="side of each token map, where the file does not say")
+    there.add_argument("--kernel_size", metavar="K", help="window side, or one for each scale from refine_step on")
+    there.add_argument("--refine_step", metavar="N", help="first scale that attends to a local window")
+    there.add_argument("--conditioning", metavar="C", help="markov (MVAR) or full (VAR)")
+    back = parser.add_argument_group("back to PyTorch")
+    back.add_argument("--checkpoint", metavar="DIR", help="model directory or training workdir")
+    back.add_argument("--to_torch", metavar="DIR", help="where to write vae.pth and mvar.pth; new or empty")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.checkpoint is not None or args.to_torch is not None:
+        return _run_to_torch(args)
+    from mvar_jax.convert.weights import MisfitError, convert
+
+    if args.out is None:
+        raise InputError("out", None, "--out, the directory to write")
+    options = {
+        "patch_nums": _parse_integers("patch_nums", args.patch_nums),
+        "kernel_size": _one_or_all(_parse_integers("kernel_size", args.kernel_size)),
+        "refine_step": _parse_integer("refine_step", args.refine_step),
+        "conditioning": args.conditioning,
+    }
+    paths = {"tokenizer": args.tokenizer, "transformer": args.transformer}
+    if args.from_hub is not None:
+        paths = _download(args.from_hub, paths)
+    try:
+        modules = convert(paths["tokenizer"], paths["transformer"], args.out, **options)
+    except MisfitError as error:
+        print("\n".join(error.misfits), file=sys.stderr)
+        raise
+    print(f"wrote {args.out}: {', '.join(sorted(modules))}")
+    return 0
+
+
+def _run_to_torch(args: argparse.Namespace) -> int:
+    from mvar_jax.convert.to_torch import to_torch
+
+    for name in TO_TORCH_OPTIONS:
+        if getattr(args, name) is None:
+            raise InputError(name, None, "a directory: --checkpoint and --to_torch go together")
+    for name in FROM_TORCH_OPTIONS:
+        if getattr(args, name) is not None:
+            raise InputError(name, getattr(args, name), "nothing: it has no meaning with --to_torch")
+    for path in to_torch(args.checkpoint, args.to_torch):
+        print(f"wrote {path}")
+    return 0
+
+
+def _download(repos: list[str], filenames: dict[str, str | None]) -> dict[str, str | None]:
+    from mvar_jax.convert.hub import download
+
+    if len(repos) > 2:
+        raise InputError("from_hub", repos, "one repository, or the tokenizer's and then the transformer's")
+    if not any(filenames.values()):
+        raise InputError(
+            "tokenizer", None, "the name of a file in the repository, for --tokenizer, --transformer or both"
+        )
+    repo_of = {"tokenizer": repos[0], "transformer": repos[-1]}
+    return {kind: name and str(download(repo_of[kind], name)) for kind, name in filenames.items()}
+
+
+def _parse_integers(field: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise InputError(field, text, "whole numbers with commas between them") from None
+
+
+def _parse_integer(field: str, text: str | None) -> int | None:
+    numbers = _parse_integers(field, text)
+    if numbers is not None and len(numbers) != 1:
+        raise InputError(field, text, "one whole number")
+    return numbers and numbers[0]
+
+
+def _one_or_all(numbers: tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+    return numbers[0] if numbers is not None and len(numbers) == 1 else numbers

@@ -1,0 +1,113 @@
+"""A model directory -> files that torch.load opens and the published programs load strictly; torch is not needed."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mvar_jax.convert.directory import check_new, new_directory
+from mvar_jax.convert.names import to_published
+from mvar_jax.convert.sizes import NUM_GROUPS
+from mvar_jax.convert.weights import entries_of
+from mvar_jax.errors import InputError
+from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.transformer import Transformer
+from mvar_jax.store import load_model
+
+STORAGES = {np.dtype(np.float32): b"FloatStorage", np.dtype(np.int64): b"LongStorage"}
+
+
+def to_torch(checkpoint: str | os.PathLike, out: str | os.PathLike) -> list[Path]:
+    """Writes a model directory's or workdir's modules into `out`; returns the files.
+
+    `vae.pth`, and `mvar.pth` (`{"mvar_wo_ddp": ...}`) or for the VAR baseline `var.pth`. Every parameter keeps
+    its bits; the buffers that the published modules hold besides are derived. Raises InputError.
+    """
+    out = Path(out)
+    check_new("to_torch", out)
+    modules, params = load_model(Path(checkpoint))
+    files = {}
+    for kind, module in modules.items():
+        state = to_published(entries_of(module), jax.tree.map(np.asarray, params[kind]))
+        if kind == "tokenizer":
+            check_groups(module)
+            files["vae.pth"] = state | tokenizer_buffers(module)
+        elif module.conditioning == "full":
+            files["var.pth"] = state | transformer_buffers(module)
+        else:
+            files["mvar.pth"] = {"mvar_wo_ddp": state | transformer_buffers(module)}
+    with new_directory("to_torch", out) as temporary:
+        for name, content in files.items():
+            write_torch(temporary / name, content)
+    return [out / name for name in files]
+
+
+def check_groups(tokenizer: Tokenizer) -> None:
+    """Raises InputError where the published tokenizer would normalise in other groups."""
+    if tokenizer.num_groups != NUM_GROUPS:
+        expected = f"{NUM_GROUPS}, the only number of groups that the published program has"
+        raise InputError("num_groups", tokenizer.num_groups, expected)
+
+
+def tokenizer_buffers(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """Code usage, which is counted anew."""
+    return {"quantize.ema_vocab_hit_SV": np.zeros((len(tokenizer.sides), tokenizer.vocab_size), np.float32)}
+
+
+def transformer_buffers(transformer: Transformer) -> dict[str, np.ndarray]:
+    """Levels, the additive mask of the published training pass, and the zero bias of the keys."""
+    levels = transformer.pyramid.level_of_token().astype(np.int64)
+    is_seen = levels[:, None] == levels
+    if transformer.conditioning == "full":
+        is_seen = levels[:, None] >= levels
+    zeros = {
+        f"blocks.{i}.attn.zero_k_bias": np.zeros(transformer.width, np.float32) for i in range(transformer.depth)
+    }
+    mask = np.where(is_seen, np.float32(0), np.float32(-np.inf))[None, None]
+    return {"lvl_1L": levels[None], "attn_bias_for_masking": mask} | zeros
+
+
+def write_torch(path: Path, content: dict) -> None:
+    """Writes nested dicts of arrays (float32 or int64) by string keys as torch.save does, members stored."""
+    arrays: list[np.ndarray] = []
+    pickled = pickle.PROTO + b"\x02" + pickle_value(content, arrays) + pickle.STOP
+    root = path.stem
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(zipfile.ZipInfo(f"{root}/data.pkl"), pickled)
+        archive.writestr(zipfile.ZipInfo(f"{root}/byteorder"), b"little")
+        for i, array in enumerate(arrays):
+            data = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+            archive.writestr(zipfile.ZipInfo(f"{root}/data/{i}"), data.tobytes())
+        archive.writestr(zipfile.ZipInfo(f"{root}/version"), b"3\n")
+
+
+def pickle_value(value: dict | np.ndarray, arrays: list[np.ndarray]) -> bytes:
+    """The opcodes that put a value on the stack; arrays go to `arrays`, whose places are their storage keys."""
+    if isinstance(value, dict):
+        items = b"".join(pickle_plain(key) + pickle_value(item, arrays) for key, item in value.items())
+        return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
+    arrays.append(value)
+    strides = tuple(int(np.prod(value.shape[axis + 1 :])) for axis in range(value.ndim))
+    storage = (
+        pickle.MARK
+        + pickle_plain("storage")
+        + (pickle.GLOBAL + b"torch\n" + STORAGES[value.dtype] + b"\n")
+        + b"".join(map(pickle_plain, (str(len(arrays) - 1), "cpu", value.size)))
+        + (pickle.TUPLE + pickle.BINPERSID)
+    )
+    no_hooks = pickle.GLOBAL + b"collections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE
+    return (
+        (pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n" + pickle.MARK)
+        + storage
+        + b"".join(map(pickle_plain, (0, value.shape, strides, False)))
+        + no_hooks
+        + (pickle.TUPLE + pickle.REDUCE)
+    )
+
+
+def pickle_plain(value: str | int | bool | tuple[int, ...]) -> bytes:
+    """The opcodes of a plain value, without the frame of a whole pickle."""
+    return pickle.dumps(value, protocol=2)[2:-1]

@@ -1,0 +1,158 @@
+"""Published PyTorch weights -> a model directory, or the parameter tree that a training run starts from."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import flax.linen as nn
+import numpy as np
+
+from mvar_jax.convert.directory import check_new, new_directory
+from mvar_jax.convert.names import (
+    PUBLISHED_BUFFERS,
+    Entry,
+    published_shapes,
+    to_tree,
+    tokenizer_entries,
+    transformer_entries,
+)
+from mvar_jax.convert.reader import TorchFile
+from mvar_jax.convert.sizes import StateDict, find_state_dict, tokenizer_fields, transformer_fields, window_fields
+from mvar_jax.errors import InputError
+from mvar_jax.models.transformer import Transformer
+from mvar_jax.store import abstract_params, module_from_dict, save_model
+
+FLOATS = ("float32", "float16", "bfloat16")  # all held exactly by the float32 of our parameters
+SHOWN_MISFITS = 3
+
+
+class MisfitError(InputError):
+    """Tensors that are missing, not needed, or of another shape. `misfits`: one line for each."""
+
+    def __init__(self, state: StateDict, kind: str, misfits: list[str]):
+        self.misfits = misfits
+        more = f"; and {len(misfits) - SHOWN_MISFITS} more" if len(misfits) > SHOWN_MISFITS else ""
+        shown = "; ".join(misfits[:SHOWN_MISFITS]) + more
+        path = str(state.file.path)
+        super().__init__(state.file.field, path, f"the tensors of a {kind}, {len(misfits)} do not fit: {shown}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AsFloat32(Mapping):
+    """A state dict whose tensors are widened to float32 when they are read."""
+
+    state: StateDict
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.state[name].astype(np.float32, copy=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+def convert(
+    tokenizer_path: str | os.PathLike | None,
+    transformer_path: str | os.PathLike | None,
+    out: str | os.PathLike,
+    *,
+    patch_nums: tuple[int, ...] | None = None,
+    kernel_size: int | tuple[int, ...] | None = None,
+    refine_step: int | None = None,
+    conditioning: str | None = None,
+) -> dict[str, nn.Module]:
+    """Writes the model directory `out` from published files, either of which may be None; returns its modules.
+
+    The options are what the weights do not show; those that are not given must follow from the files or from
+    the published programs. Raises InputError, and then leaves nothing at `out`.
+    """
+    out = Path(out)
+    check_new("out", out)
+    given = {"kernel_size": kernel_size, "refine_step": refine_step, "conditioning": conditioning}
+    if tokenizer_path is None and transformer_path is None:
+        raise InputError("tokenizer", None, "a file for --tokenizer, --transformer, or both")
+    if transformer_path is None:
+        for name, value in given.items():
+            if value is not None:
+                raise InputError(name, value, "nothing: it belongs to a transformer, and there is none")
+    modules, params = {}, {}
+    if transformer_path is not None:
+        with TorchFile("transformer", transformer_path) as file:
+            state = find_state_dict("transformer", file)
+            fields = transformer_fields(state, patch_nums)
+            fields |= window_fields(state, fields["sides"], given)
+            modules["transformer"], params["transformer"] = read_module("transformer", state, fields)
+        patch_nums = fields["sides"]
+    if tokenizer_path is not None:
+        with TorchFile("tokenizer", tokenizer_path) as file:
+            state = find_state_dict("tokenizer", file)
+            fields = tokenizer_fields(state, patch_nums)
+            check_pair(state, fields, modules.get("transformer"))
+            modules["tokenizer"], params["tokenizer"] = read_module("tokenizer", state, fields)
+    with new_directory("out", out) as temporary:
+        save_model(temporary, modules, params)
+    return modules
+
+
+def load_published(
+    transformer_path: str | os.PathLike, patch_nums: tuple[int, ...] | None = None
+) -> tuple[dict, dict]:
+    """(fields, parameters) of a published MVAR or VAR transformer, for a run that starts from its weights.
+
+    fields: those of `Transformer` that the weights decide (sides, vocab_size, code_width, num_classes, depth,
+    width, num_heads, shared_aln). parameters: float32 numpy, in the tree that `Transformer` has for either
+    conditioning; masks are not part of it. Raises InputError.
+    """
+    with TorchFile("transformer", transformer_path) as file:
+        state = find_state_dict("transformer", file)
+        fields = transformer_fields(state, patch_nums)
+        # Neither the window nor the conditioning changes the parameters.
+        whole = {"kernel_size": 1, "refine_step": len(fields["sides"])}
+        return fields, read_module("transformer", state, fields | whole)[1]
+
+
+def read_module(kind: str, state: StateDict, fields: dict) -> tuple[nn.Module, dict]:
+    """The module of these fields and its parameters. Raises InputError unless every tensor is used just once."""
+    module = module_from_dict(kind, fields)
+    entries = entries_of(module)
+    wanted = published_shapes(entries, nn.meta.unbox(abstract_params(module)))
+    if misfits := find_misfits(wanted, state):
+        raise MisfitError(state, kind, misfits)
+    for name in state:
+        if name.endswith("zero_k_bias") and np.any(state[name]):
+            raise state.refuse(f"a {name} of zeros: keys have no bias")
+    return module, to_tree(entries, AsFloat32(state))
+
+
+def entries_of(module: nn.Module) -> list[Entry]:
+    """The table between the published tensors and this module's parameters."""
+    if isinstance(module, Transformer):
+        return transformer_entries(module.depth, module.num_heads, module.shared_aln)
+    return tokenizer_entries(module.ch_mult, module.num_res_blocks, module.num_phi, len(module.sides))
+
+
+def find_misfits(wanted: dict[str, tuple[int, ...]], state: StateDict) -> list[str]:
+    """One line for each tensor that is missing, not needed, or of another shape or a non-float dtype."""
+    misfits = []
+    for name in [*wanted, *(name for name in state if name not in wanted)]:
+        tensor = state.tensors.get(name)
+        if tensor is None:
+            misfits.append(f"{name} {wanted[name]} is missing")
+        elif name not in wanted:
+            if not name.endswith(PUBLISHED_BUFFERS):
+                misfits.append(f"{name!a} {tensor.shape} is not needed")
+        elif tensor.shape != wanted[name]:
+            misfits.append(f"{name} {wanted[name]} has shape {tensor.shape}")
+        elif tensor.dtype.name not in FLOATS:
+            misfits.append(f"{name} {wanted[name]} is {tensor.dtype.name}, not one of {', '.join(FLOATS)}")
+    return misfits
+
+
+def check_pair(state: StateDict, fields: dict, transformer: Transformer | None) -> None:
+    """Raises InputError unless the tokenizer's codes are those that the transformer predicts."""
+    for name in ("vocab_size", "code_width"):
+        if transformer is not None and fields[name] != getattr(transformer, name):
+            raise state.refuse(f"{name}={getattr(transformer, name)}, that of the transformer; found {fields[name]}")

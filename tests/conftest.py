@@ -1,0 +1,161 @@
+"""Fixtures that several files share. What is slow to compile is computed once for the whole session."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_case import (
+    MVAR,
+    SIDES,
+    TOKENIZER,
+    TOKENIZER_ENTRIES,
+    TRANSFORMER_ENTRIES,
+    VAR,
+    Compiled,
+    load,
+)
+
+from mvar_jax.convert.names import to_tree
+from mvar_jax.sampling.sampler import SampleOptions, guided_logits, keys_of_samples, sample_pyramid
+from mvar_jax.training.transformer_step import phase_loss, previous_of
+
+
+@pytest.fixture(scope="session")
+def tokenizer_params():
+    return jax.tree.map(jnp.asarray, to_tree(TOKENIZER_ENTRIES, load("vae")))
+
+
+@pytest.fixture(scope="session")
+def transformer_params():
+    return jax.tree.map(jnp.asarray, to_tree(TRANSFORMER_ENTRIES, load("mvar")))
+
+
+@pytest.fixture(scope="session")
+def golden_images():
+    """float32 [2, 256, 256, 3] in [-1, 1]."""
+    images_u8 = load("tokenizer")["image_u8"].astype(np.float32)
+    return jnp.asarray((2 * images_u8 / 255 - 1).transpose(0, 2, 3, 1))
+
+
+@pytest.fixture(scope="session")
+def golden_batch():
+    """What a training step sees of the golden images, but the label."""
+    golden = load("tokenizer")
+    return {"ids": jnp.asarray(golden["ids"]), "previous": jnp.asarray(golden["mvar_input"])}
+
+
+@pytest.fixture(scope="session")
+def encoded_images(tokenizer_params, golden_images):
+    """(f, ids) of `Tokenizer.features` and `Tokenizer.encode`."""
+    both = lambda module, images: (module.features(images), module.encode(images))
+    encode = jax.jit(lambda params, images: TOKENIZER.apply({"params": params}, images, method=both))
+    return encode(tokenizer_params, golden_images)
+
+
+@pytest.fixture(scope="session")
+def accumulated_ids(tokenizer_params):
+    """(f_hat after each scale, teacher-forcing input) from the golden ids alone."""
+    both = lambda module, ids: (module.f_hats(ids), module.teacher_forcing(ids))
+    accumulate = jax.jit(lambda params, ids: TOKENIZER.apply({"params": params}, ids, method=both))
+    return accumulate(tokenizer_params, load("tokenizer")["ids"])
+
+
+@pytest.fixture(scope="session")
+def decode(tokenizer_params):
+    """Latent maps [B, y, x, c] -> images in [-1, 1]; one program for every batch, padded to 4 maps a call."""
+    run = jax.jit(lambda params, f_hat: TOKENIZER.apply({"params": params}, f_hat, method="decode"))
+
+    def in_fours(f_hat_BYXc):
+        f_hat = np.asarray(f_hat_BYXc)
+        padded = np.concatenate([f_hat, np.zeros_like(f_hat, shape=(-len(f_hat) % 4, *f_hat.shape[1:]))])
+        parts = [run(tokenizer_params, padded[i : i + 4]) for i in range(0, len(padded), 4)]
+        return np.concatenate(parts)[: len(f_hat)]
+
+    return in_fours
+
+
+@pytest.fixture(scope="session")
+def tokenizer_training(tokenizer_params, golden_images):
+    """The training forward and the gradients of vq_loss + mse(reconstruction, x)."""
+
+    def loss_fn(params, images):
+        rec, vq_loss, encoded = TOKENIZER.apply({"params": params}, images)
+        rec_mse = jnp.mean(jnp.square(rec - images))
+        return vq_loss + rec_mse, {"rec": rec, "vq_loss": vq_loss, "rec_mse": rec_mse, "encoded": encoded}
+
+    (_, result), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(tokenizer_params, golden_images)
+    return {**result, "grads": grads}
+
+
+def compile_pass(model, phase):
+    """(params, batch) -> logits, loss, smoothed loss, sums per scale and gradients of one phase."""
+
+    def run(params, batch):
+        previous = previous_of(batch["previous"], phase, num_start=1)
+        logits, _ = model.apply({"params": params}, previous, batch["label"], phase)
+        grad_fn = jax.value_and_grad(lambda params: phase_loss(model, params, batch, phase), has_aux=True)
+        (loss, (nll_BS, hits_BS)), grads = grad_fn(params)
+        smoothed_loss, _ = phase_loss(model, params, batch, phase, label_smoothing=0.1)
+        return {
+            "logits": logits,
+            "loss": loss,
+            "smoothed_loss": smoothed_loss,
+            "nll": nll_BS,
+            "hits": hits_BS,
+            "grads": grads,
+        }
+
+    return jax.jit(run)
+
+
+@pytest.fixture(scope="session")
+def phase_programs():
+    """One compiled pass for each of MVAR's three phases, shared by the parity and the optimizer tests."""
+    return [compile_pass(MVAR, phase) for phase in MVAR.phases()]
+
+
+@pytest.fixture(scope="session")
+def run_phases(phase_programs, transformer_params, golden_batch):
+    """labels -> the passes of all three phases."""
+
+    @functools.cache
+    def run(labels):
+        batch = {**golden_batch, "label": jnp.asarray(labels)}
+        return [program(transformer_params, batch) for program in phase_programs]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_var(transformer_params, golden_batch):
+    """labels -> VAR's one block-causal pass."""
+    program = compile_pass(VAR, VAR.phases()[0])
+    return functools.cache(lambda labels: program(transformer_params, {**golden_batch, "label": jnp.asarray(labels)}))
+
+
+@pytest.fixture(scope="session")
+def draw_golden(transformer_params, tokenizer_params):
+    """(model name, options, noise) -> (ids, f_hat, guided logits of each scale) for the golden labels."""
+    tokenizer = Compiled(TOKENIZER)
+    models = {"mvar": Compiled(MVAR), "var": Compiled(VAR)}
+    keys_B = keys_of_samples(0, np.arange(2))
+
+    def draw(name: str, options: SampleOptions, noise=None):
+        logits_fn = guided_logits(models[name], transformer_params, jnp.asarray([1, 3]), options.cfg)
+        given = {} if noise is None else {"noise": noise}
+        return sample_pyramid(logits_fn, tokenizer, tokenizer_params, keys_B, options, **given)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def greedy_draws(draw_golden):
+    """(model name, cfg) -> greedy draw."""
+    return functools.cache(lambda name, cfg: draw_golden(name, SampleOptions(cfg, top_k=1)))
+
+
+@pytest.fixture(scope="session")
+def num_tokens_per_scale():
+    return [side * side for side in SIDES]

@@ -1,0 +1,59 @@
+"""A small tokenizer and transformer for properties, and seeded parameters that need no compiled initialisation."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.transformer import Transformer
+
+SIDES = (1, 2, 4, 5)
+TOKENIZER = Tokenizer(
+    SIDES, vocab_size=16, code_width=4, ch=8, ch_mult=(1, 2), num_res_blocks=1, num_groups=4, num_phi=2
+)
+MODEL = Transformer(
+    SIDES,
+    refine_step=2,
+    kernel_size=3,
+    vocab_size=16,
+    code_width=4,
+    num_classes=3,
+    depth=2,
+    width=16,
+    num_heads=2,
+)
+NUM_TOKENS = MODEL.pyramid.num_tokens
+
+
+def shapes_of(module):
+    """The parameter tree as shapes; nothing is compiled."""
+    if isinstance(module, Transformer):
+        boxed = jax.eval_shape(module.init_params, jax.random.key(0))
+    else:
+        image = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, 3), jnp.float32)
+        boxed = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    return nn.meta.unbox(boxed)
+
+
+def seeded_params(module, seed: int = 0, std: float = 0.3):
+    """Normal parameters: every part of the module then matters, unlike after its own damped initialisation."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(std * rng.normal(size=x.shape), jnp.float32), shapes_of(module))
+
+
+def seeded_batch(model=MODEL, batch_size: int = 2, seed: int = 0) -> dict:
+    """ids, label, index and a teacher-forcing input of random numbers."""
+    rng = np.random.default_rng(seed)
+    num_tokens, num_start = model.pyramid.num_tokens, model.pyramid.areas[0]
+    previous = rng.normal(size=(batch_size, num_tokens - num_start, model.code_width))
+    return {
+        "ids": jnp.asarray(rng.integers(0, model.vocab_size, (batch_size, num_tokens)), jnp.int32),
+        "label": jnp.asarray(rng.integers(0, model.num_classes, batch_size), jnp.int32),
+        "index": jnp.arange(batch_size),
+        "previous": jnp.asarray(previous, jnp.float32),
+    }
+
+
+def count(tree) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

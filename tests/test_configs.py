@@ -1,0 +1,73 @@
+"""Every config in configs/ builds its model abstractly and carries a docstring with its command."""
+
+import importlib
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import pytest
+
+from mvar_jax import build
+from mvar_jax.errors import InputError
+from mvar_jax.store import abstract_params
+
+CONFIGS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def load(name: str) -> dict:
+    return importlib.import_module(f"configs.{name}").get_config().to_dict()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_builds_its_model_abstractly(name):
+    params = nn.meta.unbox(abstract_params(build.build_module(load(name))))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) > 1000
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_builds_its_run_and_settings(name):
+    config = load(name)
+    assert build.build_run(config).num_steps == build.build_settings(config).num_steps == config["num_steps"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_docstring_states_command_and_hardware(name):
+    text = importlib.import_module(f"configs.{name}").__doc__
+    assert f"configs/{name}.py" in text and "Hardware:" in text
+
+
+def test_misspelt_key_is_refused_with_the_nearest_one():
+    config = load("digits")
+    config["optimizer"]["wieght_decay"] = 0.1
+    with pytest.raises(InputError, match="config.optimizer.wieght_decay=0.1.*config.optimizer.weight_decay"):
+        build.build_run(config)
+
+
+def test_key_of_the_other_task_is_refused():
+    config = load("digits") | {"codebook": {}}
+    with pytest.raises(InputError, match="config.codebook"):
+        build.build_module(config)
+
+
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"kernel_size": (3, 4)}, "config.model.kernel_size"),
+        ({"sides": (1, 2, 2, 5, 8)}, "config.model.sides"),
+        ({"refine_step": 6}, "config.model.refine_step"),
+        ({"num_heads": 5}, "config.model.num_heads"),
+        ({"deptth": 5}, "config.model.deptth"),
+    ],
+)
+def test_model_value_out_of_range_names_its_field(change, field):
+    config = load("digits")
+    config["model"] |= change
+    with pytest.raises(InputError, match=field):
+        build.build_module(config)
+
+
+def test_scales_that_do_not_end_at_the_latent_side_are_refused_with_both():
+    config = load("digits_tokenizer")
+    config["model"]["sides"] = (1, 2, 3, 5, 7)
+    with pytest.raises(InputError, match=r"config.model.sides=\(1, 2, 3, 5, 7\).*last side of 8.*image_size=32 / 4"):
+        build.build_module(config)
