@@ -133,8 +133,9 @@ def restore_weights(workdir: str | os.PathLike, step: int | None = None, prefer_
     if step is not None and step not in steps:
         raise InputError("step", step, f"one of {', '.join(map(str, steps))}, the checkpoints in {workdir}")
     folder = folder / str(steps[-1] if step is None else step)
-    name = "ema" if prefer_ema and (folder / "ema").is_dir() else "params"
-    return _read_item(folder, name)
+    # a lost average must not pass for a run that kept none
+    has_ema = (folder / "ema").is_dir() or any(name.startswith("ema/") for name in _read_sums(folder))
+    return _read_item(folder, "ema" if prefer_ema and has_ema else "params")
 
 
 def save_tree(path: str | os.PathLike, tree: Any) -> None:
@@ -275,20 +276,25 @@ def _write_checksums(folder: Path) -> None:
     write_atomically(folder / CHECKSUM_FILE, json.dumps(sums, indent=0))
 
 
+def _read_sums(folder: Path) -> dict[str, int]:
+    """File name -> checksum. Raises InputError where the list is missing or unreadable."""
+    try:
+        return json.loads((folder / CHECKSUM_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, f"{CHECKSUM_FILE}: {shorten(error)}") from None
+
+
 def _find_damage(folder: Path, prefix: str = "") -> str | None:
     """What is wrong with the files whose names begin with `prefix`, in a few words."""
-    path = folder / CHECKSUM_FILE
-    try:
-        sums = json.loads(path.read_text())
-        for name, value in sums.items():
-            if not name.startswith(prefix):
-                continue
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if _checksum(folder / name) != value:
-                return f"{name} is damaged"
-    except (OSError, ValueError) as error:
-        return f"{path.name}: {shorten(error)}"
+    for name, value in _read_sums(folder).items():
+        if not name.startswith(prefix):
+            continue
+        try:
+            is_whole = _checksum(folder / name) == value
+        except OSError:
+            return f"{name} is missing"
+        if not is_whole:
+            return f"{name} is damaged"
     return None
 
 

@@ -16,7 +16,7 @@ from mvar_jax.model import Model
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.statistics import perplexity
-from mvar_jax.sharding import check_batch_size, put_batch, use_mesh
+from mvar_jax.sharding import check_batch_size, put_batch, replicated, use_mesh
 from mvar_jax.store import initializer
 from mvar_jax.training import tokenizer_step, transformer_step
 from mvar_jax.training.optimizer import OptimizerOptions
@@ -178,9 +178,16 @@ class TransformerTask(_Task):
         options.check()
         super().__init__(run, transformer, data, transform, {})
         self.transformer, self.options = transformer, options
-        self.tokenizer, self.tokenizer_params = tokenizer, tokenizer_params
-        quantizer = {k: v for k, v in tokenizer_params.items() if k == "codebook" or k.startswith("phi_convs")}
-        teacher_forcing = lambda ids_BL: tokenizer.apply({"params": quantizer}, ids_BL, method="teacher_forcing")
+        self.tokenizer = tokenizer
+        self.tokenizer_params = jax.device_put(tokenizer_params, replicated(run.mesh))
+        quantizer = {
+            name: jax.tree.map(np.asarray, leaf)
+            for name, leaf in tokenizer_params.items()
+            if name == "codebook" or name.startswith("phi_convs")
+        }
+        teacher_forcing = lambda ids_BL: tokenizer.apply(
+            {"params": jax.tree.map(jnp.asarray, quantizer)}, ids_BL, method="teacher_forcing"
+        )
         step = functools.partial(
             transformer_step.train_step, transformer, teacher_forcing, run.optimizer, options, run.seed
         )

@@ -7,6 +7,7 @@ import pytest
 import torch_files
 
 import mvar_jax
+from mvar_jax.convert.reader import TorchFile
 from mvar_jax.convert.to_torch import to_torch
 from mvar_jax.convert.weights import MisfitError, convert, load_published
 from mvar_jax.errors import InputError
@@ -28,7 +29,7 @@ TRANSFORMER = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def golden():
     return {name: dict(np.load(TINY / f"{name}.npz")) for name in ("vae", "mvar")}
 
@@ -60,55 +61,53 @@ def save(tmp_path, content, name="x.pth"):
     return tmp_path / name
 
 
-def test_converted_model_reproduces_published_samples_and_tokens(tmp_path):
-    convert(TINY / "vae.pth", TINY / "mvar.pth", tmp_path / "model")
-    model = mvar_jax.load(tmp_path / "model")
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """Directory of the tiny tokenizer and transformer."""
+    out = tmp_path_factory.mktemp("converted") / "model"
+    convert(TINY / "vae.pth", TINY / "mvar.pth", out)
+    return out
+
+
+def test_converted_model_reproduces_published_samples_and_tokens(converted):
+    model = mvar_jax.load(converted)
     sampled, tokens = np.load(TINY / "sample_cfg1.0.npz"), np.load(TINY / "tokenizer.npz")
-    _, ids_BL = model.sample(sampled["labels"], top_k=1, cfg=1.0)
-    np.testing.assert_array_equal(ids_BL, sampled["ids"])
-    images_BYX3 = 2 * tokens["image_u8"].astype(np.float32) / 255 - 1
-    if images_BYX3.shape[1] == 3:
-        images_BYX3 = images_BYX3.transpose(0, 2, 3, 1)
+    # Greedy ids are those, and only those, that are the likeliest ones when they are fed back themselves.
+    likeliest_BL = model.logits(sampled["ids"], sampled["labels"]).argmax(-1)
+    np.testing.assert_array_equal(likeliest_BL, sampled["ids"])
+    images_BYX3 = 2 * tokens["image_u8"].astype(np.float32).transpose(0, 2, 3, 1) / 255 - 1
     np.testing.assert_array_equal(model.encode(images_BYX3), tokens["ids"])
 
 
-def test_reads_every_size_off_published_files(tmp_path):
-    modules = convert(TINY / "vae.pth", TINY / "mvar.pth", tmp_path / "model")
+def test_reads_every_size_off_published_files(converted):
+    modules, _ = load_model(converted)
     assert modules["transformer"] == module_from_dict("transformer", TRANSFORMER | {"conditioning": "markov"})
     sizes = {"sides": SIDES, "vocab_size": 64, "code_width": 8, "ch": 32, "ch_mult": (1, 1, 2, 2, 4), "num_phi": 4}
     assert modules["tokenizer"] == module_from_dict("tokenizer", sizes)
-    assert load_model(tmp_path / "model")[0] == modules
 
 
-def test_either_file_converts_alone(tmp_path):
-    convert(TINY / "vae.pth", None, tmp_path / "vae", patch_nums=SIDES)
+def test_either_file_converts_alone(tmp_path, golden, converted):
+    path = save(tmp_path, {"trainer": {"vae_local": torch_files.ModuleState(golden["vae"])}})
+    convert(path, None, tmp_path / "vae", patch_nums=SIDES)
     convert(None, TINY / "mvar.pth", tmp_path / "mvar")
-    convert(TINY / "vae.pth", TINY / "mvar.pth", tmp_path / "both")
-    alone, both = {}, load_model(tmp_path / "both")[1]
-    for name in ("vae", "mvar"):
-        alone |= load_model(tmp_path / name)[1]
-    assert_same_trees(alone, both)
+    alone = load_model(tmp_path / "vae")[1] | load_model(tmp_path / "mvar")[1]
+    assert_same_trees(alone, load_model(converted)[1])
 
 
 @pytest.mark.parametrize("wrapper", ["mvar_wo_ddp", "var_wo_ddp"])
-def test_trainer_states_say_what_they_are(tmp_path, golden, wrapper):
+def test_trainer_states_say_what_they_are(tmp_path, golden, converted, wrapper):
     settings = {"kernel_size": 5, "refine_step": 9, "lr": 1e-4, "names": ["a", None, True]}
     optimizer = {"state": {0: {"exp_avg": np.ones((3, 2), np.float32)}}, "param_groups": [{"betas": (0.9, 0.95)}]}
-    trainer = {
-        "config": {"patch_nums": SIDES},
-        wrapper: torch_files.ModuleState(golden["mvar"]),
-        "vae_local": torch_files.ModuleState(golden["vae"]),
-        "var_opt": optimizer,
-    }
+    trainer = {"config": {"patch_nums": SIDES}, wrapper: torch_files.ModuleState(golden["mvar"]), "opt": optimizer}
     path = save(tmp_path, {"epoch": 3, "iter": 0, "trainer": trainer, "args": settings})
-    modules = convert(path, path, tmp_path / "model")
-    transformer = modules["transformer"]
+    transformer = convert(None, path, tmp_path / "model")["transformer"]
     assert (transformer.kernel_size, transformer.refine_step) == (5, 9)
     assert transformer.conditioning == {"mvar_wo_ddp": "markov", "var_wo_ddp": "full"}[wrapper]
-    given = convert(None, path, tmp_path / "given", kernel_size=3, refine_step=4, conditioning="markov")["transformer"]
+    given = convert(None, path, tmp_path / "given", kernel_size=3, refine_step=4, conditioning="markov")[
+        "transformer"
+    ]
     assert (given.kernel_size, given.refine_step, given.conditioning) == (3, 4, "markov")
-    convert(TINY / "vae.pth", TINY / "mvar.pth", tmp_path / "plain")
-    assert_same_trees(load_model(tmp_path / "model")[1], load_model(tmp_path / "plain")[1])
+    assert_same_trees(load_model(tmp_path / "model")[1]["transformer"], load_model(converted)[1]["transformer"])
 
 
 def test_plain_transformer_is_asked_for_its_conditioning_unless_its_mask_shows_mvar(tmp_path, golden):
@@ -119,12 +118,11 @@ def test_plain_transformer_is_asked_for_its_conditioning_unless_its_mask_shows_m
     assert modules["transformer"].conditioning == "markov"
 
 
-def test_load_published_gives_var_weights_as_the_same_tree(tmp_path):
+def test_load_published_gives_var_weights_as_the_same_tree(converted):
     fields, params = load_published(TINY / "var.pth")
     expected = {name: value for name, value in TRANSFORMER.items() if name not in ("kernel_size", "refine_step")}
     assert fields == expected | {"shared_aln": False}
-    convert(None, TINY / "mvar.pth", tmp_path / "model")
-    assert_same_trees(jax.tree.map(np.asarray, load_model(tmp_path / "model")[1]["transformer"]), params)
+    assert_same_trees(params, jax.tree.map(np.asarray, load_model(converted)[1]["transformer"]))
 
 
 OTHERS = {
@@ -149,13 +147,145 @@ def test_other_structures_go_to_torch_and_back(tmp_path, case):
     params = make_params(module)
     save_model(tmp_path / "model", {kind: module}, {kind: params})
     (path,) = to_torch(tmp_path / "model", tmp_path / "torch")
-    with mvar_jax.convert.reader.TorchFile(kind, path) as file:
+    with TorchFile(kind, path) as file:
         assert file.content.get("mvar_wo_ddp", file.content)[key].shape == shape
     if kind == "tokenizer":
         again = convert(path, None, tmp_path / "again", patch_nums=(1, 2, 3))
     else:
         options = {"kernel_size": 3, "refine_step": 2, "conditioning": module.conditioning}
         again = convert(None, path, tmp_path / "again", **options)
-    assert again[kind].clone() == module.clone(**{name: getattr(again[kind], name) for name in ("refine_step",)
-        if module is not None and kind == "transformer"})
+    assert again[kind] == module
     assert_same_trees(jax.tree.map(np.asarray, load_model(tmp_path / "again")[1][kind]), params)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_weights_are_widened(tmp_path, golden, dtype):
+    is_kept = lambda name: name == "lvl_1L" or name == "attn_bias_for_masking"
+    halves = {name: x if is_kept(name) else x.astype(dtype) for name, x in golden["mvar"].items()}
+    _, params = load_published(save(tmp_path, halves))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(params["head"]["kernel"], halves["head.weight"].T.astype(np.float32), strict=True)
+
+
+@pytest.mark.parametrize("kind", ["mvar", "vae"])
+def test_every_missing_extra_and_misshapen_tensor_is_listed(tmp_path, golden, kind):
+    state = golden[kind]
+    first, second, third, fourth = [name for name in state if name.endswith(("bias", "weight"))][-4:]
+    del state[first]
+    state[second] = state[second][..., :-1]
+    state[third] = state[third].astype(np.float64)
+    state[f"{fourth}_copy"] = np.ones((2, 5), np.float32)
+    paths = (save(tmp_path, state), None) if kind == "vae" else (None, save(tmp_path, {"mvar_wo_ddp": state}))
+    with pytest.raises(MisfitError) as caught:
+        convert(*paths, tmp_path / "model", patch_nums=SIDES)
+    shape = golden[kind][second].shape
+    wanted = {
+        first: "is missing",
+        second: f"has shape {shape}",
+        third: "float64",
+        f"{fourth}_copy": "(2, 5) is not needed",
+    }
+    assert len(caught.value.misfits) == 4
+    for name, what in wanted.items():
+        (line,) = [line for line in caught.value.misfits if name in line.replace("'", " ").split()]
+        assert what in line
+    assert "4 do not fit" in str(caught.value) and "and 1 more" in str(caught.value)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_key_bias_that_is_not_zero_is_refused(tmp_path, golden):
+    golden["mvar"]["blocks.1.attn.zero_k_bias"][3] = 1e-3
+    assert "blocks.1.attn.zero_k_bias" in refuse(tmp_path, transformer=save(tmp_path, golden["mvar"]))
+
+
+def test_sides_come_from_levels_or_known_list_or_are_asked_for(tmp_path, golden):
+    state = golden["mvar"]
+    levels = state.pop("lvl_1L")
+    assert load_published(save(tmp_path, state))[0]["sides"] == SIDES
+    for name in ("pos_1LC", "lvl_embed.weight"):  # without the last two maps
+        state[name] = state[name][:, :255] if name == "pos_1LC" else state[name][:8]
+    path = save(tmp_path, {"mvar_wo_ddp": state})
+    assert "--patch_nums" in refuse(tmp_path, transformer=path)
+    assert "255" in refuse(tmp_path, transformer=path, patch_nums=SIDES[:7])
+    options = {"patch_nums": SIDES[:8], "refine_step": 8}
+    assert "--kernel_size" in refuse(tmp_path, transformer=path, **options)
+    assert convert(None, path, tmp_path / "asked", kernel_size=7, **options)["transformer"].sides == SIDES[:8]
+    path = save(tmp_path, {"mvar_wo_ddp": state | {"lvl_1L": levels[:, :255]}})
+    assert "--kernel_size" in refuse(tmp_path, transformer=path)
+    assert "--refine_step" in refuse(tmp_path, transformer=path, kernel_size=7)
+    assert "as in the file" in refuse(tmp_path, transformer=path, patch_nums=(*SIDES[:7], 11))
+    assert convert(None, path, tmp_path / "read", kernel_size=7, refine_step=8)["transformer"].sides == SIDES[:8]
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, ::-1], lambda x: x + 1, lambda x: x[:, :-1], lambda x: x * 0])
+def test_levels_that_number_no_square_maps_are_refused(tmp_path, golden, change):
+    golden["mvar"]["lvl_1L"] = change(golden["mvar"]["lvl_1L"])
+    assert "lvl_1L" in refuse(tmp_path, transformer=save(tmp_path, golden["mvar"]))
+
+
+def test_tokenizer_alone_is_asked_for_sides_unless_one_list_fits(tmp_path, golden):
+    message = refuse(tmp_path, tokenizer=TINY / "vae.pth")
+    assert "--patch_nums" in message and "256 px" in message and "512 px" in message
+    hits = np.zeros((14, 64), np.float32)
+    path = save(tmp_path, golden["vae"] | {"quantize.ema_vocab_hit_SV": hits})
+    assert convert(path, None, tmp_path / "model")["tokenizer"].sides == KNOWN_SIDES[1024]
+    path = save(tmp_path, {name: x for name, x in golden["vae"].items() if "ema_vocab" not in name})
+    assert "--patch_nums" in refuse(tmp_path, tokenizer=path)
+
+
+def test_files_of_the_other_module_are_named(tmp_path):
+    assert "it holds a transformer" in refuse(tmp_path, tokenizer=TINY / "mvar.pth")
+    assert "it holds a tokenizer" in refuse(tmp_path, transformer=TINY / "vae.pth")
+    assert "state dict" in refuse(tmp_path, transformer=save(tmp_path, [1, 2]))
+
+
+def test_tokenizer_of_other_codes_than_the_transformer_is_refused(tmp_path, golden):
+    golden["vae"]["quantize.embedding.weight"] = np.zeros((63, 8), np.float32)
+    assert "vocab_size=64" in refuse(tmp_path, save(tmp_path, golden["vae"]), TINY / "mvar.pth")
+
+
+def test_tokenizer_of_other_than_32_groups_is_refused(tmp_path, golden):
+    golden["vae"]["encoder.conv_in.weight"] = np.zeros((24, 3, 3, 3), np.float32)
+    assert "32 groups" in refuse(tmp_path, save(tmp_path, golden["vae"]), patch_nums=SIDES)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("head.weight", 0), ("class_emb.weight", None), ("blocks.0.attn.scale_mul_1H11", None)]
+)
+def test_tensors_that_give_sizes_are_required(tmp_path, golden, name, rows):
+    golden["mvar"][name] = golden["mvar"][name][:rows] if rows is not None else np.zeros(3, np.float32)
+    assert name in refuse(tmp_path, transformer=save(tmp_path, golden["mvar"]))
+    del golden["mvar"][name]
+    assert name in refuse(tmp_path, transformer=save(tmp_path, golden["mvar"]))
+
+
+def test_options_without_meaning_or_sense_are_refused(tmp_path):
+    assert "--tokenizer" in refuse(tmp_path)
+    for name, value in {"kernel_size": 7, "refine_step": 8, "conditioning": "markov"}.items():
+        assert refuse(tmp_path, TINY / "vae.pth", patch_nums=SIDES, **{name: value}).startswith(f"{name}=")
+    for name, value in {"kernel_size": 4, "refine_step": 11, "conditioning": "half"}.items():
+        assert refuse(tmp_path, transformer=TINY / "mvar.pth", **{name: value}).startswith(f"{name}=")
+    assert "strictly increase" in refuse(tmp_path, TINY / "vae.pth", patch_nums=(3, 2))
+
+
+def test_a_directory_that_holds_something_is_refused_and_kept(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path, tmp_path / "file"):
+        with pytest.raises(InputError, match="new or an empty directory"):
+            convert(None, TINY / "mvar.pth", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "empty").mkdir()
+    convert(None, TINY / "mvar.pth", tmp_path / "empty")
+    assert "transformer" in load_model(tmp_path / "empty")[0]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch, error):
+    def write_half(directory, modules, params):
+        (directory / "half").write_text("")
+        raise error
+
+    monkeypatch.setattr("mvar_jax.convert.weights.save_model", write_half)
+    with pytest.raises(InputError if isinstance(error, OSError) else KeyboardInterrupt):
+        convert(None, TINY / "mvar.pth", tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []

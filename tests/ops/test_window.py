@@ -72,21 +72,20 @@ def test_window_longer_than_one_side_is_cut_to_that_side_only():
     assert mask.any((1, 3)).all()
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "window"), [(3, 9, 5), (6, 6, 3), (17, 17, 7), (10, 5, 1), (4, 4, 5), (13, 8, 7)]
-)
+@pytest.mark.parametrize(("height", "width", "window"), [(3, 9, 5), (17, 17, 7), (10, 5, 1), (4, 4, 5)])
 def test_backends_equal_each_other_forward_and_in_gradients(height, width, window):
-    q, k, v = random_qkv(height, width)
+    @jax.jit
+    def run(q, k, v):
+        def run_one(backend):
+            attend = lambda *qkv: local_window_attention(*qkv, window, scale=0.6, backend=backend)
+            out, pull_back = jax.vjp(attend, q, k, v)
+            return out, *pull_back(jnp.cos(out))
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(backend, q, k, v):
-        attend = lambda *qkv: local_window_attention(*qkv, window, scale=0.6, backend=backend)
-        out, pull_back = jax.vjp(attend, q, k, v)
-        return out, pull_back(jnp.cos(out))
+        return {backend: run_one(backend) for backend in BACKENDS}
 
-    expected = jax.tree.leaves(run("reference", q, k, v))
-    for backend in (*sorted(BACKENDS), "auto"):
-        for ours, theirs in zip(jax.tree.leaves(run(backend, q, k, v)), expected, strict=True):
+    results = run(*random_qkv(height, width))
+    for backend in BACKENDS:
+        for ours, theirs in zip(results[backend], results["reference"], strict=True):
             np.testing.assert_allclose(ours, theirs, **WINDOW_ATTENTION, err_msg=backend)
 
 

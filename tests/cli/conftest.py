@@ -1,0 +1,52 @@
+"""A whole tiny run on the digits, made once through the commands themselves."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mvar_jax.__main__ import main
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+SMALL_TOKENIZER = [
+    "--config.num_steps=3",
+    "--config.batch_size=8",
+    "--config.data.size=24",
+    "--config.model.ch=4",
+    "--config.codebook.warmup_steps=1",
+    "--config.optimizer.warmup_steps=1",
+]
+SMALL_TRANSFORMER = [
+    "--config.num_steps=3",
+    "--config.batch_size=8",
+    "--config.data.size=24",
+    "--config.data.num_views=2",
+    "--config.model.width=24",
+    "--config.model.depth=2",
+    "--config.optimizer.warmup_steps=1",
+]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """Directories of a finished run: tokenizer, tokens, transformer; and the arguments that made them."""
+    root = tmp_path_factory.mktemp("run")
+    tokenizer, tokens, transformer = (str(root / name) for name in ("tokenizer", "tokens", "transformer"))
+    configs = REPOSITORY / "configs"
+    train_tokenizer = ["train", "--config", str(configs / "digits_tokenizer.py"), *SMALL_TOKENIZER]
+    small = [*SMALL_TRANSFORMER, f"--config.data.cache={tokens}"]
+    cache = ["cache_tokens", "--config", str(configs / "digits.py"), *small, "--tokenizer", tokenizer]
+    train_transformer = ["train", "--config", str(configs / "digits.py"), *small]
+    assert main([*train_tokenizer, "--workdir", tokenizer]) == 0
+    assert main([*cache, "--out", tokens]) == 0
+    assert main([*train_transformer, "--workdir", transformer]) == 0
+    return SimpleNamespace(
+        root=root,
+        tokenizer=tokenizer,
+        tokens=tokens,
+        transformer=transformer,
+        train_tokenizer=train_tokenizer,
+        train_transformer=train_transformer,
+        cache=cache,
+    )

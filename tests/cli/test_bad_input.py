@@ -1,0 +1,173 @@
+"""Bad input: one line that names the field and both values, exit status 2, and nothing half-written."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mvar_jax
+from mvar_jax.__main__ import main
+from mvar_jax.errors import InputError
+
+
+def refuse(capfd, arguments: list[str], *words: str) -> str:
+    """Runs a command that must fail; returns its one line."""
+    capfd.readouterr()
+    try:
+        status = main(arguments)
+    except SystemExit as error:
+        status = error.code
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert status == 2
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    for word in words:
+        assert word in lines[0], lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--labels", "10"], ["labels=10", "0 to 9"]),
+        (["--labels", "-1"], ["labels=-1", "0 to 9"]),
+        (["--labels", "cat"], ["labels='cat'"]),
+        (["--labels", "5-3"], ["labels='5-3'"]),
+        (["--top_k", "-1"], ["top_k=-1", "0 (off) or more"]),
+        (["--top_p", "1.5"], ["top_p=1.5", "0 (off) to 1"]),
+        (["--top_p", "-0.1"], ["top_p=-0.1"]),
+        (["--top_p", "nan"], ["top_p=nan"]),
+        (["--cfg", "-2"], ["cfg=-2"]),
+        (["--num", "0"], ["num=0"]),
+        (["--batch_size", "0"], ["batch_size=0"]),
+        (["--seed", "-1"], ["seed=-1"]),
+        (["--colour", "red"], ["unrecognized", "--colour"]),
+    ],
+)
+def test_sample_option_out_of_range_is_refused(run, tmp_path, capfd, flags, words):
+    out = tmp_path / "out"
+    base = ["sample", "--checkpoint", run.transformer, "--out", str(out), "--labels", "1"]
+    refuse(capfd, [*base, *flags], *words)
+    assert not out.exists()
+
+
+def test_unknown_command_is_refused(capfd):
+    refuse(capfd, ["trian"], "trian", "sample")
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        (
+            "--config.optimizer.wieght_decay=0.1",
+            ["config.optimizer.wieght_decay=0.1", "config.optimizer.weight_decay"],
+        ),
+        ("--config.colour=red", ["config.colour", "'red'"]),
+        ("--config.num_steps=many", ["many"]),
+        ("--config.num_steps=0", ["num_steps=0"]),
+        ("--config.batch_size=0", ["batch_size=0"]),
+        ("--config.model.kernel_size=(3,4)", ["config.model.kernel_size=4", "odd"]),
+        ("--config.model.sides=(1,2,2,5,8)", ["config.model.sides=(1, 2, 2, 5, 8)", "increase"]),
+        ("--config.model.sides=(1,2,3,5,7)", ["config.model.sides=(1, 2, 3, 5, 7)", "(1, 2, 3, 5, 8)"]),
+        ("--config.model.vocab_size=64", ["config.model.vocab_size=64", "128"]),
+        ("--config.model.num_classes=9", ["config.model.num_classes=9", "10"]),
+        ("--config.optimizer.schedule=linear", ["schedule='linear'", "lin0"]),
+        ("--config.phases.schedule=both", ["phases.schedule='both'", "paper or joint"]),
+        ("--config.mesh.data=3", ["mesh", "3", "1, the number of devices"]),
+    ],
+)
+def test_config_value_out_of_range_is_refused(run, tmp_path, capfd, override, words):
+    workdir = tmp_path / "workdir"
+    refuse(capfd, [*run.train_transformer, override, "--workdir", str(workdir)], *words)
+    assert not workdir.exists()
+
+
+def test_scales_that_do_not_end_at_the_latent_side_are_refused(run, tmp_path, capfd):
+    workdir = tmp_path / "workdir"
+    override = "--config.model.sides=(1,2,3,5,7)"
+    words = ["config.model.sides=(1, 2, 3, 5, 7)", "8", "image_size=32"]
+    refuse(capfd, [*run.train_tokenizer, override, "--workdir", str(workdir)], *words)
+    assert not workdir.exists()
+
+
+def test_missing_or_broken_config_file_is_refused(tmp_path, capfd):
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config(:\n")
+    for path in (tmp_path / "none.py", broken):
+        refuse(capfd, ["train", "--config", str(path), "--workdir", str(tmp_path / "w")], "config", str(path))
+    assert not (tmp_path / "w").exists()
+
+
+def test_workdir_of_another_config_is_refused(run, capfd):
+    before = (Path(run.transformer) / "config.json").read_bytes()
+    arguments = [*run.train_transformer, "--config.seed=7", "--workdir", run.transformer]
+    refuse(capfd, arguments, "config.seed=7", "0")
+    assert (Path(run.transformer) / "config.json").read_bytes() == before
+
+
+def test_cache_of_another_tokenizer_is_refused(run, tmp_path, capfd):
+    other = tmp_path / "tokenizer"
+    assert main([*run.train_tokenizer, "--config.seed=3", "--workdir", str(other)]) == 0
+    arguments = [argument if argument != run.tokenizer else str(other) for argument in run.cache]
+    refuse(capfd, [*arguments, "--out", run.tokens], "tokenizer=", run.tokens)
+
+
+@pytest.mark.parametrize("name", ["none", "file", "empty", "damaged", "half"])
+def test_unreadable_checkpoint_is_refused(run, tmp_path, capfd, name):
+    path = tmp_path / name
+    if name == "file":
+        path.write_text("not a model")
+    elif name == "empty":
+        path.mkdir()
+    elif name != "none":
+        shutil.copytree(run.transformer, path)
+        newest = max((path / "checkpoints").glob("[0-9]*"))
+        if name == "half":
+            shutil.rmtree(newest / "ema")
+        else:
+            largest = max((p for p in (newest / "ema").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+            content = bytearray(largest.read_bytes())
+            content[len(content) // 2] ^= 255
+            largest.write_bytes(bytes(content))
+    out = tmp_path / "out"
+    refuse(capfd, ["sample", "--checkpoint", str(path), "--labels", "1", "--out", str(out)], "checkpoint", str(path))
+    assert not out.exists()
+
+
+def test_output_that_cannot_be_written_is_refused(run, tmp_path, capfd):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    for out in (blocked / "out", Path("/proc/nowhere")):
+        refuse(
+            capfd, ["sample", "--checkpoint", run.transformer, "--labels", "1", "--out", str(out)], "out", str(out)
+        )
+        refuse(capfd, [*run.train_tokenizer, "--workdir", str(out)], "workdir", str(out))
+        refuse(capfd, [*run.cache, "--out", str(out)], "out", str(out))
+    assert blocked.read_text() == "in the way"
+
+
+def test_image_that_is_none_is_refused(run, tmp_path, capfd):
+    (tmp_path / "a.png").write_bytes(b"not a png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
+    out = tmp_path / "out"
+    base = ["reconstruct", "--checkpoint", run.tokenizer, "--out", str(out), "--images"]
+    refuse(capfd, [*base, str(tmp_path)], "images", "a.png")
+    refuse(capfd, [*base, str(tmp_path / "none")], "images", "none")
+    assert not out.exists()
+
+
+def test_python_face_refuses_wrong_shapes_and_values(run):
+    model = mvar_jax.load(run.transformer)
+    for call, field in (
+        (lambda: model.encode(np.zeros((1, 16, 16, 3))), "images"),
+        (lambda: model.decode(np.zeros((1, 102), int)), "ids"),
+        (lambda: model.decode(np.full((1, 103), 128)), "ids"),
+        (lambda: model.sample([11]), "labels"),
+        (lambda: model.sample([1], top_p=2), "top_p"),
+        (lambda: mvar_jax.load(run.tokenizer).sample([1]), "checkpoint"),
+        (lambda: mvar_jax.load("/nowhere"), "checkpoint"),
+    ):
+        with pytest.raises(InputError) as error:
+            call()
+        assert error.value.field == field

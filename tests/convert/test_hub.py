@@ -1,0 +1,38 @@
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from mvar_jax.convert.hub import download
+from mvar_jax.errors import InputError
+
+
+def put_hub(monkeypatch, hf_hub_download):
+    module = types.ModuleType("huggingface_hub")
+    module.hf_hub_download = hf_hub_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+
+
+def test_gives_the_local_path_of_the_file(monkeypatch):
+    put_hub(monkeypatch, lambda repo_id, filename: f"/cache/{repo_id}/{filename}")
+    assert download("some/repo", "mvar.pth") == Path("/cache/some/repo/mvar.pth")
+
+
+def test_says_what_to_do_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match="pip install huggingface_hub.*by hand"):
+        download("some/repo", "mvar.pth")
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route\nto the hub"), ValueError("no such repository")])
+def test_says_in_one_line_what_to_do_without_a_network(monkeypatch, error):
+    def fail(repo_id, filename):
+        raise error
+
+    put_hub(monkeypatch, fail)
+    with pytest.raises(InputError) as caught:
+        download("some/repo", "mvar.pth")
+    message = str(caught.value)
+    assert "some/repo mvar.pth" in message and "by hand" in message and "\n" not in message
+    assert " ".join(str(error).split()) in message

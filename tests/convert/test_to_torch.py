@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from mvar_jax.convert.reader import TorchFile
+from mvar_jax.convert.to_torch import to_torch, write_torch
+from mvar_jax.convert.weights import convert
+from mvar_jax.errors import InputError
+from mvar_jax.store import abstract_params, module_from_dict, save_model
+
+TINY = Path(__file__).parent.parent / "golden" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Folder of vae.pth and mvar.pth, written from the model converted from the published ones."""
+    root = tmp_path_factory.mktemp("written")
+    convert(TINY / "vae.pth", TINY / "mvar.pth", root / "model")
+    assert to_torch(root / "model", root / "torch") == [root / "torch" / "vae.pth", root / "torch" / "mvar.pth"]
+    return root / "torch"
+
+
+def read_all(path):
+    with TorchFile("checkpoint", path) as file:
+        content = file.content.get("mvar_wo_ddp", file.content)
+        assert path.name != "mvar.pth" or list(file.content) == ["mvar_wo_ddp"]
+        return {name: file.read(tensor) for name, tensor in content.items()}
+
+
+@pytest.mark.parametrize("name", ["vae", "mvar"])
+def test_every_published_tensor_comes_back_bit_for_bit(written, name):
+    expected, found = dict(np.load(TINY / f"{name}.npz")), read_all(written / f"{name}.pth")
+    if name == "vae":  # code usage is counted anew
+        hits = expected["quantize.ema_vocab_hit_SV"]
+        expected["quantize.ema_vocab_hit_SV"] = np.zeros_like(hits)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert (found[key].dtype, found[key].shape) == (value.dtype, value.shape), key
+        assert found[key].tobytes() == value.tobytes(), key
+
+
+def test_var_baseline_comes_back_with_its_own_mask(tmp_path):
+    convert(None, TINY / "var.pth", tmp_path / "model", conditioning="full")
+    (path,) = to_torch(tmp_path / "model", tmp_path / "torch")
+    assert path.name == "var.pth"
+    found, expected = read_all(path), read_all(TINY / "var.pth")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value, strict=True)
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+@pytest.mark.parametrize("name", ["vae", "mvar"])
+def test_torch_loads_what_is_written(written, name, is_mapped):
+    torch = pytest.importorskip("torch")
+    content = torch.load(written / f"{name}.pth", weights_only=True, mmap=is_mapped)
+    expected = read_all(written / f"{name}.pth")
+    content = content.get("mvar_wo_ddp", content)
+    assert content.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(content[key].numpy(), value, strict=True)
+
+
+def test_writes_arrays_of_any_order_and_rank(tmp_path):
+    arrays = {
+        "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "scalar": np.array(7, np.int64),
+        "big_endian": np.arange(3, dtype=">f4").astype(np.float32),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+    write_torch(tmp_path / "x.pth", {"inner": arrays})
+    with TorchFile("checkpoint", tmp_path / "x.pth") as file:
+        for name, value in arrays.items():
+            np.testing.assert_array_equal(file.read(file.content["inner"][name]), value, strict=True)
+
+
+def test_tokenizer_of_other_groups_is_refused(tmp_path):
+    fields = {"sides": (1, 2), "vocab_size": 8, "code_width": 4, "ch": 8, "ch_mult": (1,), "num_phi": 1}
+    module = module_from_dict("tokenizer", fields | {"num_groups": None, "group_size": 4})
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), nn.meta.unbox(abstract_params(module)))
+    save_model(tmp_path / "model", {"tokenizer": module}, {"tokenizer": params})
+    with pytest.raises(InputError, match="num_groups=None: expected 32"):
+        to_torch(tmp_path / "model", tmp_path / "torch")
+    assert not (tmp_path / "torch").exists()
+
+
+def test_no_model_or_a_taken_directory_is_refused(tmp_path):
+    with pytest.raises(InputError, match="checkpoint="):
+        to_torch(tmp_path / "nowhere", tmp_path / "torch")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(InputError, match="to_torch="):
+        to_torch(tmp_path / "nowhere", tmp_path)
