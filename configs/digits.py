@@ -25,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.save_every_steps = 200
     c.keep_checkpoints = 1
     c.max_bad_steps = 10
+    c.init_from = ""
     c.data = dict(**tokenizer.data.to_dict(), num_views=8, cache="runs/quickstart/tokens")
     c.model = dict(
         sides=tokenizer.model.sides,

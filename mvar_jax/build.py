@@ -24,7 +24,7 @@ COMMON_KEYS = {
     "optimizer": True,
     "mesh": True,
 }
-TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True}}
+TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "init_from": False}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +172,30 @@ def build_task(config: dict):
         raise InputError(
             "config.model.num_classes", module.num_classes, f"{sources['train'].num_classes}, those of {data.cache}"
         )
-    task = TransformerTask(run, module, options, tokenizer, tokenizer_params, sources, PickView())
+    initial = load_initial(config["init_from"], module)
+    task = TransformerTask(run, module, options, tokenizer, tokenizer_params, sources, PickView(), initial)
     return task, {"tokenizer": tokenizer, "transformer": module}, tokenizer_params
+
+
+def load_initial(path: str, transformer):
+    """Weights to start from, of a model directory, a workdir or a published file (MVAR or VAR); None for "".
+
+    Raises InputError naming the first parameter of another shape.
+    """
+    from mvar_jax.store import check_shapes, load_model
+
+    if not path:
+        return None
+    if Path(path).is_dir():
+        params = load_model(Path(path))[1].get("transformer")
+        if params is None:
+            raise InputError("config.init_from", path, "a directory that holds a transformer")
+    else:
+        from mvar_jax.convert.weights import load_published
+
+        params = load_published(path, transformer.sides)[1]
+    check_shapes(Path(path), "transformer", transformer, params)
+    return params
 
 
 def load_cache_tokenizer(cache: str):

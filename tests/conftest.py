@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from golden_case import (
     MVAR,
-    SIDES,
     TOKENIZER,
     TOKENIZER_ENTRIES,
     TRANSFORMER_ENTRIES,
@@ -137,25 +136,14 @@ def run_var(transformer_params, golden_batch):
 
 @pytest.fixture(scope="session")
 def draw_golden(transformer_params, tokenizer_params):
-    """(model name, options, noise) -> (ids, f_hat, guided logits of each scale) for the golden labels."""
+    """(model name, labels, options, noise) -> (ids, f_hat, guided logits of each scale)."""
     tokenizer = Compiled(TOKENIZER)
     models = {"mvar": Compiled(MVAR), "var": Compiled(VAR)}
     keys_B = keys_of_samples(0, np.arange(2))
 
-    def draw(name: str, options: SampleOptions, noise=None):
-        logits_fn = guided_logits(models[name], transformer_params, jnp.asarray([1, 3]), options.cfg)
+    def draw(name: str, labels, options: SampleOptions, noise=None):
+        logits_fn = guided_logits(models[name], transformer_params, jnp.asarray(labels), options.cfg)
         given = {} if noise is None else {"noise": noise}
         return sample_pyramid(logits_fn, tokenizer, tokenizer_params, keys_B, options, **given)
 
     return draw
-
-
-@pytest.fixture(scope="session")
-def greedy_draws(draw_golden):
-    """(model name, cfg) -> greedy draw."""
-    return functools.cache(lambda name, cfg: draw_golden(name, SampleOptions(cfg, top_k=1)))
-
-
-@pytest.fixture(scope="session")
-def num_tokens_per_scale():
-    return [side * side for side in SIDES]

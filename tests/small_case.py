@@ -1,5 +1,7 @@
 """A small tokenizer and transformer for properties, and seeded parameters that need no compiled initialisation."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
+from mvar_jax.training.transformer_step import previous_of
 
 SIDES = (1, 2, 4, 5)
 TOKENIZER = Tokenizer(
@@ -53,6 +56,13 @@ def seeded_batch(model=MODEL, batch_size: int = 2, seed: int = 0) -> dict:
         "index": jnp.arange(batch_size),
         "previous": jnp.asarray(previous, jnp.float32),
     }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def phase_logits(model, phase, params, batch, path=None):
+    """Logits of one phase; compiled once for each model and phase."""
+    previous = previous_of(batch["previous"], phase, model.pyramid.areas[0])
+    return model.apply({"params": params}, previous, batch["label"], phase, path)[0]
 
 
 def count(tree) -> int:

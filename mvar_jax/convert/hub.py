@@ -1,5 +1,6 @@
 """Files from the Hugging Face hub; the package is imported only when it is asked for."""
 
+import logging
 from pathlib import Path
 
 from mvar_jax.errors import InputError
@@ -17,9 +18,14 @@ def download(repo: str, filename: str) -> Path:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise InputError("from_hub", repo, f"`pip install huggingface_hub` first, {BY_HAND}") from None
+    logger = logging.getLogger("huggingface_hub")  # it reports every retry; the last failure says it all
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         return Path(hf_hub_download(repo_id=repo, filename=filename))
     except Exception as error:  # its own errors and those of whatever it talks HTTP with
         given = f"{repo} {filename}"
         expected = f"a file that this machine can download, {BY_HAND} ({type(error).__name__}: {shorten(error)})"
         raise InputError("from_hub", given, expected) from None
+    finally:
+        logger.setLevel(level)

@@ -61,11 +61,19 @@ class _Task:
         # rbg: compiling many threefry draws takes most of a small model's start-up
         init = functools.partial(initializer(module), jax.random.key(run.seed, impl="rbg"))
         self._make_state = functools.partial(make_state, init, run.optimizer, extra)
+        self.initial_params = None
 
     def init_state(self) -> TrainState:
-        """Sharded arrays, a function of the seed."""
+        """Sharded arrays, a function of the seed, or of the weights that fine-tuning starts from."""
         with use_mesh(self.run.mesh):
-            return init_sharded(self._make_state, self.run.mesh)[0]
+            state, abstract = init_sharded(self._make_state, self.run.mesh)
+        if self.initial_params is None:
+            return state
+        place = lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding)
+        params = jax.tree.map(place, self.initial_params, abstract.params)
+        # the average has a buffer of its own: a step donates both
+        ema = None if state.ema is None else jax.tree.map(place, self.initial_params, abstract.params)
+        return state.replace(params=params, ema=ema)
 
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of the state."""
@@ -174,9 +182,11 @@ class TransformerTask(_Task):
         tokenizer_params,
         data: dict[str, Source],
         transform: Transform,
+        initial_params=None,
     ):
         options.check()
         super().__init__(run, transformer, data, transform, {})
+        self.initial_params = initial_params
         self.transformer, self.options = transformer, options
         self.tokenizer = tokenizer
         self.tokenizer_params = jax.device_put(tokenizer_params, replicated(run.mesh))

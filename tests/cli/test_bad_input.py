@@ -74,6 +74,7 @@ def test_unknown_command_is_refused(capfd):
         ("--config.model.num_classes=9", ["config.model.num_classes=9", "10"]),
         ("--config.optimizer.schedule=linear", ["schedule='linear'", "lin0"]),
         ("--config.phases.schedule=both", ["phases.schedule='both'", "paper or joint"]),
+        ("--config.init_from=/nowhere", ["/nowhere"]),
         ("--config.mesh.data=3", ["mesh", "3", "1, the number of devices"]),
     ],
 )

@@ -65,6 +65,18 @@ def test_training_on_two_devices_gives_the_losses_of_one(run, tmp_path):
     assert len(one) == len(two) and np.allclose(one, two, rtol=1e-5)
 
 
+def test_fine_tuning_starts_from_the_given_weights(run, tmp_path):
+    before = json.loads((Path(run.transformer) / "metrics.jsonl").read_text().splitlines()[-1])
+    for conditioning in ("markov", "full"):
+        workdir = tmp_path / conditioning
+        overrides = [f"--config.init_from={run.transformer}", f"--config.model.conditioning={conditioning}"]
+        assert main([*run.train_transformer, *overrides, "--config.num_steps=2", "--workdir", str(workdir)]) == 0
+        first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["kind"] == "eval" and first["step"] == 0
+        if conditioning == "markov":
+            assert np.isclose(first["loss"], before["loss"], rtol=1e-6)
+
+
 def test_cache_holds_the_ids_of_the_unaugmented_image_as_first_view(run):
     model = mvar_jax.load(run.tokenizer)
     cache = TokenCache(run.tokens, "train")

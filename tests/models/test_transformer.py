@@ -1,3 +1,6 @@
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +17,7 @@ from golden_case import (
     load_json,
     published_transformer,
 )
-from small_case import MODEL, count, seeded_batch, seeded_params, shapes_of
+from small_case import MODEL, count, phase_logits, seeded_batch, seeded_params, shapes_of
 
 from mvar_jax.errors import InputError
 from mvar_jax.models.transformer import Transformer
@@ -97,35 +100,33 @@ def test_var_view_keeps_the_parameter_tree():
     assert [x.shape for x in jax.tree.leaves(mvar)] == [x.shape for x in jax.tree.leaves(var)]
 
 
-@pytest.mark.parametrize("depth", [12, 16, 20, 24, 30])
-@pytest.mark.parametrize("size", [256, 512])
-@pytest.mark.parametrize("shared_aln", [False, True])
-def test_parameter_counts_equal_the_published_models(depth, size, shared_aln):
-    name = f"mvar_d{depth}_{size}" + ("_saln" if shared_aln else "")
-    if name not in load_json("counts.json")["params"]:
-        pytest.skip("not published")
-    model = Transformer(KNOWN_SIDES[size], 8, 7, 4096, 32, 1000, depth, 64 * depth, depth, shared_aln=shared_aln)
+@pytest.mark.parametrize("name", [name for name in load_json("counts.json")["params"] if "mvar" in name])
+def test_parameter_counts_equal_the_published_models(name):
+    _, depth, size, *shared = name.split("_")
+    depth, sides = int(depth[1:]), KNOWN_SIDES[int(size)]
+    model = Transformer(sides, 8, 7, 4096, 32, 1000, depth, 64 * depth, depth, shared_aln=bool(shared))
     params = shapes_of(model)
     expected = load_json("counts.json")["params"][name]
     assert count(params) == expected["total"]
     assert count(params["blocks"]) == expected["blocks"]
-    adaptive = params["shared_adaptive"] if shared_aln else params["blocks"]["adaptive"]
-    assert count([adaptive, params["head_adaptive"]]) == expected["ada"]
+    adaptive = [params["shared_adaptive"], params["blocks"]["adaptive_offset"]] if shared else []
+    adaptive += [params["head_adaptive"], params["blocks"].get("adaptive", {})]
+    assert count(adaptive) == expected["ada"]
 
 
 # Which tokens see which: derivatives of a phase's logits with respect to each token's input.
 
 
 def sensitivity(model, phase):
-    """bool [N, M]: whether the logits of token n depend on the input of token m, by exact derivatives."""
+    """bool [N, M]: whether the logits of token n have a derivative to the input of token m of the phase."""
     params, batch = seeded_params(model), seeded_batch(model, batch_size=1)
 
     def signature_N(previous):
-        logits, _ = model.apply({"params": params}, previous, batch["label"], phase)
+        logits = phase_logits(model, phase, params, {**batch, "previous": previous})
         return jnp.sum(jnp.sin(logits), axis=(0, 2))
 
-    previous = previous_of(batch["previous"], phase, model.pyramid.areas[0])
-    return np.asarray(jax.jit(jax.jacrev(signature_N))(previous) != 0).any((1, 3))
+    derivative = np.asarray(jax.jit(jax.jacrev(signature_N))(batch["previous"]))[:, 0].any(-1)
+    return previous_of(derivative, phase, model.pyramid.areas[0])
 
 
 def test_coarse_tokens_depend_on_their_own_scale_only():
@@ -163,68 +164,48 @@ def test_each_block_widens_the_view_by_half_a_window():
 # Options.
 
 
-def logits_of(model, params, phase, batch, path=None):
-    run = jax.jit(
-        lambda params, previous, path: model.apply({"params": params}, previous, batch["label"], phase, path)[0]
-    )
-    return np.asarray(run(params, previous_of(batch["previous"], phase, 1), path))
-
-
 def test_shared_adaptive_linear_equals_own_linears_with_tied_weights():
     shared = MODEL.clone(shared_aln=True)
     params, batch = seeded_params(shared), seeded_batch()
     assert params["shared_adaptive"]["kernel"].shape == (16, 6, 16)
     assert params["blocks"]["adaptive_offset"].shape == (2, 6, 16)
-    tied = {name: value for name, value in params.items() if name != "shared_adaptive"}
-    blocks = {name: value for name, value in params["blocks"].items() if name != "adaptive_offset"}
-    linear = params["shared_adaptive"]
-    blocks["adaptive"] = {
-        "kernel": jnp.stack([linear["kernel"]] * 2),
-        "bias": linear["bias"] + params["blocks"]["adaptive_offset"],
-    }
+    linear, offset = params["shared_adaptive"], params["blocks"]["adaptive_offset"]
+    adaptive = {"kernel": jnp.stack([linear["kernel"]] * 2), "bias": linear["bias"] + offset}
+    tied = {**params, "blocks": {**params["blocks"], "adaptive": adaptive}}
+    del tied["shared_adaptive"], tied["blocks"]["adaptive_offset"]
     phase = MODEL.phases()[0]
-    expected = logits_of(MODEL, {**tied, "blocks": blocks}, phase, batch)
-    np.testing.assert_allclose(logits_of(shared, params, phase, batch), expected, atol=1e-5)
+    expected = phase_logits(MODEL, phase, tied, batch)
+    np.testing.assert_allclose(phase_logits(shared, phase, params, batch), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 2}])
-def test_memory_and_speed_options_change_no_number(changes):
+def test_memory_and_speed_options_change_no_number():
     params, batch, phase = seeded_params(MODEL), seeded_batch(), MODEL.phases()[1]
 
-    def grads_of(model):
-        loss_fn = lambda params: jnp.sum(
-            jnp.sin(model.apply({"params": params}, batch["previous"][:, 4:20], batch["label"], phase)[0])
-        )
-        return jax.tree.leaves(jax.jit(jax.grad(loss_fn))(params))
+    @functools.partial(jax.jit, static_argnums=0)
+    def grads_of(model, params):
+        return jax.grad(lambda params: jnp.sum(jnp.sin(phase_logits(model, phase, params, batch))))(params)
 
-    for ours, expected in zip(grads_of(MODEL.clone(**changes)), grads_of(MODEL), strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    ours, expected = grads_of(MODEL.clone(remat="full", scan_unroll=2), params), grads_of(MODEL, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, expected)
 
 
-def test_drop_path_factors_scale_both_branches_of_their_block_and_sample():
-    params, batch, phase = seeded_params(MODEL), seeded_batch(), MODEL.phases()[1]
+def test_drop_path_factors_scale_the_branches_of_their_block_and_sample():
+    params, batch, phase = seeded_params(MODEL), seeded_batch(), MODEL.phases()[0]
+    run = lambda params, path: np.asarray(phase_logits(MODEL, phase, params, batch, path))
     kept, dropped = jnp.ones((2, 2, 2)), jnp.zeros((2, 2, 2))
-    full = logits_of(MODEL, params, phase, batch)
-    np.testing.assert_allclose(logits_of(MODEL, params, phase, batch, kept), full, atol=1e-6)
+    np.testing.assert_allclose(run(params, kept), phase_logits(MODEL, phase, params, batch), atol=1e-5)
     # with every branch dropped the blocks' parameters have no effect
     other = {**params, "blocks": seeded_params(MODEL, seed=1)["blocks"]}
-    nothing = logits_of(MODEL, params, phase, batch, dropped)
-    np.testing.assert_array_equal(nothing, logits_of(MODEL, other, phase, batch, dropped))
-    # one branch of sample 0 alone moves sample 0 alone
+    nothing = run(params, dropped)
+    np.testing.assert_array_equal(nothing, run(other, dropped))
+    # one branch of sample 0 moves sample 0 alone
     for block, branch in np.ndindex(2, 2):
-        moved = logits_of(MODEL, params, phase, batch, dropped.at[block, branch, 0].set(1.0)) != nothing
-        assert moved[0].any() and not moved[1].any()
-
-
-def test_drop_path_doubles_a_branch_whose_factor_is_two():
-    model, batch = MODEL.clone(depth=1), seeded_batch()
-    params, phase = seeded_params(model), MODEL.phases()[1]
-    blocks = params["blocks"]
-    doubled = jax.tree.map(lambda x: x, blocks)
-    doubled["adaptive"] = jax.tree.map(lambda x: x.at[..., :2, :].multiply(2.0), blocks["adaptive"])
-    expected = logits_of(model, {**params, "blocks": doubled}, phase, batch)
-    ours = logits_of(model, params, phase, batch, jnp.full((1, 2, 2), 2.0))
-    np.testing.assert_allclose(ours, expected, atol=1e-5)
+        has_moved = run(params, dropped.at[block, branch, 0].set(1.0)) != nothing
+        assert has_moved[0].any() and not has_moved[1].any()
+    # a factor of two is a gamma twice as large
+    adaptive = jax.tree.map(lambda x: x.at[..., :2, :].multiply(2.0), params["blocks"]["adaptive"])
+    doubled = {**params, "blocks": {**params["blocks"], "adaptive": adaptive}}
+    np.testing.assert_allclose(run(params, 2 * kept), run(doubled, kept), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [512, 1024])
@@ -252,23 +233,29 @@ def assert_spread(what: str, x, std: float) -> None:
     assert abs(x.mean()) < 5 * std / np.sqrt(x.size), what
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["own", "shared"])
+UNDAMPED = {"shared_aln": True, "class_init_std": 0.3, "init_gamma": 1.0, "init_adaptive": 0.9, "init_head": 0.8}
+
+
+@pytest.fixture(scope="module", params=[{}, UNDAMPED], ids=["own", "shared"])
 def initial(request):
-    model = MVAR.clone(depth=3, width=32, vocab_size=128, init_gamma=1e-3, shared_aln=request.param)
-    boxed = jax.jit(model.init_params)(jax.random.key(0))
-    return model, jax.tree.map(
-        np.asarray, jax.tree.map(lambda x: x.value, boxed, is_leaf=lambda x: hasattr(x, "names"))
-    )
+    """(model, parameters): an adaptive linear per block as published, or a shared one with other factors."""
+    model = MVAR.clone(depth=3, width=32, vocab_size=128, **request.param)
+    return model, nn.meta.unbox(jax.jit(model.init_params)(jax.random.key(0)))
+
+
+def test_defaults_are_the_published_factors():
+    assert (MVAR.init_head, MVAR.init_adaptive, MVAR.init_gamma, MVAR.class_init_std) == (0.02, 0.5, 1e-5, None)
 
 
 def test_initial_weights_have_the_published_spread(initial):
     model, params = initial
     std, blocks = np.sqrt(1 / (3 * 32)), params["blocks"]
-    for name in ("class_embed", "pos_start", "pos_embed", "level_embed"):
+    for name in ("pos_start", "pos_embed", "level_embed"):
         assert_spread(name, params[name], std)
+    assert_spread("class_embed", params["class_embed"], model.class_init_std or std)
     assert_spread("word_embed", params["word_embed"]["kernel"], std)
-    assert_spread("head", params["head"]["kernel"], 0.02 * std)
-    assert_spread("head_adaptive", params["head_adaptive"]["kernel"], 0.5 * std)
+    assert_spread("head", params["head"]["kernel"], model.init_head * std)
+    assert_spread("head_adaptive", params["head_adaptive"]["kernel"], model.init_adaptive * std)
     assert_spread("ffn up", blocks["ffn"]["up"]["kernel"], std)
     assert_spread("ffn down", blocks["ffn"]["down"]["kernel"], std / np.sqrt(2 * 3))
     assert_spread("proj", blocks["attention"]["proj"]["kernel"], std / np.sqrt(2 * 3))
@@ -286,31 +273,16 @@ def test_initial_adaptive_parts_have_the_published_spread(initial):
     else:
         parts = params["blocks"]["adaptive"]["kernel"]
     for i in range(6):
-        assert_spread(f"adaptive {i}", parts[..., i, :], std * (1e-3 if i < 2 else 0.5))
+        factor = model.init_gamma if i < 2 else model.init_adaptive
+        assert_spread(f"adaptive {i}", parts[..., i, :], std * factor)
 
 
 def test_initial_biases_are_zero_and_attention_scales_four(initial):
     _, params = initial
-    zeros = [path for path, _ in jax.tree_util.tree_leaves_with_path(params) if "bias" in path[-1].key]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if path in zeros:
-            np.testing.assert_array_equal(leaf, 0)
-    assert len(zeros) == 9
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    biases = [leaf for path, leaf in flat if "bias" in path[-1].key]
+    assert len(biases) == 9 and not any(np.any(bias) for bias in biases)
     np.testing.assert_allclose(params["blocks"]["attention"]["log_scale"], np.log(4), rtol=1e-6)
-
-
-def test_class_table_and_damping_can_be_chosen():
-    model = MODEL.clone(num_classes=50, class_init_std=1.0, init_gamma=1.0, init_adaptive=1.0, init_head=1.0)
-    params = jax.tree.map(
-        lambda x: x.value,
-        jax.jit(model.init_params)(jax.random.key(1)),
-        is_leaf=lambda x: hasattr(x, "names"),
-    )
-    std = np.sqrt(1 / (3 * 16))
-    assert_spread("class_embed", params["class_embed"], 1 - 0.12)  # the normal is cut at +-2
-    for name in ("head", "head_adaptive"):
-        assert_spread(name, params[name]["kernel"], std)
-    assert_spread("adaptive", params["blocks"]["adaptive"]["kernel"], std)
 
 
 @pytest.mark.parametrize(

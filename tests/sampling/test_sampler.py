@@ -1,0 +1,175 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_case import (
+    F_HAT,
+    GUIDED_LOGITS,
+    MVAR,
+    SIDES,
+    TOKENIZER,
+    assert_close,
+    assert_images_close,
+    channels_first,
+    load,
+)
+from small_case import MODEL, seeded_params
+from small_case import TOKENIZER as SMALL_TOKENIZER
+
+from mvar_jax.errors import InputError
+from mvar_jax.ops.quantize import teacher_forcing_input
+from mvar_jax.ops.sampling import filter_logits
+from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample, sample_pyramid
+
+
+def assert_draw_close(what: str, draw, golden: dict, prefix: str = "") -> None:
+    ids, f_hat, all_logits = draw
+    np.testing.assert_array_equal(ids, golden[f"{prefix}ids"])
+    assert_close(f"{what} f_hat", channels_first(f_hat), golden[f"{prefix}f_hat"], **F_HAT)
+    for scale, logits in enumerate(all_logits):
+        key = f"{prefix}logits{scale}"
+        assert_close(f"{what} logits {scale}", logits[:, golden[f"{key}_pos"]], golden[key], **GUIDED_LOGITS)
+        if f"{key}_mean" in golden:
+            logits = np.asarray(logits, np.float64)
+            assert_close(f"{what} mean {scale}", logits.mean(), golden[f"{key}_mean"], **GUIDED_LOGITS)
+            assert_close(f"{what} std {scale}", logits.std(ddof=1), golden[f"{key}_std"], **GUIDED_LOGITS)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.7])
+def test_greedy_sampling_equals_golden(cfg, draw_golden, decode):
+    golden = load(f"sample_cfg{cfg}")
+    draw = draw_golden("mvar", golden["labels"], SampleOptions(cfg, top_k=1))
+    assert_draw_close(f"cfg {cfg}", draw, golden)
+    assert_images_close(f"cfg {cfg} image", decode(draw[1]), golden, "img", grid=8)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 1.5, 2.7])
+def test_cached_var_sampling_equals_golden(cfg, draw_golden, decode):
+    golden = load("var")
+    draw = draw_golden("var", golden[f"cfg{cfg}_labels"], SampleOptions(cfg, top_k=1))
+    assert_draw_close(f"VAR cfg {cfg}", draw, golden, f"cfg{cfg}_")
+    assert_images_close(f"VAR cfg {cfg} image", (decode(draw[1]) + 1) / 2, golden, f"cfg{cfg}_img01", grid=8)
+
+
+def test_the_compiled_program_draws_the_golden_ids(transformer_params, tokenizer_params):
+    golden = load("sample_cfg2.7")
+    options = SampleOptions(cfg=2.7, top_k=1)
+    ids, f_hat = sample(
+        MVAR,
+        TOKENIZER,
+        transformer_params,
+        tokenizer_params,
+        jnp.asarray(golden["labels"]),
+        keys_of_samples(5, np.arange(2)),
+        options,
+    )
+    assert ids.dtype == jnp.int32
+    np.testing.assert_array_equal(ids, golden["ids"])
+    assert_close("f_hat", channels_first(f_hat), golden["f_hat"], **F_HAT)
+
+
+def full_noise(scale: int) -> np.ndarray:
+    exponential = np.random.RandomState(4242 + scale).exponential(size=(2, SIDES[scale] ** 2, 64))
+    return -np.log(exponential.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["nofilter", "topk20p90"])
+def test_gumbel_average_equals_golden(name, draw_golden):
+    golden = load(f"more_smooth_{name}")
+    options = SampleOptions(2.7, int(golden["top_k"]), float(golden["top_p"]), smooth=True)
+    noises = [full_noise(scale) for scale in range(10)]
+    for scale, noise in enumerate(noises):
+        np.testing.assert_allclose(noise[:, :4], golden[f"gumbel{scale}"], rtol=1e-6, atol=1e-6)
+    given = {noise.shape[1]: noise for noise in noises}
+    _, f_hat, all_logits = draw_golden("mvar", golden["labels"], options, lambda x_BNV, keys_B: given[x_BNV.shape[1]])
+    for scale, logits in enumerate(all_logits):
+        ours = np.asarray(filter_logits(logits, options.top_k, options.top_p))[:, :4] * golden["logit_mul"][scale]
+        expected = golden[f"scaled_filtered_logits{scale}"]
+        is_kept = np.isfinite(expected)
+        np.testing.assert_array_equal(np.isfinite(ours), is_kept)
+        if scale < 5:  # later ones inherit an ill-conditioned f_hat
+            assert_close(f"{name} logits {scale}", ours[is_kept], expected[is_kept], atol=1e-4)
+    difference = channels_first(f_hat) - golden["f_hat"]
+    assert np.sqrt(np.mean(np.square(difference))) <= 3e-3
+    assert np.abs(difference).max() <= 0.1
+
+
+# Properties, on a small model.
+
+PARAMS, TOKENIZER_PARAMS = seeded_params(MODEL), seeded_params(SMALL_TOKENIZER, std=1.0)
+OPTIONS = SampleOptions(cfg=1.5, top_k=12, top_p=0.95)
+
+
+def draw_small(labels, index, seed=0, options=OPTIONS, model=MODEL) -> np.ndarray:
+    keys_B = keys_of_samples(seed, index)
+    ids, _ = sample(model, SMALL_TOKENIZER, PARAMS, TOKENIZER_PARAMS, jnp.asarray(labels), keys_B, options)
+    return np.asarray(ids)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [(MODEL, OPTIONS), (MODEL.clone(conditioning="full"), SampleOptions(cfg=1.0, smooth=True))],
+    ids=["markov", "full smooth"],
+)
+def test_a_sample_is_a_function_of_its_label_seed_and_index(model, options):
+    labels, index = np.array([0, 1, 2, 0, 1, 2, 0]), np.array([0, 1, 2, 3, 40, 50, 0])
+    together = draw_small(labels, index, options=options, model=model)
+    alone = draw_small(labels[3:4], index[3:4], options=options, model=model)
+    np.testing.assert_array_equal(alone[0], together[3])
+    np.testing.assert_array_equal(draw_small(labels[::-1], index[::-1], options=options, model=model)[::-1], together)
+    np.testing.assert_array_equal(together[6], together[0])
+    # and each of the three matters
+    assert (together[3] != together[0]).any()
+    assert (draw_small(labels, index, seed=1, options=options, model=model) != together).any(1).all()
+    assert (draw_small((labels + 1) % 3, index, options=options, model=model) != together).any(1).all()
+
+
+@pytest.fixture(scope="module")
+def stub_draws():
+    """Draws by a stub that puts all its trust in given ids: exact, and as a Gumbel average."""
+    ids = np.random.default_rng(0).integers(0, 16, (2, 46))
+    offsets, seen = MODEL.pyramid.offsets, []
+
+    def stub(scale, previous_BNc, carry):
+        seen.append(previous_BNc)
+        assert carry == (None if scale == 0 else scale - 1)
+        return 500 * jax.nn.one_hot(ids[:, offsets[scale] : offsets[scale + 1]], 16), scale
+
+    def run(options):
+        seen.clear()
+        keys_B = keys_of_samples(0, np.arange(2))
+        drawn, f_hat, _ = sample_pyramid(stub, SMALL_TOKENIZER, TOKENIZER_PARAMS, keys_B, options)
+        return drawn, f_hat, list(seen)
+
+    exact, smooth = jax.jit(lambda: (run(SampleOptions()), run(SampleOptions(smooth=True))))()
+    return ids, exact, smooth
+
+
+def test_each_scale_sees_what_the_coarser_ones_drew(stub_draws):
+    ids, (drawn, f_hat, seen), _ = stub_draws
+    np.testing.assert_array_equal(drawn, ids)
+    f_hats = jax.jit(lambda ids: SMALL_TOKENIZER.apply({"params": TOKENIZER_PARAMS}, ids, method="f_hats"))(ids)
+    np.testing.assert_allclose(f_hat, f_hats[-1], atol=1e-5)
+    assert seen[0].shape == (2, 0, 4)
+    previous = teacher_forcing_input(f_hats, SMALL_TOKENIZER.sides)
+    np.testing.assert_allclose(np.concatenate(seen, 1), previous, atol=1e-5)
+
+
+def test_a_sharp_gumbel_average_adds_the_drawn_codewords(stub_draws):
+    _, (_, exact, _), (_, smooth, _) = stub_draws
+    np.testing.assert_allclose(smooth, exact, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        (SampleOptions(top_k=-1), "top_k"),
+        (SampleOptions(top_p=1.01), "top_p"),
+        (SampleOptions(top_p=-0.5), "top_p"),
+        (SampleOptions(cfg=-1.0), "cfg"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, field):
+    SampleOptions().check()
+    with pytest.raises(InputError, match=f"^{field}="):
+        options.check()
