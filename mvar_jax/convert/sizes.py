@@ -105,6 +105,7 @@ def transformer_fields(state: StateDict, patch_nums: tuple[int, ...] | None = No
 
 def read_sides(state: StateDict, patch_nums: tuple[int, ...] | None) -> tuple[int, ...]:
     """Sides from the level of every token, else the known list of that many tokens, else `patch_nums`."""
+    patch_nums = None if patch_nums is None else tuple(patch_nums)
     num_tokens, num_scales = state.sizes("pos_1LC", 3)[1], state.sizes("lvl_embed.weight", 2)[0]
     num_start = state.sizes("pos_start", 3)[1]
     fits = lambda sides: (len(sides), sides[0] ** 2, sum(x * x for x in sides)) == (num_scales, num_start, num_tokens)

@@ -201,7 +201,8 @@ def test_a_key_bias_that_is_not_zero_is_refused(tmp_path, golden):
 def test_sides_come_from_levels_or_known_list_or_are_asked_for(tmp_path, golden):
     state = golden["mvar"]
     levels = state.pop("lvl_1L")
-    assert load_published(save(tmp_path, state))[0]["sides"] == SIDES
+    for given in (None, SIDES, list(SIDES)):
+        assert load_published(save(tmp_path, state), given)[0]["sides"] == SIDES
     for name in ("pos_1LC", "lvl_embed.weight"):  # without the last two maps
         state[name] = state[name][:, :255] if name == "pos_1LC" else state[name][:8]
     path = save(tmp_path, {"mvar_wo_ddp": state})
