@@ -9,7 +9,9 @@ from mvar_jax.__main__ import main
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
+OFTEN = ["--config.save_every_steps=2", "--config.keep_checkpoints=3", "--config.log_every_steps=1"]
 SMALL_TOKENIZER = [
+    *OFTEN,
     "--config.num_steps=3",
     "--config.batch_size=8",
     "--config.data.size=24",
@@ -18,6 +20,7 @@ SMALL_TOKENIZER = [
     "--config.optimizer.warmup_steps=1",
 ]
 SMALL_TRANSFORMER = [
+    *OFTEN,
     "--config.num_steps=3",
     "--config.batch_size=8",
     "--config.data.size=24",

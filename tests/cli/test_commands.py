@@ -2,16 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 import mvar_jax
 from mvar_jax.__main__ import COMMANDS, main
 from mvar_jax.data.token_cache import TokenCache
+from mvar_jax.training.checkpoint import restore_weights
 
 
 def test_help_lists_every_command_without_heavy_imports():
@@ -51,6 +55,22 @@ def test_training_again_changes_nothing(run):
     before = (Path(run.transformer) / "metrics.jsonl").read_bytes()
     assert main([*run.train_transformer, "--workdir", run.transformer]) == 0
     assert (Path(run.transformer) / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("task", ["tokenizer", "transformer"])
+def test_resumed_training_is_bit_equal(run, tmp_path, task):
+    whole, resumed = Path(getattr(run, task)), tmp_path / task
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "3")
+    assert main([*getattr(run, f"train_{task}"), "--workdir", str(resumed)]) == 0
+    for prefer_ema in (False, True):
+        trees = [restore_weights(workdir, prefer_ema=prefer_ema) for workdir in (whole, resumed)]
+        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), *trees)))
+    lines = [
+        [json.loads(line) | {"images_per_s": 0} for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        for workdir in (whole, resumed)
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 5
 
 
 def test_training_on_two_devices_gives_the_losses_of_one(run, tmp_path):

@@ -1,0 +1,233 @@
+"""The published PyTorch program (a checkout of CVL-UESTC/MVAR) and ours, side by side on the same weights."""
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import os
+import sys
+import time
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.comparison import Table, channels_first, load_published_files, teacher_forced, teacher_forcing
+from mvar_jax.convert.reader import TorchFile
+from mvar_jax.convert.sizes import MASK, find_state_dict
+from mvar_jax.errors import InputError
+from mvar_jax.ops.resize import resize_area
+from mvar_jax.ops.window.geometry import window_mask
+from mvar_jax.sampling.sampler import SampleOptions
+from mvar_jax.scales import WINDOW
+from mvar_jax.training.transformer_step import previous_of
+
+
+def stub_natten(torch) -> types.ModuleType:
+    """A module `natten` whose na2d is attention over the whole map under the clamped windows' mask."""
+
+    def na2d(query, key, value, kernel_size, dilation=1, scale=None):
+        if dilation != 1:
+            raise ValueError(f"dilation={dilation}: this stand-in has windows without gaps only")
+        B, Y, X, H, K = query.shape
+        mask = torch.from_numpy(window_mask(Y, X, kernel_size))
+        flat = [x.reshape(B, Y * X, H, K).transpose(1, 2) for x in (query, key, value)]
+        y = torch.nn.functional.scaled_dot_product_attention(*flat, attn_mask=mask, scale=scale)
+        return y.transpose(1, 2).reshape(B, Y, X, H, K)
+
+    module = types.ModuleType("natten")
+    module.na2d = na2d
+    return module
+
+
+def import_published(folder: Path):
+    """(torch, its VQVAE, its MVAR, notes). Raises InputError where the program or a library is missing."""
+    if not (folder / "models" / "mvar.py").is_file():
+        raise InputError("published", str(folder), "a checkout of CVL-UESTC/MVAR, with models/mvar.py")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the program takes a GPU that it sees, and that would round to TF32
+    notes = []
+    try:
+        import torch
+
+        if importlib.util.find_spec("natten") is None:
+            sys.modules["natten"] = stub_natten(torch)
+            notes.append("natten is not installed: masked dense attention stands in for its windows")
+        sys.path.insert(0, str(folder.resolve()))
+        from models.mvar import MVAR
+        from models.vqvae import VQVAE
+    except ImportError as error:
+        raise InputError("published", str(folder), f"torch and what the program imports: {error}") from None
+    return torch, VQVAE, MVAR, notes
+
+
+def read_state(torch, kind: str, path: Path) -> dict:
+    """A state dict as torch reads it, found in the file as our converter finds it."""
+    with TorchFile(kind, path) as file:
+        wrapper = find_state_dict(kind, file).wrapper
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if wrapper is None:
+        return content
+    return content[wrapper] if wrapper in content else content["trainer"][wrapper]
+
+
+def build_published(folder: Path, paths: dict[str, Path], model):
+    """(torch, tokenizer, transformer, notes): the published modules in the sizes of ours, with their weights."""
+    torch, VQVAE, MVAR, notes = import_published(folder)
+    ours, tokenizer = model.transformer, model.tokenizer
+    with contextlib.redirect_stdout(sys.stderr):
+        vae = VQVAE(
+            vocab_size=tokenizer.vocab_size,
+            z_channels=tokenizer.code_width,
+            ch=tokenizer.ch,
+            share_quant_resi=0 if tokenizer.num_phi == len(tokenizer.sides) else tokenizer.num_phi,
+            v_patch_nums=tokenizer.sides,
+        )
+        mvar = MVAR(
+            vae_local=vae,
+            num_classes=ours.num_classes,
+            depth=ours.depth,
+            embed_dim=ours.width,
+            num_heads=ours.num_heads,
+            shared_aln=ours.shared_aln,
+            cond_drop_rate=0.0,  # it drops labels in evaluation too
+            attn_l2_norm=True,
+            patch_nums=ours.sides,
+            kernel_size=ours.kernel_size,
+            refine_step=ours.refine_step,
+        )
+    vae.load_state_dict(read_state(torch, "tokenizer", paths["tokenizer"]))
+    state = dict(read_state(torch, "transformer", paths["transformer"]))
+    if MASK in state and not torch.equal(state[MASK], mvar.attn_bias_for_masking):
+        notes.append("the file's attention mask is not MVAR's (fine-tuned from VAR?): MVAR's own is used")
+    state[MASK] = mvar.attn_bias_for_masking
+    mvar.load_state_dict(state)
+    return torch, vae.eval(), mvar.eval(), notes
+
+
+def run_published(torch, vae, mvar, images_BYX3, labels_B, phases, cfg: float) -> dict:
+    """What the published program computes, NHWC; `seconds` by what was run."""
+    result, seconds = {}, {}
+    images = torch.from_numpy(channels_first(images_BYX3).copy())
+    labels = torch.from_numpy(labels_B).long()
+    drawn = []
+    with torch.no_grad():
+        with stopwatch(seconds, "encode"):
+            result["f"] = vae.quant_conv(vae.encoder(images))
+            ids = vae.img_to_idxBl(images)
+        previous = vae.quantize.idxBl_to_mvar_input(ids)
+        with stopwatch(seconds, "teacher-forced passes"):
+            result["logits"] = [
+                mvar(
+                    label_B=labels,
+                    x_BlCv_wo_first_l=previous_of(previous, phase, mvar.first_l),
+                    L_bg=phase.begin,
+                    L_ed=phase.end,
+                    using_nattn=phase.attention == WINDOW,
+                )
+                for phase in phases
+            ]
+        hook = vae.quantize.embedding.register_forward_hook(lambda module, args, output: drawn.append(args[0]))
+        with stopwatch(seconds, "sample"):
+            f_hat = mvar.autoregressive_infer(B=len(labels), label_B=labels, g_seed=0, cfg=cfg, top_k=1)
+        hook.remove()
+        with stopwatch(seconds, "decode"):
+            result["pixels"] = vae.fhat_to_img(f_hat)
+    result |= {"previous": previous, "ids": torch.cat(ids, 1), "f_hat": f_hat, "drawn": torch.cat(drawn, 1)}
+    arrays = {name: x.numpy() for name, x in result.items() if name != "logits"}
+    arrays |= {name: arrays[name].transpose(0, 2, 3, 1) for name in ("f", "f_hat", "pixels")}
+    return arrays | {"logits": [x.numpy() for x in result["logits"]], "seconds": seconds}
+
+
+@contextlib.contextmanager
+def stopwatch(seconds: dict[str, float], name: str):
+    begin = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - begin
+
+
+def run_ours(model, images_BYX3, labels_B, published: dict, cfg: float) -> dict:
+    """The same quantities from our model; logits from the published ids, so that one odd id spoils no other row."""
+    result, seconds = {}, {}
+    options = SampleOptions(cfg, top_k=1)
+    tokenizer, params, ids = model.tokenizer, model.tokenizer_params, jnp.asarray(published["ids"], jnp.int32)
+    with stopwatch(seconds, "encode"):
+        f, result["ids"] = jax.block_until_ready(encode(tokenizer, params, images_BYX3))
+    previous = teacher_forcing(tokenizer, params, ids)
+    with stopwatch(seconds, "teacher-forced passes"):
+        logits = jax.block_until_ready(teacher_forced(model.transformer, model.params, previous, labels_B))
+    with stopwatch(seconds, "sample"):
+        drawn, f_hat = jax.block_until_ready(model.sample_features(labels_B, 0, options))
+    with stopwatch(seconds, "decode"):
+        pixels = jax.block_until_ready(model.decode_features(f_hat))
+    result |= {"f": f, "previous": previous, "logits": logits, "drawn": drawn, "f_hat": f_hat, "pixels": pixels}
+    return result | {"decoded": model.decode_features(published["f_hat"]), "seconds": seconds}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(tokenizer, params, images_BYX3):
+    """(f, ids)."""
+    both = lambda module, images: (module.features(images), module.encode(images))
+    return tokenizer.apply({"params": params}, images_BYX3, method=both)
+
+
+def code_excess(model, f_BYXc, ids_BL) -> np.ndarray:
+    """[B, L]: how much farther each of these codes is from its residual than the nearest one; 0 where it is that.
+
+    The residual is that of our f after the coarser of these ids.
+    """
+    tokenizer, params = model.tokenizer, model.tokenizer_params
+    f_hats = accumulate(tokenizer, params, jnp.asarray(ids_BL, jnp.int32))
+    rests = [f_BYXc, *(f_BYXc - f_hat for f_hat in f_hats[:-1])]
+    pooled = [resize_area(rest, side) for rest, side in zip(rests, tokenizer.sides, strict=True)]
+    x_BLc = np.concatenate([x.reshape(len(ids_BL), -1, x.shape[-1]) for x in pooled], axis=1).astype(np.float64)
+    codebook = np.asarray(params["codebook"], np.float64)
+    squares_BLV = (codebook**2).sum(-1) - 2 * x_BLc @ codebook.T
+    return np.take_along_axis(squares_BLV, ids_BL[..., None], -1)[..., 0] - squares_BLV.min(-1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def accumulate(tokenizer, params, ids_BL):
+    """f_hat after each scale."""
+    return tokenizer.apply({"params": params}, ids_BL, method="f_hats")
+
+
+def compare_published(args: argparse.Namespace) -> Table:
+    folder = Path(args.published)
+    defaults = {"tokenizer": "vae_ch160v4096z32.pth", "transformer": "mvar-d16.pth"}
+    paths = {kind: Path(getattr(args, kind) or folder / name) for kind, name in defaults.items()}
+    for kind, path in paths.items():
+        if not path.is_file():
+            raise InputError(kind, str(path), "a file of published weights")
+    jax.config.update("jax_platforms", "cpu")
+    model = load_published_files(paths["tokenizer"], paths["transformer"], conditioning="markov")
+    torch, vae, mvar, notes = build_published(folder, paths, model)
+    rng, size = np.random.default_rng(args.seed), model.tokenizer.image_size
+    images = rng.uniform(-1, 1, (args.num_images, size, size, 3)).astype(np.float32)
+    labels = rng.integers(0, model.num_classes, args.num_images).astype(np.int32)
+    theirs = run_published(torch, vae, mvar, images, labels, model.transformer.phases(), args.cfg)
+    first = run_ours(model, images, labels, theirs, args.cfg)["seconds"]
+    ours = run_ours(model, images, labels, theirs, args.cfg)
+
+    table, pair = Table(has_magnitude=True), lambda name: (ours[name], theirs[name])
+    table.add("encoder f", "f", pair("f"))
+    excess = code_excess(model, ours["f"], theirs["ids"])
+    table.add("their codes' squared distance above the nearest", "near tie", (excess, np.zeros_like(excess)))
+    # one near tie at a coarse scale changes what the finer ones code, so the count alone decides nothing
+    num_different = int(np.sum(np.asarray(ours["ids"]) != theirs["ids"]))
+    table.rows.append((f"ids that differ (of {excess.size})", f"{num_different}", "near ties", table.rows[-1][-1]))
+    table.add("teacher-forcing input of their ids", "teacher-forcing input", pair("previous"))
+    for i, logits in enumerate(theirs["logits"]):
+        table.add(f"phase {i} logits of their ids", "logits", (ours["logits"][i], logits))
+    table.add(f"greedy cfg {args.cfg} ids (of {theirs['drawn'].size} that differ)", "ids", pair("drawn"))
+    table.add(f"greedy cfg {args.cfg} f_hat", "f_hat", pair("f_hat"))
+    table.add(f"greedy cfg {args.cfg} pixels", "images", pair("pixels"))
+    table.add("pixels of their f_hat", "images", (ours["decoded"], theirs["pixels"]))
+
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{args.num_images} images, seed {args.seed}, float32 on a CPU; seconds: published, ours (first call)")
+    for name, value in theirs["seconds"].items():
+        print(f"  {name}: {value:.2f}, {ours['seconds'][name]:.2f} ({first[name]:.2f})")
+    return table
