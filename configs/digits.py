@@ -26,13 +26,15 @@ def get_config() -> ml_collections.ConfigDict:
     c.keep_checkpoints = 1
     c.max_bad_steps = 10
     c.init_from = ""
-    c.data = dict(**tokenizer.data.to_dict(), num_views=8, cache="runs/quickstart/tokens")
+    # half the tokenizer's augmentation: the samples can be no closer to the real images than what they learn from
+    augmentation = {name: tokenizer.data[name] / 2 for name in ("degrees", "shift_px", "scale", "shear")}
+    c.data = {**tokenizer.data.to_dict(), **augmentation, "num_views": 8, "cache": "runs/quickstart/tokens"}
     c.model = dict(
         sides=tokenizer.model.sides,
         vocab_size=tokenizer.model.vocab_size,
         code_width=tokenizer.model.code_width,
-        refine_step=3,
-        kernel_size=(3, 5),
+        refine_step=4,
+        kernel_size=(5, 5),
         num_classes=10,
         depth=4,
         width=96,

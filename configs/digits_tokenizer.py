@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
         shear=0.04,
     )
     c.model = dict(
-        sides=(1, 2, 3, 5, 8),
+        sides=(1, 2, 3, 4, 6, 8),
         vocab_size=128,
         code_width=16,
         ch=16,
@@ -41,6 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_res_blocks=1,
         num_groups=None,
         group_size=4,
+        beta=1.0,  # f close to its codes: less is left to tokens that are drawn independently
     )
     c.codebook = dict(
         warmup_steps=30,

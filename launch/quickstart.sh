@@ -35,7 +35,7 @@ stage tokens "$RUN/tokens/cache.json" -- \
 stage transformer "$RUN/transformer/model.json" -- \
   "${mvar[@]}" train --config configs/digits.py --workdir "$RUN/transformer" "${cached[@]}"
 stage samples "$RUN/samples/samples.npz" -- \
-  "${mvar[@]}" sample --checkpoint "$RUN/transformer" --labels 0-9 --num 100 --cfg 0.1 --seed "$SEED" \
+  "${mvar[@]}" sample --checkpoint "$RUN/transformer" --labels 0-9 --num 100 --cfg 0 --seed "$SEED" \
   --batch_size 100 --save_tokens --out "$RUN/samples"
 stage report "$RUN/report.json" "$RUN/samples.png" "$RUN/samples.npz" -- \
   "${mvar[@]}" report --tokenizer "$RUN/tokenizer" --transformer "$RUN/transformer" --samples "$RUN/samples" \

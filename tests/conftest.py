@@ -14,10 +14,11 @@ from golden_case import (
     VAR,
     Compiled,
     load,
+    quick_jit,
 )
 
 from mvar_jax.convert.names import to_tree
-from mvar_jax.sampling.sampler import SampleOptions, guided_logits, keys_of_samples, sample_pyramid
+from mvar_jax.sampling.sampler import SampleOptions, guided_logits, sample_pyramid
 from mvar_jax.training.transformer_step import phase_loss, previous_of
 
 
@@ -57,7 +58,7 @@ def encoded_images(tokenizer_params, golden_images):
 def accumulated_ids(tokenizer_params):
     """(f_hat after each scale, teacher-forcing input) from the golden ids alone."""
     both = lambda module, ids: (module.f_hats(ids), module.teacher_forcing(ids))
-    accumulate = jax.jit(lambda params, ids: TOKENIZER.apply({"params": params}, ids, method=both))
+    accumulate = quick_jit(lambda params, ids: TOKENIZER.apply({"params": params}, ids, method=both))
     return accumulate(tokenizer_params, load("tokenizer")["ids"])
 
 
@@ -84,7 +85,7 @@ def tokenizer_training(tokenizer_params, golden_images):
         rec_mse = jnp.mean(jnp.square(rec - images))
         return vq_loss + rec_mse, {"rec": rec, "vq_loss": vq_loss, "rec_mse": rec_mse, "encoded": encoded}
 
-    (_, result), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(tokenizer_params, golden_images)
+    (_, result), grads = quick_jit(jax.value_and_grad(loss_fn, has_aux=True))(tokenizer_params, golden_images)
     return {**result, "grads": grads}
 
 
@@ -106,7 +107,7 @@ def compile_pass(model, phase):
             "grads": grads,
         }
 
-    return jax.jit(run)
+    return quick_jit(run)
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +140,7 @@ def draw_golden(transformer_params, tokenizer_params):
     """(model name, labels, options, noise) -> (ids, f_hat, guided logits of each scale)."""
     tokenizer = Compiled(TOKENIZER)
     models = {"mvar": Compiled(MVAR), "var": Compiled(VAR)}
-    keys_B = keys_of_samples(0, np.arange(2))
+    keys_B = jax.random.split(jax.random.key(0, impl="rbg"), 2)  # quicker to compile; no golden draw depends on them
 
     def draw(name: str, labels, options: SampleOptions, noise=None):
         logits_fn = guided_logits(models[name], transformer_params, jnp.asarray(labels), options.cfg)

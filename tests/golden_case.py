@@ -44,6 +44,10 @@ TOKENIZER_ENTRIES = tokenizer_entries(TOKENIZER.ch_mult, TOKENIZER.num_res_block
 TRANSFORMER_ENTRIES = transformer_entries(MVAR.depth, MVAR.num_heads, shared_aln=False)
 
 
+# compiling is most of a test's time, and half of that is LLVM's work on programs that run once
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 @functools.lru_cache
 def load(name: str) -> dict[str, np.ndarray]:
     with np.load(FOLDER / "tiny" / f"{name}.npz") as arrays:
@@ -107,7 +111,7 @@ class Compiled:
 
     def __init__(self, module, static_argnums=(3,)):
         self.module = module
-        self.apply = jax.jit(module.apply, static_argnums=static_argnums, static_argnames=("method",))
+        self.apply = quick_jit(module.apply, static_argnums=static_argnums, static_argnames=("method",))
 
     def __getattr__(self, name):
         return getattr(self.module, name)

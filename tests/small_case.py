@@ -1,11 +1,10 @@
 """A small tokenizer and transformer for properties, and seeded parameters that need no compiled initialisation."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from golden_case import quick_jit
 
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
@@ -58,11 +57,13 @@ def seeded_batch(model=MODEL, batch_size: int = 2, seed: int = 0) -> dict:
     }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def phase_logits(model, phase, params, batch, path=None):
-    """Logits of one phase; compiled once for each model and phase."""
+def apply_phase(model, phase, params, batch, path=None):
+    """Logits of one phase."""
     previous = previous_of(batch["previous"], phase, model.pyramid.areas[0])
     return model.apply({"params": params}, previous, batch["label"], phase, path)[0]
+
+
+phase_logits = quick_jit(apply_phase, static_argnums=(0, 1))
 
 
 def count(tree) -> int:

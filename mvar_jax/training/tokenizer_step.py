@@ -100,7 +100,8 @@ def train_step(
 def redraw_codes(model: Tokenizer, options: CodebookOptions, state: TrainState, batch: dict, key: jax.Array):
     """Replaces unused codes (all of them at the end of the warm-up) by residual vectors of this batch.
 
-    Scales are drawn with equal probability, so that the fine ones' many vectors do not crowd out the coarse.
+    The coarser a scale, the likelier it gives the vector: tokens of one scale are drawn independently, so what
+    an image has as a whole must fit into few of them.
     The EMA's codebook and the moments follow, or they would pull a new code back to where the dead one lay.
     """
     is_first = state.step == options.warmup_steps
@@ -111,7 +112,8 @@ def redraw_codes(model: Tokenizer, options: CodebookOptions, state: TrainState, 
     picks = jnp.stack(
         [pool[jax.random.randint(k, (V,), 0, pool.shape[0])] for pool, k in zip(pools, keys[1:], strict=True)]
     )
-    scale_V = jax.random.randint(keys[0], (V,), 0, len(pools))
+    weights_S = jnp.arange(len(pools), 0, -1, dtype=jnp.float32)
+    scale_V = jax.random.categorical(keys[0], jnp.log(weights_S), shape=(V,))
     drawn_Vc = picks[scale_V, jnp.arange(V)]
     is_dead_V = (jnp.sum(state.extra["hits"], axis=0) < options.revive_below) | is_first
     dead = is_dead_V[:, None]

@@ -16,8 +16,9 @@ from golden_case import (
     load,
     load_json,
     published_transformer,
+    quick_jit,
 )
-from small_case import MODEL, count, phase_logits, seeded_batch, seeded_params, shapes_of
+from small_case import MODEL, apply_phase, count, phase_logits, seeded_batch, seeded_params, shapes_of
 
 from mvar_jax.errors import InputError
 from mvar_jax.models.transformer import Transformer
@@ -77,7 +78,7 @@ def test_gradients_of_every_phase_equal_golden(i, run_phases):
 def test_block_causal_mask_over_the_coarse_phase_equals_golden(transformer_params, golden_batch):
     phase = Phase(0, 7, 0, 255, BLOCK_CAUSAL)
     previous = previous_of(golden_batch["previous"], phase, num_start=1)
-    run = jax.jit(lambda params: VAR.apply({"params": params}, previous, jnp.asarray(LABELS), phase)[0])
+    run = quick_jit(lambda params: VAR.apply({"params": params}, previous, jnp.asarray(LABELS), phase)[0])
     logits = run(transformer_params)
     assert_close("logits", logits[:, GOLDEN["p0_pos"]], GOLDEN["p0_varmask_logits"], **LOGITS)
     loss = token_cross_entropy(logits, IDS[:, :255]).mean(0).sum() / 680
@@ -122,10 +123,10 @@ def sensitivity(model, phase):
     params, batch = seeded_params(model), seeded_batch(model, batch_size=1)
 
     def signature_N(previous):
-        logits = phase_logits(model, phase, params, {**batch, "previous": previous})
+        logits = apply_phase(model, phase, params, {**batch, "previous": previous})
         return jnp.sum(jnp.sin(logits), axis=(0, 2))
 
-    derivative = np.asarray(jax.jit(jax.jacrev(signature_N))(batch["previous"]))[:, 0].any(-1)
+    derivative = np.asarray(quick_jit(jax.jacrev(signature_N))(batch["previous"]))[:, 0].any(-1)
     return previous_of(derivative, phase, model.pyramid.areas[0])
 
 
@@ -181,9 +182,9 @@ def test_shared_adaptive_linear_equals_own_linears_with_tied_weights():
 def test_memory_and_speed_options_change_no_number():
     params, batch, phase = seeded_params(MODEL), seeded_batch(), MODEL.phases()[1]
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(quick_jit, static_argnums=0)
     def grads_of(model, params):
-        return jax.grad(lambda params: jnp.sum(jnp.sin(phase_logits(model, phase, params, batch))))(params)
+        return jax.grad(lambda params: jnp.sum(jnp.sin(apply_phase(model, phase, params, batch))))(params)
 
     ours, expected = grads_of(MODEL.clone(remat="full", scan_unroll=2), params), grads_of(MODEL, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, expected)
@@ -240,7 +241,7 @@ UNDAMPED = {"shared_aln": True, "class_init_std": 0.3, "init_gamma": 1.0, "init_
 def initial(request):
     """(model, parameters): an adaptive linear per block as published, or a shared one with other factors."""
     model = MVAR.clone(depth=3, width=32, vocab_size=128, **request.param)
-    return model, nn.meta.unbox(jax.jit(model.init_params)(jax.random.key(0)))
+    return model, nn.meta.unbox(quick_jit(model.init_params)(jax.random.key(0)))
 
 
 def test_defaults_are_the_published_factors():

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_case import quick_jit
 
 from mvar_jax.ops.attention import (
     block_causal_mask,
@@ -50,7 +51,7 @@ def test_masked_attention_is_the_softmax_over_the_keys_seen(make_mask, scale):
 def test_grouped_block_diagonal_attention_equals_the_masked_one(areas):
     q, k, v = random_qkv(sum(areas))
 
-    @jax.jit
+    @quick_jit
     def run(q, k, v):
         masked = dense_attention(q, k, v, block_diagonal_mask(areas), scale=0.7)
         return block_diagonal_attention(q, k, v, areas, scale=0.7), masked
@@ -70,7 +71,7 @@ def test_removed_keys_get_exactly_no_gradient():
     areas = (1, 4, 9)
     q, k, v = random_qkv(14)
     out_of_scale_1 = lambda k, v: jnp.sum(jnp.square(block_diagonal_attention(q, k, v, areas)[:, 1:5]))
-    for grad in jax.jit(jax.grad(out_of_scale_1, argnums=(0, 1)))(k, v):
+    for grad in quick_jit(jax.grad(out_of_scale_1, argnums=(0, 1)))(k, v):
         assert (np.asarray(grad[:, 1:5]) != 0).any(-1).all()
         np.testing.assert_array_equal(grad[:, :1], 0)
         np.testing.assert_array_equal(grad[:, 5:], 0)
@@ -90,14 +91,14 @@ def test_query_scale_is_clamped_at_100_and_learns_nothing_beyond():
     size = lambda log_scale_H: jnp.sum(jnp.linalg.norm(normalise_query_key(q, k, log_scale_H)[0], axis=-1), (0, 1))
     log_scale_H = jnp.asarray([4.7, 4.5], jnp.float32)
     np.testing.assert_allclose(size(log_scale_H), [10 * 100, 10 * np.exp(4.5)], rtol=1e-5)
-    slope_H = jax.jit(jax.grad(lambda s: jnp.sum(size(s))))(log_scale_H)
+    slope_H = quick_jit(jax.grad(lambda s: jnp.sum(size(s))))(log_scale_H)
     assert slope_H[0] == 0 and slope_H[1] > 0
 
 
 def test_zero_vectors_stay_zero_and_differentiable():
     zero = jnp.zeros((1, 1, 1, 4))
     norm = lambda x: jnp.sum(normalise_query_key(x, x, jnp.zeros(1))[0])
-    value, grad = jax.jit(jax.value_and_grad(norm))(zero)
+    value, grad = quick_jit(jax.value_and_grad(norm))(zero)
     assert value == 0 and np.isfinite(grad).all()
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_case import load_json
+from golden_case import load_json, quick_jit
 
 from mvar_jax.ops.quantize import (
     decode_ids,
@@ -27,7 +27,7 @@ def halve(scale: int, x_BYXc):
     return x_BYXc * (0.5 + 0.1 * scale)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(quick_jit, static_argnums=2)
 def encode(f, codebook, znorm=False):
     return encode_residual(f, codebook, halve, SIDES, znorm)
 
@@ -66,7 +66,7 @@ def test_encoding_follows_the_residual_scale_by_scale(znorm):
 
 def test_decoding_ids_gives_the_encoders_f_hat():
     encoded = encode(F, CODEBOOK)
-    f_hats = jax.jit(lambda ids_BL: decode_ids(ids_BL, CODEBOOK, halve, SIDES))(encoded.ids_BL)
+    f_hats = quick_jit(lambda ids_BL: decode_ids(ids_BL, CODEBOOK, halve, SIDES))(encoded.ids_BL)
     for ours, expected in zip(f_hats, encoded.f_hats, strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-6)
 
@@ -84,7 +84,7 @@ def test_gradients_reach_the_codebook_and_not_f():
     def loss_fn(f, codebook):
         return sum(jnp.sum(jnp.square(f_hat)) for f_hat in encode_residual(f, codebook, halve, SIDES).f_hats)
 
-    f_grad, codebook_grad = jax.jit(jax.grad(loss_fn, argnums=(0, 1)))(F, CODEBOOK)
+    f_grad, codebook_grad = quick_jit(jax.grad(loss_fn, argnums=(0, 1)))(F, CODEBOOK)
     np.testing.assert_array_equal(f_grad, 0)
     used = np.unique(encode(F, CODEBOOK).ids_BL)
     np.testing.assert_array_equal(np.flatnonzero(np.abs(codebook_grad).sum(1)), used)

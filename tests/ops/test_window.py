@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_case import WINDOW_ATTENTION, assert_close, load
+from golden_case import WINDOW_ATTENTION, assert_close, load, quick_jit
 
 from mvar_jax.errors import InputError
 from mvar_jax.ops.attention import dense_attention
@@ -16,7 +16,7 @@ CASES = {"8x8k3": 3, "13x13k7": 7, "16x16k7": 7, "9x12k5": 5}
 SCALES = {"8x8k3": (1.0, 0.25), "13x13k7": (1.0,), "16x16k7": (1.0,), "9x12k5": (1.0, 0.25)}
 
 
-attend = functools.partial(jax.jit, static_argnames=("window", "backend"))(local_window_attention)
+attend = functools.partial(quick_jit, static_argnames=("window", "backend"))(local_window_attention)
 
 
 def random_qkv(height, width, seed=0, dtype=jnp.float32):
@@ -36,7 +36,7 @@ def keys_seen(height: int, width: int, window: int) -> np.ndarray:
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_window_attention_and_its_gradients_equal_golden(case, backend):
-    @jax.jit
+    @quick_jit
     def run(q, k, v, cotangent, scale):
         attend = lambda q, k, v: local_window_attention(q, k, v, CASES[case], scale=scale, backend=backend)
         out, pull_back = jax.vjp(attend, q, k, v)
@@ -74,7 +74,7 @@ def test_window_longer_than_one_side_is_cut_to_that_side_only():
 
 @pytest.mark.parametrize(("height", "width", "window"), [(3, 9, 5), (17, 17, 7), (10, 5, 1), (4, 4, 5)])
 def test_backends_equal_each_other_forward_and_in_gradients(height, width, window):
-    @jax.jit
+    @quick_jit
     def run(q, k, v):
         def run_one(backend):
             attend = lambda *qkv: local_window_attention(*qkv, window, scale=0.6, backend=backend)
@@ -94,7 +94,7 @@ def test_keys_outside_the_window_have_exactly_no_gradient(backend):
     q, k, v = random_qkv(6, 7)
     seen = keys_seen(6, 7, 3)
 
-    @jax.jit
+    @quick_jit
     def pull_back(k, v):
         attend = lambda k, v: local_window_attention(q[:1], k, v, 3, backend=backend)[0, 2, 5].sum()
         return jax.grad(attend, argnums=(0, 1))(k, v)
@@ -115,7 +115,7 @@ def test_low_precision_output_keeps_its_type_with_a_float32_softmax(backend):
 def test_window_attention_works_under_vmap():
     q, k, v = random_qkv(6, 6)
     one = lambda q, k, v: local_window_attention(q[None], k[None], v[None], 3, backend="gather")[0]
-    ours, expected = jax.jit(jax.vmap(one))(q, k, v), attend(q, k, v, 3, backend="gather")
+    ours, expected = quick_jit(jax.vmap(one))(q, k, v), attend(q, k, v, 3, backend="gather")
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 

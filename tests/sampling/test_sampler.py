@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_case
 from golden_case import (
     F_HAT,
     GUIDED_LOGITS,
@@ -12,9 +13,8 @@ from golden_case import (
     assert_images_close,
     channels_first,
     load,
+    quick_jit,
 )
-from small_case import MODEL, seeded_params
-from small_case import TOKENIZER as SMALL_TOKENIZER
 
 from mvar_jax.errors import InputError
 from mvar_jax.ops.quantize import teacher_forcing_input
@@ -96,13 +96,19 @@ def test_gumbel_average_equals_golden(name, draw_golden):
 
 # Properties, on a small model.
 
-PARAMS, TOKENIZER_PARAMS = seeded_params(MODEL), seeded_params(SMALL_TOKENIZER, std=1.0)
+SMALL_SIDES = (1, 2, 3)
+MODEL = small_case.MODEL.clone(sides=SMALL_SIDES)
+SMALL_TOKENIZER = small_case.TOKENIZER.clone(sides=SMALL_SIDES)
+PARAMS = small_case.seeded_params(MODEL)
+TOKENIZER_PARAMS = small_case.seeded_params(SMALL_TOKENIZER, std=1.0)
+# as `sample`, but quicker to compile
+draw_quickly = quick_jit(sample.__wrapped__, static_argnames=("model", "tokenizer", "options"))
 OPTIONS = SampleOptions(cfg=1.5, top_k=12, top_p=0.95)
 
 
 def draw_small(labels, index, seed=0, options=OPTIONS, model=MODEL) -> np.ndarray:
     keys_B = keys_of_samples(seed, index)
-    ids, _ = sample(model, SMALL_TOKENIZER, PARAMS, TOKENIZER_PARAMS, jnp.asarray(labels), keys_B, options)
+    ids, _ = draw_quickly(model, SMALL_TOKENIZER, PARAMS, TOKENIZER_PARAMS, jnp.asarray(labels), keys_B, options)
     return np.asarray(ids)
 
 
@@ -127,7 +133,7 @@ def test_a_sample_is_a_function_of_its_label_seed_and_index(model, options):
 @pytest.fixture(scope="module")
 def stub_draws():
     """Draws by a stub that puts all its trust in given ids: exact, and as a Gumbel average."""
-    ids = np.random.default_rng(0).integers(0, 16, (2, 46))
+    ids = np.random.default_rng(0).integers(0, 16, (2, MODEL.pyramid.num_tokens))
     offsets, seen = MODEL.pyramid.offsets, []
 
     def stub(scale, previous_BNc, carry):
@@ -141,14 +147,14 @@ def stub_draws():
         drawn, f_hat, _ = sample_pyramid(stub, SMALL_TOKENIZER, TOKENIZER_PARAMS, keys_B, options)
         return drawn, f_hat, list(seen)
 
-    exact, smooth = jax.jit(lambda: (run(SampleOptions()), run(SampleOptions(smooth=True))))()
+    exact, smooth = quick_jit(lambda: (run(SampleOptions()), run(SampleOptions(smooth=True))))()
     return ids, exact, smooth
 
 
 def test_each_scale_sees_what_the_coarser_ones_drew(stub_draws):
     ids, (drawn, f_hat, seen), _ = stub_draws
     np.testing.assert_array_equal(drawn, ids)
-    f_hats = jax.jit(lambda ids: SMALL_TOKENIZER.apply({"params": TOKENIZER_PARAMS}, ids, method="f_hats"))(ids)
+    f_hats = quick_jit(lambda ids: SMALL_TOKENIZER.apply({"params": TOKENIZER_PARAMS}, ids, method="f_hats"))(ids)
     np.testing.assert_allclose(f_hat, f_hats[-1], atol=1e-5)
     assert seen[0].shape == (2, 0, 4)
     previous = teacher_forcing_input(f_hats, SMALL_TOKENIZER.sides)

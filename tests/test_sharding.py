@@ -1,0 +1,149 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from mvar_jax import sharding
+from mvar_jax.errors import InputError
+from mvar_jax.sharding import MESH_AXES, RULES
+
+
+class FakeMesh:
+    shape = {"data": 2, "fsdp": 3, "tensor": 2}
+
+
+def test_every_rule_names_axes_of_the_mesh():
+    for entry in RULES.values():
+        axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        assert set(axes) <= set(MESH_AXES)
+
+
+def test_logical_axes_become_mesh_axes():
+    spec = sharding.spec_of(("batch", "tokens", "heads", None))
+    assert spec == PartitionSpec(("data", "fsdp"), None, "tensor", None)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda *names: sharding.spec_of(names),
+        lambda *names: sharding.constrain(jnp.zeros((1, 1)), *names),
+        lambda *names: sharding.named_axes(nn.initializers.zeros, *names),
+    ],
+)
+def test_wrong_logical_axes_are_refused_even_without_a_mesh(use):
+    use("batch", "heads")
+    with pytest.raises(KeyError, match="head_wdith"):
+        use("batch", "head_wdith")
+    with pytest.raises(ValueError, match="one mesh axis on two dimensions"):
+        use("heads", "hidden")
+    with pytest.raises(ValueError, match="one mesh axis on two dimensions"):
+        use("batch", "width")
+
+
+def test_constrain_is_the_identity_without_a_mesh():
+    x = jnp.ones((2, 3))
+    assert sharding.constrain(x, "batch", "hidden") is x
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 2}, {"data": 3, "fsdp": 2, "tensor": 2}, {"fsdp": 3}, {"fsdp": -1}, {"data": 0}, {"fsdp": 0}]
+)
+def test_mesh_refuses_axes_that_do_not_fit_the_devices(sizes):
+    with pytest.raises(InputError, match="^mesh=.*8, the number of devices"):
+        sharding.make_mesh(**sizes, devices=jax.devices()[:1] * 8)
+
+
+def test_free_mesh_axis_takes_what_is_left():
+    assert dict(sharding.make_mesh(devices=jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_batch_must_divide_over_the_batch_axes():
+    sharding.check_batch_size(12, FakeMesh)
+    for batch_size in (0, 4, 13):
+        with pytest.raises(InputError, match="batch_size=.*multiple of 6"):
+            sharding.check_batch_size(batch_size, FakeMesh)
+
+
+EIGHT_DEVICES = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from small_case import MODEL, seeded_batch, seeded_params
+
+from mvar_jax.sharding import make_mesh, put_batch, use_mesh
+from mvar_jax.training.optimizer import OptimizerOptions
+from mvar_jax.training.state import abstract_sharded, make_state
+from mvar_jax.training.transformer_step import PhaseOptions, train_step
+
+MODEL = MODEL.clone(sides=(1, 2, 4))
+batch = {name: np.asarray(x) for name, x in seeded_batch(MODEL, 4).items()}
+previous = batch.pop("previous")
+optimizer, options = OptimizerOptions(), PhaseOptions(schedule="joint")
+
+
+def step(state, batch, previous):
+    return train_step(MODEL, lambda ids: previous, optimizer, options, 0, MODEL.phases(), state, batch, 0.01, 0.05)
+
+
+state = make_state(lambda: seeded_params(MODEL), optimizer)
+one_state, one = jax.jit(step)(state, batch, previous)
+
+mesh = make_mesh(2, 2, 2)
+boxed = lambda: make_state(lambda: MODEL.init_params(jax.random.key(0)), optimizer)
+shardings = jax.tree.map(lambda x: x.sharding, abstract_sharded(boxed, mesh))
+state = jax.device_put(state, shardings)
+qkv = state.params["blocks"]["attention"]["qkv"]  # [layers, width, 3, heads, head width]
+assert qkv.addressable_shards[0].data.shape == (2, 8, 3, 1, 8), qkv.sharding
+moment = state.opt_state.inner_states["rest"].inner_state.mu["blocks"]["attention"]["qkv"]
+assert moment.sharding == qkv.sharding
+odd = state.params["class_embed"]  # four rows, width over fsdp
+assert odd.addressable_shards[0].data.shape == (4, 8), odd.sharding
+with use_mesh(mesh):
+    placed = put_batch({**batch, "previous": previous}, mesh)
+    assert placed["ids"].addressable_shards[0].data.shape == (1, MODEL.pyramid.num_tokens)
+    previous = placed.pop("previous")
+    eight_state, eight = jax.jit(step, out_shardings=(shardings, None))(state, placed, previous)
+for name in ("loss", "grad_norm", "loss_per_scale"):
+    np.testing.assert_allclose(eight[name], one[name], rtol=1e-5, err_msg=name)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), eight_state.params, one_state.params)
+
+print("devices", len(jax.devices()))
+"""
+
+
+def test_step_on_eight_devices_equals_the_step_on_one():
+    tests = Path(__file__).parent
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout == "devices 8\n"
+
+
+def test_dimension_that_the_mesh_does_not_divide_stays_whole(monkeypatch):
+    monkeypatch.setattr(sharding, "NamedSharding", lambda mesh, spec: spec)
+    box = lambda *shape: sharding.Named(jax.ShapeDtypeStruct(shape, jnp.float32), ("width", "heads"))
+    tree = {"even": box(6, 4), "odd": box(7, 4), "plain": jax.ShapeDtypeStruct((6,), jnp.float32)}
+    specs = sharding.shardings_of(tree, FakeMesh)
+    assert specs == {
+        "even": PartitionSpec("fsdp", "tensor"),
+        "odd": PartitionSpec(None, "tensor"),
+        "plain": PartitionSpec(),
+    }
+
+
+def test_batches_are_placed_over_the_batch_axes():
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    placed = sharding.put_batch({"ids": np.arange(6).reshape(2, 3)}, mesh)
+    np.testing.assert_array_equal(placed["ids"], [[0, 1, 2], [3, 4, 5]])
+    assert placed["ids"].sharding.spec == PartitionSpec(("data", "fsdp"))
+    assert sharding.replicated(mesh).spec == PartitionSpec()
