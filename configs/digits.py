@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.task = "transformer"
     c.seed = 0
-    c.num_steps = 1400
+    c.num_steps = 1600
     c.batch_size = 32
     c.log_every_steps = 20
     c.eval_every_steps = 100
@@ -26,8 +26,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.keep_checkpoints = 1
     c.max_bad_steps = 10
     c.init_from = ""
-    # half the tokenizer's augmentation: the samples can be no closer to the real images than what they learn from
-    augmentation = {name: tokenizer.data[name] / 2 for name in ("degrees", "shift_px", "scale", "shear")}
+    # a quarter of the tokenizer's augmentation: the samples can be no closer to the real images than what they learn from
+    augmentation = {name: tokenizer.data[name] / 4 for name in ("degrees", "shift_px", "scale", "shear")}
     c.data = {**tokenizer.data.to_dict(), **augmentation, "num_views": 8, "cache": "runs/quickstart/tokens"}
     c.model = dict(
         sides=tokenizer.model.sides,
