@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.keep_checkpoints = 1
     c.max_bad_steps = 10
     c.init_from = ""
-    # a quarter of the tokenizer's augmentation: the samples can be no closer to the real images than what they learn from
+    # a quarter of the tokenizer's augmentation: samples can be no closer to real images than what they learn from
     augmentation = {name: tokenizer.data[name] / 4 for name in ("degrees", "shift_px", "scale", "shear")}
     c.data = {**tokenizer.data.to_dict(), **augmentation, "num_views": 8, "cache": "runs/quickstart/tokens"}
     c.model = dict(

@@ -48,6 +48,12 @@ def test_top_p_never_removes_the_most_likely():
     np.testing.assert_array_equal(kept, GOLDEN["logits"] == GOLDEN["logits"].max(-1, keepdims=True))
 
 
+@pytest.mark.parametrize(("top_p", "num_kept"), [(0.75, 3), (0.5, 2), (0.25, 1), (0.6, 3), (1.0, 4)])
+def test_top_p_removes_up_to_and_with_the_complement(top_p, num_kept):
+    kept = jnp.isfinite(filter_logits(jnp.zeros((2, 4)), 0, top_p))  # cumulative .25, .5, .75, 1, exactly
+    np.testing.assert_array_equal(kept.sum(-1), num_kept)
+
+
 def test_guidance_grows_from_nothing_to_cfg():
     strengths = [guidance_strength(2.7, scale, 10) for scale in range(10)]
     np.testing.assert_allclose(strengths, 2.7 * np.arange(10) / 9, rtol=1e-12)

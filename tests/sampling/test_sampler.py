@@ -166,6 +166,19 @@ def test_a_sharp_gumbel_average_adds_the_drawn_codewords(stub_draws):
     np.testing.assert_allclose(smooth, exact, atol=1e-5)
 
 
+def test_each_scale_draws_its_own_noise():
+    """Noise of one key for all scales would begin alike at each."""
+
+    @quick_jit
+    def run():
+        flat = lambda scale, previous, carry: (jnp.zeros((2, SMALL_SIDES[scale] ** 2, 16)), None)
+        keys_B = keys_of_samples(0, np.arange(2))
+        return sample_pyramid(flat, SMALL_TOKENIZER, TOKENIZER_PARAMS, keys_B, SampleOptions())[0]
+
+    _, second, third = np.split(np.asarray(run()), (1, 5), axis=1)
+    assert (third[:, :4] != second).any(1).all()
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [

@@ -129,6 +129,7 @@ def test_a_step_descends_the_sum_of_its_phases_losses(schedule, first):
     options = PhaseOptions(schedule, label_drop_rate=0.5)
     step = quick_jit(functools.partial(train_step, SMALL, embed_ids, NO_CLIP, options, 0, phases))
     state = make_state(lambda: PARAMS, NO_CLIP)
+    state = state.replace(opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))  # as if it had moved before
     after, metrics = step(state, BATCH, 0.01, 0.05)
 
     keys = sample_keys(0, BATCH["index"])
