@@ -20,7 +20,7 @@ COARSE_512 = tuple(side**2 for side in KNOWN_SIDES[512][:7])
 
 def random_qkv(num_tokens: int, seed: int = 0):
     x = np.random.default_rng(seed).normal(size=(3, 2, num_tokens, 2, 8))
-    return tuple(jnp.asarray(x, jnp.float32))
+    return tuple(jnp.asarray(part, jnp.float32) for part in x)
 
 
 def attend_by_loops(q, k, v, is_seen, scale):

@@ -20,7 +20,8 @@ attend = functools.partial(quick_jit, static_argnames=("window", "backend"))(loc
 
 
 def random_qkv(height, width, seed=0, dtype=jnp.float32):
-    return tuple(jnp.asarray(np.random.default_rng(seed).normal(size=(3, 2, height, width, 2, 4)), dtype))
+    x = np.random.default_rng(seed).normal(size=(3, 2, height, width, 2, 4))
+    return tuple(jnp.asarray(part, dtype) for part in x)
 
 
 def keys_seen(height: int, width: int, window: int) -> np.ndarray:

@@ -32,7 +32,7 @@ def history():
     step = quick_jit(functools.partial(train_step, MODEL, OPTIMIZER, OPTIONS))
     states = [(make_state(lambda: seeded_params(MODEL), OPTIMIZER, {"hits": HITS}), None)]
     for _ in range(4):
-        states.append(step(states[-1][0], {"image": IMAGES}, 0.01, 0.0))
+        states.append(jax.device_get(step(states[-1][0], {"image": IMAGES}, 0.01, 0.0)))
     return states
 
 

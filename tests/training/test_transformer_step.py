@@ -118,6 +118,12 @@ def embed_ids(ids_BL):
     return jnp.sin(ids_BL[:, 1:, None] * jnp.arange(1.0, 5))
 
 
+@quick_jit
+def draw_dropouts(labels, index):
+    keys = sample_keys(0, index)
+    return drop_labels(labels, keys, 0.5, SMALL.num_classes), draw_paths(SMALL, keys)
+
+
 @functools.partial(quick_jit, static_argnums=1)
 def loss_and_grads(params, phase, batch):
     return jax.value_and_grad(lambda params: phase_loss(SMALL, params, batch, phase), has_aux=True)(params)
@@ -129,14 +135,15 @@ def test_a_step_descends_the_sum_of_its_phases_losses(schedule, first):
     options = PhaseOptions(schedule, label_drop_rate=0.5)
     step = quick_jit(functools.partial(train_step, SMALL, embed_ids, NO_CLIP, options, 0, phases))
     state = make_state(lambda: PARAMS, NO_CLIP)
-    state = state.replace(opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))  # as if it had moved before
-    after, metrics = step(state, BATCH, 0.01, 0.05)
+    state = state.replace(
+        opt_state=jax.tree.map(lambda x: 1 + np.asarray(x), state.opt_state)
+    )  # as if it had moved before
+    after, metrics = jax.device_get(step(state, BATCH, 0.01, 0.05))
 
-    keys = sample_keys(0, BATCH["index"])
-    labels, path = drop_labels(BATCH["label"], keys, 0.5, SMALL.num_classes), draw_paths(SMALL, keys)
+    labels, path = jax.device_get(draw_dropouts(BATCH["label"], BATCH["index"]))
     assert 0 < (labels == SMALL.num_classes).sum() < 4 and (path == 0).sum() > 0
     seen = {"ids": BATCH["ids"], "label": labels, "previous": embed_ids(BATCH["ids"]), "path": path}
-    results = [loss_and_grads(PARAMS, phase, seen) for phase in phases]
+    results = jax.device_get([loss_and_grads(PARAMS, phase, seen) for phase in phases])
     loss = sum(loss for (loss, _), _ in results)
     nll_BS = np.concatenate([nll for (_, (nll, _)), _ in results], axis=1)
     grads = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *(grads for _, grads in results))
@@ -154,7 +161,7 @@ def test_a_step_descends_the_sum_of_its_phases_losses(schedule, first):
         np.testing.assert_array_equal(np.isnan(metrics[name]), np.arange(3) < phases[0].first)
 
     # a sample's randomness goes with its place in the stream, not with its row
-    _, again = step(state, jax.tree.map(lambda x: x[::-1], BATCH), 0.01, 0.05)
+    _, again = step(state, jax.tree.map(lambda x: np.asarray(x)[::-1], BATCH), 0.01, 0.05)
     np.testing.assert_allclose(again["loss"], loss, rtol=1e-5)
 
 
