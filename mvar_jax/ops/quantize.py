@@ -58,8 +58,7 @@ def encode_residual(
 ) -> Encoded:
     """Quantize a latent map scale by scale. Differentiable in codebook and phi, not through the ids.
 
-    f_BYXc float32 [B, Y, X, c] with Y = X = sides[-1]. Gradients reach f only through `rests`, so pass
-    `stop_gradient(f)` in training.
+    f_BYXc float32 [B, Y, X, c] with Y = X = sides[-1]; no gradient reaches it.
     """
     B = f_BYXc.shape[0]
     # the residual chooses ids; nothing may learn through that choice
