@@ -74,7 +74,6 @@ def test_batch_must_divide_over_the_batch_axes():
 
 EIGHT_DEVICES = """
 import jax
-import jax.numpy as jnp
 import numpy as np
 from small_case import MODEL, seeded_batch, seeded_params
 
@@ -93,7 +92,8 @@ def step(state, batch, previous):
     return train_step(MODEL, lambda ids: previous, optimizer, options, 0, MODEL.phases(), state, batch, 0.01, 0.05)
 
 
-state = make_state(lambda: seeded_params(MODEL), optimizer)
+params = seeded_params(MODEL)
+state = jax.jit(lambda: make_state(lambda: params, optimizer))()
 one_state, one = jax.jit(step)(state, batch, previous)
 
 mesh = make_mesh(2, 2, 2)

@@ -19,10 +19,10 @@ from mvar_jax.training.tokenizer_step import (
     usage_percent,
 )
 
-MODEL = TOKENIZER.clone(sides=(1, 2), num_phi=1)
+MODEL = TOKENIZER.clone(sides=(1, 2), num_phi=1, ch_mult=(1,))
 OPTIMIZER = OptimizerOptions(weight_decay=0.0, ema_decay=0.5)
 OPTIONS = CodebookOptions(warmup_steps=1, usage_early_steps=2, l1_weight=0.3, revive_below=0.4)
-IMAGES = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (3, 4, 4, 3)), jnp.float32)
+IMAGES = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (3, 2, 2, 3)), jnp.float32)
 HITS = jnp.asarray(np.random.default_rng(1).uniform(0, 0.5, (2, 16)), jnp.float32)
 
 
@@ -30,7 +30,8 @@ HITS = jnp.asarray(np.random.default_rng(1).uniform(0, 0.5, (2, 16)), jnp.float3
 def history():
     """(state, metrics) before and after each of four steps: one unquantised, then two early ones, then a late one."""
     step = quick_jit(functools.partial(train_step, MODEL, OPTIMIZER, OPTIONS))
-    states = [(make_state(lambda: seeded_params(MODEL), OPTIMIZER, {"hits": HITS}), None)]
+    params = seeded_params(MODEL)
+    states = [(quick_jit(lambda: make_state(lambda: params, OPTIMIZER, {"hits": HITS}))(), None)]
     for _ in range(4):
         states.append(jax.device_get(step(states[-1][0], {"image": IMAGES}, 0.01, 0.0)))
     return states

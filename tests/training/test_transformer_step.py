@@ -24,6 +24,7 @@ LABELS = jnp.asarray([1, 3])
 
 
 update = quick_jit(apply_gradients, static_argnums=(0, 5))
+new_state = quick_jit(lambda params, options: make_state(lambda: params, options), static_argnums=1)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def golden_steps(transformer_params, golden_batch, phase_programs):
     @functools.cache
     def six_steps(clip_norm):
         options = OptimizerOptions(clip_norm=clip_norm)
-        state, history = make_state(lambda: transformer_params, options), []
+        state, history = new_state(transformer_params, options), []
         for i in GOLDEN[f"clip{clip_norm}_phase"]:
             result = phase_programs[i](state.params, batch)
             trains_start = MVAR.phases()[i].trains_start
@@ -134,10 +135,9 @@ def test_a_step_descends_the_sum_of_its_phases_losses(schedule, first):
     phases = SMALL.phases()[first:]
     options = PhaseOptions(schedule, label_drop_rate=0.5)
     step = quick_jit(functools.partial(train_step, SMALL, embed_ids, NO_CLIP, options, 0, phases))
-    state = make_state(lambda: PARAMS, NO_CLIP)
-    state = state.replace(
-        opt_state=jax.tree.map(lambda x: 1 + np.asarray(x), state.opt_state)
-    )  # as if it had moved before
+    state = new_state(PARAMS, NO_CLIP)
+    # as if it had moved before: without a gradient only old moments could move the start position
+    state = state.replace(opt_state=jax.tree.map(lambda x: 1 + np.asarray(x), state.opt_state))
     after, metrics = jax.device_get(step(state, BATCH, 0.01, 0.05))
 
     labels, path = jax.device_get(draw_dropouts(BATCH["label"], BATCH["index"]))
