@@ -44,6 +44,8 @@ def get_config() -> ml_collections.ConfigDict:
         # at this size the large model's damped gammas and small class table leave the class ignored for long
         init_gamma=0.5,
         class_init_std=1.0,
+        # at this size memory is no concern
+        remat="none",
         scan_unroll=4,
     )
     c.phases = dict(schedule="joint", ratio=8, label_drop_rate=0.1, label_smoothing=0.0)

@@ -36,7 +36,8 @@ def layer_norm(x: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Self-attention over the tokens of one phase. Returns the output and this phase's (k, v) [B, N, H, K]."""
+    """Self-attention over the tokens of one phase. Returns the output and the cache with this layer's keys and
+    values of the phase in it."""
 
     pyramid: Pyramid
     phase: Phase
@@ -47,7 +48,7 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BND: jax.Array, cache: tuple[jax.Array, jax.Array] | None):
+    def __call__(self, x_BND: jax.Array, cache: tuple[jax.Array, jax.Array] | None, layer: jax.Array):
         D, H = x_BND.shape[-1], self.num_heads
         K = D // H
         kernel = self.param(
@@ -63,7 +64,9 @@ class Attention(nn.Module):
         q = qkv[0] + q_bias.astype(self.dtype)
         v = qkv[2] + v_bias.astype(self.dtype)
         q, k = normalise_query_key(q, qkv[1], log_scale)
-        y_BNHK = self.attend(q, k, v, cache)
+        if cache is not None:
+            cache, (k, v) = self.extend_cache(cache, (k, v), layer)
+        y_BNHK = self.attend(q, k, v)
         y_BND = nn.DenseGeneral(
             D,
             axis=(-2, -1),
@@ -73,16 +76,26 @@ class Attention(nn.Module):
             ),
             name="proj",
         )(y_BNHK)
-        return y_BND, (k, v)
+        return y_BND, cache
 
-    def attend(self, q, k, v, cache):
+    def extend_cache(self, cache, new, layer):
+        """(the cache with a phase's keys and values written, those of all scales up to the phase's end)."""
+        begin, end = self.phase.begin, self.phase.end
+
+        def extend(past_DBLHK, new_BNHK):
+            past = jax.lax.dynamic_update_slice(past_DBLHK, new_BNHK[None], (layer, 0, begin, 0, 0))
+            B, _, H, K = new_BNHK.shape
+            return past, jax.lax.dynamic_slice(past, (layer, 0, 0, 0, 0), (1, B, end, H, K))[0]
+
+        k, v = (extend(*pair) for pair in zip(cache, new, strict=True))
+        return (k[0], v[0]), (k[1], v[1])
+
+    def attend(self, q, k, v):
         """Which keys a query sees: SPEC's scale-Markov, spatial-Markov and VAR rules."""
         phase, areas = self.phase, self.pyramid.areas[self.phase.first : self.phase.last + 1]
         if phase.attention == BLOCK_DIAGONAL:
             return block_diagonal_attention(q, k, v, areas)
         if phase.attention == BLOCK_CAUSAL:
-            if cache is not None:
-                k, v = (jnp.concatenate([past, now], axis=1) for past, now in zip(cache, (k, v), strict=True))
             mask = block_causal_mask(self.pyramid.areas[: phase.last + 1])[phase.begin :]
             return dense_attention(q, k, v, None if mask.all() else mask)
         side = self.pyramid.sides[phase.first]
@@ -139,8 +152,10 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BND, cond, path_2B, cache):
-        """cond: class rows [B, D], or with shared_aln the shared vectors [B, 6, D]; path_2B: drop-path factors."""
+    def __call__(self, carry, cond, path_2B, layer):
+        """carry: (x_BND, cache). cond: class rows [B, D], or with shared_aln the shared vectors [B, 6, D];
+        path_2B: drop-path factors; layer: this block's number."""
+        x_BND, cache = carry
         factors = (self.init_gamma,) * 2 + (self.init_adaptive,) * 4
         if self.shared_aln:
             D = cond.shape[-1]
@@ -153,7 +168,7 @@ class Block(nn.Module):
             adaptive = Adaptive(6, self.init_std, factors, name="adaptive")(cond)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = (adaptive[:, None, i] for i in range(6))
 
-        y, kv = Attention(
+        y, cache = Attention(
             self.pyramid,
             self.phase,
             self.num_heads,
@@ -162,11 +177,11 @@ class Block(nn.Module):
             self.window_backend,
             self.dtype,
             name="attention",
-        )(layer_norm(x_BND) * (1 + scale1) + shift1, cache)
+        )(layer_norm(x_BND) * (1 + scale1) + shift1, cache, layer)
         x_BND = self.add_branch(x_BND, gamma1 * y, path_2B, 0)
         y = FeedForward(self.init_std, self.depth, self.dtype, name="ffn")(layer_norm(x_BND) * (1 + scale2) + shift2)
         x_BND = self.add_branch(x_BND, gamma2 * y, path_2B, 1)
-        return x_BND, kv if self.phase.attention == BLOCK_CAUSAL else None
+        return (x_BND, cache), None
 
     def add_branch(self, x_BND, branch_BND, path_2B, i):
         if path_2B is not None:

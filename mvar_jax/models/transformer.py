@@ -24,7 +24,9 @@ class Transformer(nn.Module):
 
     sides, refine_step, kernel_size: see `Pyramid`. conditioning: "markov" (MVAR) or "full" (VAR).
     drop_path_rate: rate of the last block, growing linearly from 0. class_init_std: std of the class table,
-    None for the common sqrt(1 / (3 D)). dtype: computation; parameters, norms, softmax and logits are float32.
+    None for the common sqrt(1 / (3 D)). remat: what the backward pass computes again instead of keeping it: "dots"
+    all but the matrix products with weights, "full" all, "none" nothing. dtype: computation; parameters, norms,
+    softmax and logits are float32.
     """
 
     sides: tuple[int, ...]
@@ -44,7 +46,7 @@ class Transformer(nn.Module):
     init_head: float = 0.02
     class_init_std: float | None = None
     window_backend: str = "auto"
-    remat: str = "none"
+    remat: str = "dots"
     scan_unroll: int = 1
     dtype: Any = jnp.float32
 
@@ -106,7 +108,8 @@ class Transformer(nn.Module):
             unroll=self.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x_BND, kv = blocks(
+        # the cache is carried, not scanned over: XLA updates a carried array in place, and would copy a stacked one
+        (x_BND, cache), _ = blocks(
             self.pyramid,
             phase,
             self.num_heads,
@@ -118,7 +121,7 @@ class Transformer(nn.Module):
             self.window_backend,
             self.dtype,
             name="blocks",
-        )(x_BND, shared, path_D2B, cache)
+        )((x_BND, cache), shared, path_D2B, np.arange(self.depth))
 
         adaptive = Adaptive(2, std, (self.init_adaptive,) * 2, name="head_adaptive")(cond_BD)
         x_BND = layer_norm(x_BND) * (1 + adaptive[:, None, 0]) + adaptive[:, None, 1]
@@ -128,7 +131,12 @@ class Transformer(nn.Module):
             dtype=jnp.float32,
             name="head",
         )
-        return constrain(head(x_BND), "batch", "tokens", "vocab"), kv
+        return constrain(head(x_BND), "batch", "tokens", "vocab"), cache
+
+    def empty_cache(self, num_rows: int) -> tuple[jax.Array, jax.Array]:
+        """VAR's keys and values of every layer and token, nothing in them yet."""
+        shape = (self.depth, num_rows, self.pyramid.num_tokens, self.num_heads, self.width // self.num_heads)
+        return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
 
     def embed(self, previous_BMc, cond_BD, phase, std):
         """Start tokens (class + start position) or the projected input, plus position and scale embeddings."""

@@ -86,12 +86,9 @@ def guided_logits(model: Transformer, params, labels_B: jax.Array, cfg: float) -
         labels = both_2B if has_both else labels_B
         previous = jnp.concatenate([previous_BNc, previous_BNc]) if has_both else previous_BNc
         phase = pyramid.scale_phase(scale, model.conditioning)
-        logits, kv = model.apply({"params": params}, previous, labels, phase, None, cache)
-        if is_var:
-            past = (None, None) if cache is None else cache
-            cache = tuple(
-                new if old is None else jnp.concatenate([old, new], axis=2) for old, new in zip(past, kv, strict=True)
-            )
+        if is_var and cache is None:
+            cache = model.empty_cache(len(labels))
+        logits, cache = model.apply({"params": params}, previous, labels, phase, None, cache)
         if has_both:
             cond, uncond = jnp.split(logits, 2)
             logits = guide(cond, uncond, strength)
