@@ -24,6 +24,7 @@ FLOORS = (
     ("data", 3),
     ("evaluation", 3),
     ("convert", 3),
+    ("plan", 3),
     ("store", 3),
     ("model", 3),
     ("build", 4),

@@ -1,0 +1,27 @@
+"""Which kind of machine a program is traced for: what `auto` choices depend on."""
+
+import jax
+
+from mvar_jax.errors import InputError
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+
+# part of jit's cache key, so that a program traced for one target is not reused for another
+_target = jax.make_user_context(None)
+
+
+def compiling_for(platform: str):
+    """Context in which `current_platform` is `platform`, as when compiling for a machine that is not here."""
+    if platform not in PLATFORMS:
+        raise InputError("platform", platform, f"one of {', '.join(PLATFORMS)}")
+    return _target(platform)
+
+
+def current_platform() -> str:
+    """cpu, gpu (CUDA or ROCm) or tpu: the target of `compiling_for`, else of jax's default device."""
+    if _target.value is not None:
+        return _target.value
+    device = jax.config.jax_default_device
+    platform = device if isinstance(device, str) else getattr(device, "platform", None)
+    platform = platform or jax.default_backend()
+    return "gpu" if platform in ("cuda", "rocm") else platform
