@@ -125,10 +125,10 @@ def check_sides(sides: tuple[int, ...]) -> None:
         raise InputError("sides", tuple(sides), "positive sides that strictly increase")
 
 
-def check_window(kernel_size: int) -> None:
+def check_window(kernel_size: int, field: str = "kernel_size") -> None:
     """Raises InputError unless the window side is odd and positive."""
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise InputError("kernel_size", kernel_size, "an odd window side of 1 or more")
+        raise InputError(field, kernel_size, "an odd window side of 1 or more")
 
 
 def phase_of(step: int, num_phases: int, ratio: int) -> int:

@@ -6,17 +6,37 @@ import numpy as np
 import pytest
 from golden_case import WINDOW_ATTENTION, assert_close, load, quick_jit
 
+from benchmarks.window_cases import CASES as TABLE
 from mvar_jax.errors import InputError
 from mvar_jax.ops.attention import dense_attention
-from mvar_jax.ops.window import BACKENDS, choose_backend, local_window_attention
+from mvar_jax.ops.platform import compiling_for
+from mvar_jax.ops.window import BACKENDS, choose_backend, local_window_attention, tiled
 from mvar_jax.ops.window.geometry import window_indices, window_mask
 
 GOLDEN = load("attention")
 CASES = {"8x8k3": 3, "13x13k7": 7, "16x16k7": 7, "9x12k5": 5}
 SCALES = {"8x8k3": (1.0, 0.25), "13x13k7": (1.0,), "16x16k7": (1.0,), "9x12k5": (1.0, 0.25)}
+BFLOAT16 = {"atol": 0.06, "rtol": 0.03}
+KERNELS = ("pallas_gpu", "pallas_tpu")
 
 
-attend = functools.partial(quick_jit, static_argnames=("window", "backend"))(local_window_attention)
+def run_backend(name, q, k, v, window, scale=1.0):
+    """A backend as the dispatch calls it; the kernels of other machines in Pallas' interpreter."""
+    if name in KERNELS:
+        return BACKENDS[name](q, k, v, window, scale, interpret=True)
+    return local_window_attention(q, k, v, window, scale=scale, backend=name)
+
+
+@functools.partial(quick_jit, static_argnames=("backend", "window"))
+def attend(q, k, v, window, *, backend, scale=1.0):
+    return run_backend(backend, q, k, v, window, scale)
+
+
+@functools.partial(quick_jit, static_argnames=("backend", "window", "scale"))
+def attend_and_pull_back(q, k, v, cotangent, window, scale, backend):
+    """(out, dq, dk, dv)."""
+    out, pull_back = jax.vjp(lambda q, k, v: run_backend(backend, q, k, v, window, scale), q, k, v)
+    return out, *pull_back(cotangent)
 
 
 def random_qkv(height, width, seed=0, dtype=jnp.float32):
@@ -37,14 +57,9 @@ def keys_seen(height: int, width: int, window: int) -> np.ndarray:
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_window_attention_and_its_gradients_equal_golden(case, backend):
-    @quick_jit
-    def run(q, k, v, cotangent, scale):
-        attend = lambda q, k, v: local_window_attention(q, k, v, CASES[case], scale=scale, backend=backend)
-        out, pull_back = jax.vjp(attend, q, k, v)
-        return out, *pull_back(cotangent)
-
+    arrays = [GOLDEN[f"{case}/{name}"] for name in ("q", "k", "v", "ct")]
     for scale in SCALES[case]:
-        results = run(*(GOLDEN[f"{case}/{name}"] for name in ("q", "k", "v", "ct")), scale)
+        results = attend_and_pull_back(*arrays, CASES[case], scale, backend)
         for name, result in zip(("out", "dq", "dk", "dv"), results, strict=True):
             assert_close(f"{case} {backend} {name}", result, GOLDEN[f"{case}/s{scale}/{name}"], **WINDOW_ATTENTION)
 
@@ -73,21 +88,24 @@ def test_window_longer_than_one_side_is_cut_to_that_side_only():
     assert mask.any((1, 3)).all()
 
 
-@pytest.mark.parametrize(("height", "width", "window"), [(3, 9, 5), (17, 17, 7), (10, 5, 1), (4, 4, 5)])
-def test_backends_equal_each_other_forward_and_in_gradients(height, width, window):
-    @quick_jit
-    def run(q, k, v):
-        def run_one(backend):
-            attend = lambda *qkv: local_window_attention(*qkv, window, scale=0.6, backend=backend)
-            out, pull_back = jax.vjp(attend, q, k, v)
-            return out, *pull_back(jnp.cos(out))
-
-        return {backend: run_one(backend) for backend in BACKENDS}
-
-    results = run(*random_qkv(height, width))
-    for backend in BACKENDS:
-        for ours, theirs in zip(results[backend], results["reference"], strict=True):
-            np.testing.assert_allclose(ours, theirs, **WINDOW_ATTENTION, err_msg=backend)
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_every_backend_equals_the_oracle_forward_and_in_gradients(case):
+    rng = np.random.default_rng(0)
+    exact = [jnp.asarray(rng.normal(size=case.shape), jnp.float32) for _ in range(4)]
+    arrays = [x.astype(case.dtype) for x in exact]
+    exact = [x.astype(jnp.float32) for x in arrays]
+    scale = case.head_width**-0.5
+    expected = attend_and_pull_back(*exact, case.window, scale, "reference")
+    tolerance = WINDOW_ATTENTION if case.dtype == "float32" else BFLOAT16
+    backends = set(BACKENDS) - {"reference" if case.dtype == "float32" else None}
+    if case.height * case.width > 256:
+        backends -= {"pallas_tpu"}  # the interpreter is slow there; tests/plan compiles it for a TPU
+    for backend in sorted(backends):
+        results = attend_and_pull_back(*arrays, case.window, scale, backend)
+        for name, ours, theirs in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
+            assert ours.dtype == jnp.dtype(case.dtype), (backend, name)
+            ours = np.asarray(ours, np.float32)
+            np.testing.assert_allclose(ours, theirs, **tolerance, err_msg=f"{backend} {name}")
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
@@ -97,8 +115,8 @@ def test_keys_outside_the_window_have_exactly_no_gradient(backend):
 
     @quick_jit
     def pull_back(k, v):
-        attend = lambda k, v: local_window_attention(q[:1], k, v, 3, backend=backend)[0, 2, 5].sum()
-        return jax.grad(attend, argnums=(0, 1))(k, v)
+        out = lambda k, v: run_backend(backend, q[:1], k, v, 3)[0, 2, 5].sum()
+        return jax.grad(out, argnums=(0, 1))(k, v)
 
     for grad in pull_back(k[:1], v[:1]):
         np.testing.assert_array_equal((np.asarray(grad[0]) != 0).any((-1, -2)), seen[2, 5])
@@ -113,24 +131,60 @@ def test_low_precision_output_keeps_its_type_with_a_float32_softmax(backend):
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=0.03)
 
 
-def test_window_attention_works_under_vmap():
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_window_attention_works_under_vmap_forward_and_in_gradients(backend):
     q, k, v = random_qkv(6, 6)
-    one = lambda q, k, v: local_window_attention(q[None], k[None], v[None], 3, backend="gather")[0]
-    ours, expected = quick_jit(jax.vmap(one))(q, k, v), attend(q, k, v, 3, backend="gather")
-    np.testing.assert_allclose(ours, expected, atol=1e-6)
+    q, k = jnp.stack([q, 2 * q, -q]), jnp.stack([k, k, q])
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(run_backend(backend, q, k, v, 3)))
+
+    mapped = quick_jit(jax.vmap(jax.value_and_grad(loss, argnums=(0, 1, 2)), in_axes=(0, 0, None)))(q, k, v)
+    for i in range(3):
+        one = quick_jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q[i], k[i], v)
+        np.testing.assert_allclose(mapped[0][i], one[0], rtol=1e-5)
+        for ours, expected in zip(mapped[1], one[1], strict=True):
+            np.testing.assert_allclose(ours[i], expected, atol=1e-5)
 
 
-def test_auto_gathers_only_on_large_maps_that_the_window_does_not_cover():
-    assert choose_backend(16, 16, 7) == "reference"
-    assert choose_backend(32, 32, 7) == "gather"
-    assert choose_backend(32, 32, 33) == "reference"
+@pytest.mark.parametrize("tile", [(1, 1), (2, 5), (3, 3), (8, 8), (100, 2)])
+def test_any_tile_gives_the_same_numbers(tile):
+    qkv = random_qkv(9, 11)
+    ours = quick_jit(lambda *qkv: tiled.attend_tiles(*qkv, 5, 0.7, tile))(*qkv)
+    np.testing.assert_allclose(ours, attend(*qkv, 5, backend="reference", scale=0.7), **WINDOW_ATTENTION)
+
+
+def like(side, dtype="bfloat16", head_width=64):
+    return jax.ShapeDtypeStruct((1, side, side, 2, head_width), jnp.dtype(dtype))
+
+
+def test_auto_is_chosen_for_the_platform_that_a_program_is_compiled_for():
+    assert choose_backend(like(16), 7) == "band"
+    assert choose_backend(like(64), 7) == "tiled"
+    assert choose_backend(like(64), 65) == "dense"
+    with compiling_for("gpu"):
+        assert choose_backend(like(16), 7) == choose_backend(like(64), 7) == "pallas_gpu"
+        assert choose_backend(like(16, head_width=256), 7) == "band"
+    with compiling_for("tpu"):
+        assert choose_backend(like(32), 7) == "dense"
+        assert choose_backend(like(64), 7) == "pallas_tpu"
+        assert choose_backend(like(64, "float16"), 7) == "dense"
+
+
+def test_auto_says_once_what_it_chose(caplog):
+    qkv = random_qkv(7, 8)
+    with caplog.at_level("INFO", "mvar_jax.ops.window"):
+        for _ in range(2):
+            local_window_attention(*qkv, 5)
+    assert [record.getMessage() for record in caplog.records] == ["local window 5 on 7 x 8, float32, cpu: dense"]
 
 
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        (lambda q, k, v: (q, k, v, 4), "kernel_size"),
-        (lambda q, k, v: (q, k, v, 0), "kernel_size"),
+        (lambda q, k, v: (q, k, v, 4), "window"),
+        (lambda q, k, v: (q, k, v, 0), "window"),
+        (lambda q, k, v: (q[0], k[0], v[0], 3), "q"),
         (lambda q, k, v: (q, k[:, :5], v, 3), "k"),
         (lambda q, k, v: (q, k, v[:1], 3), "v"),
         (lambda q, k, v: (q, k, v.astype(jnp.bfloat16), 3), "v"),
@@ -144,3 +198,16 @@ def test_window_attention_refuses_what_does_not_fit(change, field):
 def test_window_attention_refuses_an_unknown_backend():
     with pytest.raises(InputError, match="window_backend='magic'.*gather"):
         local_window_attention(*random_qkv(6, 6), 3, backend="magic")
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_kernel_of_another_machine_is_refused_with_what_would_do(backend):
+    with pytest.raises(InputError, match=f"{backend} .it runs on .pu, this is cpu.*tiled"):
+        local_window_attention(*random_qkv(6, 6), 3, backend=backend)
+
+
+def test_a_kernel_says_which_arrays_it_cannot_take():
+    with compiling_for("gpu"), pytest.raises(InputError, match="head width 256 is above 128.*tiled"):
+        jax.eval_shape(
+            functools.partial(local_window_attention, window=3, backend="pallas_gpu"), *[like(6, head_width=256)] * 3
+        )

@@ -1,0 +1,189 @@
+"""Every form of local-window attention side by side in one run: time here, memory here and on machines not here.
+
+    python benchmarks/window_attention.py --out out                        # this machine
+    python benchmarks/window_attention.py --targets h100,v5e --no_run      # compiled figures, no device needed
+
+Prints a table for each map, writes window_attention.csv and window_attention.png. Times are medians of interleaved
+runs of the compiled forward pass and of forward plus the three gradients. Memory is XLA's own: temporaries.
+"""
+
+import argparse
+import csv
+import functools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
+
+from benchmarks.window_cases import BENCHMARK_SIDES, Case, benchmark_case
+from mvar_jax.errors import InputError
+from mvar_jax.ops.platform import compiling_for
+from mvar_jax.ops.window import BACKENDS, choose_backend, local_window_attention, why_not
+from mvar_jax.plan.topologies import HERE, MACHINES, MIB, compile_for, platform_of
+
+DIRECTIONS = ("forward", "backward")
+FIELDS = ("target", "map", "backend", "is_default", "forward_ms", "backward_ms", "forward_mib", "backward_mib")
+
+
+def forward(backend: str, window: int, q, k, v, cotangent):
+    return local_window_attention(q, k, v, window, backend=backend)
+
+
+def backward(backend: str, window: int, q, k, v, cotangent):
+    """Forward and all three gradients."""
+    out, pull_back = jax.vjp(lambda q, k, v: forward(backend, window, q, k, v, None), q, k, v)
+    return out, *pull_back(cotangent)
+
+
+def shapes_of(case: Case) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(case.shape, jnp.dtype(case.dtype))] * 4
+
+
+def backends_for(case: Case, target: str) -> list[str]:
+    with compiling_for(platform_of(target)):
+        return [name for name in BACKENDS if not why_not(name, shapes_of(case)[0])]
+
+
+def default_for(case: Case, target: str) -> str:
+    with compiling_for(platform_of(target)):
+        return choose_backend(shapes_of(case)[0], case.window)
+
+
+def median_ms(programs: dict, arrays, seconds: float) -> dict:
+    """Median milliseconds of each program; runs are interleaved so that a slow moment hits all alike."""
+    times = {key: [] for key in programs}
+    for run in programs.values():
+        jax.block_until_ready(run(*arrays))
+    while any(len(t) < 5 or (sum(t) < seconds and len(t) < 200) for t in times.values()):
+        for key, run in programs.items():
+            if len(times[key]) >= 5 and sum(times[key]) >= seconds:
+                continue
+            begin = time.perf_counter()
+            jax.block_until_ready(run(*arrays))
+            times[key].append(time.perf_counter() - begin)
+    return {key: 1e3 * statistics.median(t) for key, t in times.items()}
+
+
+def measure_here(case: Case, backends: list[str], seconds: float) -> dict:
+    """(backend, direction) -> median milliseconds."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=case.shape), jnp.dtype(case.dtype)) for _ in range(4)]
+    pairs = [(name, direction) for name in backends for direction in DIRECTIONS]
+    programs = {pair: jax.jit(functools.partial(globals()[pair[1]], pair[0], case.window)) for pair in pairs}
+    return median_ms(programs, arrays, seconds)
+
+
+def bound_ms(target: str, compiled) -> float | None:
+    """Milliseconds that the target's FLOP/s and bandwidth allow, of what XLA counts."""
+    if compiled.flops is None or not compiled.bytes_accessed:
+        return None
+    machine = MACHINES[target]
+    return 1e3 * max(compiled.flops / machine.flops, compiled.bytes_accessed / machine.bandwidth)
+
+
+def rows_of(case: Case, target: str, backends: list[str], seconds: float | None) -> list[dict]:
+    """One row a backend. seconds: how long each program is timed; None compiles only."""
+    times = measure_here(case, backends, seconds) if target == HERE and seconds is not None else {}
+    rows = []
+    for name in backends:
+        row = {"target": target, "map": case.height, "backend": name, "is_default": name == default_for(case, target)}
+        for direction in DIRECTIONS:
+            program = functools.partial(globals()[direction], name, case.window)
+            compiled = compile_for(target, program, *shapes_of(case))
+            row[f"{direction}_mib"] = compiled.temp_bytes / MIB
+            is_opaque = name.startswith("pallas")  # XLA counts a kernel as nothing
+            bound = None if target == HERE or is_opaque else bound_ms(target, compiled)
+            row[f"{direction}_ms"] = times.get((name, direction), bound)
+        rows.append(row)
+    return rows
+
+
+def print_rows(case: Case, target: str, rows: list[dict]) -> None:
+    title = "measured" if target == HERE else "least time by roofline"
+    print(f"\n{target}, {case}, batch {case.batch}, {title}")
+    print("| backend | forward ms | backward ms | forward temp MiB | backward temp MiB |")
+    print("| --- | --- | --- | --- | --- |")
+    best = {d: min((r[d] for r in rows if r[d] is not None), default=None) for d in ("forward_ms", "backward_ms")}
+    for row in rows:
+        cells = [f"**{row['backend']}**" if row["is_default"] else row["backend"]]
+        for name in ("forward_ms", "backward_ms"):
+            value = row[name]
+            cells.append("" if value is None else f"{value:.3g} ({value / best[name]:.2f}x)")
+        cells += [f"{row[f'{direction}_mib']:.1f}" for direction in DIRECTIONS]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def draw_figure(rows: list[dict], path: Path) -> None:
+    """Time and temporaries against the map's side, one line a backend, one row of axes a target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    columns = [("forward_ms", "forward, ms"), ("backward_ms", "forward + backward, ms"), ("backward_mib", "temp MiB")]
+    figure, axes = plt.subplots(len(targets), 3, figsize=(13, 4 * len(targets)), squeeze=False)
+    for target, line in zip(targets, axes, strict=True):
+        for (name, label), axis in zip(columns, line, strict=True):
+            for backend in BACKENDS:
+                points = [r for r in rows if (r["target"], r["backend"]) == (target, backend) and r[name] is not None]
+                if points:
+                    axis.plot([r["map"] for r in points], [max(r[name], 1e-3) for r in points], "o-", label=backend)
+            axis.set(xscale="log", yscale="log", xlabel="side of the map", ylabel=label, title=target)
+            axis.set_xticks(BENCHMARK_SIDES, BENCHMARK_SIDES)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", default=",".join(map(str, BENCHMARK_SIDES)), help="sides of square maps")
+    parser.add_argument("--window", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=2, help="of the measured runs")
+    parser.add_argument("--dtype", default="float32", help="of the measured runs")
+    parser.add_argument("--backends", default="", help="some of them, by comma; all")
+    parser.add_argument("--seconds", type=float, default=1.0, help="to time each program for")
+    parser.add_argument("--targets", default="", help="machines that are not here, by comma: h100,v5e")
+    parser.add_argument("--target_batch", type=int, default=64, help="of their compiled figures, in bfloat16")
+    parser.add_argument("--no_run", action="store_true", help="compile for the targets only")
+    parser.add_argument("--out", type=Path, help="folder for the CSV and the figure")
+    args = parser.parse_args(argv)
+    chosen = args.backends.split(",") if args.backends else list(BACKENDS)
+    targets = [] if args.no_run else [(HERE, args.batch, args.dtype)]
+    targets += [(name, args.target_batch, "bfloat16") for name in args.targets.split(",") if name]
+    rows = []
+    try:
+        if unknown := [name for name in chosen if name not in BACKENDS]:
+            raise InputError("backends", unknown[0], f"some of {', '.join(BACKENDS)}")
+        for target, batch, dtype in targets:
+            for side in map(int, args.sides.split(",")):
+                case = benchmark_case(side, batch, dtype, args.window)
+                names = [name for name in backends_for(case, target) if name in chosen]
+                part = rows_of(case, target, names, args.seconds)
+                print_rows(case, target, part)
+                rows += part
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with open(args.out / "window_attention.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+        draw_figure(rows, args.out / "window_attention.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

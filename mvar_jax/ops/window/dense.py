@@ -1,0 +1,34 @@
+"""Masked attention over the whole map, in cuDNN's fused kernel where that takes it. O(N^2) work."""
+
+import jax
+import jax.numpy as jnp
+
+from mvar_jax.ops.platform import current_platform
+from mvar_jax.ops.window import reference
+from mvar_jax.ops.window.geometry import window_mask
+
+CUDNN_BLOCK = 64  # lengths that it trains with
+CUDNN_MAX_WIDTH = 128
+
+
+def is_fused(q_BYXHK: jax.Array) -> bool:
+    """Whether cuDNN takes it: half precision on CUDA, head width a multiple of 8 up to 128."""
+    K = q_BYXHK.shape[-1]
+    is_half = q_BYXHK.dtype in (jnp.bfloat16, jnp.float16)
+    return current_platform() == "gpu" and is_half and K % 8 == 0 and K <= CUDNN_MAX_WIDTH
+
+
+def attend(q_BYXHK: jax.Array, k_BYXHK: jax.Array, v_BYXHK: jax.Array, kernel_size: int, scale: float) -> jax.Array:
+    """Local-window attention by masking; see `local_window_attention`."""
+    if not is_fused(q_BYXHK):
+        return reference.attend(q_BYXHK, k_BYXHK, v_BYXHK, kernel_size, scale)
+    B, Y, X, H, K = q_BYXHK.shape
+    N, padding = Y * X, -Y * X % CUDNN_BLOCK
+    pad = lambda x: jnp.pad(x.reshape(B, N, H, K), ((0, 0), (0, padding), (0, 0), (0, 0)))
+    # padding queries see every key, so that no row is empty; their outputs are cut off
+    mask = jnp.pad(jnp.asarray(window_mask(Y, X, kernel_size)), ((0, 0), (0, padding)))
+    mask = jnp.pad(mask, ((0, padding), (0, 0)), constant_values=True)
+    out = jax.nn.dot_product_attention(
+        *map(pad, (q_BYXHK, k_BYXHK, v_BYXHK)), mask=mask[None, None], scale=scale, implementation="cudnn"
+    )
+    return out[:, :N].reshape(q_BYXHK.shape)
