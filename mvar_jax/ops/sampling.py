@@ -28,23 +28,58 @@ def guide(cond_BNV: jax.Array, uncond_BNV: jax.Array, strength: float) -> jax.Ar
     return (1 + strength) * cond_BNV - strength * uncond_BNV
 
 
+def ordered_bits(x: jax.Array) -> jax.Array:
+    """uint32 in the order of the float32 values."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def largest_number(is_true, shape: tuple[int, ...], num_bits: int = 32) -> jax.Array:
+    """The largest uint32 below 2^num_bits of which `is_true` holds, found bit by bit.
+
+    `is_true` holds of 0 and up to some number, and not beyond.
+    """
+
+    def set_bit(i, found):
+        larger = found | (jnp.uint32(1) << (num_bits - 1 - i).astype(jnp.uint32))
+        return jnp.where(is_true(larger), larger, found)
+
+    return jax.lax.fori_loop(0, num_bits, set_bit, jnp.zeros(shape, jnp.uint32))
+
+
 def filter_top_k(logits_V: jax.Array, top_k: int) -> jax.Array:
     """Removes all below the k-th largest (ties with it stay); 0 is off, k > V means V. Any leading axes."""
     if top_k == 0 or top_k >= logits_V.shape[-1]:
         return logits_V
-    kth = jax.lax.top_k(logits_V, top_k)[0][..., -1:]
-    return jnp.where(logits_V < kth, REMOVED, logits_V)
+    bits_V = ordered_bits(logits_V)
+    count = lambda least: jnp.sum(bits_V >= least, axis=-1, keepdims=True)
+    kth = largest_number(lambda least: count(least) >= top_k, (*logits_V.shape[:-1], 1))
+    return jnp.where(bits_V < kth, REMOVED, logits_V)
 
 
 def filter_top_p(logits_V: jax.Array, top_p: float) -> jax.Array:
-    """Sorts ascending and removes what has cumulative probability (own included) <= 1 - p, never the last."""
+    """Goes up from the smallest and removes what has cumulative probability (own included) <= 1 - p, never the last.
+
+    Of equal logits the first come first. No sort: the value at which to stop is found by bisection of its bits,
+    then the place among its equals.
+    """
     if top_p == 0:
         return logits_V
-    order = jnp.argsort(logits_V, axis=-1)
-    ascending = jnp.take_along_axis(logits_V, order, axis=-1)
-    is_removed = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - top_p
-    is_removed = is_removed.at[..., -1].set(False)
-    is_removed = jnp.take_along_axis(is_removed, jnp.argsort(order, axis=-1), axis=-1)
+    add = lambda x_V: jnp.sum(x_V, axis=-1, keepdims=True)
+    shape, V = (*logits_V.shape[:-1], 1), logits_V.shape[-1]
+    bits_V, probability_V = ordered_bits(logits_V), jax.nn.softmax(logits_V, axis=-1)
+    largest = jnp.max(bits_V, axis=-1, keepdims=True)
+    mass_below = lambda bits: add(jnp.where(bits_V < bits, probability_V, 0))
+    stop = jnp.minimum(largest_number(lambda bits: mass_below(bits) <= 1 - top_p, shape), largest)
+
+    place_V, is_equal_V = jnp.arange(V, dtype=jnp.uint32), bits_V == stop
+    left = 1 - top_p - mass_below(stop)
+    each = jnp.max(jnp.where(is_equal_V, probability_V, 0), axis=-1, keepdims=True)
+    num_equal = lambda place: add(is_equal_V & (place_V < place))
+    stop_place = largest_number(lambda place: num_equal(place) * each <= left, shape, V.bit_length())
+    last_place = jnp.max(jnp.where(bits_V == largest, place_V, 0), axis=-1, keepdims=True)
+    is_removed = (bits_V < stop) | (is_equal_V & (place_V < stop_place) & (place_V != last_place))
     return jnp.where(is_removed, REMOVED, logits_V)
 
 

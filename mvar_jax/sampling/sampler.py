@@ -21,6 +21,9 @@ from mvar_jax.ops.sampling import (
     smooth_codes,
 )
 
+# logits filtered at a time: the filters' own arrays would otherwise be the largest of all
+DRAW_ELEMENTS = 2**24
+
 # (scale, previous_BNc, carry) -> (guided logits [B, N, V], carry)
 LogitsFn = Callable[[int, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -55,18 +58,31 @@ def sample_pyramid(
     for scale in range(len(sides)):
         logits_BNV, carry = logits_fn(scale, previous, carry)
         all_logits.append(logits_BNV)
-        filtered = filter_logits(logits_BNV, options.top_k, options.top_p)
         scale_keys = jax.vmap(functools.partial(jax.random.fold_in, data=scale))(keys_B)
-        ids_BN = draw(filtered, scale_keys)
+        ids_BN, codes = draw_scale(logits_BNV, scale_keys, codebook, options, scale, len(sides), noise)
         ids.append(ids_BN)
-        if options.smooth:
-            codes = smooth_codes(filtered, noise(filtered, scale_keys), codebook, scale, len(sides))
-        else:
-            codes = codebook[ids_BN]
         f_hat = tokenizer.apply({"params": tokenizer_params}, f_hat, codes, scale, method="add_codes")
         if scale + 1 < len(sides):
             previous = next_input(f_hat, scale, sides)
     return jnp.concatenate(ids, axis=1), f_hat, all_logits
+
+
+def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int, num_scales: int, noise):
+    """(ids [B, N], codes [B, N, c]) of one scale: filters and draw, some samples at a time where they are large."""
+
+    def draw_some(logits_bNV, keys_b):
+        filtered = filter_logits(logits_bNV, options.top_k, options.top_p)
+        ids_bN = draw(filtered, keys_b)
+        if not options.smooth:
+            return ids_bN, codebook[ids_bN]
+        return ids_bN, smooth_codes(filtered, noise(filtered, keys_b), codebook, scale, num_scales)
+
+    B, N, V = logits_BNV.shape
+    num_together = max(1, DRAW_ELEMENTS // (N * V))
+    if num_together >= B:
+        return draw_some(logits_BNV, keys_B)
+    one = lambda pair: jax.tree.map(lambda x: x[0], draw_some(pair[0][None], pair[1][None]))
+    return jax.lax.map(one, (logits_BNV, keys_B), batch_size=num_together)
 
 
 def guided_logits(model: Transformer, params, labels_B: jax.Array, cfg: float) -> LogitsFn:
