@@ -40,7 +40,7 @@ def partition_batch_and_heads(kernel, in_ranks, out_ranks, constant_ranks):
         partition=partition,
         infer_sharding_from_operands=infer,
         sharding_rule=f"{side(in_axes)} -> {side(AXES[rank] for rank in out_ranks)}",
-        need_replication_factors=("n", "k", *(name for names in constant_axes for name in names)),
+        need_replication_factors=(*(name for names in constant_axes for name in names), "n", "k"),
     )
     return call
 
