@@ -58,7 +58,8 @@ def keys_seen(height: int, width: int, window: int) -> np.ndarray:
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_window_attention_and_its_gradients_equal_golden(case, backend):
     arrays = [GOLDEN[f"{case}/{name}"] for name in ("q", "k", "v", "ct")]
-    for scale in SCALES[case]:
+    # a kernel is compiled anew for each scale, slowly in the interpreter
+    for scale in SCALES[case][-1:] if backend in KERNELS else SCALES[case]:
         results = attend_and_pull_back(*arrays, CASES[case], scale, backend)
         for name, result in zip(("out", "dq", "dk", "dv"), results, strict=True):
             assert_close(f"{case} {backend} {name}", result, GOLDEN[f"{case}/s{scale}/{name}"], **WINDOW_ATTENTION)
@@ -98,7 +99,7 @@ def test_every_backend_equals_the_oracle_forward_and_in_gradients(case):
     expected = attend_and_pull_back(*exact, case.window, scale, "reference")
     tolerance = WINDOW_ATTENTION if case.dtype == "float32" else BFLOAT16
     backends = set(BACKENDS) - {"reference" if case.dtype == "float32" else None}
-    if case.height * case.width > 256:
+    if case.height * case.width > 256 or (case.height > 12 and case.dtype == "float32"):
         backends -= {"pallas_tpu"}  # the interpreter is slow there; tests/plan compiles it for a TPU
     for backend in sorted(backends):
         results = attend_and_pull_back(*arrays, case.window, scale, backend)

@@ -5,8 +5,8 @@
 | reference  | masked attention over the whole map, the oracle             | O(N^2)                      |
 | dense      | the same in cuDNN where that takes it                       | O(N^2), on CUDA O(N)        |
 | gather     | the paper's: every query's keys gathered                    | O(N W^2 K)                  |
-| tiled      | small square tiles of queries against their halo of keys    | O(N (W + t)^2)              |
-| band       | bands of whole rows against their halo                      | O(N (W + t) X)              |
+| tiled      | small square tiles of queries against their halo of keys    | O(N (W + t)^2) a few heads  |
+| band       | bands of whole rows against their halo                      | O(N (W + t) X) a few heads  |
 | pallas_gpu | Triton kernels, forward and backward                        | O(N)                        |
 | pallas_tpu | splash attention with the windows as block-sparse mask      | O(N)                        |
 """
@@ -63,7 +63,7 @@ def choose_backend(q_BYXHK: jax.Array, kernel_size: int) -> str:
         return "dense" if Y * X <= 1024 or why_not("pallas_tpu", q_BYXHK) else "pallas_tpu"
     if platform == "gpu" and not why_not("pallas_gpu", q_BYXHK):
         return "pallas_gpu"
-    return "dense" if Y * X <= 100 else "band" if Y * X <= 256 else "tiled"
+    return "dense" if Y * X <= 100 else "band" if Y * X <= 576 else "tiled"
 
 
 @functools.cache

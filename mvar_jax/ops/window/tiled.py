@@ -2,7 +2,8 @@
 
 Halos are cut by static slices, not gathered: the backward pass of a gather is a scatter-add. `band` is the
 case of tiles as wide as the map. Work per query is the halo's size, so a small tile wastes least and a large
-one makes the larger matrix products.
+one makes the larger matrix products. Samples and heads are taken some at a time, so that what lies between
+fits a cache; the backward pass computes it again.
 """
 
 import dataclasses
@@ -13,10 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.ops.attention import MASKED
+from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.window.geometry import window_starts
+from mvar_jax.ops.window.per_device import per_device
 
-TILE = (4, 4)
+TILE = (8, 8)
 BAND_ROWS = 4
+# logits computed at a time: of a CPU's cache, of a small part of an accelerator's memory
+LOGITS_TOGETHER = {"cpu": 2**19, "gpu": 2**26, "tpu": 2**26}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,49 +53,116 @@ def plan_axis(length: int, tile: int, kernel_size: int) -> AxisPlan:
     return AxisPlan(tile, halo, tuple(starts.tolist()), mask)
 
 
-def cut_halos(x_BYXHK: jax.Array, rows: AxisPlan, columns: AxisPlan) -> jax.Array:
-    """[B, Y, X, H, K] -> [B, tiles, keys of a halo, H, K]."""
-    x = jnp.stack([x_BYXHK[:, a : a + rows.halo] for a in rows.starts], axis=1)
+def cut_halos(x_GYXK: jax.Array, rows: AxisPlan, columns: AxisPlan) -> jax.Array:
+    """[G, Y, X, K] -> [G, tiles, keys of a halo, K]; G counts samples and heads."""
+    x = jnp.stack([x_GYXK[:, a : a + rows.halo] for a in rows.starts], axis=1)
     x = jnp.stack([x[:, :, :, a : a + columns.halo] for a in columns.starts], axis=2)
-    B, *_, H, K = x.shape
-    return x.reshape(B, rows.num_tiles * columns.num_tiles, rows.halo * columns.halo, H, K)
+    return x.reshape(x.shape[0], rows.num_tiles * columns.num_tiles, rows.halo * columns.halo, x.shape[-1])
 
 
-def cut_tiles(x_BYXHK: jax.Array, rows: AxisPlan, columns: AxisPlan) -> jax.Array:
-    """[B, Y, X, H, K] -> [B, tiles, queries of a tile, H, K], padded with zeros to whole tiles."""
-    B, Y, X, H, K = x_BYXHK.shape
+def cut_tiles(x_GYXK: jax.Array, rows: AxisPlan, columns: AxisPlan) -> jax.Array:
+    """[G, Y, X, K] -> [G, tiles, queries of a tile, K], padded with zeros to whole tiles."""
+    G, Y, X, K = x_GYXK.shape
     ny, nx = rows.num_tiles, columns.num_tiles
-    pad = ((0, 0), (0, ny * rows.tile - Y), (0, nx * columns.tile - X), (0, 0), (0, 0))
-    x = jnp.pad(x_BYXHK, pad).reshape(B, ny, rows.tile, nx, columns.tile, H, K)
-    return x.swapaxes(2, 3).reshape(B, ny * nx, rows.tile * columns.tile, H, K)
+    x = jnp.pad(x_GYXK, ((0, 0), (0, ny * rows.tile - Y), (0, nx * columns.tile - X), (0, 0)))
+    x = x.reshape(G, ny, rows.tile, nx, columns.tile, K).swapaxes(2, 3)
+    return x.reshape(G, ny * nx, rows.tile * columns.tile, K)
 
 
-def join_tiles(x_BTQHK: jax.Array, shape: tuple[int, ...], rows: AxisPlan, columns: AxisPlan) -> jax.Array:
-    """The inverse of `cut_tiles`; shape is that of the map."""
-    B, Y, X, H, K = shape
+def join_tiles(x_GTQK: jax.Array, height: int, width: int, rows: AxisPlan, columns: AxisPlan) -> jax.Array:
+    """The inverse of `cut_tiles`."""
+    G, _, _, K = x_GTQK.shape
     ny, nx = rows.num_tiles, columns.num_tiles
-    x = x_BTQHK.reshape(B, ny, nx, rows.tile, columns.tile, H, K).swapaxes(2, 3)
-    return x.reshape(B, ny * rows.tile, nx * columns.tile, H, K)[:, :Y, :X]
+    x = x_GTQK.reshape(G, ny, nx, rows.tile, columns.tile, K).swapaxes(2, 3)
+    return x.reshape(G, ny * rows.tile, nx * columns.tile, K)[:, :height, :width]
 
 
 def tile_mask(rows: AxisPlan, columns: AxisPlan) -> np.ndarray:
-    """bool [tiles, 1, queries, halo keys]."""
+    """bool [tiles, queries, halo keys]."""
     mask = rows.mask[:, None, :, None, :, None] & columns.mask[None, :, None, :, None, :]
     queries, keys = rows.tile * columns.tile, rows.halo * columns.halo
-    return mask.reshape(rows.num_tiles * columns.num_tiles, 1, queries, keys)
+    return mask.reshape(rows.num_tiles * columns.num_tiles, queries, keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """A map, its window and the tile that it is cut into; logits_together: computed at a time."""
+
+    height: int
+    width: int
+    kernel_size: int
+    scale: float
+    tile: tuple[int, int]
+    logits_together: int
+
+    @property
+    def axes(self) -> tuple[AxisPlan, AxisPlan]:
+        """Rows and columns."""
+        sides = zip((self.height, self.width), self.tile, strict=True)
+        return tuple(plan_axis(side, tile, self.kernel_size) for side, tile in sides)
+
+    def attend(self, mask_TQK, q_GYXK, k_GYXK, v_GYXK):
+        """Attention of some samples and heads."""
+        rows, columns = self.axes
+        q = cut_tiles(q_GYXK, rows, columns)
+        k, v = cut_halos(k_GYXK, rows, columns), cut_halos(v_GYXK, rows, columns)
+        logits = jnp.einsum("gtqc,gtkc->gtqk", q, k, preferred_element_type=jnp.float32) * self.scale
+        logits = logits + jnp.where(mask_TQK, 0.0, MASKED)
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        out = jnp.einsum("gtqk,gtkc->gtqc", weights, v)
+        return join_tiles(out, self.height, self.width, rows, columns)
+
+    def map_heads(self, function, *arrays_BNHK):
+        """function([g, Y, X, K] ...) -> tuple of the same shape, over all samples and heads, some at a time."""
+        B, N, H, K = arrays_BNHK[0].shape
+        split = lambda x: x.swapaxes(1, 2).reshape(B * H, self.height, self.width, K)
+        join = lambda x: x.reshape(B, H, N, K).swapaxes(1, 2)
+        arrays = tuple(split(x) for x in arrays_BNHK)
+        num_keys = self.axes[0].halo * self.axes[1].halo
+        num_together = max(1, self.logits_together // (num_keys * N))
+        if num_together >= B * H:
+            return tuple(join(x) for x in function(*arrays))
+        one = lambda xs: tuple(x[0] for x in function(*(x[None] for x in xs)))
+        return tuple(join(x) for x in jax.lax.map(one, arrays, batch_size=num_together))
+
+    def forward(self, mask_TQK, q_BNHK, k_BNHK, v_BNHK):
+        return self.map_heads(lambda *qkv: (self.attend(mask_TQK, *qkv),), q_BNHK, k_BNHK, v_BNHK)
+
+    def backward(self, mask_TQK, q_BNHK, k_BNHK, v_BNHK, dout_BNHK):
+        attend = functools.partial(self.attend, mask_TQK)
+        pull_back = lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout)
+        return self.map_heads(pull_back, q_BNHK, k_BNHK, v_BNHK, dout_BNHK)
+
+
+@functools.cache
+def operations(tiling: Tiling):
+    """(forward, backward), with vmap and sharding."""
+    mask = (tile_mask(*tiling.axes),)
+    return per_device(tiling.forward, (4,) * 3, (4,), mask), per_device(tiling.backward, (4,) * 4, (4,) * 3, mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend_flat(tiling: Tiling, q_BNHK, k_BNHK, v_BNHK):
+    return operations(tiling)[0](q_BNHK, k_BNHK, v_BNHK)[0]
+
+
+def attend_flat_forward(tiling, q, k, v):
+    return attend_flat(tiling, q, k, v), (q, k, v)
+
+
+def attend_flat_backward(tiling, residuals, dout):
+    return operations(tiling)[1](*residuals, dout)
+
+
+attend_flat.defvjp(attend_flat_forward, attend_flat_backward)
 
 
 def attend_tiles(q_BYXHK, k_BYXHK, v_BYXHK, kernel_size: int, scale: float, tile: tuple[int, int]) -> jax.Array:
     """Local-window attention by tiles of that many rows and columns of queries."""
-    Y, X = q_BYXHK.shape[1:3]
-    rows, columns = plan_axis(Y, tile[0], kernel_size), plan_axis(X, tile[1], kernel_size)
-    q = cut_tiles(q_BYXHK, rows, columns)
-    k, v = cut_halos(k_BYXHK, rows, columns), cut_halos(v_BYXHK, rows, columns)
-    logits = jnp.einsum("btqhd,btkhd->bthqk", q, k, preferred_element_type=jnp.float32) * scale
-    logits = logits + jnp.where(jnp.asarray(tile_mask(rows, columns)), 0.0, MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bthqk,btkhd->btqhd", weights, v)
-    return join_tiles(out, q_BYXHK.shape, rows, columns)
+    B, Y, X, H, K = q_BYXHK.shape
+    tiling = Tiling(Y, X, kernel_size, float(scale), tile, LOGITS_TOGETHER[current_platform()])
+    flat = (x.reshape(B, Y * X, H, K) for x in (q_BYXHK, k_BYXHK, v_BYXHK))
+    return attend_flat(tiling, *flat).reshape(q_BYXHK.shape)
 
 
 def attend(q_BYXHK: jax.Array, k_BYXHK: jax.Array, v_BYXHK: jax.Array, kernel_size: int, scale: float) -> jax.Array:
