@@ -51,8 +51,9 @@ OPTIONS = SampleOptions(cfg=2.7, top_k=1200, top_p=0.99)
 FIELDS = ("what", "view", "setting", "total_mib", "argument_mib", "temp_mib", "compile_s", "published_mb")
 
 
-def make_modules(depth: int, size: int, view: str, backend: str) -> tuple[Tokenizer, Transformer]:
+def make_modules(args, view: str) -> tuple[Tokenizer, Transformer]:
     """The published sizes at an image side."""
+    depth, size, dtype = args.depth, args.size, jnp.dtype(args.dtype).type
     sides = KNOWN_SIDES[size]
     transformer = Transformer(
         sides,
@@ -65,10 +66,10 @@ def make_modules(depth: int, size: int, view: str, backend: str) -> tuple[Tokeni
         width=64 * depth,
         num_heads=depth,
         conditioning=view,
-        window_backend=backend,
-        dtype=jnp.bfloat16,
+        window_backend=args.backend,
+        dtype=dtype,
     )
-    return Tokenizer(sides, dtype=jnp.bfloat16), transformer
+    return Tokenizer(sides, dtype=dtype), transformer
 
 
 def shapes_like(make, dtype=None):
@@ -149,7 +150,7 @@ def make_row(what: str, view: str, setting: str, depth: int, batch: int, compili
 def sampling_rows(args) -> list[dict]:
     rows = []
     for view in args.views.split(","):
-        modules = make_modules(args.depth, args.size, view, args.backend)
+        modules = make_modules(args, view)
         for dtype in ("float32", "bfloat16"):
             compiling = lambda modules=modules, dtype=dtype: compile_sampler(
                 args.target, modules, args.batch, jnp.dtype(dtype)
@@ -163,7 +164,7 @@ def sampling_rows(args) -> list[dict]:
 def training_rows(args) -> list[dict]:
     rows = []
     for view in args.views.split(","):
-        modules = make_modules(args.depth, args.size, view, args.backend)
+        modules = make_modules(args, view)
         for phase in modules[1].phases():
             for remat in args.remats.split(","):
                 setting = f"{phase.num_tokens} tokens, remat {remat}"
@@ -175,7 +176,7 @@ def training_rows(args) -> list[dict]:
 
 
 def print_arithmetic(args) -> None:
-    pyramid, width = make_modules(args.depth, args.size, "markov", "auto")[1].pyramid, 64 * args.depth
+    pyramid, width = make_modules(args, "markov")[1].pyramid, 64 * args.depth
     print("| view | attention G-MACs | transformer G-MACs | cache MiB, float32, with guidance |")
     print("| --- | --- | --- | --- |")
     for view in ("full", "markov"):
@@ -216,13 +217,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=256, choices=sorted(KNOWN_SIDES), help="image side")
     parser.add_argument("--batch", type=int, default=32, help="images; guidance doubles the rows")
     parser.add_argument("--backend", default="auto", help="of the local window")
+    parser.add_argument("--dtype", default="bfloat16", help="of the computation, and so of VAR's cache")
     parser.add_argument("--views", default="markov,full", help="markov, full or both")
     parser.add_argument("--remats", default="none,dots,full", help="rematerialisations of training")
     parser.add_argument("--parts", default="sampling,training")
     parser.add_argument("--out", type=Path, help="folder for the CSV and the figure")
     args = parser.parse_args(argv)
     print_arithmetic(args)
-    print(f"\n{args.target}, depth {args.depth}, {args.size} pixels, batch {args.batch}, MiB")
+    print(
+        f"\n{args.target}, depth {args.depth}, {args.size} pixels, batch {args.batch}, computed in {args.dtype}, MiB"
+    )
     print("| what | view | setting | total | arguments | temporaries | compile s | published MB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     try:

@@ -82,10 +82,11 @@ class Attention(nn.Module):
         """(the cache with a phase's keys and values written, those of all scales up to the phase's end)."""
         begin, end = self.phase.begin, self.phase.end
 
-        def extend(past_DBLHK, new_BNHK):
-            past = jax.lax.dynamic_update_slice(past_DBLHK, new_BNHK[None], (layer, 0, begin, 0, 0))
-            B, _, H, K = new_BNHK.shape
-            return past, jax.lax.dynamic_slice(past, (layer, 0, 0, 0, 0), (1, B, end, H, K))[0]
+        def extend(past_DBHLK, new_BNHK):
+            new = new_BNHK.swapaxes(1, 2)[None]
+            past = jax.lax.dynamic_update_slice(past_DBHLK, new, (layer, 0, 0, begin, 0))
+            size = (1, *past.shape[1:3], end, past.shape[4])
+            return past, jax.lax.dynamic_slice(past, (layer, 0, 0, 0, 0), size)[0].swapaxes(1, 2)
 
         k, v = (extend(*pair) for pair in zip(cache, new, strict=True))
         return (k[0], v[0]), (k[1], v[1])
@@ -149,6 +150,7 @@ class Block(nn.Module):
     init_gamma: float
     shared_aln: bool
     window_backend: str
+    remat: str
     dtype: Any
 
     @nn.compact
@@ -168,7 +170,9 @@ class Block(nn.Module):
             adaptive = Adaptive(6, self.init_std, factors, name="adaptive")(cond)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = (adaptive[:, None, i] for i in range(6))
 
-        y, cache = Attention(
+        # else the attention's inner arrays would lie beside the feed-forward's in the backward pass
+        attention = nn.remat(Attention) if self.remat == "full" else Attention
+        y, cache = attention(
             self.pyramid,
             self.phase,
             self.num_heads,

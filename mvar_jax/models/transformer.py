@@ -25,8 +25,8 @@ class Transformer(nn.Module):
     sides, refine_step, kernel_size: see `Pyramid`. conditioning: "markov" (MVAR) or "full" (VAR).
     drop_path_rate: rate of the last block, growing linearly from 0. class_init_std: std of the class table,
     None for the common sqrt(1 / (3 D)). remat: what the backward pass computes again instead of keeping it: "dots"
-    all but the matrix products with weights, "full" all, "none" nothing. dtype: computation; parameters, norms,
-    softmax and logits are float32.
+    all but the matrix products with weights, "full" all (attention twice), "none" nothing. dtype: computation;
+    parameters, norms, softmax and logits are float32.
     """
 
     sides: tuple[int, ...]
@@ -119,6 +119,7 @@ class Transformer(nn.Module):
             self.init_gamma,
             self.shared_aln,
             self.window_backend,
+            self.remat,
             self.dtype,
             name="blocks",
         )((x_BND, cache), shared, path_D2B, np.arange(self.depth))
@@ -134,8 +135,11 @@ class Transformer(nn.Module):
         return constrain(head(x_BND), "batch", "tokens", "vocab"), cache
 
     def empty_cache(self, num_rows: int) -> tuple[jax.Array, jax.Array]:
-        """VAR's keys and values of every layer and token, nothing in them yet."""
-        shape = (self.depth, num_rows, self.pyramid.num_tokens, self.num_heads, self.width // self.num_heads)
+        """VAR's keys and values of every layer and token, nothing in them yet.
+
+        In the order of axes that both products read: in another, XLA lays the whole cache out anew.
+        """
+        shape = (self.depth, num_rows, self.num_heads, self.pyramid.num_tokens, self.width // self.num_heads)
         return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
 
     def embed(self, previous_BMc, cond_BD, phase, std):
