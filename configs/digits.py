@@ -18,10 +18,10 @@ def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.task = "transformer"
     c.seed = 0
-    c.num_steps = 1600
+    c.num_steps = 1300
     c.batch_size = 32
     c.log_every_steps = 20
-    c.eval_every_steps = 100
+    c.eval_every_steps = 200
     c.picture_every_steps = 0
     c.save_every_steps = 200
     c.keep_checkpoints = 1
@@ -34,8 +34,8 @@ def get_config() -> ml_collections.ConfigDict:
         sides=tokenizer.model.sides,
         vocab_size=tokenizer.model.vocab_size,
         code_width=tokenizer.model.code_width,
-        refine_step=4,
-        kernel_size=(5, 5),
+        refine_step=3,
+        kernel_size=(3, 5),
         num_classes=10,
         depth=4,
         width=96,
@@ -46,7 +46,6 @@ def get_config() -> ml_collections.ConfigDict:
         class_init_std=1.0,
         # at this size memory is no concern
         remat="none",
-        scan_unroll=4,
     )
     c.phases = dict(schedule="joint", ratio=8, label_drop_rate=0.1, label_smoothing=0.0)
     c.optimizer = dict(

@@ -7,7 +7,7 @@ Score:    30 dB on the held-out fifth, every code used.
 
 import ml_collections
 
-NUM_STEPS = 450
+NUM_STEPS = 400
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.num_steps = NUM_STEPS
     c.batch_size = 48
     c.log_every_steps = 10
-    c.eval_every_steps = 50
+    c.eval_every_steps = 100
     c.picture_every_steps = 0
     c.save_every_steps = 100
     c.keep_checkpoints = 1
@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
         shear=0.04,
     )
     c.model = dict(
-        sides=(1, 2, 3, 4, 6, 8),
+        sides=(1, 2, 3, 5, 8),
         vocab_size=128,
         code_width=16,
         ch=16,
