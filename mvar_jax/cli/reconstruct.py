@@ -35,7 +35,8 @@ def run(args) -> int:
     if args.batch_size < 1:
         raise InputError("batch_size", args.batch_size, "1 or more")
 
-    from mvar_jax.data.transforms import PhotoTransform, read_image
+    from mvar_jax.data.decoding import read_image
+    from mvar_jax.data.transforms import PhotoTransform
     from mvar_jax.evaluation.draw import make_directory, write_reconstructions
     from mvar_jax.model import load
 

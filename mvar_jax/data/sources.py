@@ -6,15 +6,16 @@ import numpy as np
 
 from mvar_jax.errors import InputError
 
-SOURCE_NAMES = ("digits", "synthetic")
+SOURCE_NAMES = ("digits", "synthetic", "folder", "tfds", "tars")
 SPLITS = ("train", "val")
 
 
 class Source(Protocol):
     """Random access to labelled items.
 
-    An item is `{"image": array, "label": int}`; from a token cache `{"ids": int32 [views, L], "label": int}`.
-    Items may be read from several threads at once.
+    An item is `{"image": array or the bytes of an image file, "label": int}`; from a token cache
+    `{"ids": int32 [views, L], "label": int}`. Bytes are decoded by the transform. An item that cannot be read
+    raises BadImage. Items may be read from several threads at once, and a source may be sent to other processes.
     """
 
     label_names: tuple[str, ...]
@@ -23,6 +24,9 @@ class Source(Protocol):
     def num_classes(self) -> int: ...
 
     def __len__(self) -> int: ...
+
+    def name_of(self, index: int) -> str:
+        """What a person can find the item by."""
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
@@ -40,6 +44,10 @@ class ArraySource:
 
     def __len__(self) -> int:
         return len(self._labels)
+
+    def name_of(self, index: int) -> str:
+        """Its number."""
+        return f"image {index}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self._images[index], "label": int(self._labels[index])}
@@ -66,6 +74,10 @@ class SyntheticSource:
     def __len__(self) -> int:
         return self._size
 
+    def name_of(self, index: int) -> str:
+        """Its number."""
+        return f"image {index}"
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(self._size)[index]  # negative and out-of-range indices as in a sequence
         label = index % self._NUM_CLASSES
@@ -77,6 +89,34 @@ class SyntheticSource:
         colour = 0.5 + 0.5 * np.cos(2 * np.pi * (turn + np.arange(3) / 3))
         image_YX3 = stripes_YX[..., None] * colour + rng.normal(0, 0.05, (self._SIDE, self._SIDE, 3))
         return {"image": (255 * np.clip(image_YX3, 0, 1)).round().astype(np.uint8), "label": label}
+
+
+class SubsetSource:
+    """Items of another source, by their numbers there."""
+
+    def __init__(self, source: Source, numbers: np.ndarray):
+        self._source, self._numbers, self.label_names = source, numbers, source.label_names
+
+    @property
+    def num_classes(self) -> int:
+        return self._source.num_classes
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def name_of(self, index: int) -> str:
+        """As the other source names it."""
+        return self._source.name_of(int(self._numbers[index]))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._source[int(self._numbers[index])]
+
+
+def _keep(source: Source, size: int) -> Source:
+    """`size` items spread evenly over the source, so that one sorted by class keeps its classes; 0 keeps all."""
+    if size > len(source):
+        raise InputError("size", size, f"at most {len(source)}, the number of images")
+    return SubsetSource(source, np.arange(size) * len(source) // size) if size else source
 
 
 def _open_digits(split: str, split_seed: int, val_fraction: float, size: int) -> ArraySource:
@@ -95,20 +135,47 @@ def _open_digits(split: str, split_seed: int, val_fraction: float, size: int) ->
     return ArraySource(images_NYX, data.target[chosen], tuple(str(digit) for digit in range(10)))
 
 
-def open_source(name: str, split: str, *, split_seed: int = 0, val_fraction: float = 0.2, size: int = 0) -> Source:
+def _open_tfds(name: str, path: str, split: str, split_seed: int, val_fraction: float) -> Source:
+    """The set's own validation or test split as "val"; where it has neither, part of its train split."""
+    from mvar_jax.data.tfds_source import TfdsSource, tfds_split
+
+    known = tfds_split(name, path, "val")
+    if split == "val" and known is not None:
+        return TfdsSource(name, path, known)
+    source = TfdsSource(name, path, "train")
+    if known is not None:
+        return source
+    order = np.random.default_rng(split_seed).permutation(len(source))
+    num_val = max(1, round(val_fraction * len(source)))
+    return SubsetSource(source, np.sort(order[:num_val] if split == "val" else order[num_val:]))
+
+
+def open_source(
+    name: str,
+    split: str,
+    *,
+    path: str = "",
+    tfds_name: str = "",
+    split_seed: int = 0,
+    val_fraction: float = 0.2,
+    size: int = 0,
+) -> Source:
     """Open one split of a data set.
 
     `digits`: the 1,797 images bundled with scikit-learn, float32 [8, 8] in [0, 1]; `val_fraction` of them is
     held out, stratified, by `split_seed`.
     `synthetic`: generated uint8 images [64, 64, 3] of 10 classes; each split has `size` of its own, by
     `split_seed`, so `val_fraction` does not apply.
+    `folder`, `tars`: files below `path`; see data/folder.py and data/tars.py.
+    `tfds`: the set `tfds_name` of TensorFlow Datasets, prepared in `path` ("": TFDS's default); `val_fraction` of
+    its train split is held out by `split_seed` where it has no validation and no test split.
 
     Args:
       split: "train" or "val".
       size: number of images of the split to keep; 0 keeps all (`synthetic` has no "all").
 
     Raises:
-      InputError: an unknown name or split, or a number out of range.
+      InputError: an unknown name or split, a number out of range, or a data set that is not there.
     """
     if name not in SOURCE_NAMES:
         raise InputError("source", name, f"one of {', '.join(SOURCE_NAMES)}")
@@ -120,6 +187,18 @@ def open_source(name: str, split: str, *, split_seed: int = 0, val_fraction: flo
         raise InputError("val_fraction", val_fraction, "a number between 0 and 1, both excluded")
     if size < 0 or (name == "synthetic" and size == 0):
         raise InputError("size", size, "at least 1 for synthetic, at least 0 otherwise")
+    if name in ("folder", "tars") and not path:
+        raise InputError("data.path", path, f"where the {name} source lies, as --config.data.path=DIR")
     if name == "digits":
         return _open_digits(split, split_seed, val_fraction, size)
-    return SyntheticSource(split, seed=split_seed, size=size)
+    if name == "synthetic":
+        return SyntheticSource(split, seed=split_seed, size=size)
+    if name == "tfds":
+        return _keep(_open_tfds(tfds_name, path, split, split_seed, val_fraction), size)
+    if name == "folder":
+        from mvar_jax.data.folder import FolderSource
+
+        return _keep(FolderSource(path, split), size)
+    from mvar_jax.data.tars import TarSource
+
+    return _keep(TarSource(path, split), size)

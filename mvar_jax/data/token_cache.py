@@ -224,9 +224,9 @@ class TokenCache:
         self._num_records = int(self._starts[-1])
         self._expect("num_records", entry["num_records"], self._num_records, "the sum over the shards")
         self._readers = [self._open_shard(shard) for shard in entry["shards"]]
-        self._memory: list[bytes] | None = None
+        self._memory: np.ndarray | None = None
         if self._num_records * self._record_bytes <= max_memory_bytes:
-            self._memory = [record for reader in self._readers for record in self._read(reader, None)]
+            self._memory = np.concatenate([self._as_bytes(self._read(reader, None)) for reader in self._readers])
 
     def _expect(self, field: str, given: Any, expected: Any, why: str) -> None:
         if expected is not None and given != expected:
@@ -253,6 +253,9 @@ class TokenCache:
             self._expect("bytes of a record", len(record), self._record_bytes, f"as {META_NAME} says")
         return records
 
+    def _as_bytes(self, records: list[bytes]) -> np.ndarray:
+        return np.frombuffer(b"".join(records), np.uint8).reshape(-1, self._record_bytes)
+
     @property
     def num_classes(self) -> int:
         return len(self.label_names)
@@ -260,12 +263,26 @@ class TokenCache:
     def __len__(self) -> int:
         return self._num_records
 
+    def name_of(self, index: int) -> str:
+        """Its number."""
+        return f"record {index}"
+
+    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32 [B, views, L], labels int32 [B]) of the records at these numbers, each from 0 to len - 1."""
+        if self._memory is not None:
+            bytes_Br = self._memory[numbers]
+        else:
+            bytes_Br = np.empty((len(numbers), self._record_bytes), np.uint8)
+            shard_B = np.searchsorted(self._starts, numbers, side="right") - 1
+            for shard in np.unique(shard_B).tolist():
+                rows = np.flatnonzero(shard_B == shard)
+                positions = (numbers[rows] - self._starts[shard]).tolist()
+                bytes_Br[rows] = self._as_bytes(self._read(self._readers[shard], positions))
+        labels_B = np.ascontiguousarray(bytes_Br[:, :_LABEL_BYTES]).view("<i4")[:, 0]
+        ids = np.ascontiguousarray(bytes_Br[:, _LABEL_BYTES:]).view(self._dtype)
+        return ids.reshape(-1, *self._shape).astype(np.int32), labels_B.astype(np.int32)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(self._num_records)[index]  # negative and out-of-range indices as in a sequence
-        if self._memory is not None:
-            record = self._memory[index]
-        else:
-            shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-            record = self._read(self._readers[shard], [index - int(self._starts[shard])])[0]
-        ids = np.frombuffer(record, self._dtype, offset=_LABEL_BYTES).reshape(self._shape)
-        return {"ids": ids.astype(np.int32), "label": int.from_bytes(record[:_LABEL_BYTES], "little")}
+        ids, labels = self.read(np.array([index]))
+        return {"ids": ids[0], "label": int(labels[0])}

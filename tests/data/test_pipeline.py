@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mvar_jax.data.pipeline import eval_batches, train_batches
+from mvar_jax.data.pipeline import LoadOptions, eval_batches, train_batches
 from mvar_jax.data.sources import ArraySource
 from mvar_jax.errors import InputError
 
@@ -66,7 +66,7 @@ def test_train_batches_resume_bit_equal_at_any_step(start_step):
 
 
 def test_train_batches_are_the_same_for_any_number_of_threads():
-    _assert_equal(_train(8, num_threads=3), _train(8, num_threads=0))
+    _assert_equal(*(_train(8, options=LoadOptions(num_threads=n)) for n in (3, 0)))
 
 
 def test_process_shards_make_up_the_single_process_batch():

@@ -1,0 +1,55 @@
+"""Images that could not be used: skipped, listed by name, and too many of them end the work."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+from mvar_jax.errors import InputError
+
+
+class Skipped:
+    """The bad images of one split, by their numbers.
+
+    num_images: of the split. max_bad_share: the largest share of them that may be bad.
+    """
+
+    def __init__(self, split: str, num_images: int, max_bad_share: float):
+        if not 0 <= max_bad_share <= 1:
+            raise InputError("data.max_bad_share", max_bad_share, "a share from 0 to 1")
+        self.split, self.num_images, self.max_bad_share = split, num_images, max_bad_share
+        self.max_bad = math.floor(max_bad_share * num_images)
+        self._entries: dict[int, dict[str, str]] = {}
+        self._file: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entries(self) -> list[dict[str, str]]:
+        """`{"name", "reason"}` of every bad image so far, by number."""
+        return [self._entries[number] for number in sorted(self._entries)]
+
+    def write_to(self, file: Path) -> None:
+        """Keeps `file` up to date from now on; nothing is written before there is a bad image."""
+        self._file = file
+        self._write()
+
+    def add(self, number: int, name: str, reason: str) -> None:
+        """Raises InputError at the first bad image above the allowed share."""
+        if number in self._entries:
+            return
+        self._entries[number] = {"name": name, "reason": reason}
+        self._write()
+        if len(self) > self.max_bad:
+            allowed = (
+                f"{self.max_bad} of {self.num_images} {self.split} images, data.max_bad_share={self.max_bad_share}"
+            )
+            raise InputError("bad images", len(self), f"at most {allowed}; the last one is {name}: {reason}")
+
+    def _write(self) -> None:
+        if self._file is None or not self._entries:
+            return
+        temporary = self._file.with_name(self._file.name + ".tmp")
+        content = {"split": self.split, "num_images": self.num_images, "skipped": self.entries()}
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, self._file)
