@@ -5,11 +5,11 @@ import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, WebPImagePlugin  # noqa: F401 (importing it registers the format)
 
 from mvar_jax.errors import InputError
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: what many cameras write into a .jpg
+FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 2**26  # of a file, and of a crop before it is cut: 200 MB as RGB
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L")

@@ -43,6 +43,9 @@ class LoadOptions:
             raise InputError("data.max_bad_share", self.max_bad_share, "a share from 0 to 1")
 
 
+DEFAULT_LOADING = LoadOptions()
+
+
 def _local_rows(source: Source, batch_size: int, process_index: int, process_count: int) -> np.ndarray:
     """The contiguous rows of every global batch that belong to this process."""
     if len(source) == 0:
@@ -102,10 +105,8 @@ def _is_quick(source: Source, transform) -> bool:
 
 def _prefetch(first: int, stop: int, make_batch, skipped: Skipped, options: LoadOptions) -> Iterator[Batch]:
     """Batches in order. What was bad travels with its batch, so that a worker process can report it."""
-    read = grain.ReadOptions(
-        num_threads=options.num_threads,
-        prefetch_buffer_size=max(4, 2 * options.num_threads) if options.num_threads else 0,
-    )
+    buffer_size = max(4, 2 * options.num_threads) if options.num_threads else 0
+    read = grain.ReadOptions(num_threads=options.num_threads, prefetch_buffer_size=buffer_size)
     batches = grain.MapDataset.range(first, stop).map(make_batch).to_iter_dataset(read)
     if options.num_workers:
         from absl import flags
@@ -124,6 +125,13 @@ def _prefetch(first: int, stop: int, make_batch, skipped: Skipped, options: Load
         iterator.close()
 
 
+# Not grain's shuffle: at 20 us an index it costs more than everything else done to a cached sample.
+@functools.lru_cache(maxsize=4)
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of all samples that an epoch goes through."""
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+
+
 def train_batches(
     source: Source,
     transform: Transform | None,
@@ -133,7 +141,7 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-    options: LoadOptions = LoadOptions(),
+    options: LoadOptions = DEFAULT_LOADING,
     skipped: Skipped | None = None,
 ) -> Iterator[Batch]:
     """Endless shuffled batches; `start_step=n` is bit for bit a run from step 0 without its first n batches.
@@ -160,17 +168,14 @@ def train_batches(
     if start_step < 0:
         raise InputError("start_step", start_step, "at least 0")
     num_samples = len(source)
-    skipped = skipped or Skipped("train", num_samples, options.max_bad_share)
+    skipped = Skipped("train", num_samples, options.max_bad_share) if skipped is None else skipped
     max_bad, is_quick = skipped.max_bad, _is_quick(source, transform)
 
-    # Not grain's shuffle: at 20 us an index it costs more than everything else done to a cached sample.
-    @functools.lru_cache(maxsize=2)
-    def epoch_order(epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch]).permutation(num_samples)
+    numbers_of = functools.partial(epoch_order, num_samples, seed)
 
     def load_row(index: int):
         epoch, place = divmod(index, num_samples)
-        number_of = lambda attempt: int(epoch_order(epoch)[(place + attempt) % num_samples])
+        number_of = lambda attempt: int(numbers_of(epoch)[(place + attempt) % num_samples])
         rng = None if transform is None else np.random.Generator(np.random.Philox(key=[seed, index]))
         return load_good(source, transform, number_of, rng, max_bad)
 
@@ -178,13 +183,10 @@ def train_batches(
         index_B = step * batch_size + rows_B
         if is_quick:
             epochs, places = np.divmod(index_B, num_samples)
-            numbers = np.empty_like(places)
-            for epoch in np.unique(epochs).tolist():
-                numbers[epochs == epoch] = epoch_order(epoch)[places[epochs == epoch]]
-            batch, bad = _read_ids(source, transform, numbers, seed, index_B), []
-        else:
-            rows = [load_row(index) for index in index_B.tolist()]
-            batch, bad = _collate([row for row, _ in rows], [entry for _, found in rows for entry in found])
+            parts = [numbers_of(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
+            return {**_read_ids(source, transform, np.concatenate(parts), seed, index_B), "index": index_B}, []
+        rows = [load_row(index) for index in index_B.tolist()]
+        batch, bad = _collate([row for row, _ in rows], [entry for _, found in rows for entry in found])
         return {**batch, "index": index_B} if batch else batch, bad
 
     return _prefetch(start_step, _ENDLESS_STEPS, make_batch, skipped, options)
@@ -197,7 +199,7 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-    options: LoadOptions = LoadOptions(),
+    options: LoadOptions = DEFAULT_LOADING,
     skipped: Skipped | None = None,
 ) -> Iterator[Batch]:
     """Every sample once, in order and without randomness (`transform` gets no rng).
@@ -208,7 +210,7 @@ def eval_batches(
     options.check()
     rows_B = _local_rows(source, batch_size, process_index, process_count)
     num_samples = len(source)
-    skipped = skipped or Skipped("val", num_samples, options.max_bad_share)
+    skipped = Skipped("val", num_samples, options.max_bad_share) if skipped is None else skipped
     max_bad, is_quick = skipped.max_bad, _is_quick(source, transform)
 
     def make_batch(step: int) -> tuple[Batch, Bad]:

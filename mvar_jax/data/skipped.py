@@ -41,10 +41,8 @@ class Skipped:
         self._entries[number] = {"name": name, "reason": reason}
         self._write()
         if len(self) > self.max_bad:
-            allowed = (
-                f"{self.max_bad} of {self.num_images} {self.split} images, data.max_bad_share={self.max_bad_share}"
-            )
-            raise InputError("bad images", len(self), f"at most {allowed}; the last one is {name}: {reason}")
+            of = f"{self.num_images} {self.split} images by data.max_bad_share={self.max_bad_share}"
+            raise InputError("bad images", len(self), f"at most {self.max_bad} of {of}; the last is {name}: {reason}")
 
     def _write(self) -> None:
         if self._file is None or not self._entries:

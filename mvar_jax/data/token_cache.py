@@ -223,10 +223,18 @@ class TokenCache:
         self._starts = np.cumsum([0, *(shard["num_records"] for shard in entry["shards"])])
         self._num_records = int(self._starts[-1])
         self._expect("num_records", entry["num_records"], self._num_records, "the sum over the shards")
-        self._readers = [self._open_shard(shard) for shard in entry["shards"]]
+        self._shards = entry["shards"]
+        self._readers = [self._open_shard(shard) for shard in self._shards]
         self._memory: np.ndarray | None = None
         if self._num_records * self._record_bytes <= max_memory_bytes:
             self._memory = np.concatenate([self._as_bytes(self._read(reader, None)) for reader in self._readers])
+
+    def __getstate__(self):
+        return {**self.__dict__, "_readers": None}  # of the C++ library: every process opens its own
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._readers = [self._open_shard(shard) for shard in self._shards]
 
     def _expect(self, field: str, given: Any, expected: Any, why: str) -> None:
         if expected is not None and given != expected:

@@ -97,7 +97,7 @@ class PhotoTransform:
         return self._pixels(image, rng, is_mirrored)
 
     def view(self, image: np.ndarray | bytes, view: int, rng: np.random.Generator) -> np.ndarray:
-        """View `view` of a token cache: with `flip` odd ones are mirrored; the first of each kind is a centre crop."""
+        """View `view` of a token cache: with `flip` odd ones are mirrored; the first of each is a centre crop."""
         num_kinds = 2 if self.flip else 1
         return self._pixels(image, rng if view >= num_kinds else None, view % num_kinds == 1)
 
