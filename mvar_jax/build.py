@@ -24,14 +24,17 @@ COMMON_KEYS = {
     "optimizer": True,
     "mesh": True,
 }
+SPLITS = ("train", "val")
 TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "init_from": False}}
 
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """source: a data set's name. image_size: side the tokenizer sees. flip: random horizontal flip of photographs.
-    degrees, shift_px, scale, shear: random affine change of digits. num_views, cache: how often the token cache
-    sees each training image, and where it lies."""
+    """source: a data set's name (data/sources.py); path: where its files lie; name: which TFDS set. image_size: side
+    the tokenizer sees. flip, crop, min_crop, upright: of photographs (data/transforms.py). degrees, shift_px, scale,
+    shear: random affine change of digits. num_views, cache: how often the token cache sees each training image, and
+    where it lies. tokenizer: instead of a cache, the model that encodes images as they come. num_threads,
+    num_workers, max_bad_share: see data/pipeline.py."""
 
     source: str
     image_size: int
@@ -43,23 +46,51 @@ class DataOptions:
     shift_px: float = 0.0
     scale: float = 0.0
     shear: float = 0.0
+    path: str = ""
+    name: str = ""
+    crop: str = "centre"
+    min_crop: float = 0.8
+    upright: bool = True
     num_views: int = 1
     cache: str = ""
+    tokenizer: str = ""
+    num_threads: int = 1
+    num_workers: int = 0
+    max_bad_share: float = 0.01
+
+    def loading(self):
+        """How batches are made. Raises InputError for values out of range."""
+        from mvar_jax.data.pipeline import LoadOptions
+
+        options = LoadOptions(self.num_threads, self.num_workers, self.max_bad_share)
+        options.check()
+        return options
+
+    def describe(self) -> dict:
+        """What decides on the pixels: all but how they are loaded and where their tokens are kept."""
+        elsewhere = ("num_views", "cache", "tokenizer", "num_threads", "num_workers", "max_bad_share")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in elsewhere}
 
     def transform(self):
-        """(array, rng or None) -> float32 image in [-1, 1]."""
+        """(array or file bytes, rng or None) -> float32 image in [-1, 1]."""
         from mvar_jax.data.transforms import DigitTransform, PhotoTransform
 
         if self.source == "digits":
             return DigitTransform(self.image_size, self.degrees, self.shift_px, self.scale, self.shear)
-        return PhotoTransform(self.image_size, self.flip)
+        return PhotoTransform(self.image_size, self.flip, self.crop, self.min_crop, self.upright)
 
     def open(self, split: str):
         """The source of a split. Raises InputError for an unknown name."""
         from mvar_jax.data.sources import open_source
 
         return open_source(
-            self.source, split, split_seed=self.split_seed, val_fraction=self.val_fraction, size=self.size
+            self.source,
+            split,
+            path=self.path,
+            tfds_name=self.name,
+            split_seed=self.split_seed,
+            val_fraction=self.val_fraction,
+            size=self.size,
         )
 
 
@@ -149,32 +180,53 @@ def build_task(config: dict):
     data = fill(DataOptions, "data", config["data"])
     if config["task"] == "tokenizer":
         options = fill(CodebookOptions, "codebook", config["codebook"])
-        sources = {split: data.open(split) for split in ("train", "val")}
-        return TokenizerTask(run, module, options, sources, data.transform()), {"tokenizer": module}, None
+        sources = {split: data.open(split) for split in SPLITS}
+        task = TokenizerTask(run, module, options, sources, data.transform(), data.loading())
+        return task, {"tokenizer": module}, None
 
+    options = fill(PhaseOptions, "phases", config["phases"])
+    tokenizer, tokenizer_params, sources, transform = open_tokens(data, module)
+    module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
+    initial = load_initial(config["init_from"], module)
+    data_parts = (sources, transform, data.loading())
+    task = TransformerTask(run, module, options, tokenizer, tokenizer_params, *data_parts, initial_params=initial)
+    return task, {"tokenizer": tokenizer, "transformer": module}, tokenizer_params
+
+
+def open_tokens(data: DataOptions, transformer):
+    """(tokenizer, its weights, sources by split, transform): of a token cache, or of images to encode as they come.
+
+    Raises InputError unless the config names one of the two, and they fit the tokenizer and it the transformer.
+    """
     from mvar_jax.data.token_cache import TokenCache
     from mvar_jax.data.transforms import PickView
 
-    options = fill(PhaseOptions, "phases", config["phases"])
-    tokenizer, tokenizer_params, fingerprint = load_cache_tokenizer(data.cache)
-    check_transformer_fits(module, tokenizer)
-    sources = {
-        split: TokenCache(
-            data.cache,
-            split,
-            expect_fingerprint=fingerprint,
-            expect_sides=tokenizer.sides,
-            expect_vocab_size=tokenizer.vocab_size,
-        )
-        for split in ("train", "val")
+    if bool(data.cache) == bool(data.tokenizer):
+        both = f"cache={data.cache!r}, tokenizer={data.tokenizer!r}"
+        raise InputError("config.data", both, "one of them: a token cache, or a tokenizer that encodes images")
+    if data.tokenizer:
+        tokenizer, params, _ = load_tokenizer(data.tokenizer)
+        check_transformer_fits(transformer, tokenizer)
+        tokenizer.check(data.image_size)
+        return tokenizer, params, {split: data.open(split) for split in SPLITS}, data.transform()
+    tokenizer, params, fingerprint = load_cache_tokenizer(data.cache)
+    check_transformer_fits(transformer, tokenizer)
+    expected = {
+        "expect_fingerprint": fingerprint,
+        "expect_sides": tokenizer.sides,
+        "expect_vocab_size": tokenizer.vocab_size,
     }
-    if sources["train"].num_classes != module.num_classes:
-        raise InputError(
-            "config.model.num_classes", module.num_classes, f"{sources['train'].num_classes}, those of {data.cache}"
-        )
-    initial = load_initial(config["init_from"], module)
-    task = TransformerTask(run, module, options, tokenizer, tokenizer_params, sources, PickView(), initial)
-    return task, {"tokenizer": tokenizer, "transformer": module}, tokenizer_params
+    return tokenizer, params, {split: TokenCache(data.cache, split, **expected) for split in SPLITS}, PickView()
+
+
+def with_classes_of(transformer, source, name: str):
+    """The transformer with the source's number of classes where it has 0. Raises InputError where it has another."""
+    if transformer.num_classes == 0:
+        return transformer.clone(num_classes=source.num_classes)
+    if transformer.num_classes != source.num_classes:
+        found = f"{source.num_classes}, those of {name} (0 takes them from there)"
+        raise InputError("config.model.num_classes", transformer.num_classes, found)
+    return transformer
 
 
 def load_initial(path: str, transformer):
@@ -201,9 +253,15 @@ def load_initial(path: str, transformer):
 def load_cache_tokenizer(cache: str):
     """(tokenizer, its weights, its fingerprint) of the directory that a token cache was made with."""
     from mvar_jax.data.token_cache import read_meta
+
+    return load_tokenizer(read_meta(cache)["tokenizer_path"])
+
+
+def load_tokenizer(directory: str):
+    """(tokenizer, its weights, its fingerprint) of a model directory or a training workdir."""
     from mvar_jax.store import fingerprint, load_model
 
-    path = Path(read_meta(cache)["tokenizer_path"])
+    path = Path(directory)
     modules, params = load_model(path)
     if "tokenizer" not in modules:
         raise InputError("tokenizer", str(path), "a directory that holds a tokenizer")

@@ -1,9 +1,9 @@
 """Encodes a data set with a tokenizer into a token cache, from which a transformer trains."""
 
-import dataclasses
 from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
+from mvar_jax.errors import InputError
 
 SUMMARY = "encode images into a token cache"
 
@@ -13,17 +13,31 @@ def add_arguments(parser) -> None:
     add_config_argument(parser)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="model directory or training workdir")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the cache is written")
+    parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="images at a time (default 64)")
+    parser.add_argument(
+        "--images_per_shard", type=int, default=4096, metavar="N", help="what an interruption may lose (default 4096)"
+    )
 
 
 def run(args) -> int:
-    """Writes both splits of the config's data; an existing cache of the same tokenizer and views is kept."""
+    """Writes both splits of the config's data; an existing cache of the same tokenizer and views is kept.
+
+    Interrupted and started again it goes on, and leaves the same files.
+    """
     config = read_config(args.config, args.overrides)
     from mvar_jax import build
 
     build.check_config(config)
     data = build.fill(build.DataOptions, "data", config["data"])
+    for name in ("batch_size", "images_per_shard"):
+        if getattr(args, name) < 1:
+            raise InputError(name, getattr(args, name), "1 or more")
+    data.transform().check_views(data.num_views)
+
+    import jax
 
     from mvar_jax.data.encode import write_cache
+    from mvar_jax.data.token_cache import read_meta
     from mvar_jax.evaluation.draw import make_directory
     from mvar_jax.model import load
     from mvar_jax.store import fingerprint
@@ -32,7 +46,6 @@ def run(args) -> int:
     model.tokenizer.check(data.image_size)
     make_directory(Path(args.out))
     sources = {split: data.open(split) for split in ("train", "val")}
-    description = {k: v for k, v in dataclasses.asdict(data).items() if k not in ("cache", "num_views")}
     is_new = write_cache(
         args.out,
         Path(args.tokenizer).absolute(),
@@ -40,9 +53,27 @@ def run(args) -> int:
         fingerprint(model.tokenizer, model.tokenizer_params),
         sources,
         data.transform(),
-        description,
+        data.describe(),
         num_views=data.num_views,
         seed=config["seed"],
+        batch_size=args.batch_size,
+        images_per_shard=args.images_per_shard,
+        loading=data.loading(),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        wait=lambda: _wait_for_all(jax.process_count()),
     )
+    splits = read_meta(args.out)["splits"] if jax.process_index() == 0 else {}
+    for split, entry in splits.items():
+        per_image = entry["bytes"] / max(1, entry["num_records"])
+        bad = f", {len(entry['skipped'])} skipped" if entry.get("skipped") else ""
+        print(f"{split}: {entry['num_records']} images, {entry['num_views']} views, {per_image:.0f} bytes each{bad}")
     print(f"{args.out}: {'written' if is_new else 'already complete'}")
     return 0
+
+
+def _wait_for_all(process_count: int) -> None:
+    if process_count > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("cache_tokens")

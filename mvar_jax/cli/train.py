@@ -1,12 +1,16 @@
 """Trains what a config describes, a tokenizer or a transformer; resumes by itself what WORKDIR holds."""
 
+import json
+import os
 import signal
 import sys
 from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
+from mvar_jax.errors import InputError
 
 SUMMARY = "train a tokenizer or a transformer from a config"
+CLASSES_FILE = "classes.json"
 
 
 def add_arguments(parser) -> None:
@@ -18,6 +22,8 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     """Exit status 0 when the run is complete or was asked to stop by SIGTERM, 130 after Ctrl-C."""
     config = read_config(args.config, args.overrides)
+    import jax
+
     from mvar_jax import build
     from mvar_jax.store import MODEL_FILE, write_model_file
     from mvar_jax.training import loop
@@ -27,6 +33,9 @@ def run(args) -> int:
     task, modules, tokenizer_params = build.build_task(config)
     workdir = Path(args.workdir)
     check_config(workdir, config)
+    keep_classes(workdir, list(task.data["train"].label_names))
+    for split, skipped in task.skipped.items():
+        skipped.keep_in(workdir / f"skipped_{split}{jax.process_index() or ''}.json")
     if not (workdir / MODEL_FILE).exists():
         if tokenizer_params is not None:  # the workdir is a whole model on its own
             save_tree(workdir / "tokenizer", tokenizer_params)
@@ -37,3 +46,26 @@ def run(args) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 130 if result.interrupted == signal.SIGINT else 0
+
+
+def keep_classes(workdir: Path, names: list[str]) -> None:
+    """Writes the class names in the order of their labels; one that is there already must be the same.
+
+    Raises InputError where the data have other classes than the run began with, or the workdir cannot be written.
+    """
+    path = workdir / CLASSES_FILE
+    try:
+        there = json.loads(path.read_text()) if path.exists() else names
+        if there == names:
+            workdir.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text(json.dumps(names, indent=1) + "\n")
+            os.replace(temporary, path)
+            return
+    except OSError as error:
+        raise InputError("workdir", str(workdir), f"a writable directory ({error.strerror})") from None
+    except ValueError:
+        raise InputError("workdir", str(workdir), f"a readable {CLASSES_FILE}") from None
+    changed = sorted(set(there) ^ set(names)) or ["their order"]
+    found = f"the {len(there)} that {workdir} was trained on; different: {', '.join(changed[:5])}"
+    raise InputError("classes", len(names), found)

@@ -1,9 +1,11 @@
 """Images that could not be used: skipped, listed by name, and too many of them end the work."""
 
+import contextlib
 import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from mvar_jax.errors import InputError
 
@@ -19,26 +21,31 @@ class Skipped:
             raise InputError("data.max_bad_share", max_bad_share, "a share from 0 to 1")
         self.split, self.num_images, self.max_bad_share = split, num_images, max_bad_share
         self.max_bad = math.floor(max_bad_share * num_images)
-        self._entries: dict[int, dict[str, str]] = {}
+        self._entries: dict[int, dict[str, Any]] = {}
         self._file: Path | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def entries(self) -> list[dict[str, str]]:
-        """`{"name", "reason"}` of every bad image so far, by number."""
+    def entries(self) -> list[dict[str, Any]]:
+        """`{"number", "name", "reason"}` of every bad image so far, by number."""
         return [self._entries[number] for number in sorted(self._entries)]
 
-    def write_to(self, file: Path) -> None:
-        """Keeps `file` up to date from now on; nothing is written before there is a bad image."""
+    def keep_in(self, file: Path) -> None:
+        """Goes on with the list in `file`, if it is there, and keeps it up to date from now on.
+
+        Nothing is written before there is a bad image.
+        """
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            for entry in json.loads(file.read_text())["skipped"]:
+                self._entries[int(entry["number"])] = entry
         self._file = file
-        self._write()
 
     def add(self, number: int, name: str, reason: str) -> None:
         """Raises InputError at the first bad image above the allowed share."""
         if number in self._entries:
             return
-        self._entries[number] = {"name": name, "reason": reason}
+        self._entries[number] = {"number": number, "name": name, "reason": reason}
         self._write()
         if len(self) > self.max_bad:
             of = f"{self.num_images} {self.split} images by data.max_bad_share={self.max_bad_share}"

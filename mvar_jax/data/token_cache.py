@@ -1,159 +1,28 @@
-"""Token pyramids of a data set, encoded once: ArrayRecord shards beside a `cache.json`.
+"""Token pyramids of a data set, encoded once: ArrayRecord shards beside a `cache.json`; here they are read.
 
 A record is one image: its label (little-endian int32), then its token pyramids [views, L] row-major
 (little-endian uint16; int32 when the codebook has more than 65,536 entries). `cache.json` is written last, so
-a directory without it is not a cache.
+a directory without it is not a cache. See cache_writer.py.
 """
 
-import contextlib
-import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader
 
 from mvar_jax.errors import InputError
 
 META_NAME = "cache.json"
-_FORMAT = 1
+FORMAT = 1
+LABEL_BYTES = 4
 _META_KEYS = {"tokenizer_fingerprint", "tokenizer_path", "sides", "vocab_size", "dtype", "label_names"}
 _SPLIT_KEYS = {"num_records", "num_views", "shards"}
 _SHARD_KEYS = {"name", "num_records", "bytes"}
-_LABEL_BYTES = 4
-_UNFINISHED = ".unfinished"
-_WRITE_OPTIONS = "group_size:1"
 _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # with group size 1, for random access
-
-
-class CacheWriter:
-    """Writes a token cache split by split; the cache appears when the `with` block ends without an exception.
-
-    Until then every file has a temporary name, and after an exception none is left; a cache that was there
-    before stays as it was until a complete one takes its place.
-
-        with CacheWriter(out_dir, ...) as writer:
-            writer.write_split("train", records, num_records=1437, transform={...})
-            writer.write_split("val", ...)
-    """
-
-    def __init__(
-        self,
-        out_dir: str | os.PathLike,
-        *,
-        sides: Iterable[int],
-        vocab_size: int,
-        tokenizer_fingerprint: str,
-        tokenizer_path: str,
-        label_names: Iterable[str],
-    ):
-        self._dir = Path(out_dir)
-        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
-        self._meta: dict[str, Any] = {
-            "format": _FORMAT,
-            "tokenizer_fingerprint": tokenizer_fingerprint,
-            "tokenizer_path": str(tokenizer_path),
-            "sides": [int(side) for side in sides],
-            "vocab_size": vocab_size,
-            "dtype": self._dtype.name,
-            "label_names": list(label_names),
-            "splits": {},
-        }
-        self._num_tokens = sum(side**2 for side in self._meta["sides"])
-
-    def __enter__(self) -> "CacheWriter":
-        self._dir.mkdir(parents=True, exist_ok=True)
-        self._remove_unfinished()
-        return self
-
-    def write_split(
-        self,
-        split: str,
-        records: Iterable[tuple[np.ndarray, int]],
-        *,
-        num_records: int,
-        transform: dict[str, Any],
-        num_shards: int = 1,
-    ) -> dict[str, Any]:
-        """Write all images of one split.
-
-        Args:
-          records: (integer ids [views, L], label) per image, the same number of views each.
-          transform: what was done to the images before encoding; kept for the reader, not interpreted.
-          num_shards: files over which the records are spread in order.
-
-        Returns:
-          The split's entry in `cache.json`.
-
-        Raises:
-          InputError: ids or labels out of range, ids of another shape or not integers, or another number of
-            records than announced.
-        """
-        if not 1 <= num_shards <= num_records:
-            raise InputError("num_shards", num_shards, f"from 1 to the number of records, {num_records}")
-        records = self._checked(records)
-        bounds = [shard * num_records // num_shards for shard in range(num_shards + 1)]
-        num_views, shards = 0, []
-        for shard, num_wanted in enumerate(np.diff(bounds).tolist()):
-            name = f"{split}-{shard:05d}-of-{num_shards:05d}.array_record"
-            path, num_written = self._dir / (name + _UNFINISHED), 0
-            with contextlib.closing(ArrayRecordWriter(str(path), _WRITE_OPTIONS)) as writer:
-                for ids, label in itertools.islice(records, num_wanted):
-                    writer.write(np.array(label, "<i4").tobytes() + ids.astype(self._dtype).tobytes())
-                    num_views, num_written = len(ids), num_written + 1
-            if num_written < num_wanted:
-                raise InputError("num_records", num_records, f"{bounds[shard] + num_written}, all there were")
-            shards.append({"name": name, "num_records": num_wanted, "bytes": path.stat().st_size})
-        if next(records, None) is not None:
-            raise InputError("num_records", num_records, "the number of records, which is larger")
-        self._meta["splits"][split] = {
-            "num_records": num_records,
-            "num_views": num_views,
-            "bytes": sum(shard["bytes"] for shard in shards),
-            "shards": shards,
-            "transform": transform,
-        }
-        return self._meta["splits"][split]
-
-    def _checked(self, records: Iterable[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int]]:
-        num_labels, vocab_size = len(self._meta["label_names"]), self._meta["vocab_size"]
-        shape = None
-        for ids, label in records:
-            ids = np.asarray(ids)
-            if shape is None:
-                shape = (max(1, ids.shape[0]) if ids.ndim else 1, self._num_tokens)
-            if ids.shape != shape or not np.issubdtype(ids.dtype, np.integer):
-                raise InputError("ids", f"{ids.dtype}{list(ids.shape)}", f"integers {list(shape)}, views by tokens")
-            if ids.min() < 0 or ids.max() >= vocab_size:
-                raise InputError("ids", f"{ids.min()}..{ids.max()}", f"token ids from 0 to {vocab_size - 1}")
-            if not 0 <= label < num_labels:
-                raise InputError("label", int(label), f"a class from 0 to {num_labels - 1}")
-            yield ids, label
-
-    def _remove_unfinished(self) -> None:
-        for path in self._dir.glob(f"*{_UNFINISHED}"):
-            path.unlink()
-
-    def _remove_replaced(self) -> None:
-        """Take away a cache that was here before, its `cache.json` first."""
-        with contextlib.suppress(InputError):
-            splits = read_meta(self._dir)["splits"].values()
-            (self._dir / META_NAME).unlink()
-            for shard in [shard for split in splits for shard in split["shards"]]:
-                (self._dir / shard["name"]).unlink(missing_ok=True)
-
-    def __exit__(self, exception_type, exception, traceback) -> None:
-        if exception_type is not None:
-            self._remove_unfinished()
-            return
-        self._remove_replaced()
-        names = [shard["name"] for split in self._meta["splits"].values() for shard in split["shards"]]
-        (self._dir / (META_NAME + _UNFINISHED)).write_text(json.dumps(self._meta, indent=1) + "\n")
-        for name in [*names, META_NAME]:
-            os.replace(self._dir / (name + _UNFINISHED), self._dir / name)
 
 
 def read_meta(path: str | os.PathLike) -> dict[str, Any]:
@@ -162,10 +31,10 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       InputError: no finished cache at `path`, or its `cache.json` cannot be understood.
     """
-    reason = f"its {META_NAME} lacks keys or is not of format {_FORMAT}"
+    reason = f"its {META_NAME} lacks keys or is not of format {FORMAT}"
     try:
         meta = json.loads((Path(path) / META_NAME).read_text())
-        is_complete = meta["format"] == _FORMAT and meta.keys() >= _META_KEYS
+        is_complete = meta["format"] == FORMAT and meta.keys() >= _META_KEYS
         for split in meta["splits"].values():
             is_complete &= split.keys() >= _SPLIT_KEYS
             is_complete &= all(shard.keys() >= _SHARD_KEYS for shard in split["shards"])
@@ -219,7 +88,7 @@ class TokenCache:
         entry = self.meta["splits"][split]
         self._dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         self._shape = (entry["num_views"], sum(side**2 for side in self.sides))
-        self._record_bytes = _LABEL_BYTES + self._shape[0] * self._shape[1] * self._dtype.itemsize
+        self._record_bytes = LABEL_BYTES + self._shape[0] * self._shape[1] * self._dtype.itemsize
         self._starts = np.cumsum([0, *(shard["num_records"] for shard in entry["shards"])])
         self._num_records = int(self._starts[-1])
         self._expect("num_records", entry["num_records"], self._num_records, "the sum over the shards")
@@ -286,8 +155,8 @@ class TokenCache:
                 rows = np.flatnonzero(shard_B == shard)
                 positions = (numbers[rows] - self._starts[shard]).tolist()
                 bytes_Br[rows] = self._as_bytes(self._read(self._readers[shard], positions))
-        labels_B = np.ascontiguousarray(bytes_Br[:, :_LABEL_BYTES]).view("<i4")[:, 0]
-        ids = np.ascontiguousarray(bytes_Br[:, _LABEL_BYTES:]).view(self._dtype)
+        labels_B = np.ascontiguousarray(bytes_Br[:, :LABEL_BYTES]).view("<i4")[:, 0]
+        ids = np.ascontiguousarray(bytes_Br[:, LABEL_BYTES:]).view(self._dtype)
         return ids.reshape(-1, *self._shape).astype(np.int32), labels_B.astype(np.int32)
 
     def __getitem__(self, index: int) -> dict[str, Any]:

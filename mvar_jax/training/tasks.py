@@ -1,4 +1,4 @@
-"""The two tasks of the training loop: a tokenizer from images, a transformer from a token cache."""
+"""The two tasks of the training loop: a tokenizer from images, a transformer from a token cache or from images."""
 
 import dataclasses
 import functools
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mvar_jax.data.pipeline import Transform, eval_batches, train_batches
+from mvar_jax.data.pipeline import LoadOptions, Transform, eval_batches, train_batches
+from mvar_jax.data.skipped import Skipped
 from mvar_jax.data.sources import Source
 from mvar_jax.evaluation.pictures import side_by_side, tile_grid, to_uint8
 from mvar_jax.model import Model
@@ -54,9 +55,12 @@ class RunOptions:
 class _Task:
     """State, batches and evaluation data: the part that does not depend on what is trained."""
 
-    def __init__(self, run: RunOptions, module, data: dict[str, Source], transform: Transform, extra):
+    def __init__(self, run: RunOptions, module, data: dict[str, Source], transform: Transform, loading, extra):
         run.check()
         self.run, self.module, self.data, self.transform = run, module, data, transform
+        self.loading: LoadOptions = loading
+        # by split, what this process found bad
+        self.skipped = {split: Skipped(split, len(source), loading.max_bad_share) for split, source in data.items()}
         self.examples_per_step = run.batch_size
         # rbg: compiling many threefry draws takes most of a small model's start-up
         init = functools.partial(initializer(module), jax.random.key(run.seed, impl="rbg"))
@@ -89,6 +93,8 @@ class _Task:
             start_step=start_step,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            options=self.loading,
+            skipped=self.skipped["train"],
         )
 
     def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
@@ -99,6 +105,8 @@ class _Task:
             batch_size=self.run.batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            options=self.loading,
+            skipped=self.skipped["val"],
         )
         for batch in batches:
             batch.pop("index", None)
@@ -109,13 +117,29 @@ class _Task:
         return put_batch({**batch, "index": batch["index"].astype(np.uint32)}, self.run.mesh)
 
 
+def with_ids(tokenizer: Tokenizer, params, batch: dict) -> dict:
+    """The batch with `ids` int32 [B, L]: its own or those of its images. In jit unused weights cost nothing."""
+    if "ids" in batch:
+        return batch
+    ids_BL = tokenizer.apply({"params": params}, batch["image"], method="encode")
+    return {**{name: x for name, x in batch.items() if name != "image"}, "ids": ids_BL}
+
+
 class TokenizerTask(_Task):
     """Trains the autoencoder and its codebook on images."""
 
-    def __init__(self, run: RunOptions, tokenizer: Tokenizer, options, data: dict[str, Source], transform: Transform):
+    def __init__(
+        self,
+        run: RunOptions,
+        tokenizer: Tokenizer,
+        options,
+        data: dict[str, Source],
+        transform: Transform,
+        loading: LoadOptions,
+    ):
         options.check()
         zeros = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
-        super().__init__(run, tokenizer, data, transform, zeros)
+        super().__init__(run, tokenizer, data, transform, loading, zeros)
         self.tokenizer, self.options = tokenizer, options
         static = (tokenizer, run.optimizer, options)
         self._step = jax.jit(functools.partial(tokenizer_step.train_step, *static), donate_argnums=0)
@@ -163,7 +187,9 @@ class TokenizerTask(_Task):
         """Held-out images beside their reconstructions."""
         params = state.params if state.ema is None else state.ema
         data = self.data["val"]
-        images = np.stack([self.transform(data[i]["image"]) for i in range(min(NUM_PICTURES, len(data)))])
+        batches = eval_batches(data, self.transform, batch_size=min(NUM_PICTURES, len(data)), options=self.loading)
+        images = next(batches)["image"]
+        batches.close()
         model = Model({"tokenizer": self.tokenizer}, {"tokenizer": params})
         reconstructions = np.asarray(model.decode(model.encode(images)))
         zoom = min_zoom(images.shape[1])
@@ -171,7 +197,10 @@ class TokenizerTask(_Task):
 
 
 class TransformerTask(_Task):
-    """Trains the transformer on token ids; the teacher-forcing input is recomputed from them on the device."""
+    """Trains the transformer on token ids; the teacher-forcing input is recomputed from them on the device.
+
+    Where the data are images the tokenizer encodes them inside the same step program.
+    """
 
     def __init__(
         self,
@@ -182,10 +211,11 @@ class TransformerTask(_Task):
         tokenizer_params,
         data: dict[str, Source],
         transform: Transform,
+        loading: LoadOptions,
         initial_params=None,
     ):
         options.check()
-        super().__init__(run, transformer, data, transform, {})
+        super().__init__(run, transformer, data, transform, loading, {})
         self.initial_params = initial_params
         self.transformer, self.options = transformer, options
         self.tokenizer = tokenizer
@@ -198,25 +228,33 @@ class TransformerTask(_Task):
         teacher_forcing = lambda ids_BL: tokenizer.apply(
             {"params": jax.tree.map(jnp.asarray, quantizer)}, ids_BL, method="teacher_forcing"
         )
-        step = functools.partial(
-            transformer_step.train_step, transformer, teacher_forcing, run.optimizer, options, run.seed
-        )
+        static = (transformer, teacher_forcing, run.optimizer, options, run.seed)
+
+        def step(phases, state, batch, learning_rate, weight_decay, encoder_params):
+            batch = with_ids(tokenizer, encoder_params, batch)
+            return transformer_step.train_step(*static, phases, state, batch, learning_rate, weight_decay)
+
+        def evaluate(params, batch, encoder_params):
+            batch = with_ids(tokenizer, encoder_params, batch)
+            return transformer_step.eval_step(transformer, teacher_forcing, params, batch)
+
         self._step = jax.jit(step, static_argnums=0, donate_argnums=1)
-        self._evaluate = jax.jit(functools.partial(transformer_step.eval_step, transformer, teacher_forcing))
+        self._evaluate = jax.jit(evaluate)
 
     def train_step(self, state, batch, step: int):
         """One step over the phases that are due."""
         learning_rate, weight_decay = self.run.rates(step)
         phases = self.options.phases_of_step(self.transformer, step)
         with use_mesh(self.run.mesh):
-            state, metrics = self._step(phases, state, self.put(batch), learning_rate, weight_decay)
+            batch = self.put(batch)
+            state, metrics = self._step(phases, state, batch, learning_rate, weight_decay, self.tokenizer_params)
         return state, {**metrics, "learning_rate": learning_rate, "weight_decay": weight_decay}
 
     def evaluate(self, state) -> dict:
         """True token-weighted means over the validation split (averaged weights, no dropout), nats a token."""
         params = state.params if state.ema is None else state.ema
         with use_mesh(self.run.mesh):
-            parts = [self._evaluate(params, batch) for batch in self.eval_batches()]
+            parts = [self._evaluate(params, batch, self.tokenizer_params) for batch in self.eval_batches()]
         nll_S, hits_S, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(3))
         areas = np.asarray(self.transformer.pyramid.areas)
         return {

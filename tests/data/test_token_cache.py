@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
+from mvar_jax.data.cache_writer import UNFINISHED, CacheWriter
 from mvar_jax.data.pipeline import train_batches
-from mvar_jax.data.token_cache import META_NAME, CacheWriter, TokenCache
+from mvar_jax.data.token_cache import META_NAME, TokenCache
 from mvar_jax.data.transforms import PickView
 from mvar_jax.errors import InputError
 
@@ -17,22 +18,28 @@ def _records(num_records, num_views=2, vocab_size=50, seed=0):
     return [(rng.integers(0, vocab_size, (num_views, NUM_TOKENS)), i % 3) for i in range(num_records)]
 
 
-def _writer(path, vocab_size=50, sides=SIDES):
+def _writer(path, vocab_size=50, sides=SIDES, **options):
     return CacheWriter(
         path,
         sides=sides,
         vocab_size=vocab_size,
-        tokenizer_fingerprint="abc",
+        tokenizer_fingerprint=options.pop("fingerprint", "abc"),
         tokenizer_path="runs/tokenizer",
         label_names=("a", "b", "c"),
+        **options,
     )
+
+
+def _from(records):
+    return lambda begin, end, skipped: records[begin:end]
 
 
 def _write(path, num_shards=1, vocab_size=50, seed=0):
     train, val = _records(11, vocab_size=vocab_size, seed=seed), _records(4, num_views=1, seed=seed + 1)
     with _writer(path, vocab_size) as writer:
-        writer.write_split("train", train, num_records=11, transform={"degrees": 5.0}, num_shards=num_shards)
-        writer.write_split("val", iter(val), num_records=4, transform={})
+        options = {"num_images": 11, "num_views": 2, "transform": {"degrees": 5.0}, "num_shards": num_shards}
+        writer.write_split("train", _from(train), **options)
+        writer.write_split("val", _from(val), num_images=4, num_views=1, transform={})
     return train, val
 
 
@@ -78,15 +85,35 @@ def test_directory_holds_the_named_shards_and_nothing_temporary(tmp_path):
     assert entry["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("train-*"))
 
 
-def _failing_records():
-    yield from _records(5)
-    raise KeyboardInterrupt
+class _Killed(BaseException):
+    pass
 
 
-def test_writing_that_raises_midway_leaves_no_cache_and_no_file(tmp_path):
-    with pytest.raises(KeyboardInterrupt), _writer(tmp_path) as writer:
-        writer.write_split("train", _records(11), num_records=11, transform={})
-        writer.write_split("val", _failing_records(), num_records=9, transform={})
+def _dying(records, first_lost):
+    """Records that end in an exception when number `first_lost` is due."""
+
+    def read(begin, end, skipped):
+        for number in range(begin, end):
+            if number == first_lost:
+                raise _Killed
+            yield records[number]
+
+    return read
+
+
+def _write_dying(path, first_lost, num_shards=4, train=None, **options):
+    train = _records(11) if train is None else train
+    with pytest.raises(_Killed), _writer(path, **options) as writer:
+        shape = {"num_images": 11, "num_views": 2, "transform": {"degrees": 5.0}, "num_shards": num_shards}
+        writer.write_split("train", _dying(train, first_lost), **shape)
+
+
+def _contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_writing_that_raises_in_its_first_shard_leaves_no_cache_and_no_file(tmp_path):
+    _write_dying(tmp_path, first_lost=1)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="finished token cache"):
         TokenCache(tmp_path, "train")
@@ -94,9 +121,7 @@ def test_writing_that_raises_midway_leaves_no_cache_and_no_file(tmp_path):
 
 def test_writing_that_raises_midway_leaves_an_older_cache_as_it_was(tmp_path):
     train, val = _write(tmp_path, num_shards=2)
-    with pytest.raises(KeyboardInterrupt), _writer(tmp_path) as writer:
-        writer.write_split("train", _records(11, seed=9), num_records=11, transform={}, num_shards=2)
-        writer.write_split("val", _failing_records(), num_records=9, transform={})
+    _write_dying(tmp_path, first_lost=6, train=_records(11, seed=9))
     _assert_holds(TokenCache(tmp_path, "train"), train)
     _assert_holds(TokenCache(tmp_path, "val"), val)
 
@@ -108,13 +133,65 @@ def test_new_cache_replaces_an_older_one_and_its_shards(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_files_of_a_killed_writer_are_no_cache_and_the_next_writer_clears_them(tmp_path):
-    writer = _writer(tmp_path).__enter__()
-    writer.write_split("train", _records(11), num_records=11, transform={}, num_shards=3)
+@pytest.mark.parametrize("first_lost", [2, 5, 8, 10])
+def test_killed_writer_goes_on_and_leaves_the_same_files(tmp_path, first_lost):
+    _write(tmp_path / "whole", num_shards=4)
+    _write_dying(tmp_path / "killed", first_lost)
     with pytest.raises(InputError, match="interrupted"):
-        TokenCache(tmp_path, "train")
-    _write(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+        TokenCache(tmp_path / "killed", "train")
+    bounds = [11 * shard // 4 for shard in range(5)]
+    kept = max(bound for bound in bounds if bound <= first_lost)
+    train, val = _records(11), _records(4, num_views=1, seed=1)
+    train[:kept] = [None] * kept  # what the killed writer finished is not asked for again
+    with _writer(tmp_path / "killed") as writer:
+        options = {"num_images": 11, "num_views": 2, "transform": {"degrees": 5.0}, "num_shards": 4}
+        writer.write_split("train", _from(train), **options)
+        writer.write_split("val", _from(val), num_images=4, num_views=1, transform={})
+    assert _contents(tmp_path / "killed") == _contents(tmp_path / "whole")
+
+
+def test_work_of_an_interrupted_writer_of_another_tokenizer_is_not_kept(tmp_path):
+    _write_dying(tmp_path, first_lost=8, train=_records(11, seed=9), fingerprint="other")
+    assert (tmp_path / UNFINISHED).exists()
+    train, _ = _write(tmp_path, num_shards=4)
+    _assert_holds(TokenCache(tmp_path, "train"), train)
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_two_processes_leave_the_files_of_one(tmp_path):
+    _write(tmp_path / "one", num_shards=3)
+    train, val = _records(11), _records(4, num_views=1, seed=1)
+    waited = []
+    for process in (1, 0):  # the first process puts together what both have written
+        options = {"process_index": process, "process_count": 2, "wait": lambda: waited.append(1)}
+        # one after the other here: the first must find the identity that process 0 writes
+        if process == 1:
+            _write_dying(tmp_path / "two", 0, num_shards=3, train=train, process_count=2)
+            assert (tmp_path / "two" / UNFINISHED).exists()
+        with _writer(tmp_path / "two", **options) as writer:
+            shape = {"num_views": 2, "transform": {"degrees": 5.0}, "num_shards": 3}
+            writer.write_split("train", _from(train), num_images=11, **shape)
+            writer.write_split("val", _from(val), num_images=4, num_views=1, transform={})
+    assert _contents(tmp_path / "two") == _contents(tmp_path / "one")
+    assert len(waited) == 8
+
+
+def test_skipped_images_are_listed_and_take_no_record(tmp_path):
+    train = _records(11)
+
+    def read(begin, end, skipped):
+        for number in range(begin, end):
+            if number in (4, 7):
+                skipped.append({"number": number, "name": f"{number}.jpg", "reason": "cut short"})
+            else:
+                yield train[number]
+
+    with _writer(tmp_path) as writer:
+        writer.write_split("train", read, num_images=11, num_views=2, transform={}, num_shards=2)
+        assert [bad["number"] for bad in writer.skipped()["train"]] == [4, 7]
+    _assert_holds(TokenCache(tmp_path, "train"), [train[i] for i in range(11) if i not in (4, 7)])
+    entry = json.loads((tmp_path / META_NAME).read_text())["splits"]["train"]
+    assert entry["num_records"] == 9 and [bad["name"] for bad in entry["skipped"]] == ["4.jpg", "7.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -127,13 +204,12 @@ def test_files_of_a_killed_writer_are_no_cache_and_the_next_writer_clears_them(t
         ([(np.zeros((2, NUM_TOKENS)), 0)], "ids='float64.*integers"),
         ([*_records(1), *_records(1, num_views=3)], r"ids='int64\[3, 14\]'.*\[2, 14\]"),
         ([(np.zeros((2, NUM_TOKENS), int), 3)], "label=3.*0 to 2"),
-        (_records(2), "num_records=3.*2"),
-        (_records(4), "num_records=3.*larger"),
+        (_records(2), "num_images=3.*2 records"),
     ],
 )
 def test_writer_refuses_records(tmp_path, records, message):
     with pytest.raises(InputError, match=message), _writer(tmp_path) as writer:
-        writer.write_split("train", records, num_records=3, transform={})
+        writer.write_split("train", _from(records), num_images=3, num_views=2, transform={})
     assert list(tmp_path.iterdir()) == []
 
 
