@@ -6,7 +6,7 @@ import sys
 
 from mvar_jax.errors import InputError
 
-COMMANDS = ("train", "cache_tokens", "sample", "reconstruct", "convert", "report")
+COMMANDS = ("train", "data", "cache_tokens", "sample", "reconstruct", "convert", "report")
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     args, rest = parser.parse_known_args(argv)
-    takes_overrides = args.command in ("train", "cache_tokens")
+    takes_overrides = args.command in ("train", "data", "cache_tokens")
     unknown = [a for a in rest if not (takes_overrides and a.startswith("--config."))]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

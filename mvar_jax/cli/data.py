@@ -1,0 +1,69 @@
+"""Walks the images of a config before training: counts, bad files, class balance, decode rate, a contact sheet."""
+
+import json
+import os
+from pathlib import Path
+
+from mvar_jax.cli.configuration import add_config_argument, read_config
+from mvar_jax.errors import InputError
+
+SUMMARY = "walk a data set and report what is in it"
+MAX_BAD_SHOWN = 20
+
+
+def add_arguments(parser) -> None:
+    """--config FILE --out DIR [--num_pictures N]."""
+    add_config_argument(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="data.json and a contact sheet of each split")
+    parser.add_argument("--num_pictures", type=int, default=64, metavar="N", help="on a contact sheet (default 64)")
+
+
+def run(args) -> int:
+    """Writes data.json, train.png and val.png; status 1 where more images are bad than `data.max_bad_share` allows."""
+    config = read_config(args.config, args.overrides)
+    from mvar_jax import build
+
+    build.check_config(config)
+    data = build.fill(build.DataOptions, "data", config["data"])
+    if not 0 <= args.num_pictures <= 10_000:
+        raise InputError("num_pictures", args.num_pictures, "from 0 to 10000")
+    transform, loading = data.transform(), data.loading()
+    sources = {split: data.open(split) for split in build.SPLITS}
+
+    from mvar_jax.data.survey import survey
+    from mvar_jax.evaluation.draw import make_directory
+    from mvar_jax.evaluation.pictures import save_png, tile_grid, to_uint8
+
+    out = Path(args.out)
+    make_directory(out)
+    found, is_fine = {}, True
+    for split, source in sources.items():
+        walk = survey(source, transform, split, num_pictures=args.num_pictures, num_threads=loading.num_threads)
+        found[split] = walk.summary()
+        if len(walk.pictures_NYX3):
+            columns = max(1, round(len(walk.pictures_NYX3) ** 0.5))
+            save_png(out / f"{split}.png", tile_grid(to_uint8(walk.pictures_NYX3), columns))
+        is_fine &= found[split]["num_bad"] <= loading.max_bad_share * found[split]["num_images"]
+        print(describe(split, found[split], out))
+    temporary = out / "data.json.tmp"
+    temporary.write_text(json.dumps({"data": data.describe(), **found}, indent=1) + "\n")
+    os.replace(temporary, out / "data.json")
+    if not is_fine:
+        print(f"too many bad images: training would stop (data.max_bad_share={loading.max_bad_share})")
+    return 0 if is_fine else 1
+
+
+def describe(split: str, found: dict, out: Path) -> str:
+    """The findings of one split in a few lines."""
+    balance = lambda names: ", ".join(f"{name} {count}" for name, count in names.items())
+    lines = [
+        f"{split}: {found['num_images']} images, {found['num_bad']} bad; "
+        f"{found['images_per_s']} images/s with {found['num_threads']} threads",
+        f"  {found['num_classes']} classes, {found['num_empty_classes']} of them empty; a class has "
+        f"{found['median_per_class']:.0f} images (median); fewest: {balance(found['fewest'])}; "
+        f"most: {balance(found['most'])}",
+    ]
+    lines += [f"  bad: {bad['name']}: {bad['reason']}" for bad in found["bad"][:MAX_BAD_SHOWN]]
+    if found["num_bad"] > MAX_BAD_SHOWN:
+        lines.append(f"  and {found['num_bad'] - MAX_BAD_SHOWN} more: see {out / 'data.json'}")
+    return "\n".join(lines)

@@ -1,0 +1,81 @@
+"""A walk through a whole source before anyone pays for a machine: bad images, classes, rates, a contact sheet."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from tqdm import tqdm
+
+from mvar_jax.data.decoding import BadImage
+from mvar_jax.data.pipeline import load
+from mvar_jax.data.skipped import Skipped
+from mvar_jax.data.sources import Source
+
+
+@dataclass
+class Survey:
+    """What a walk found in one split.
+
+    counts_C: int64, good images of each class. seconds: of the whole walk. pictures_NYX3: float32 in [-1, 1], good
+    ones spread evenly over the split, at most as many as asked for.
+    """
+
+    split: str
+    label_names: tuple[str, ...]
+    counts_C: np.ndarray
+    bad: list[dict[str, Any]]
+    seconds: float
+    num_threads: int
+    pictures_NYX3: np.ndarray
+
+    def summary(self) -> dict[str, Any]:
+        """The findings as JSON values."""
+        num_good, counts = int(self.counts_C.sum()), self.counts_C
+        order = np.argsort(counts, kind="stable")
+        return {
+            "num_images": num_good + len(self.bad),
+            "num_good": num_good,
+            "num_bad": len(self.bad),
+            "num_classes": len(self.label_names),
+            "num_empty_classes": int((counts == 0).sum()),
+            "fewest": {self.label_names[i]: int(counts[i]) for i in order[:3]},
+            "most": {self.label_names[i]: int(counts[i]) for i in order[::-1][:3]},
+            "median_per_class": float(np.median(counts)),
+            "images_per_s": round((num_good + len(self.bad)) / max(self.seconds, 1e-9), 1),
+            "num_threads": self.num_threads,
+            "bad": self.bad,
+            "counts": {name: int(count) for name, count in zip(self.label_names, counts, strict=True)},
+        }
+
+
+def survey(source: Source, transform, split: str, *, num_pictures: int, num_threads: int) -> Survey:
+    """Loads, decodes and transforms every image once, with progress; bad ones are listed, never fatal."""
+    num_threads = max(1, num_threads)
+    wanted = (
+        set(np.linspace(0, len(source) - 1, num_pictures).round().astype(int).tolist()) if num_pictures else set()
+    )
+    skipped = Skipped(split, len(source), 1.0)
+    counts_C, pictures = np.zeros(source.num_classes, np.int64), []
+
+    def visit(number: int):
+        try:
+            _, value, label = load(source, transform, number)
+        except BadImage as error:
+            return str(error)
+        return label, value if number in wanted else None
+
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=16 * num_threads)
+    began = time.monotonic()
+    visits = iter(grain.MapDataset.range(len(source)).map(visit).to_iter_dataset(options))
+    for number, found in enumerate(tqdm(visits, desc=split, total=len(source), unit="image", mininterval=1)):
+        if isinstance(found, str):
+            skipped.add(number, source.name_of(number), found)
+            continue
+        counts_C[found[0]] += 1
+        if found[1] is not None:
+            pictures.append(found[1])
+    seconds = time.monotonic() - began
+    pictures_NYX3 = np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.float32)
+    return Survey(split, source.label_names, counts_C, skipped.entries(), seconds, num_threads, pictures_NYX3)
