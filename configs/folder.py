@@ -5,8 +5,8 @@ Command:  python -m mvar_jax data --config configs/folder.py --config.data.path=
               --tokenizer models/tokenizer --out runs/folder/tokens
           python -m mvar_jax train --config configs/folder.py --config.data.cache=runs/folder/tokens \\
               --workdir runs/folder/transformer
-          Without a cache, encoding as it goes: train with --config.data.path=DIR --config.data.tokenizer=models/tokenizer
-          instead. ImageNet: --config.data.source=tfds --config.data.name=imagenet2012, prepared by
+          Without a cache, encoding as it goes: --config.data.path=DIR --config.data.tokenizer=models/tokenizer
+          instead of the cache. ImageNet: --config.data.source=tfds --config.data.name=imagenet2012, prepared by
           launch/prepare_imagenet.sh; tars: --config.data.source=tars. models/tokenizer is what `convert` wrote.
 Hardware: one accelerator of 24 GB or more.
 Score:    not run yet.

@@ -19,7 +19,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    """Writes data.json, train.png and val.png; status 1 where more images are bad than `data.max_bad_share` allows."""
+    """Writes data.json, train.png and val.png; status 1 where more images are bad than `data.max_bad_share`."""
     config = read_config(args.config, args.overrides)
     from mvar_jax import build
 

@@ -14,7 +14,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 2**26  # of a file, and of a crop before it is cut: 200 MB as RGB
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L")
 
-# the size is checked below, before anything is decoded
+# sizes are checked below, before anything is decoded, and odd tags do no harm
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 

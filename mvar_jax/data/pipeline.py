@@ -119,7 +119,8 @@ def _prefetch(first: int, stop: int, make_batch, skipped: Skipped, options: Load
         for batch, bad in iterator:
             for number, name, reason in bad:
                 skipped.add(number, name, reason)
-            assert batch, "too many bad images in a row and yet allowed"
+            if not batch:
+                raise InputError("bad images", len(skipped), f"a good one among the {skipped.split} images")
             yield batch
     finally:
         iterator.close()

@@ -53,9 +53,8 @@ class Survey:
 def survey(source: Source, transform, split: str, *, num_pictures: int, num_threads: int) -> Survey:
     """Loads, decodes and transforms every image once, with progress; bad ones are listed, never fatal."""
     num_threads = max(1, num_threads)
-    wanted = (
-        set(np.linspace(0, len(source) - 1, num_pictures).round().astype(int).tolist()) if num_pictures else set()
-    )
+    wanted = set(np.linspace(0, len(source) - 1, num_pictures).round().astype(int).tolist())
+
     skipped = Skipped(split, len(source), 1.0)
     counts_C, pictures = np.zeros(source.num_classes, np.int64), []
 

@@ -1,9 +1,12 @@
 import itertools
+import json
 
 import numpy as np
 import pytest
 
+from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.pipeline import LoadOptions, eval_batches, train_batches
+from mvar_jax.data.skipped import Skipped
 from mvar_jax.data.sources import ArraySource
 from mvar_jax.errors import InputError
 
@@ -153,3 +156,91 @@ def test_train_batches_name_the_field_they_refuse(options, message):
     source = options.pop("source", _source())
     with pytest.raises(InputError, match=message):
         train_batches(source, None, **{"batch_size": 4, "seed": 0, **options})
+
+
+def _refuse_some(image, rng):
+    """Samples 3 and 7 are bad."""
+    if image.flat[0] in (3, 7):
+        raise BadImage(f"no good: {image.flat[0]:.0f}")
+    return image if rng is None else _add_noise(image, rng)
+
+
+ALLOWING = LoadOptions(max_bad_share=0.2)
+
+
+def test_bad_images_are_replaced_listed_and_leave_the_other_rows_alone():
+    skipped = Skipped("train", 10, 0.2)
+    batches = _train(5, transform=_refuse_some, skipped=skipped)
+    for batch, whole in zip(batches, _train(5), strict=True):
+        good = ~np.isin(whole["image"][:, 0, 0, 0].astype(int), (3, 7))
+        assert np.array_equal(batch["image"][good], whole["image"][good])
+        assert np.array_equal(batch["label"], batch["image"][:, 0, 0, 0].astype(int) % 5)
+        assert np.array_equal(batch["index"], whole["index"])
+    assert not set(_samples(batches)) & {3, 7}
+    assert [entry["name"] for entry in skipped.entries()] == ["image 3", "image 7"]
+    assert skipped.entries()[1]["reason"] == "no good: 7"
+
+
+def test_bad_images_keep_batches_a_function_of_seed_and_step():
+    full = _train(9, transform=_refuse_some, options=ALLOWING)
+    _assert_equal(_train(4, transform=_refuse_some, options=ALLOWING, start_step=5), full[5:])
+    threads = LoadOptions(num_threads=0, max_bad_share=0.2)
+    _assert_equal(_train(9, transform=_refuse_some, options=threads), full)
+
+
+def test_worker_processes_give_the_same_batches_and_report_what_is_bad():
+    skipped = Skipped("train", 10, 0.2)
+    options = LoadOptions(num_workers=2, max_bad_share=0.2)
+    batches = _train(5, transform=_refuse_some, options=options, skipped=skipped)
+    _assert_equal(batches, _train(5, transform=_refuse_some, options=ALLOWING))
+    assert [entry["number"] for entry in skipped.entries()] == [3, 7]
+
+
+def test_evaluation_masks_bad_images():
+    skipped = Skipped("val", 10, 0.2)
+    batches = _take(eval_batches(_source(), _refuse_some, batch_size=8, options=ALLOWING, skipped=skipped), 9)
+    seen = np.concatenate([batch["image"][batch["mask"] == 1, 0, 0, 0] for batch in batches])
+    assert seen.astype(int).tolist() == [0, 1, 2, 4, 5, 6, 8, 9]
+    assert all(batch["image"].shape == (8, 2, 2, 3) for batch in batches) and len(skipped) == 2
+
+
+def test_more_bad_images_than_allowed_end_the_work_with_their_share_and_name():
+    words = "bad images=2: .*at most 1 of 10 train images by data.max_bad_share=0.1; the last is image [37]: no good"
+    with pytest.raises(InputError, match=words):
+        _train(9, transform=_refuse_some, options=LoadOptions(max_bad_share=0.1))
+    with pytest.raises(InputError, match="bad images=1: expected at most 0 of 10 val"):
+        _take(eval_batches(_source(), _refuse_some, batch_size=8, options=LoadOptions(max_bad_share=0)), 9)
+
+
+def test_nothing_but_bad_images_ends_the_work():
+    def refuse(image, rng):
+        raise BadImage("none")
+
+    for share in (0.3, 1.0):
+        with pytest.raises(InputError, match="bad images"):
+            _train(9, transform=refuse, options=LoadOptions(max_bad_share=share))
+
+
+def test_list_of_skipped_images_is_kept_in_a_file_and_gone_on_with(tmp_path):
+    file = tmp_path / "skipped.json"
+    first = Skipped("train", 10, 0.2)
+    first.keep_in(file)
+    assert not file.exists()
+    first.add(7, "b.jpg", "cut short")
+    again = Skipped("train", 10, 0.2)
+    again.keep_in(file)
+    again.add(7, "b.jpg", "cut short")
+    again.add(2, "a.jpg", "empty")
+    content = json.loads(file.read_text())
+    assert content["skipped"] == [
+        {"number": 2, "name": "a.jpg", "reason": "empty"},
+        {"number": 7, "name": "b.jpg", "reason": "cut short"},
+    ]
+    with pytest.raises(InputError, match="bad images=3"):
+        again.add(3, "c.jpg", "empty")
+
+
+@pytest.mark.parametrize("field", ["num_threads", "num_workers", "max_bad_share"])
+def test_loading_options_out_of_range_are_refused(field):
+    with pytest.raises(InputError, match=f"data.{field}=-1"):
+        _train(1, options=LoadOptions(**{field: -1}))

@@ -1,7 +1,9 @@
+import io
 import math
 
 import numpy as np
 import pytest
+from image_files import encode, noise
 from PIL import Image
 
 from mvar_jax.data.sources import open_source
@@ -118,6 +120,94 @@ def test_photo_crop_equals_a_plain_implementation(shape):
     assert np.array_equal(pixels, _plain_adm_crop(image, 24).astype(np.float32) / 127.5 - 1)
 
 
+def test_photo_crop_of_a_file_equals_the_reference_step_by_step():
+    data = encode(Image.fromarray(noise(640, 427)), "JPEG", quality=90)
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    picture = picture.resize((320, 213), Image.Resampling.BOX)  # 427 and 213 are at least 2 x 64, 106 is not
+    picture = picture.resize((160, 106), Image.Resampling.BOX)
+    picture = picture.resize((97, 64), Image.Resampling.BICUBIC)  # 160 x 64 / 106 = 96.6
+    expected_YX3 = np.asarray(picture)[:, 16 : 16 + 64]  # (97 - 64) // 2
+    pixels = PhotoTransform(64, flip=True)(data)
+    assert np.array_equal(pixels, expected_YX3.astype(np.float32) / 127.5 - 1)
+    assert np.array_equal(np.rint((pixels + 1) * 127.5), expected_YX3)
+
+
+def test_random_crop_cuts_anywhere_from_every_allowed_size():
+    side, ramp = 16, np.arange(64) * 4
+    image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], 0), axis=-1).astype(np.uint8)
+    transform = PhotoTransform(side, flip=False, crop="random", min_crop=0.5)
+    assert np.array_equal(transform(image), PhotoTransform(side, flip=False)(image))
+    spans, tops = [], []
+    for seed in range(80):
+        pixels = (transform(image, np.random.default_rng(seed)) + 1) * 127.5
+        spans.append((pixels[-1, 0, 0] - pixels[0, 0, 0]) / (ramp[-1] - ramp[0]))  # share of the shorter side
+        tops.append(pixels[0, 0, 0] / 255)
+    assert 0.45 < min(spans) < 0.55 and 0.9 < max(spans) <= 1
+    assert min(tops) < 0.03 and max(tops) > 0.4
+
+
+def test_resized_crop_keeps_the_allowed_share_of_the_area_and_shape():
+    ramp = np.arange(64) * 4
+    image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], 0), axis=-1).astype(np.uint8)
+    transform = PhotoTransform(32, flip=False, crop="resized", min_crop=0.25)
+    sizes = []
+    for seed in range(80):
+        pixels = (transform(image, np.random.default_rng(seed)) + 1) * 127.5
+        slopes = pixels[20, 16, 0] - pixels[12, 16, 0], pixels[16, 20, 1] - pixels[16, 12, 1]
+        sizes.append(np.array(slopes) / 8 * 32 / 256)  # height and width as shares of the picture
+    areas, aspects = np.prod(sizes, axis=1), np.divide(*np.transpose(sizes))
+    assert 0.2 < areas.min() < 0.32 and 0.8 < areas.max() < 1.05
+    assert 0.7 < aspects.min() < 0.8 and 1.25 < aspects.max() < 1.42
+
+
+def test_views_of_a_cache_are_the_picture_its_mirror_image_and_then_crops():
+    image = np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)
+    plain = PhotoTransform(16, flip=False)(image)
+    rng = lambda: np.random.default_rng(1)
+    still = PhotoTransform(16, flip=True)
+    assert np.array_equal(still.view(image, 0, rng()), plain)
+    assert np.array_equal(still.view(image, 1, rng()), plain[:, ::-1])
+    moving = PhotoTransform(16, flip=True, crop="random")
+    assert np.array_equal(moving.view(image, 1, rng()), plain[:, ::-1])
+    assert np.array_equal(moving.view(image, 2, rng()), moving.view(image, 3, rng())[:, ::-1])
+    assert not np.array_equal(moving.view(image, 2, rng()), plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "good", "bad"),
+    [
+        ({"flip": True}, (2,), (0, 1, 3, 4)),
+        ({"flip": False}, (1,), (0, 2)),
+        ({"flip": True, "crop": "random"}, (2, 4), (0, 1, 3)),
+        ({"flip": False, "crop": "resized"}, (1, 5), (0,)),
+    ],
+)
+def test_numbers_of_views_that_repeat_or_leave_out_are_refused(options, good, bad):
+    transform = PhotoTransform(16, **options)
+    for num_views in good:
+        transform.check_views(num_views)
+    for num_views in bad:
+        with pytest.raises(InputError, match=f"data.num_views={num_views}"):
+            transform.check_views(num_views)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"), [({"crop": "middle"}, "crop='middle'"), ({"min_crop": 0}, "min_crop=0")]
+)
+def test_photo_options_out_of_range_are_refused(options, field):
+    with pytest.raises(InputError, match=f"data.{field}"):
+        PhotoTransform(16, flip=False, **options)
+
+
+def test_mirror_draw_of_a_photo_is_the_view_that_is_picked_of_both():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    transform = PhotoTransform(16, flip=True)
+    views = np.stack([transform.view(image, view, None) for view in range(2)]).reshape(2, -1)
+    for index in range(30):
+        rng = lambda index=index: np.random.Generator(np.random.Philox(key=[5, index]))
+        assert np.array_equal(transform(image, rng()).ravel(), PickView()(views, rng()))
+
+
 def test_photo_flip_mirrors_about_half_of_the_draws_and_none_without_flip_or_rng():
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     straight = PhotoTransform(16, flip=True)(image)
@@ -141,3 +231,13 @@ def test_pick_view_takes_the_first_without_rng_and_every_view_with_it():
     assert np.array_equal(PickView()(ids), ids[0])
     picked = {tuple(PickView()(ids, np.random.default_rng(seed))) for seed in range(40)}
     assert picked == {tuple(row) for row in ids}
+
+
+@pytest.mark.parametrize("num_views", [1, 2, 3])
+def test_pick_of_a_batch_is_the_pick_of_every_row(num_views):
+    ids_BvL = np.arange(50 * num_views * 4).reshape(50, num_views, 4)
+    index_B = np.arange(50) + 10**6
+    rngs = [np.random.Generator(np.random.Philox(key=[7, index])) for index in index_B.tolist()]
+    expected = np.stack([PickView()(ids, rng) for ids, rng in zip(ids_BvL, rngs, strict=True)])
+    assert np.array_equal(PickView().pick(ids_BvL, 7, index_B), expected)
+    assert np.array_equal(PickView().pick(ids_BvL, 7, None), ids_BvL[:, 0])
