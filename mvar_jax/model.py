@@ -19,7 +19,8 @@ DECODE_CHUNK = 4  # images decoded at a time: the decoder's last stage would dom
 
 
 @functools.partial(jax.jit, static_argnames=("tokenizer", "method"))
-def _tokenizer_apply(tokenizer, params, x, method):
+def apply_tokenizer(tokenizer: Tokenizer, params, x: jax.Array, method: str) -> jax.Array:
+    """A method of the tokenizer, compiled once for all its callers."""
     return tokenizer.apply({"params": params}, x, method=method)
 
 
@@ -67,12 +68,12 @@ class Model:
         size = self.tokenizer.image_size
         if images.ndim != 4 or images.shape[1:] != (size, size, 3):
             raise InputError("images", tuple(images.shape), f"shape [B, {size}, {size}, 3]")
-        return _tokenizer_apply(self.tokenizer, self.tokenizer_params, images, "encode")
+        return apply_tokenizer(self.tokenizer, self.tokenizer_params, images, "encode")
 
     def decode(self, ids_BL) -> jax.Array:
         """Token ids [B, L] -> float32 images [B, Y, X, 3] in [-1, 1]."""
         ids = self._check_ids(ids_BL)
-        f_hat = _tokenizer_apply(self.tokenizer, self.tokenizer_params, ids, "f_hats")[-1]
+        f_hat = apply_tokenizer(self.tokenizer, self.tokenizer_params, ids, "f_hats")[-1]
         return self.decode_features(f_hat)
 
     def decode_features(self, f_hat_BYXc) -> jax.Array:

@@ -15,7 +15,7 @@ from mvar_jax.data.skipped import Skipped
 from mvar_jax.data.sources import SPLITS, Source
 from mvar_jax.data.token_cache import META_NAME, read_meta
 from mvar_jax.errors import InputError
-from mvar_jax.model import Model
+from mvar_jax.model import Model, apply_tokenizer
 from mvar_jax.sharding import make_mesh, put_batch, replicated
 
 IMAGES_PER_SHARD = 4096  # what a killed run may lose
@@ -33,14 +33,14 @@ class Encoder:
         devices = jax.local_devices()
         self._mesh = make_mesh(devices=devices)
         self.batch_size = -(-batch_size // len(devices)) * len(devices)
-        tokenizer = model.tokenizer
+        self._tokenizer = model.tokenizer
         self._params = jax.device_put(model.tokenizer_params, replicated(self._mesh))
-        self._encode = jax.jit(lambda params, images: tokenizer.apply({"params": params}, images, method="encode"))
 
     def __call__(self, images: list[np.ndarray]) -> jax.Array:
         """[batch_size, L], before the device is done; a short batch is padded, so that one program serves all."""
         padded = images + [images[-1]] * (self.batch_size - len(images))
-        return self._encode(self._params, put_batch({"image": np.stack(padded)}, self._mesh)["image"])
+        images = put_batch({"image": np.stack(padded)}, self._mesh)["image"]
+        return apply_tokenizer(self._tokenizer, self._params, images, "encode")
 
 
 def _load_views(source: Source, transform, num_views: int, seed: int, number: int):

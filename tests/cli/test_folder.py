@@ -1,0 +1,97 @@
+"""The way of a folder of photographs: looked at, cached, trained from, through the commands."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from golden_case import quick_jit
+from image_files import write_tree
+from PIL import Image
+from small_case import MODEL, TOKENIZER, seeded_params
+
+from mvar_jax.__main__ import main
+from mvar_jax.store import load_model, save_model
+from mvar_jax.training import tasks
+
+SIZES = [
+    f"--config.model.{name}={getattr(MODEL, name)}".replace(" ", "")
+    for name in ("sides", "vocab_size", "code_width", "refine_step", "kernel_size", "depth", "width", "num_heads")
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tree with two bad files among 15, and a tokenizer beside it."""
+    tree = write_tree(tmp_path / "tree")
+    (tree / "train/bee/1.jpg").write_bytes((tree / "train/bee/1.jpg").read_bytes()[:-100])
+    (tree / "train/cat/0.jpg").write_bytes(b"no picture")
+    return tree
+
+
+def _data(folder, share=0.2):
+    values = {"path": folder, "image_size": TOKENIZER.image_size, "max_bad_share": share, "num_threads": 2}
+    return ["--config=configs/folder.py", *(f"--config.data.{name}={value}" for name, value in values.items())]
+
+
+def test_data_command_tells_counts_bad_files_balance_and_rate_and_draws_a_sheet(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["data", *_data(folder), "--out", str(out), "--num_pictures", "9"]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "train: 15 images, 2 bad",
+        "images/s with 2 threads",
+        "val: 6 images, 0 bad",
+        "3 classes, 0 of them",
+    ):
+        assert words in text
+    assert "bad: bee/1.jpg: OSError" in text and "bad: cat/0.jpg: not a JPEG" in text
+    found = json.loads((out / "data.json").read_text())
+    assert found["train"]["counts"] == {"ant": 5, "bee": 4, "cat": 4} and found["train"]["num_good"] == 13
+    assert found["train"]["most"]["ant"] == 5 and found["train"]["images_per_s"] > 0
+    assert found["data"]["path"] == str(folder)
+    sheet = np.asarray(Image.open(out / "train.png"))
+    assert sheet.shape == (3 * 12 + 2, 3 * 12 + 2, 3) and sheet[2:12, 2:12].std() > 10
+    assert sorted(path.name for path in out.iterdir()) == ["data.json", "train.png", "val.png"]
+
+
+def test_data_command_fails_where_training_would_stop(folder, tmp_path, capsys):
+    assert main(["data", *_data(folder, share=0.1), "--out", str(tmp_path / "out")]) == 1
+    assert "too many bad images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--config.data.path=none", "data.path='none'"),
+        ("--config.data.source=floppy", "source='floppy'"),
+        ("--config.data.crop=round", "data.crop='round'"),
+        ("--config.data.num_workers=-1", "data.num_workers=-1"),
+        ("--num_pictures=-1", "num_pictures=-1"),
+    ],
+)
+def test_data_command_refuses_what_it_cannot_walk(folder, tmp_path, capsys, override, words):
+    out = tmp_path / "out"
+    assert main(["data", *_data(folder), override, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("error: ") and len(error.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_training_from_a_folder_writes_its_classes_and_what_it_skipped(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tasks.jax, "jit", quick_jit)
+    save_model(tmp_path / "tokenizer", {"tokenizer": TOKENIZER}, {"tokenizer": seeded_params(TOKENIZER)})
+    workdir, run = tmp_path / "workdir", {"num_steps": 3, "batch_size": 8, "optimizer.warmup_steps": 1}
+    monkeypatch.setattr(tasks.TransformerTask, "pictures", lambda self, state: {})
+    arguments = ["train", *_data(folder), *SIZES, f"--config.data.tokenizer={tmp_path / 'tokenizer'}"]
+    arguments += [f"--config.{name}={value}" for name, value in run.items()]
+    arguments += ["--config.model.dtype=float32", "--workdir", str(workdir)]
+    assert main(arguments) == 0
+    assert json.loads((workdir / "classes.json").read_text()) == ["ant", "bee", "cat"]
+    skipped = json.loads((workdir / "skipped_train.json").read_text())
+    assert [bad["name"] for bad in skipped["skipped"]] == ["bee/1.jpg", "cat/0.jpg"]
+    assert not (workdir / "skipped_val.json").exists()
+    assert load_model(workdir)[0]["transformer"].num_classes == 3
+    shutil.copytree(folder / "train/ant", folder / "train/dog")
+    assert main(arguments) == 2
+    assert "classes=4" in (error := capsys.readouterr().err) and "different: dog" in error
