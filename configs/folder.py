@@ -7,7 +7,8 @@ Command:  python -m mvar_jax data --config configs/folder.py --config.data.path=
               --workdir runs/folder/transformer
           Without a cache, encoding as it goes: --config.data.path=DIR --config.data.tokenizer=models/tokenizer
           instead of the cache. ImageNet: --config.data.source=tfds --config.data.name=imagenet2012, prepared by
-          launch/prepare_imagenet.sh; tars: --config.data.source=tars. models/tokenizer is what `convert` wrote.
+          launch/prepare_imagenet.sh, and --config.data.upright=False for the reference's pixels;
+          tars: --config.data.source=tars. models/tokenizer is what `convert` wrote.
 Hardware: one accelerator of 24 GB or more.
 Score:    not run yet.
 """
@@ -42,6 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_views=2,
         cache="",
         tokenizer="",
+        cache_memory_mib=4096,  # all of ImageNet, both flips
         num_threads=4,
         num_workers=0,
         max_bad_share=0.01,

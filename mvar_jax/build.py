@@ -33,7 +33,7 @@ class DataOptions:
     """source: a data set's name (data/sources.py); path: where its files lie; name: which TFDS set. image_size: side
     the tokenizer sees. flip, crop, min_crop, upright: of photographs (data/transforms.py). degrees, shift_px, scale,
     shear: random affine change of digits. num_views, cache: how often the token cache sees each training image, and
-    where it lies. tokenizer: instead of a cache, the model that encodes images as they come. num_threads,
+    where it lies; cache_memory_mib: a split of up to so much is held in memory. tokenizer: instead of a cache, the model that encodes images as they come. num_threads,
     num_workers, max_bad_share: see data/pipeline.py."""
 
     source: str
@@ -53,6 +53,7 @@ class DataOptions:
     upright: bool = True
     num_views: int = 1
     cache: str = ""
+    cache_memory_mib: int = 256
     tokenizer: str = ""
     num_threads: int = 1
     num_workers: int = 0
@@ -64,11 +65,21 @@ class DataOptions:
 
         options = LoadOptions(self.num_threads, self.num_workers, self.max_bad_share)
         options.check()
+        if self.cache_memory_mib < 0:
+            raise InputError("data.cache_memory_mib", self.cache_memory_mib, "0 or more")
         return options
 
     def describe(self) -> dict:
         """What decides on the pixels: all but how they are loaded and where their tokens are kept."""
-        elsewhere = ("num_views", "cache", "tokenizer", "num_threads", "num_workers", "max_bad_share")
+        elsewhere = (
+            "num_views",
+            "cache",
+            "cache_memory_mib",
+            "tokenizer",
+            "num_threads",
+            "num_workers",
+            "max_bad_share",
+        )
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in elsewhere}
 
     def transform(self):
@@ -215,6 +226,7 @@ def open_tokens(data: DataOptions, transformer):
         "expect_fingerprint": fingerprint,
         "expect_sides": tokenizer.sides,
         "expect_vocab_size": tokenizer.vocab_size,
+        "max_memory_bytes": data.cache_memory_mib * 2**20,
     }
     return tokenizer, params, {split: TokenCache(data.cache, split, **expected) for split in SPLITS}, PickView()
 
