@@ -30,11 +30,12 @@ TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "i
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """source: a data set's name (data/sources.py); path: where its files lie; name: which TFDS set. image_size: side
-    the tokenizer sees. flip, crop, min_crop, upright: of photographs (data/transforms.py). degrees, shift_px, scale,
-    shear: random affine change of digits. num_views, cache: how often the token cache sees each training image, and
-    where it lies; cache_memory_mib: a split of up to so much is held in memory. tokenizer: instead of a cache, the model that encodes images as they come. num_threads,
-    num_workers, max_bad_share: see data/pipeline.py."""
+    """source: a data set's name (data/sources.py); path: where its files lie; name: which TFDS set.
+    image_size: side the tokenizer sees. flip, crop, min_crop, upright: of photographs (data/transforms.py).
+    degrees, shift_px, scale, shear: random affine change of digits. num_views, cache: how often the token cache sees
+    each training image, and where it lies; cache_memory_mib: a split of up to so much is held in memory. tokenizer:
+    instead of a cache, the model that encodes images as they come. num_threads, num_workers, max_bad_share: see
+    data/pipeline.py."""
 
     source: str
     image_size: int
@@ -70,22 +71,33 @@ class DataOptions:
         return options
 
     def describe(self) -> dict:
-        """What decides on the pixels: all but how they are loaded and where their tokens are kept."""
-        elsewhere = (
-            "num_views",
-            "cache",
-            "cache_memory_mib",
-            "tokenizer",
-            "num_threads",
-            "num_workers",
-            "max_bad_share",
-        )
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in elsewhere}
+        """What decides on the pixels, of what applies to the source: it is kept with a cache of their tokens."""
+        elsewhere = ("num_views", "cache", "cache_memory_mib", "tokenizer", "num_threads", "num_workers")
+        idle = set(self.idle_fields()) - {"flip"}  # caches of digits have always listed it
+        skipped = {*elsewhere, "max_bad_share", *idle}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in skipped}
+
+    def idle_fields(self) -> tuple[str, ...]:
+        """Fields that have no meaning for the source."""
+        if self.source == "digits":
+            return ("path", "name", "flip", "crop", "min_crop", "upright")
+        of_digits = ("degrees", "shift_px", "scale", "shear")
+        others = {"synthetic": ("path", "name"), "folder": ("name",), "tars": ("name",)}
+        return of_digits + others.get(self.source, ())
+
+    def check(self) -> None:
+        """Raises InputError where a field is set that has no meaning for the source."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in self.idle_fields():
+            if getattr(self, name) != defaults[name]:
+                wanted = f"{defaults[name]!r}: it has no meaning for source={self.source!r}"
+                raise InputError(f"config.data.{name}", getattr(self, name), wanted)
 
     def transform(self):
         """(array or file bytes, rng or None) -> float32 image in [-1, 1]."""
         from mvar_jax.data.transforms import DigitTransform, PhotoTransform
 
+        self.check()
         if self.source == "digits":
             return DigitTransform(self.image_size, self.degrees, self.shift_px, self.scale, self.shear)
         return PhotoTransform(self.image_size, self.flip, self.crop, self.min_crop, self.upright)

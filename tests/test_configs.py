@@ -72,3 +72,13 @@ def test_scales_that_do_not_end_at_the_latent_side_are_refused_with_both():
     words = r"config.model.sides=\(1, 2, 3, 4, 6, 7\).*last side of 8.*image_size=32 / 4"
     with pytest.raises(InputError, match=words):
         build.build_module(config)
+
+
+@pytest.mark.parametrize(
+    ("source", "field", "value"),
+    [("digits", "crop", "random"), ("digits", "flip", True), ("folder", "degrees", 5.0), ("tars", "name", "mnist")],
+)
+def test_data_field_without_a_meaning_for_the_source_is_refused(source, field, value):
+    data = build.DataOptions(source=source, image_size=32, **{field: value})
+    with pytest.raises(InputError, match=f"config.data.{field}=.*no meaning for source='{source}'"):
+        data.transform()
