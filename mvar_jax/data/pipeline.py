@@ -7,6 +7,7 @@ A training row whose image is bad takes the next good one in the epoch's order; 
 
 import dataclasses
 import functools
+import signal
 from collections.abc import Callable, Iterator
 
 import grain
@@ -103,6 +104,11 @@ def _is_quick(source: Source, transform) -> bool:
     return hasattr(source, "read") and hasattr(transform, "pick")
 
 
+def _ignore_interrupts(worker: int, num_workers: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the one that trains decides what follows from it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _prefetch(first: int, stop: int, make_batch, skipped: Skipped, options: LoadOptions) -> Iterator[Batch]:
     """Batches in order. What was bad travels with its batch, so that a worker process can report it."""
     buffer_size = max(4, 2 * options.num_threads) if options.num_threads else 0
@@ -113,7 +119,7 @@ def _prefetch(first: int, stop: int, make_batch, skipped: Skipped, options: Load
 
         flags.FLAGS.mark_as_parsed()  # grain reads a flag and fails where nobody has parsed any
         workers = grain.MultiprocessingOptions(num_workers=options.num_workers, per_worker_buffer_size=2)
-        batches = batches.mp_prefetch(workers)
+        batches = batches.mp_prefetch(workers, worker_init_fn=_ignore_interrupts)
     iterator = iter(batches)
     try:
         for batch, bad in iterator:

@@ -1,10 +1,12 @@
+import itertools
 import json
+import pickle
 
 import numpy as np
 import pytest
 
 from mvar_jax.data.cache_writer import UNFINISHED, CacheWriter
-from mvar_jax.data.pipeline import train_batches
+from mvar_jax.data.pipeline import eval_batches, train_batches
 from mvar_jax.data.token_cache import META_NAME, TokenCache
 from mvar_jax.data.transforms import PickView
 from mvar_jax.errors import InputError
@@ -294,3 +296,24 @@ def test_training_from_a_cache_draws_each_view_of_the_right_image(tmp_path):
             views_seen.update(matches)
     batches.close()
     assert len(views_seen) == 22
+
+
+@pytest.mark.parametrize("max_memory_bytes", [0, 2**20])
+def test_batches_read_at_once_are_those_read_row_by_row(tmp_path, max_memory_bytes):
+    _write(tmp_path, num_shards=3)
+    cache = TokenCache(tmp_path, "train", max_memory_bytes=max_memory_bytes)
+    by_row = lambda ids, rng: PickView()(ids, rng)
+    quick, slow = (train_batches(cache, transform, batch_size=4, seed=5) for transform in (PickView(), by_row))
+    pairs = list(itertools.islice(zip(quick, slow, strict=True), 12))  # four epochs
+    pairs += zip(*(eval_batches(cache, transform, batch_size=4) for transform in (PickView(), by_row)), strict=True)
+    for batch, other in pairs:
+        assert batch.keys() == other.keys()
+        for name in batch:
+            assert batch[name].dtype == other[name].dtype and np.array_equal(batch[name], other[name]), name
+    assert len(pairs) == 15
+
+
+def test_cache_can_be_sent_to_another_process(tmp_path):
+    train, _ = _write(tmp_path, num_shards=2)
+    cache = TokenCache(tmp_path, "train", max_memory_bytes=0)
+    _assert_holds(pickle.loads(pickle.dumps(cache)), train)
