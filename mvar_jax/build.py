@@ -72,10 +72,17 @@ class DataOptions:
 
     def describe(self) -> dict:
         """What decides on the pixels, of what applies to the source: it is kept with a cache of their tokens."""
-        elsewhere = ("num_views", "cache", "cache_memory_mib", "tokenizer", "num_threads", "num_workers")
-        idle = set(self.idle_fields()) - {"flip"}  # caches of digits have always listed it
-        skipped = {*elsewhere, "max_bad_share", *idle}
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in skipped}
+        left_out = {
+            "num_views",
+            "cache",
+            "cache_memory_mib",
+            "tokenizer",
+            "num_threads",
+            "num_workers",
+            "max_bad_share",
+        }
+        left_out |= set(self.idle_fields()) - {"flip"}  # caches of digits have always listed it
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     def idle_fields(self) -> tuple[str, ...]:
         """Fields that have no meaning for the source."""

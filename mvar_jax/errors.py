@@ -7,3 +7,6 @@ class InputError(ValueError):
     def __init__(self, field: str, given: object, expected: str):
         self.field, self.given, self.expected = field, given, expected
         super().__init__(f"{field}={given!r}: expected {expected}")
+
+    def __reduce__(self):
+        return InputError, (self.field, self.given, self.expected)  # as it crosses from a worker process

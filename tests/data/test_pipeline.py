@@ -137,8 +137,9 @@ def test_error_in_a_transform_reaches_the_caller():
     def refuse(image, rng):
         raise InputError("image", 1, "another one")
 
-    with pytest.raises(InputError, match="image=1"):
-        _train(1, transform=refuse)
+    for num_workers in (0, 1):
+        with pytest.raises(InputError, match="image=1"):
+            _train(1, transform=refuse, options=LoadOptions(num_workers=num_workers))
 
 
 @pytest.mark.parametrize(
