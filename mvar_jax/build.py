@@ -5,6 +5,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError
 
 # key -> whether it is a section; every config has exactly these
@@ -26,102 +27,6 @@ COMMON_KEYS = {
 }
 SPLITS = ("train", "val")
 TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "init_from": False}}
-
-
-@dataclasses.dataclass(frozen=True)
-class DataOptions:
-    """source: a data set's name (data/sources.py); path: where its files lie; name: which TFDS set.
-    image_size: side the tokenizer sees. flip, crop, min_crop, upright: of photographs (data/transforms.py).
-    degrees, shift_px, scale, shear: random affine change of digits. num_views, cache: how often the token cache sees
-    each training image, and where it lies; cache_memory_mib: a split of up to so much is held in memory. tokenizer:
-    instead of a cache, the model that encodes images as they come. num_threads, num_workers, max_bad_share: see
-    data/pipeline.py."""
-
-    source: str
-    image_size: int
-    split_seed: int = 0
-    val_fraction: float = 0.2
-    size: int = 0
-    flip: bool = False
-    degrees: float = 0.0
-    shift_px: float = 0.0
-    scale: float = 0.0
-    shear: float = 0.0
-    path: str = ""
-    name: str = ""
-    crop: str = "centre"
-    min_crop: float = 0.8
-    upright: bool = True
-    num_views: int = 1
-    cache: str = ""
-    cache_memory_mib: int = 256
-    tokenizer: str = ""
-    num_threads: int = 1
-    num_workers: int = 0
-    max_bad_share: float = 0.01
-
-    def loading(self):
-        """How batches are made. Raises InputError for values out of range."""
-        from mvar_jax.data.pipeline import LoadOptions
-
-        options = LoadOptions(self.num_threads, self.num_workers, self.max_bad_share)
-        options.check()
-        if self.cache_memory_mib < 0:
-            raise InputError("data.cache_memory_mib", self.cache_memory_mib, "0 or more")
-        return options
-
-    def describe(self) -> dict:
-        """What decides on the pixels, of what applies to the source: it is kept with a cache of their tokens."""
-        left_out = {
-            "num_views",
-            "cache",
-            "cache_memory_mib",
-            "tokenizer",
-            "num_threads",
-            "num_workers",
-            "max_bad_share",
-        }
-        left_out |= set(self.idle_fields()) - {"flip"}  # caches of digits have always listed it
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
-
-    def idle_fields(self) -> tuple[str, ...]:
-        """Fields that have no meaning for the source."""
-        if self.source == "digits":
-            return ("path", "name", "flip", "crop", "min_crop", "upright")
-        of_digits = ("degrees", "shift_px", "scale", "shear")
-        others = {"synthetic": ("path", "name"), "folder": ("name",), "tars": ("name",)}
-        return of_digits + others.get(self.source, ())
-
-    def check(self) -> None:
-        """Raises InputError where a field is set that has no meaning for the source."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in self.idle_fields():
-            if getattr(self, name) != defaults[name]:
-                wanted = f"{defaults[name]!r}: it has no meaning for source={self.source!r}"
-                raise InputError(f"config.data.{name}", getattr(self, name), wanted)
-
-    def transform(self):
-        """(array or file bytes, rng or None) -> float32 image in [-1, 1]."""
-        from mvar_jax.data.transforms import DigitTransform, PhotoTransform
-
-        self.check()
-        if self.source == "digits":
-            return DigitTransform(self.image_size, self.degrees, self.shift_px, self.scale, self.shear)
-        return PhotoTransform(self.image_size, self.flip, self.crop, self.min_crop, self.upright)
-
-    def open(self, split: str):
-        """The source of a split. Raises InputError for an unknown name."""
-        from mvar_jax.data.sources import open_source
-
-        return open_source(
-            self.source,
-            split,
-            path=self.path,
-            tfds_name=self.name,
-            split_seed=self.split_seed,
-            val_fraction=self.val_fraction,
-            size=self.size,
-        )
 
 
 def fill(cls: type, section: str, values: dict) -> Any:
