@@ -26,6 +26,8 @@ COMMON_KEYS = {
     "mesh": True,
 }
 SPLITS = ("train", "val")
+# what a config without the key means
+OPTIONAL_KEYS = {"accumulate_steps": 1, "keep_best": "", "profile_steps": ()}
 TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "init_from": False}}
 
 
@@ -53,7 +55,7 @@ def check_config(config: dict) -> None:
     if config.get("task") not in TASK_KEYS:
         raise InputError("config.task", config.get("task"), f"one of {', '.join(TASK_KEYS)}")
     known = COMMON_KEYS | TASK_KEYS[config["task"]]
-    check_keys("config", config, known)
+    check_keys("config", config, known | OPTIONAL_KEYS)
     for name, is_section in known.items():
         if name not in config:
             raise InputError(f"config.{name}", None, "a value: every config has it")
@@ -88,7 +90,8 @@ def build_settings(config: dict):
 
     check_config(config)
     names = [field.name for field in dataclasses.fields(LoopSettings)]
-    return LoopSettings(**{name: config[name] for name in names})
+    values = OPTIONAL_KEYS | config
+    return LoopSettings(**{name: values[name] for name in names})
 
 
 def build_run(config: dict):
@@ -100,7 +103,8 @@ def build_run(config: dict):
     check_keys("config.mesh", config["mesh"], MESH_AXES)
     optimizer = fill(OptimizerOptions, "optimizer", config["optimizer"])
     numbers = (config["seed"], config["num_steps"], config["batch_size"])
-    run = RunOptions(*numbers, optimizer, make_mesh(**config["mesh"]))
+    parts = config.get("accumulate_steps", OPTIONAL_KEYS["accumulate_steps"])
+    run = RunOptions(*numbers, optimizer, make_mesh(**config["mesh"]), parts)
     run.check()
     return run
 

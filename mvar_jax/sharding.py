@@ -48,6 +48,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
         )
     if free:
         sizes[free[0]] = len(devices) // given
+    if jax.process_count() > 1 and jax.local_device_count() % sizes["tensor"]:
+        raise InputError(
+            "mesh.tensor", sizes["tensor"], f"a divisor of {jax.local_device_count()}, the devices of one process"
+        )
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -107,11 +111,39 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises InputError unless the batch divides over the mesh's batch axes."""
-    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    if batch_size < 1 or batch_size % ways:
-        raise InputError("batch_size", batch_size, f"a multiple of {ways}, the devices that share a batch")
+def ways_of(logical_axis: str, mesh: Mesh) -> int:
+    """Into how many pieces the mesh cuts a dimension of this name. Raises KeyError for an unknown name."""
+    entry = RULES[logical_axis]
+    axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, num_parts: int = 1) -> None:
+    """Raises InputError unless the batch divides over the mesh's batch axes, in each of `num_parts` parts."""
+    ways = ways_of("batch", mesh)
+    if batch_size < 1 or batch_size % (ways * num_parts):
+        parts = f" times {num_parts}, the parts of accumulate_steps" if num_parts > 1 else ""
+        raise InputError(
+            "batch_size",
+            batch_size,
+            f"a multiple of {ways * num_parts}: {ways}, the devices that share a batch{parts}",
+        )
+
+
+def check_sizes(sizes: dict[str, tuple[str, int]], mesh: Mesh) -> None:
+    """sizes: what the config calls a dimension -> (logical axis, size).
+
+    Raises InputError naming the first that the mesh does not divide, and the axis sizes and sizes that would fit.
+    """
+    for name, (logical_axis, size) in sizes.items():
+        ways = ways_of(logical_axis, mesh)
+        if size % ways:
+            fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+            raise InputError(
+                f"mesh.{RULES[logical_axis]}",
+                ways,
+                f"a divisor of {name}={size} ({fits}), or a {name} such as {size - size % ways or ways}",
+            )
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

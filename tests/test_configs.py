@@ -11,7 +11,7 @@ from mvar_jax import build
 from mvar_jax.errors import InputError
 from mvar_jax.store import abstract_params
 
-CONFIGS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
+CONFIGS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
 
 
 def load(name: str) -> dict:

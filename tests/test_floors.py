@@ -14,6 +14,7 @@ FLOORS = (
     ("sharding", 0),
     ("ops", 0),
     ("models", 1),
+    ("training.accumulate", 2),
     ("training.optimizer", 2),
     ("training.schedules", 2),
     ("training.state", 2),

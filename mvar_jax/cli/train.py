@@ -1,5 +1,6 @@
 """Trains what a config describes, a tokenizer or a transformer; resumes by itself what WORKDIR holds."""
 
+import functools
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
+from mvar_jax.cli.machine import add_machine_arguments, set_up_machine
 from mvar_jax.errors import InputError
 
 SUMMARY = "train a tokenizer or a transformer from a config"
@@ -14,34 +16,26 @@ CLASSES_FILE = "classes.json"
 
 
 def add_arguments(parser) -> None:
-    """--config FILE --workdir DIR."""
+    """--config FILE --workdir DIR, and how the process starts."""
     add_config_argument(parser)
+    add_machine_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics and pictures go here")
 
 
 def run(args) -> int:
     """Exit status 0 when the run is complete or was asked to stop by SIGTERM, 130 after Ctrl-C."""
     config = read_config(args.config, args.overrides)
-    import jax
+    set_up_machine(args.distributed, args.compilation_cache)
 
     from mvar_jax import build
-    from mvar_jax.store import MODEL_FILE, write_model_file
     from mvar_jax.training import loop
-    from mvar_jax.training.checkpoint import check_config, save_tree
 
     settings = build.build_settings(config)
     task, modules, tokenizer_params = build.build_task(config)
     workdir = Path(args.workdir)
-    check_config(workdir, config)
-    keep_classes(workdir, list(task.data["train"].label_names))
-    for split, skipped in task.skipped.items():
-        skipped.keep_in(workdir / f"skipped_{split}{jax.process_index() or ''}.json")
-    if not (workdir / MODEL_FILE).exists():
-        if tokenizer_params is not None:  # the workdir is a whole model on its own
-            save_tree(workdir / "tokenizer", tokenizer_params)
-        write_model_file(workdir, modules, trains=config["task"])
+    prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
     try:
-        result = loop.run(task, workdir, settings, config)
+        result = loop.run(task, workdir, settings, config, prepare)
     except loop.RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -69,3 +63,23 @@ def keep_classes(workdir: Path, names: list[str]) -> None:
     changed = sorted(set(there) ^ set(names)) or ["their order"]
     found = f"the {len(there)} that {workdir} was trained on; different: {', '.join(changed[:5])}"
     raise InputError("classes", len(names), found)
+
+
+def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) -> None:
+    """Makes the workdir a whole model on its own: what the modules are, the tokenizer under a transformer, the
+    classes; from now on every skipped file is listed there."""
+    import jax
+
+    from mvar_jax.store import MODEL_FILE, write_model_file
+    from mvar_jax.training.checkpoint import save_tree
+
+    for split, skipped in task.skipped.items():
+        skipped.keep_in(workdir / f"skipped_{split}{jax.process_index() or ''}.json")
+    if jax.process_index():
+        return
+    keep_classes(workdir, list(task.data["train"].label_names))
+    if (workdir / MODEL_FILE).exists():
+        return
+    if tokenizer_params is not None:
+        save_tree(workdir / "tokenizer", tokenizer_params)
+    write_model_file(workdir, modules, trains=trains)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mvar_jax.errors import InputError
-from mvar_jax.training.checkpoint import shorten
+from mvar_jax.training.workdir import shorten
 
 
 def check_new(field: str, path: Path) -> None:

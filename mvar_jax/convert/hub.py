@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from mvar_jax.errors import InputError
-from mvar_jax.training.checkpoint import shorten
+from mvar_jax.training.workdir import shorten
 
 BY_HAND = "or the file downloaded by hand and given by its path without --from_hub"
 

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from mvar_jax.errors import InputError
-from mvar_jax.training.checkpoint import shorten
+from mvar_jax.training.workdir import shorten
 
 DTYPES = {
     "DoubleStorage": np.dtype(np.float64),

@@ -1,6 +1,6 @@
 """What a model costs, by arithmetic: multiply-accumulates and the bytes of VAR's cache (MVAR tables 1 and 5)."""
 
-from mvar_jax.scales import Pyramid
+from mvar_jax.scales import BLOCK_CAUSAL, Phase, Pyramid
 
 
 def keys_seen(pyramid: Pyramid, conditioning: str) -> int:
@@ -40,3 +40,15 @@ def kv_cache_bytes(
     if conditioning != "full":
         return 0
     return 2 * depth * num_rows * pyramid.num_tokens * width * item_bytes
+
+
+def phase_macs(pyramid: Pyramid, phase: Phase, depth: int, width: int, vocab_size: int, code_width: int) -> int:
+    """Multiply-accumulates of one pass over the tokens of a phase, one image, forward alone."""
+    keys = 0
+    for scale in range(phase.first, phase.last + 1):
+        area, window = pyramid.areas[scale], pyramid.window(scale) or pyramid.sides[scale]
+        seen = pyramid.offsets[scale + 1] if phase.attention == BLOCK_CAUSAL else min(window**2, area)
+        keys += area * seen
+    a_token = depth * 12 * width**2 + width * (code_width + vocab_size)
+    an_image = (6 * depth + 2) * width**2
+    return a_token * phase.num_tokens + depth * 2 * width * keys + an_image

@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
-from orbax.checkpoint.checkpoint_managers import LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from mvar_jax.errors import InputError
+from mvar_jax.training.best import Scores
+from mvar_jax.training.workdir import shorten, write_atomically
 
 CHECKPOINT_FOLDER = "checkpoints"
 CHECKSUM_FILE = "checksums.json"
-CONFIG_FILE = "config.json"
 # Orbax stamps the second when it commits, so its bytes are not final when the checksums are taken.
 _UNSUMMED_FILES = (CHECKSUM_FILE, "_CHECKPOINT_METADATA")
-# These do not change what is learned, so a run may be resumed with other values.
-_CHANGEABLE_KEYS = {
-    "log_every_steps",
-    "eval_every_steps",
-    "picture_every_steps",
-    "save_every_steps",
-    "keep_checkpoints",
-}
 
 # Orbax narrates every save through absl, and repeats as tracebacks the errors that it raises anyway.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
@@ -54,8 +46,9 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, keep: int):
         self._folder = Path(workdir).absolute() / CHECKPOINT_FOLDER
         self._saving_step: int | None = None
+        self._scores = Scores(self._folder)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=LatestN(keep),
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), self._scores]),
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
@@ -74,6 +67,14 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
+
+    def is_best(self, score: float) -> bool:
+        """Whether a score (more is better) beats those of all checkpoints there are."""
+        return self._scores.is_best(score, self._manager.all_steps())
+
+    def add_score(self, step: int, score: float) -> None:
+        """From now on the checkpoint with the highest score is kept beside the newest."""
+        self._scores.add(step, score, self._manager.all_steps())
 
     def save(self, state: Any, meta: dict) -> None:
         """Starts writing `state` as the checkpoint of its own step; `meta` is any JSON object."""
@@ -139,14 +140,20 @@ def restore_weights(workdir: str | os.PathLike, step: int | None = None, prefer_
 
 
 def save_tree(path: str | os.PathLike, tree: Any) -> None:
-    """Writes a tree of arrays as the directory `path`, replacing what is there."""
+    """Writes a tree of arrays of this process as the directory `path`, replacing what is there.
+
+    Of several processes the first writes; the others do not wait.
+    """
+    if jax.process_index():
+        return
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old.tmp")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(fresh, tree)
+    alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="save_tree")
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
+        checkpointer.save(fresh, jax.tree.map(np.asarray, tree))
     _write_checksums(fresh)
     if path.exists():
         os.replace(path, old)
@@ -166,46 +173,6 @@ def load_tree(path: str | os.PathLike) -> Any:
     if damage := _find_damage(path):
         raise _unreadable(path, damage)
     return _read_tree(path)
-
-
-def check_config(workdir: str | os.PathLike, config: dict) -> None:
-    """Makes the workdir and its config.json, or checks that it belongs to a run of the same `config`.
-
-    Raises:
-      InputError: a key that decides what is learned differs (nothing is written), or the workdir cannot
-        be written.
-    """
-    workdir = Path(workdir)
-    path = workdir / CONFIG_FILE
-    config = json.loads(json.dumps(config))
-    try:
-        stored = json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise InputError(
-            "workdir", str(workdir), f"a directory with a readable {CONFIG_FILE} ({shorten(error)})"
-        ) from error
-    if stored is not None:
-        given, expected = dict(_flatten(config)), dict(_flatten(stored))
-        for key in [*given, *(key for key in expected if key not in given)]:
-            if given.get(key) != expected.get(key) and not _is_changeable(key):
-                raise InputError(
-                    f"config.{key}",
-                    given.get(key),
-                    f"{expected.get(key)!r}, the value of the run in {workdir} (or another workdir)",
-                )
-    if config != stored and jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(config, indent=2) + "\n")
-        except OSError as error:
-            raise InputError("workdir", str(workdir), f"a writable directory ({shorten(error)})") from error
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Readers see the old file or the new one, never a part."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fresh.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(fresh, path)
 
 
 def _items_of(state: Any) -> dict[str, Any]:
@@ -300,21 +267,3 @@ def _find_damage(folder: Path, prefix: str = "") -> str | None:
 
 def _unreadable(folder: Path, reason: str) -> InputError:
     return InputError("checkpoint", str(folder), f"a readable checkpoint of this model ({reason})")
-
-
-def shorten(error: Exception) -> str:
-    """Its message on one line of bounded length."""
-    text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-def _flatten(config: dict, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _is_changeable(key: str) -> bool:
-    return key.startswith("mesh.") or key.rsplit(".", 1)[-1] in _CHANGEABLE_KEYS

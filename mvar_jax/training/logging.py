@@ -9,7 +9,6 @@ import resource
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from mvar_jax.training.checkpoint import write_atomically
+from mvar_jax.training.workdir import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -75,30 +74,6 @@ def has_line(workdir: str | os.PathLike, kind: str, step: int) -> bool:
     """Whether metrics.jsonl already has the line of this step."""
     lines = _read_lines(Path(workdir) / METRICS_FILE)
     return any(line["kind"] == kind and line["step"] == step for _, line in lines)
-
-
-class Throughput:
-    """Images per second of training alone: evaluations, pictures and saves are not counted."""
-
-    def __init__(self, examples_per_step: int):
-        self._examples_per_step = examples_per_step
-        self._num_steps, self._since_s = 0, time.perf_counter()
-
-    def count_step(self) -> None:
-        self._num_steps += 1
-
-    @contextmanager
-    def pause(self):
-        before_s = time.perf_counter()
-        yield
-        self._since_s += time.perf_counter() - before_s
-
-    def take(self) -> float:
-        """The rate since the last call."""
-        now_s = time.perf_counter()
-        rate = self._num_steps * self._examples_per_step / max(now_s - self._since_s, 1e-9)
-        self._num_steps, self._since_s = 0, now_s
-        return rate
 
 
 class Progress:

@@ -1,26 +1,25 @@
 """The training loop. It knows tasks (steps, batches, evaluations), nothing of images or models."""
 
 import dataclasses
-import fcntl
 import os
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from mvar_jax.errors import InputError
-from mvar_jax.training.checkpoint import CONFIG_FILE, Checkpoints, check_config, shorten
-from mvar_jax.training.logging import MetricLog, Progress, Throughput, has_line
+from mvar_jax.training.best import Metric
+from mvar_jax.training.checkpoint import Checkpoints
+from mvar_jax.training.logging import MetricLog, Progress, has_line
+from mvar_jax.training.profiling import Profiler, check_profile_steps
+from mvar_jax.training.stopping import StopFlag
+from mvar_jax.training.throughput import Throughput, peak_flops
+from mvar_jax.training.workdir import CONFIG_FILE, check_config, hold_workdir, shorten
 
-LOCK_FILE = ".lock"
 # Finished steps are read this much later: the device always has work queued, and yet neither batches pile
 # up on it nor does a signal wait for more than a few steps.
 _STEPS_AHEAD = 2
@@ -48,6 +47,9 @@ class Task(Protocol):
         """Dispatches one step; may donate `state`. Metrics are scalars or [S] vectors, among them
         `loss` and `is_bad` (1 where the loss was not finite)."""
 
+    def flops_of_step(self, step: int) -> float:
+        """Of the model, forward and backward, all devices together; asked only where a peak is known."""
+
     def evaluate(self, state: Any) -> dict[str, float | list[float]]:
         """Means over the validation data."""
 
@@ -57,7 +59,11 @@ class Task(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-    """0 for the evaluation, picture and save intervals: only at the end (an evaluation also at the start)."""
+    """0 for the evaluation, picture and save intervals: only at the end (an evaluation also at the start).
+
+    keep_best: metric of the evaluation whose best checkpoint is kept too, as "loss" or "psnr_db:max"; "": none.
+    profile_steps: (first, end) of the steps that the profiler records in workdir/profile; (): none.
+    """
 
     num_steps: int
     log_every_steps: int
@@ -66,14 +72,20 @@ class LoopSettings:
     save_every_steps: int
     keep_checkpoints: int
     max_bad_steps: int
+    keep_best: str = ""
+    profile_steps: tuple[int, ...] = ()
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
+            if field.type is not int:
+                continue
             value = getattr(self, field.name)
             is_interval = field.name in ("eval_every_steps", "picture_every_steps", "save_every_steps")
             least = 0 if is_interval else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(field.name, value, f"a whole number of at least {least}")
+        Metric.parse(self.keep_best)
+        check_profile_steps(self.profile_steps)
 
 
 class RunResult(NamedTuple):
@@ -84,11 +96,17 @@ class RunResult(NamedTuple):
     seconds: float
 
 
-def run(task: Task, workdir: str | os.PathLike, settings: LoopSettings, config_json: dict) -> RunResult:
+def run(
+    task: Task,
+    workdir: str | os.PathLike,
+    settings: LoopSettings,
+    config_json: dict,
+    prepare: Callable[[], None] = lambda: None,
+) -> RunResult:
     """Trains to `settings.num_steps`, going on from the newest checkpoint in `workdir`.
 
     A resumed run gives bit-equal metrics and weights. SIGINT and SIGTERM end it at a step boundary with
-    a checkpoint; a second SIGINT raises KeyboardInterrupt at once.
+    a checkpoint; a second SIGINT raises KeyboardInterrupt at once. `prepare` is called once the workdir is held.
 
     Raises:
       InputError: the workdir is of another configuration, in use, unwritable, or its checkpoint is damaged.
@@ -98,8 +116,9 @@ def run(task: Task, workdir: str | os.PathLike, settings: LoopSettings, config_j
     workdir = Path(workdir)
     if (workdir / CONFIG_FILE).exists():
         check_config(workdir, config_json)  # before the lock file, so that a refused run leaves no trace
-    with _StopFlag() as stop, _hold(workdir):
+    with StopFlag() as stop, hold_workdir(workdir):
         check_config(workdir, config_json)
+        prepare()
         with Checkpoints(workdir, settings.keep_checkpoints) as checkpoints:
             newest = checkpoints.latest_step()
             if newest is not None and _is_complete(workdir, newest, settings.num_steps):
@@ -114,24 +133,28 @@ def run(task: Task, workdir: str | os.PathLike, settings: LoopSettings, config_j
             with (
                 MetricLog(workdir, start) as log,
                 Progress(start, settings.num_steps, task.examples_per_step) as progress,
+                Profiler(workdir, settings.profile_steps) as profiler,
             ):
-                loop = _Loop(task, workdir, settings, config_json, checkpoints, log, progress)
+                loop = _Loop(task, workdir, settings, config_json, checkpoints, log, progress, profiler)
                 step, interrupted = loop.train(state, task.batches(start), start, newest, stop)
     return RunResult(step, interrupted, time.monotonic() - started_s)
 
 
 class _Loop:
-    def __init__(self, task, workdir, settings, config_json, checkpoints, log, progress):
+    def __init__(self, task, workdir, settings, config_json, checkpoints, log, progress, profiler):
         self._task, self._workdir, self._settings = task, workdir, settings
         self._config_json, self._checkpoints = config_json, checkpoints
-        self._log, self._progress = log, progress
-        self._throughput = Throughput(task.examples_per_step)
+        self._log, self._progress, self._profiler = log, progress, profiler
+        self._best = Metric.parse(settings.keep_best)
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._has_peak = peak is not None
+        self._throughput = Throughput(task.examples_per_step, peak and peak * jax.device_count())
         self._pending: deque[tuple[int, dict[str, jax.Array]]] = deque()
         self._num_bad = 0
         self._saved_step: int | None = None
 
     def train(
-        self, state: Any, batches: Iterator, start: int, newest: int | None, stop: "_StopFlag"
+        self, state: Any, batches: Iterator, start: int, newest: int | None, stop: "StopFlag"
     ) -> tuple[int, int | None]:
         """Returns the steps done and the signal that ended the run, if one did."""
         settings = self._settings
@@ -151,7 +174,8 @@ class _Loop:
             if is_last:
                 break
             try:
-                batch = next(batches)
+                self._profiler.at_boundary(step, lambda: self._read_finished(0))
+                batch = self._throughput.wait_for(batches)
             except StopIteration:
                 raise RunError(f"the data ended at step {step} of {settings.num_steps}") from None
             state, metrics = self._task.train_step(state, batch, step)
@@ -172,18 +196,29 @@ class _Loop:
             if has_pictures:
                 self._log.write_pictures(step, self._task.pictures(state))
             if has_evaluation:
+                metrics = self._task.evaluate(state)
+                self._keep_if_best(state, step, metrics)
                 # Last of all, because its line at the end is what marks a run as complete.
-                self._log.write(step, "eval", self._task.evaluate(state))
+                self._log.write(step, "eval", metrics)
+
+    def _keep_if_best(self, state: Any, step: int, metrics: dict[str, Any]) -> None:
+        """The line of this evaluation comes later: a run killed before it evaluates this step again."""
+        if self._best is None:
+            return
+        score = self._best.score(metrics)
+        if step > 0 and self._checkpoints.is_best(score):
+            self._save(state, step)
+            self._wait_for_save()  # the score must not go before the checkpoint that it is of
+            self._checkpoints.add_score(step, score)
 
     def _read_finished(self, num_left: int) -> None:
         """Waits for all but the newest `num_left` steps and reads what they tell."""
         while len(self._pending) > num_left:
             step, metrics = self._pending.popleft()
             is_bad = bool(metrics["is_bad"])  # waits for the step
-            self._throughput.count_step()
+            self._throughput.count_step(self._task.flops_of_step(step) if self._has_peak else 0.0)
             if step % self._settings.log_every_steps == 0 or step == self._settings.num_steps - 1:
-                rate = self._throughput.take()
-                self._log.write(step, "train", jax.device_get(metrics) | {"images_per_s": rate})
+                self._log.write(step, "train", jax.device_get(metrics) | self._throughput.take())
             self._progress.show(step + 1, metrics["loss"])
             self._num_bad = self._num_bad + 1 if is_bad else 0
             if self._num_bad >= self._settings.max_bad_steps:
@@ -212,57 +247,6 @@ class _Loop:
 
     def _save_error(self, error: Exception) -> RunError:
         return RunError(f"a checkpoint could not be written to {self._workdir}: {shorten(error)}")
-
-
-class _StopFlag:
-    """Turns SIGINT and SIGTERM into a flag while it is entered; only a main thread may."""
-
-    def __init__(self):
-        self._number = 0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopFlag":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {n: signal.signal(n, self._catch) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-    def agreed_number(self, step: int, every_steps: int) -> int | None:
-        """The signal caught so far. Several processes agree on it, now and then because that costs."""
-        if jax.process_count() == 1:
-            return self._number or None
-        if step % every_steps:
-            return None
-        return int(multihost_utils.process_allgather(np.int32(self._number)).max()) or None
-
-    def _catch(self, number: int, frame) -> None:
-        self._number = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
-        # Not print: a handler may run in the middle of one.
-        os.write(2, b"\nstopping after this step with a checkpoint (Ctrl-C again: at once, without)\n")
-
-
-@contextmanager
-def _hold(workdir: Path):
-    """One run at a time; the lock goes with the process, however that ends."""
-    if jax.process_index():
-        yield
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / LOCK_FILE).open("w")
-    except OSError as error:
-        raise InputError("workdir", str(workdir), f"a writable directory ({error.strerror})") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError("workdir", str(workdir), "a directory that no other run is using") from error
-        yield
 
 
 def _is_complete(workdir: Path, newest: int, num_steps: int) -> bool:

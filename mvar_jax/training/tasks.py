@@ -7,17 +7,20 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mvar_jax.data.pipeline import LoadOptions, Transform, eval_batches, train_batches
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.data.sources import Source
+from mvar_jax.errors import InputError
 from mvar_jax.evaluation.pictures import side_by_side, tile_grid, to_uint8
 from mvar_jax.model import Model
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
+from mvar_jax.ops.cost import phase_macs
 from mvar_jax.ops.statistics import perplexity
-from mvar_jax.sharding import check_batch_size, put_batch, replicated, use_mesh
+from mvar_jax.sharding import check_batch_size, check_sizes, put_batch, replicated, use_mesh
 from mvar_jax.store import initializer
 from mvar_jax.training import tokenizer_step, transformer_step
 from mvar_jax.training.optimizer import OptimizerOptions
@@ -31,6 +34,18 @@ def min_zoom(side: int) -> int:
     return max(1, 96 // side)
 
 
+def sizes_of(module) -> dict[str, tuple[str, int]]:
+    """Config key -> (logical axis, size) of the dimensions that a mesh cuts and that must divide."""
+    if isinstance(module, Transformer):
+        D = module.width
+        named = {"width": ("width", D), "num_heads": ("heads", module.num_heads), "width * 4": ("hidden", 4 * D)}
+        return {**named, "vocab_size": ("vocab", module.vocab_size)}
+    widths = {f"ch * {mult}": module.ch * mult for mult in module.ch_mult}
+    named = {f"{key} (in)": ("channels_in", size) for key, size in widths.items()}
+    named |= {f"{key} (out)": ("channels_out", size) for key, size in widths.items()}
+    return {**named, "vocab_size": ("vocab", module.vocab_size)}
+
+
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
     """What both tasks share."""
@@ -40,10 +55,13 @@ class RunOptions:
     batch_size: int
     optimizer: OptimizerOptions
     mesh: Mesh
+    accumulate_steps: int = 1  # parts of a batch whose gradients are added up
 
     def check(self) -> None:
         """Raises InputError for values out of range."""
-        check_batch_size(self.batch_size, self.mesh)
+        if self.accumulate_steps < 1:
+            raise InputError("accumulate_steps", self.accumulate_steps, "1 or more parts of a batch")
+        check_batch_size(self.batch_size, self.mesh, self.accumulate_steps)
         self.optimizer.check(self.num_steps)
 
     def rates(self, step: int) -> tuple[np.float32, np.float32]:
@@ -57,6 +75,7 @@ class _Task:
 
     def __init__(self, run: RunOptions, module, data: dict[str, Source], transform: Transform, loading, extra):
         run.check()
+        check_sizes(sizes_of(module), run.mesh)
         self.run, self.module, self.data, self.transform = run, module, data, transform
         self.loading: LoadOptions = loading
         # by split, what this process found bad
@@ -66,6 +85,9 @@ class _Task:
         init = functools.partial(initializer(module), jax.random.key(run.seed, impl="rbg"))
         self._make_state = functools.partial(make_state, init, run.optimizer, extra)
         self.initial_params = None
+        # outputs are placed as the state is: left to itself the compiler may place them otherwise
+        self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        self._whole = replicated(run.mesh)
 
     def init_state(self) -> TrainState:
         """Sharded arrays, a function of the seed, or of the weights that fine-tuning starts from."""
@@ -112,6 +134,15 @@ class _Task:
             batch.pop("index", None)
             yield put_batch(batch, self.run.mesh)
 
+    def averaged(self, state: TrainState):
+        """The weights to evaluate: the moving average where one is kept."""
+        return state.params if state.ema is None else state.ema
+
+    def weights_at_hand(self, state: TrainState):
+        """`averaged` as arrays that this process may use alone; of several processes all must call this."""
+        params = self.averaged(state)
+        return params if jax.process_count() == 1 else multihost_utils.process_allgather(params, tiled=True)
+
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Batch arrays on the mesh; sample numbers as uint32, which random keys take."""
         return put_batch({**batch, "index": batch["index"].astype(np.uint32)}, self.run.mesh)
@@ -142,9 +173,12 @@ class TokenizerTask(_Task):
         super().__init__(run, tokenizer, data, transform, loading, zeros)
         self.tokenizer, self.options = tokenizer, options
         static = (tokenizer, run.optimizer, options)
-        self._step = jax.jit(functools.partial(tokenizer_step.train_step, *static), donate_argnums=0)
-        self._redraw = jax.jit(functools.partial(tokenizer_step.redraw_codes, tokenizer, options), donate_argnums=0)
-        self._evaluate = jax.jit(self._eval_step)
+        step = functools.partial(tokenizer_step.train_step, *static, num_parts=run.accumulate_steps)
+        placed = {"donate_argnums": 0, "out_shardings": (self.shardings, self._whole)}
+        self._step = jax.jit(step, **placed)
+        redraw = functools.partial(tokenizer_step.redraw_codes, tokenizer, options)
+        self._redraw = jax.jit(redraw, **{**placed, "out_shardings": self.shardings})
+        self._evaluate = jax.jit(self._eval_step, out_shardings=self._whole)
 
     def train_step(self, state, batch, step: int):
         """One step; redraws unused codes first where that is due."""
@@ -156,6 +190,18 @@ class TokenizerTask(_Task):
             learning_rate, weight_decay = self.run.rates(step)
             state, metrics = self._step(state, images, learning_rate, weight_decay)
         return state, {**metrics, "learning_rate": learning_rate, "weight_decay": weight_decay}
+
+    @functools.cached_property
+    def _flops(self) -> float:
+        image = jax.ShapeDtypeStruct((1, *(self.tokenizer.image_size,) * 2, 3), jnp.float32)
+        params = self.abstract_state().params
+        forward = jax.jit(lambda params, image: self.tokenizer.apply({"params": params}, image)[0])
+        cost = forward.lower(params, image).cost_analysis() or {}
+        return 3 * cost.get("flops", 0.0) * self.run.batch_size
+
+    def flops_of_step(self, step: int) -> float:
+        """Three forward passes' worth, as XLA counts them before optimising."""
+        return self._flops
 
     def _eval_step(self, params, batch):
         """Sums over real rows: (squared error of clipped images a row, PSNR, hits [S, V], rows)."""
@@ -171,9 +217,8 @@ class TokenizerTask(_Task):
 
     def evaluate(self, state) -> dict:
         """Held-out mse and PSNR (mean over images, dB) of the averaged weights; usage in percent and perplexity."""
-        params = state.params if state.ema is None else state.ema
         with use_mesh(self.run.mesh):
-            parts = [self._evaluate(params, batch) for batch in self.eval_batches()]
+            parts = [self._evaluate(self.averaged(state), batch) for batch in self.eval_batches()]
         error, psnr, hits_SV, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(4))
         return {
             "loss": float(error / rows),
@@ -185,7 +230,9 @@ class TokenizerTask(_Task):
 
     def pictures(self, state) -> dict[str, np.ndarray]:
         """Held-out images beside their reconstructions."""
-        params = state.params if state.ema is None else state.ema
+        params = self.weights_at_hand(state)
+        if jax.process_index():
+            return {}
         data = self.data["val"]
         batches = eval_batches(data, self.transform, batch_size=min(NUM_PICTURES, len(data)), options=self.loading)
         images = next(batches)["image"]
@@ -219,10 +266,10 @@ class TransformerTask(_Task):
         self.initial_params = initial_params
         self.transformer, self.options = transformer, options
         self.tokenizer = tokenizer
-        self.tokenizer_params = jax.device_put(tokenizer_params, replicated(run.mesh))
+        self.tokenizer_params = jax.tree.map(np.asarray, tokenizer_params)
         quantizer = {
-            name: jax.tree.map(np.asarray, leaf)
-            for name, leaf in tokenizer_params.items()
+            name: leaf
+            for name, leaf in self.tokenizer_params.items()
             if name == "codebook" or name.startswith("phi_convs")
         }
         teacher_forcing = lambda ids_BL: tokenizer.apply(
@@ -232,14 +279,16 @@ class TransformerTask(_Task):
 
         def step(phases, state, batch, learning_rate, weight_decay, encoder_params):
             batch = with_ids(tokenizer, encoder_params, batch)
-            return transformer_step.train_step(*static, phases, state, batch, learning_rate, weight_decay)
+            rates = (learning_rate, weight_decay)
+            return transformer_step.train_step(*static, phases, state, batch, *rates, run.accumulate_steps)
 
         def evaluate(params, batch, encoder_params):
             batch = with_ids(tokenizer, encoder_params, batch)
             return transformer_step.eval_step(transformer, teacher_forcing, params, batch)
 
-        self._step = jax.jit(step, static_argnums=0, donate_argnums=1)
-        self._evaluate = jax.jit(evaluate)
+        self._step = jax.jit(step, static_argnums=0, donate_argnums=1, out_shardings=(self.shardings, self._whole))
+        self._evaluate = jax.jit(evaluate, out_shardings=self._whole)
+        self._encoder_params = jax.device_put(self.tokenizer_params, self._whole)
 
     def train_step(self, state, batch, step: int):
         """One step over the phases that are due."""
@@ -247,14 +296,21 @@ class TransformerTask(_Task):
         phases = self.options.phases_of_step(self.transformer, step)
         with use_mesh(self.run.mesh):
             batch = self.put(batch)
-            state, metrics = self._step(phases, state, batch, learning_rate, weight_decay, self.tokenizer_params)
+            state, metrics = self._step(phases, state, batch, learning_rate, weight_decay, self._encoder_params)
         return state, {**metrics, "learning_rate": learning_rate, "weight_decay": weight_decay}
+
+    def flops_of_step(self, step: int) -> float:
+        """Three forward passes' worth over the tokens of the step's phases."""
+        model = self.transformer
+        sizes = (model.depth, model.width, model.vocab_size, model.code_width)
+        phases = self.options.phases_of_step(model, step)
+        return 6.0 * self.run.batch_size * sum(phase_macs(model.pyramid, phase, *sizes) for phase in phases)
 
     def evaluate(self, state) -> dict:
         """True token-weighted means over the validation split (averaged weights, no dropout), nats a token."""
-        params = state.params if state.ema is None else state.ema
         with use_mesh(self.run.mesh):
-            parts = [self._evaluate(params, batch, self.tokenizer_params) for batch in self.eval_batches()]
+            params = self.averaged(state)
+            parts = [self._evaluate(params, batch, self._encoder_params) for batch in self.eval_batches()]
         nll_S, hits_S, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(3))
         areas = np.asarray(self.transformer.pyramid.areas)
         return {
@@ -265,7 +321,9 @@ class TransformerTask(_Task):
 
     def pictures(self, state) -> dict[str, np.ndarray]:
         """One sample of each of the first classes from fixed seeds, guidance 1.5."""
-        params = state.params if state.ema is None else state.ema
+        params = self.weights_at_hand(state)
+        if jax.process_index():
+            return {}
         modules = {"tokenizer": self.tokenizer, "transformer": self.transformer}
         model = Model(modules, {"tokenizer": self.tokenizer_params, "transformer": params})
         labels = np.arange(NUM_PICTURES) % self.transformer.num_classes

@@ -8,6 +8,7 @@ import numpy as np
 
 from mvar_jax.errors import InputError
 from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.training.accumulate import value_and_grad_over_parts
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
 from mvar_jax.training.state import TrainState
 
@@ -61,13 +62,17 @@ def usage_percent(hits_ema_SV: jax.Array, batch_size: int, latent_area: int) -> 
 
 
 def tokenizer_loss(model: Tokenizer, options: CodebookOptions, params, images_BYX3, use_codes):
-    """(loss, (encoded, parts)): weighted L1 and L2 of the raw reconstruction plus the quantizer's loss."""
+    """(loss, parts): weighted L1 and L2 of the raw reconstruction plus the quantizer's loss.
+
+    parts, means over the batch: `mse` of the clipped reconstruction, `quantizer_loss`, `hits` [S, V] an image.
+    """
     rec, quantizer_loss, encoded = model.apply({"params": params}, images_BYX3, use_codes)
     error = rec - images_BYX3
     l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
     loss = options.l1_weight * l1 + options.l2_weight * l2 + quantizer_loss
     clipped = jnp.mean(jnp.square(jnp.clip(rec, -1, 1) - images_BYX3))
-    return loss, (encoded, {"psnr_db": 10 * jnp.log10(4 / clipped), "quantizer_loss": quantizer_loss})
+    hits_SV = count_hits(encoded.ids_BL, model.sides, model.vocab_size) / images_BYX3.shape[0]
+    return loss, {"mse": clipped, "quantizer_loss": quantizer_loss, "hits": hits_SV}
 
 
 def train_step(
@@ -78,23 +83,27 @@ def train_step(
     batch: dict,
     learning_rate: jax.Array,
     weight_decay: jax.Array,
+    num_parts: int = 1,
 ):
-    """One optimizer step. Jit with the first three static. `extra.hits` is the usage moving average [S, V]."""
+    """One optimizer step, gradients accumulated over `num_parts` parts of the batch. Jit with the first three and
+    the last static. `extra.hits` is the usage moving average [S, V]."""
     use_codes = state.step >= options.warmup_steps
-    loss_fn = lambda params: tokenizer_loss(model, options, params, batch["image"], use_codes)
-    (loss, (encoded, parts)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    loss_fn = lambda params, part: tokenizer_loss(model, options, params, part["image"], use_codes)
+    images = {"image": batch["image"]}
+    (loss, parts), grads = value_and_grad_over_parts(loss_fn, state.params, images, num_parts)
     if options.warmup_steps:  # before the codes are drawn nothing may move the codebook
         frozen = {"codebook": jnp.where(use_codes, grads["codebook"], 0.0)}
         grads = {**grads, **frozen}
-    hits_SV = count_hits(encoded.ids_BL, model.sides, model.vocab_size)
+    B = batch["image"].shape[0]
+    hits_SV = jnp.round(parts["hits"] * B)  # whole numbers again
     is_early = state.step < options.warmup_steps + options.usage_early_steps
     decay = jnp.where(is_early, options.usage_decay_early, options.usage_decay)
     hits_ema_SV = decay * state.extra["hits"] + (1 - decay) * hits_SV
     state, metrics = apply_gradients(optimizer, state, grads, learning_rate, weight_decay)
     state = state.replace(extra={"hits": hits_ema_SV})
-    B = batch["image"].shape[0]
     usage_S = usage_percent(hits_ema_SV, B, model.sides[-1] ** 2)
-    return state, {"loss": loss, **parts, "usage_per_scale": usage_S, **metrics}
+    told = {"psnr_db": 10 * jnp.log10(4 / parts["mse"]), "quantizer_loss": parts["quantizer_loss"]}
+    return state, {"loss": loss, **told, "usage_per_scale": usage_S, **metrics}
 
 
 def redraw_codes(model: Tokenizer, options: CodebookOptions, state: TrainState, batch: dict, key: jax.Array):

@@ -9,6 +9,7 @@ from mvar_jax.errors import InputError
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
 from mvar_jax.scales import Phase, phase_of
+from mvar_jax.training.accumulate import value_and_grad_over_parts
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
 from mvar_jax.training.state import TrainState, sample_keys
 
@@ -86,8 +87,10 @@ def train_step(
     batch: dict,
     learning_rate: jax.Array,
     weight_decay: jax.Array,
+    num_parts: int = 1,
 ):
-    """One optimizer step over `phases`, gradients accumulated phase by phase. Jit with the first six static.
+    """One optimizer step over `phases`, gradients accumulated phase by phase and over `num_parts` parts of the
+    batch. Jit with the first six and the last static.
 
     teacher_forcing: ids_BL -> previous_BMc. batch: `ids` [B, L], `label` [B], `index` [B], the samples' places
     in the stream. Metrics hold NaN for scales outside the step's phases.
@@ -104,13 +107,17 @@ def train_step(
     nll_S, hits_S = nan_S, nan_S
     areas = jnp.asarray(model.pyramid.areas, jnp.float32)
     for phase in phases:
-        loss_fn = lambda params, phase=phase: phase_loss(model, params, batch, phase, options.label_smoothing)
-        (loss, (nll, hits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+
+        def mean_loss(params, part, phase=phase):
+            loss, sums = phase_loss(model, params, part, phase, options.label_smoothing)
+            return loss, jax.tree.map(lambda x_BS: x_BS.mean(0), sums)
+
+        (loss, (nll_s, hits_s)), grads = value_and_grad_over_parts(mean_loss, state.params, batch, num_parts)
         total_loss += loss
         total_grads = grads if total_grads is None else jax.tree.map(jnp.add, total_grads, grads)
         cut = slice(phase.first, phase.last + 1)
-        nll_S = nll_S.at[cut].set(nll.mean(0) / areas[cut])
-        hits_S = hits_S.at[cut].set(hits.mean(0) / areas[cut])
+        nll_S = nll_S.at[cut].set(nll_s / areas[cut])
+        hits_S = hits_S.at[cut].set(hits_s / areas[cut])
     trains_start = any(phase.trains_start for phase in phases)
     state, metrics = apply_gradients(optimizer, state, total_grads, learning_rate, weight_decay, trains_start)
     return state, {"loss": total_loss, "loss_per_scale": nll_S, "accuracy_per_scale": hits_S, **metrics}

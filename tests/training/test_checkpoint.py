@@ -17,7 +17,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mvar_jax.errors import InputError
-from mvar_jax.training.checkpoint import Checkpoints, check_config, load_tree, restore_weights, save_tree
+from mvar_jax.training.checkpoint import Checkpoints, load_tree, restore_weights, save_tree
+from mvar_jax.training.workdir import check_config
 
 
 @flax.struct.dataclass

@@ -1,0 +1,16 @@
+"""MVAR-d16 on ImageNet 512 px from scratch; its 2,240 tokens an image are why the batch is smaller.
+
+Command:  python -m mvar_jax cache_tokens --config configs/imagenet512_d16.py --tokenizer models/vae \\
+              --out data/imagenet512_tokens
+          python -m mvar_jax train --config configs/imagenet512_d16.py --workdir runs/imagenet512_d16
+Hardware: 8 cards of 80 GB.
+Hours:    not yet run.
+Score:    not yet run.
+"""
+
+from configs import _imagenet
+
+
+def get_config():
+    """Settings; every key can be set on the command line."""
+    return _imagenet.make_config(depth=16, epochs=300, batch_size=192, image_size=512)

@@ -1,0 +1,49 @@
+"""A trace of some steps by JAX's profiler, for TensorBoard or Perfetto."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from mvar_jax.errors import InputError
+
+PROFILE_FOLDER = "profile"
+
+
+def check_profile_steps(profile_steps: tuple[int, ...]) -> None:
+    """Raises InputError unless they are () or two increasing steps."""
+    is_pair = isinstance(profile_steps, tuple | list) and len(profile_steps) == 2
+    if profile_steps != () and not (is_pair and 0 <= profile_steps[0] < profile_steps[1]):
+        raise InputError("profile_steps", profile_steps, "() or (first step, end), as (10, 15)")
+
+
+class Profiler:
+    """Records the steps first .. end - 1 in workdir/profile; nothing where `profile_steps` is ()."""
+
+    def __init__(self, workdir: Path, profile_steps: tuple[int, ...]):
+        self._folder = str(workdir / PROFILE_FOLDER)
+        self._first, self._end = profile_steps or (0, 0)
+        self._is_recording = False
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *_):
+        self._stop()
+
+    def at_boundary(self, step: int, finish: Callable[[], None]) -> None:
+        """Before `step` is dispatched. `finish` waits for the steps before it, so that they are in or out whole."""
+        is_due = self._first <= step < self._end
+        if is_due == self._is_recording:
+            return
+        finish()
+        if not is_due:
+            self._stop()
+            return
+        jax.profiler.start_trace(self._folder)
+        self._is_recording = True
+
+    def _stop(self) -> None:
+        if self._is_recording:
+            jax.profiler.stop_trace()
+            self._is_recording = False

@@ -1,0 +1,89 @@
+"""How fast a run goes: images per second, share of the peak FLOP/s, time spent waiting for batches."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from mvar_jax.plan.topologies import MACHINES
+
+# what a device calls itself (lower case, first match wins) -> its name in MACHINES
+_DEVICE_KINDS = (
+    ("h200", "h200"),
+    ("h100", "h100"),
+    ("a100", "a100"),
+    ("v6", "v6e"),
+    ("v5 lite", "v5e"),
+    ("v5e", "v5e"),
+    ("v5", "v5p"),
+    ("v4", "v4"),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one device as its maker states it; None where that is not known."""
+    for part, name in _DEVICE_KINDS:
+        if part in device_kind.lower():
+            return MACHINES[name].flops
+    return None
+
+
+class Throughput:
+    """Rates of training alone: evaluations, pictures and saves are not counted.
+
+    peak_flops: FLOP/s of all devices together, None where it is not known; no mfu is told then.
+    """
+
+    def __init__(self, examples_per_step: int, peak_flops: float | None = None):
+        self._examples_per_step, self._peak_flops = examples_per_step, peak_flops
+        self._num_windows, self._has_warned = 0, False
+        self._start(time.perf_counter())
+
+    def _start(self, now_s: float) -> None:
+        self._num_steps, self._flops, self._waited_s, self._since_s = 0, 0.0, 0.0, now_s
+
+    def count_step(self, flops: float = 0.0) -> None:
+        """flops: of the model in this step, forward and backward, without what is computed again."""
+        self._num_steps += 1
+        self._flops += flops
+
+    @contextmanager
+    def pause(self):
+        """Leaves out the time spent inside."""
+        before_s = time.perf_counter()
+        yield
+        self._since_s += time.perf_counter() - before_s
+
+    def wait_for(self, batches: Iterator) -> Any:
+        """The next batch; the wait is remembered."""
+        before_s = time.perf_counter()
+        batch = next(batches)
+        self._waited_s += time.perf_counter() - before_s
+        return batch
+
+    def take(self) -> dict[str, float]:
+        """`images_per_s` and, where the peak is known, `mfu` since the last call."""
+        now_s = time.perf_counter()
+        seconds = max(now_s - self._since_s, 1e-9)
+        rates = {"images_per_s": self._num_steps * self._examples_per_step / seconds}
+        if self._peak_flops and self._flops:
+            rates["mfu"] = self._flops / seconds / self._peak_flops
+        # the first window holds compilation and the filling of the pipeline
+        if self._num_windows and not self._has_warned and self._waited_s > seconds / 2 and self._num_steps > 1:
+            self._warn(self._waited_s / seconds)
+        self._num_windows += 1
+        self._start(now_s)
+        return rates
+
+    def _warn(self, share: float) -> None:
+        self._has_warned = True
+        if jax.process_index() == 0:
+            print(
+                f"warning: {100 * share:.0f}% of the time goes into waiting for batches: reading or augmenting the "
+                "data is what limits this run (a token cache, faster storage or more CPU cores would help)",
+                file=sys.stderr,
+                flush=True,
+            )
