@@ -24,16 +24,16 @@ def get_config() -> ml_collections.ConfigDict:
     c.keep_best = ""
     c.max_bad_steps = 3
     c.profile_steps = ()
-    c.data = dict(source="synthetic", image_size=8, size=40)
+    c.data = dict(source="synthetic", image_size=4, size=40)
     c.model = dict(
         sides=(1, 2, 4),
         vocab_size=16,
         code_width=4,
         ch=8,
-        ch_mult=(1, 1),
+        ch_mult=(1,),
         num_res_blocks=1,
         num_groups=4,
-        num_phi=2,
+        num_phi=1,
     )
     c.codebook = dict(warmup_steps=4, revive_every_steps=4, revive_until_step=10)
     c.optimizer = dict(base_learning_rate=0.03, warmup_steps=2, ema_decay=0.9)

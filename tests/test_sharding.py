@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -119,14 +120,63 @@ print("devices", len(jax.devices()))
 """
 
 
-def test_step_on_eight_devices_equals_the_step_on_one():
+def run_on_eight_devices(*arguments):
     tests = Path(__file__).parent
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout == "devices 8\n"
+    return result.stdout
+
+
+def test_step_on_eight_devices_equals_the_step_on_one():
+    assert run_on_eight_devices("-c", EIGHT_DEVICES) == "devices 8\n"
+
+
+@pytest.fixture(scope="module")
+def mesh_runs():
+    report = json.loads(run_on_eight_devices(str(Path(__file__).parent / "mesh_case.py")))
+    assert report["devices"] == 8
+    return report["runs"]
+
+
+def test_five_steps_of_every_phase_and_of_the_tokenizer_are_equal_on_every_kind_of_mesh(mesh_runs):
+    assert len(mesh_runs) == 6
+    for name, run in mesh_runs.items():
+        assert run["worst"] < 1e-5 and len(run["losses"]) == 5, (name, run)
+        assert run["losses"][-1] < run["losses"][0], name
+
+
+def test_no_whole_activation_is_gathered(mesh_runs):
+    """The sizes of tests/mesh_case.py: 8 rows (2 a device on the mixed mesh), 9 or 6x6 = 36 tokens, 24 codes, heads
+    of width 5."""
+    assert any(run["gathers"] for run in mesh_runs.values()), "parameters over fsdp are gathered"
+    for name, run in mesh_runs.items():
+        for shape in run["gathers"]:
+            has_tokens = 36 in shape or 9 in shape[1:] or shape.count(6) >= 2
+            is_batch = "(2, 2, 2)" in name and shape[0] == 8
+            is_wide = 24 in shape or 5 in shape or shape.count(36) >= 2
+            assert not (has_tokens and (is_batch or is_wide)), f"{name}: all-gather to {shape}"
+
+
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        ({"num_heads": ("heads", 3)}, r"mesh.tensor=2: expected a divisor of num_heads=3 \(1, 3\), or a num_heads"),
+        ({"width": ("width", 16)}, r"mesh.fsdp=3: expected a divisor of width=16 .* such as 15"),
+    ],
+)
+def test_size_that_the_mesh_does_not_divide_is_named_with_what_would_fit(sizes, words):
+    sharding.check_sizes({"num_heads": ("heads", 4), "width": ("width", 6)}, FakeMesh)
+    with pytest.raises(InputError, match=words):
+        sharding.check_sizes(sizes, FakeMesh)
+
+
+def test_parts_of_a_batch_must_divide_over_the_batch_axes():
+    sharding.check_batch_size(24, FakeMesh, num_parts=4)
+    with pytest.raises(InputError, match="batch_size=12: expected a multiple of 24"):
+        sharding.check_batch_size(12, FakeMesh, num_parts=4)
 
 
 def test_dimension_that_the_mesh_does_not_divide_stays_whole(monkeypatch):

@@ -86,16 +86,17 @@ def wait_for_step(process, step):
         assert line, "the process ended early"
 
 
-def test_killed_twice_and_terminated_run_ends_bit_equal_to_a_whole_one(tmp_path, whole_run):
+def test_run_killed_five_times_and_terminated_ends_bit_equal_to_a_whole_one(tmp_path, whole_run):
     random_s = random.Random(time.time_ns())
-    for at_step, number in ((5, signal.SIGKILL), (11, signal.SIGKILL), (15, signal.SIGTERM)):
+    kills = [(at_step, signal.SIGKILL) for at_step in (2, 5, 8, 11, 14)]
+    for at_step, number in (*kills, (17, signal.SIGTERM)):
         with start_process(tmp_path, step_s=0.05) as process:
             wait_for_step(process, at_step)
             time.sleep(random_s.uniform(0, 0.1))
             process.send_signal(number)
             output, _ = process.communicate(timeout=60)
     step, interrupted = map(int, output.split("result")[1].split())
-    assert interrupted == signal.SIGTERM and 15 < step < NUM_STEPS
+    assert interrupted == signal.SIGTERM and 17 < step < NUM_STEPS
     assert (tmp_path / "checkpoints" / str(step)).is_dir()
     task = ToyTask()
     assert run(task, tmp_path, make_settings(NUM_STEPS), CONFIG)[:2] == (NUM_STEPS, None)

@@ -1,0 +1,94 @@
+"""Both tasks on meshes of eight virtual devices: prints the worst difference of losses, and what is gathered.
+
+`python mesh_case.py` takes the pairs that the tests use, `python mesh_case.py all` every task on every mesh.
+"""
+
+import functools
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from small_case import MODEL, TOKENIZER, seeded_batch, seeded_params
+
+from mvar_jax.sharding import make_mesh, put_batch, use_mesh
+from mvar_jax.store import initializer
+from mvar_jax.training import tokenizer_step
+from mvar_jax.training.optimizer import OptimizerOptions
+from mvar_jax.training.state import abstract_sharded, make_state
+from mvar_jax.training.transformer_step import PhaseOptions, train_step
+
+NUM_STEPS = 5
+MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
+# each compilation takes seconds, so the tests see each kind of mesh and each task, but not all pairs
+TESTED = {
+    "block_diagonal": ((8, 1, 1), (2, 2, 2)),
+    "window": ((1, 8, 1), (1, 1, 8), (2, 2, 2)),
+    "tokenizer": ((2, 2, 2),),
+}
+# every dimension that matters is told from all others: 9 + 36 tokens, 24 codes, 8 heads of width 5
+TRANSFORMER = MODEL.clone(sides=(3, 6), refine_step=1, num_heads=8, width=40, vocab_size=24, drop_path_rate=0.2)
+AUTOENCODER = TOKENIZER.clone(sides=(3, 6), ch_mult=(1,), num_phi=1, vocab_size=24)
+OPTIMIZER, PHASES, CODEBOOK = OptimizerOptions(), PhaseOptions(), tokenizer_step.CodebookOptions()
+EXTRA = {"hits": jnp.zeros((2, 24))}
+
+
+def make_cases() -> dict:
+    """name -> (module, batch, step, extra state)."""
+    rng = np.random.default_rng(0)
+    batch = {name: np.asarray(x) for name, x in seeded_batch(TRANSFORMER, 8).items()}
+    del batch["previous"]
+    weights = rng.normal(size=(36, TRANSFORMER.code_width)).astype(np.float32)
+    embed = lambda ids_BL: jnp.sin(ids_BL[:, 9:, None] * weights)
+    cases = {}
+    for phase in TRANSFORMER.phases():
+        step = functools.partial(train_step, TRANSFORMER, embed, OPTIMIZER, PHASES, 0, (phase,))
+        cases[phase.attention] = (TRANSFORMER, batch, step, {})
+    images = {"image": rng.uniform(-1, 1, (8, 6, 6, 3)).astype(np.float32)}
+    step = functools.partial(tokenizer_step.train_step, AUTOENCODER, OPTIMIZER, CODEBOOK)
+    cases["tokenizer"] = (AUTOENCODER, images, step, EXTRA)
+    return cases
+
+
+def run(step, state, batch) -> list[float]:
+    losses = []
+    for _ in range(NUM_STEPS):
+        state, metrics = step(state, batch, np.float32(0.01), np.float32(0.05))
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+def gathered_shapes(text: str) -> list[list[int]]:
+    """Result shapes of the all-gathers of a compiled program."""
+    return [[int(n) for n in dims.split(",") if n] for dims in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", text)]
+
+
+def main():
+    report = {}
+    for name, (module, batch, step, extra) in make_cases().items():
+        params = seeded_params(module, std=0.1)
+        state = jax.jit(lambda params=params, extra=extra: make_state(lambda: params, OPTIMIZER, extra))()
+        expected = run(jax.jit(step), state, batch)
+        boxed = lambda: make_state(lambda: initializer(module)(jax.random.key(0)), OPTIMIZER, extra)  # noqa: B023
+        for sizes in MESHES if "all" in sys.argv else TESTED[name]:
+            mesh = make_mesh(*sizes)
+            shardings = jax.tree.map(lambda x: x.sharding, abstract_sharded(boxed, mesh))
+            with use_mesh(mesh):
+                placed = put_batch(batch, mesh)
+                lowered = jax.jit(step, out_shardings=(shardings, None)).lower(
+                    jax.device_put(state, shardings), placed, np.float32(0), np.float32(0)
+                )
+                program = lowered.compile()
+                losses = run(program, jax.device_put(state, shardings), placed)
+            report[f"{name} {sizes}"] = {
+                "losses": losses,
+                "worst": float(np.max(np.abs(np.array(losses) / expected - 1))),
+                "gathers": gathered_shapes(program.as_text()),
+            }
+    print(json.dumps({"devices": len(jax.devices()), "runs": report}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""The `train` command without TensorBoard and pictures, whose libraries and programs take most of a short run."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from mvar_jax.__main__ import main
+from mvar_jax.training import logging, tasks
+
+
+class NoWriter:
+    write_scalars = write_images = lambda self, step, values: None
+    flush = close = lambda self: None
+
+
+if __name__ == "__main__":
+    logging._open_summary_writer = lambda folder: NoWriter()
+    tasks.TokenizerTask.pictures = lambda self, state: {}
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,103 @@
+"""Several real processes: trained, killed and resumed by another number of them, through the `train` command."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mvar_jax.training.checkpoint import restore_weights
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(workdir, cache, devices, *more, steps=9):
+    """A training process of the debug tokenizer in float32 on the CPU with so many virtual devices."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    overrides = [f"--config.num_steps={steps}", "--config.save_every_steps=2", "--config.eval_every_steps=0"]
+    overrides += ["--config.codebook.warmup_steps=0", "--config.codebook.revive_every_steps=0"]
+    command = [
+        sys.executable,
+        "tests/training/plain_train.py",
+        "train",
+        "--config",
+        "configs/debug.py",
+        "--workdir",
+        str(workdir),
+    ]
+    return subprocess.Popen(
+        [*command, *overrides, *more],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(*processes):
+    results = [process.communicate(timeout=240) for process in processes]
+    for process, (_, errors) in zip(processes, results, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return [output + errors for output, errors in results]
+
+
+def start_pair(workdir, cache, *more, **options):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return [start(workdir, cache, 2, f"--distributed={address},2,{i}", *more, **options) for i in range(2)]
+
+
+def read_losses(workdir):
+    lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {(line["kind"], line["step"]): line["loss"] for line in lines}
+
+
+def wait_for(path, processes):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        for process in processes:
+            assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, cache):
+    workdir = tmp_path_factory.mktemp("one")
+    finish(start(workdir, cache, 4))
+    return workdir
+
+
+def test_two_processes_killed_and_resumed_as_one_equal_one_process(tmp_path, cache, one_process):
+    pair = start_pair(tmp_path, cache)
+    try:
+        wait_for(tmp_path / "checkpoints" / "4", pair)
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
+    assert not (tmp_path / "checkpoints" / "9").exists()
+    (told,) = finish(start(tmp_path, cache, 4))
+    assert "going on from step" in told
+    ours, expected = read_losses(tmp_path), read_losses(one_process)
+    assert ours.keys() == expected.keys() and ("train", 8) in ours
+    for key, loss in expected.items():
+        np.testing.assert_allclose(ours[key], loss, rtol=1e-5, err_msg=str(key))
