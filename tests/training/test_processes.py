@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvar_jax.training.checkpoint import restore_weights
-
 ROOT = Path(__file__).parents[2]
 
 
