@@ -22,6 +22,14 @@ from mvar_jax.sampling.sampler import SampleOptions, guided_logits, sample_pyram
 from mvar_jax.training.transformer_step import phase_loss, previous_of
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_program_cache(tmp_path_factory):
+    """`train` keeps compiled programs; those of the tests go where no later run finds them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer_params():
     return jax.tree.map(jnp.asarray, to_tree(TOKENIZER_ENTRIES, load("vae")))

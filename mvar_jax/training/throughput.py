@@ -39,7 +39,7 @@ class Throughput:
 
     def __init__(self, examples_per_step: int, peak_flops: float | None = None):
         self._examples_per_step, self._peak_flops = examples_per_step, peak_flops
-        self._num_windows, self._has_warned = 0, False
+        self._num_windows, self._has_warned, self._is_paused = 0, False, False
         self._start(time.perf_counter())
 
     def _start(self, now_s: float) -> None:
@@ -52,10 +52,16 @@ class Throughput:
 
     @contextmanager
     def pause(self):
-        """Leaves out the time spent inside."""
-        before_s = time.perf_counter()
-        yield
-        self._since_s += time.perf_counter() - before_s
+        """Leaves out the time spent inside; a pause within a pause counts once."""
+        if self._is_paused:
+            yield
+            return
+        before_s, self._is_paused = time.perf_counter(), True
+        try:
+            yield
+        finally:
+            self._since_s += time.perf_counter() - before_s
+            self._is_paused = False
 
     def wait_for(self, batches: Iterator) -> Any:
         """The next batch; the wait is remembered."""

@@ -266,3 +266,56 @@ def test_impossible_settings_are_refused(change):
     good = dict.fromkeys((field for field in LoopSettings.__dataclass_fields__), 1)
     with pytest.raises(InputError, match=f"{next(iter(change))}=.*whole number"):
         LoopSettings(**(good | change))
+
+
+def test_profiler_records_the_steps_asked_for(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    task = ToyTask(on_step=events.append)
+    run(task, tmp_path, make_settings(7, profile_steps=(2, 4)), CONFIG)
+    assert events == [0, 1, str(tmp_path / "profile"), 2, 3, "stop", 4, 5, 6]
+
+
+def test_profiler_stops_where_the_run_does(tmp_path):
+    run(ToyTask(), tmp_path, make_settings(3, profile_steps=(1, 9)), CONFIG)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("steps", [(3,), (3, 3), (-1, 2), "3,4"])
+def test_impossible_profile_steps_are_refused(steps):
+    with pytest.raises(InputError, match="profile_steps=.*as \\(10, 15\\)"):
+        make_settings(3, profile_steps=steps)
+
+
+def test_known_peak_gives_the_share_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("mvar_jax.training.loop.peak_flops", lambda kind: 1e9)
+    monkeypatch.setattr(ToyTask, "flops_of_step", lambda self, step: 1e6, raising=False)
+    run(ToyTask(), tmp_path, make_settings(7), CONFIG)
+    lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in (line for line in lines if line["kind"] == "train"):
+        share = line["images_per_s"] / ToyTask.examples_per_step * 1e6 / 1e9 / jax.device_count()
+        np.testing.assert_allclose(line["mfu"], share, rtol=1e-5)
+
+
+def test_full_disk_during_a_save_is_one_line_and_the_previous_checkpoint_stays_good(tmp_path):
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(tmp_path)], capture_output=True)
+    if mount.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mount.stderr.decode().strip()}")
+    try:
+
+        def fill(step):
+            if step == 6:  # after the save of step 4, before that of step 8
+                with contextlib.suppress(OSError), (tmp_path / "ballast").open("wb") as file:
+                    while True:
+                        file.write(bytes(4096))
+                        file.flush()
+
+        with pytest.raises(RunError, match="checkpoint could not be written to") as caught:
+            run(ToyTask(on_step=fill), tmp_path, make_settings(NUM_STEPS, log_every_steps=50), CONFIG)
+        assert "\n" not in str(caught.value)
+        (tmp_path / "ballast").unlink()
+        assert int(read_state(tmp_path).step) == 4
+        assert run(ToyTask(), tmp_path, make_settings(NUM_STEPS), CONFIG).step == NUM_STEPS
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

@@ -1,0 +1,66 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_case import quick_jit
+from small_case import MODEL, TOKENIZER, seeded_batch, seeded_params
+
+from mvar_jax.training import tokenizer_step
+from mvar_jax.training.accumulate import split_parts, value_and_grad_over_parts
+from mvar_jax.training.optimizer import OptimizerOptions
+from mvar_jax.training.state import make_state
+from mvar_jax.training.transformer_step import PhaseOptions, train_step
+
+OPTIMIZER = OptimizerOptions()
+
+
+def test_parts_take_rows_with_a_stride_and_paths_along_their_own_axis():
+    batch = {"ids": jnp.arange(6), "path": jnp.arange(12).reshape(1, 2, 6), "none": None}
+    parts = split_parts(batch, 3)
+    np.testing.assert_array_equal(parts["ids"], [[0, 3], [1, 4], [2, 5]])
+    np.testing.assert_array_equal(parts["path"][1], [[[1, 4], [7, 10]]])
+    assert "none" not in parts
+
+
+def test_mean_over_parts_is_the_mean_over_the_batch():
+    def loss_fn(w, batch):
+        error_B = (w * batch["x"] - 1) ** 2
+        return error_B.mean(), {"error": error_B.mean(), "x": batch["x"].mean()}
+
+    batch = {"x": jnp.asarray([1.0, 2.0, 3.0, 4.0])}
+    whole = value_and_grad_over_parts(loss_fn, jnp.float32(0.7), batch, 1)
+    parts = value_and_grad_over_parts(loss_fn, jnp.float32(0.7), batch, 2)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), parts, whole)
+
+
+def transformer_case():
+    model = MODEL.clone(sides=(1, 2), refine_step=2, depth=1, drop_path_rate=0.5)
+    batch = {name: x for name, x in seeded_batch(model, 4).items() if name != "previous"}
+    embed = lambda ids_BL: jnp.sin(ids_BL[:, 1:, None] * jnp.arange(1.0, 5))
+    options = PhaseOptions(schedule="joint", label_drop_rate=0.5)
+    return model, batch, functools.partial(train_step, model, embed, OPTIMIZER, options, 0, model.phases()), {}
+
+
+def tokenizer_case():
+    model = TOKENIZER.clone(sides=(2,), ch_mult=(1,), num_phi=1)
+    batch = {"image": jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (4, 2, 2, 3)), jnp.float32)}
+    step = functools.partial(tokenizer_step.train_step, model, OPTIMIZER, tokenizer_step.CodebookOptions())
+    return model, batch, step, {"hits": jnp.zeros((1, model.vocab_size))}
+
+
+@pytest.mark.parametrize("make_case", [transformer_case, tokenizer_case])
+def test_accumulated_step_equals_the_whole_one(make_case):
+    model, batch, step, extra = make_case()
+    state = make_state(lambda: seeded_params(model), OPTIMIZER, extra)
+    results = [
+        quick_jit(functools.partial(step, num_parts=parts))(state, batch, np.float32(0.01), np.float32(0.05))
+        for parts in (1, 2)
+    ]
+    (whole, told), (accumulated, told_too) = results
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), told_too, told)
+    # the moments and not the weights: Adam's first step is nearly the gradient's sign, and magnifies rounding
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, accumulated.opt_state, whole.opt_state)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), accumulated.extra, whole.extra)
