@@ -65,6 +65,15 @@ def gathered_shapes(text: str) -> list[list[int]]:
     return [[int(n) for n in dims.split(",") if n] for dims in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", text)]
 
 
+def check_placement(state) -> None:
+    """Of the transformer on the mixed mesh: width over fsdp, heads over tensor, moments as their parameters."""
+    qkv = state.params["blocks"]["attention"]["qkv"]  # [layers, width, 3, heads, head width]
+    assert qkv.addressable_shards[0].data.shape == (2, 20, 3, 4, 5), qkv.sharding
+    moment = state.opt_state.inner_states["rest"].inner_state.mu["blocks"]["attention"]["qkv"]
+    assert moment.sharding == qkv.sharding
+    assert state.params["class_embed"].addressable_shards[0].data.shape == (4, 20)
+
+
 def main():
     report = {}
     for name, (module, batch, step, extra) in make_cases().items():
@@ -77,11 +86,15 @@ def main():
             shardings = jax.tree.map(lambda x: x.sharding, abstract_sharded(boxed, mesh))
             with use_mesh(mesh):
                 placed = put_batch(batch, mesh)
+                assert next(iter(placed.values())).addressable_shards[0].data.shape[0] == 8 // (sizes[0] * sizes[1])
                 lowered = jax.jit(step, out_shardings=(shardings, None)).lower(
                     jax.device_put(state, shardings), placed, np.float32(0), np.float32(0)
                 )
                 program = lowered.compile()
-                losses = run(program, jax.device_put(state, shardings), placed)
+                start = jax.device_put(state, shardings)
+                if module is TRANSFORMER and sizes == (2, 2, 2):
+                    check_placement(start)
+                losses = run(program, start, placed)
             report[f"{name} {sizes}"] = {
                 "losses": losses,
                 "worst": float(np.max(np.abs(np.array(losses) / expected - 1))),

@@ -73,53 +73,6 @@ def test_batch_must_divide_over_the_batch_axes():
             sharding.check_batch_size(batch_size, FakeMesh)
 
 
-EIGHT_DEVICES = """
-import jax
-import numpy as np
-from small_case import MODEL, seeded_batch, seeded_params
-
-from mvar_jax.sharding import make_mesh, put_batch, use_mesh
-from mvar_jax.training.optimizer import OptimizerOptions
-from mvar_jax.training.state import abstract_sharded, make_state
-from mvar_jax.training.transformer_step import PhaseOptions, train_step
-
-MODEL = MODEL.clone(sides=(1, 2, 4))
-batch = {name: np.asarray(x) for name, x in seeded_batch(MODEL, 4).items()}
-previous = batch.pop("previous")
-optimizer, options = OptimizerOptions(), PhaseOptions(schedule="joint")
-
-
-def step(state, batch, previous):
-    return train_step(MODEL, lambda ids: previous, optimizer, options, 0, MODEL.phases(), state, batch, 0.01, 0.05)
-
-
-params = seeded_params(MODEL)
-state = jax.jit(lambda: make_state(lambda: params, optimizer))()
-one_state, one = jax.jit(step)(state, batch, previous)
-
-mesh = make_mesh(2, 2, 2)
-boxed = lambda: make_state(lambda: MODEL.init_params(jax.random.key(0)), optimizer)
-shardings = jax.tree.map(lambda x: x.sharding, abstract_sharded(boxed, mesh))
-state = jax.device_put(state, shardings)
-qkv = state.params["blocks"]["attention"]["qkv"]  # [layers, width, 3, heads, head width]
-assert qkv.addressable_shards[0].data.shape == (2, 8, 3, 1, 8), qkv.sharding
-moment = state.opt_state.inner_states["rest"].inner_state.mu["blocks"]["attention"]["qkv"]
-assert moment.sharding == qkv.sharding
-odd = state.params["class_embed"]  # four rows, width over fsdp
-assert odd.addressable_shards[0].data.shape == (4, 8), odd.sharding
-with use_mesh(mesh):
-    placed = put_batch({**batch, "previous": previous}, mesh)
-    assert placed["ids"].addressable_shards[0].data.shape == (1, MODEL.pyramid.num_tokens)
-    previous = placed.pop("previous")
-    eight_state, eight = jax.jit(step, out_shardings=(shardings, None))(state, placed, previous)
-for name in ("loss", "grad_norm", "loss_per_scale"):
-    np.testing.assert_allclose(eight[name], one[name], rtol=1e-5, err_msg=name)
-jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), eight_state.params, one_state.params)
-
-print("devices", len(jax.devices()))
-"""
-
-
 def run_on_eight_devices(*arguments):
     tests = Path(__file__).parent
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -128,10 +81,6 @@ def run_on_eight_devices(*arguments):
     result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
-
-
-def test_step_on_eight_devices_equals_the_step_on_one():
-    assert run_on_eight_devices("-c", EIGHT_DEVICES) == "devices 8\n"
 
 
 @pytest.fixture(scope="module")

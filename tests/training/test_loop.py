@@ -306,6 +306,8 @@ def test_full_disk_during_a_save_is_one_line_and_the_previous_checkpoint_stays_g
 
         def fill(step):
             if step == 6:  # after the save of step 4, before that of step 8
+                while not (tmp_path / "checkpoints/4").exists():
+                    time.sleep(0.01)
                 with contextlib.suppress(OSError), (tmp_path / "ballast").open("wb") as file:
                     while True:
                         file.write(bytes(4096))

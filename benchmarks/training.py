@@ -1,0 +1,204 @@
+"""What the training loop costs beside the steps themselves; ratios within one run, on whatever machine this is.
+
+python benchmarks/training.py             every measurement, some minutes on two CPU cores
+python benchmarks/training.py loop saving only these
+
+loop      steps/s of the loop over those of the bare compiled step, synthetic ids
+saving    step time with one asynchronous save per 50 steps over that without
+resume    start-up of a resumed `train` over that of the first one; both with an empty and a filled program cache
+compile   lowering and compiling a 24-layer step with scan and rematerialisation over the unrolled one
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mvar_jax.data.transforms import PickView
+from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.transformer import Transformer
+from mvar_jax.sharding import make_mesh
+from mvar_jax.store import abstract_params
+from mvar_jax.training import loop
+from mvar_jax.training.optimizer import OptimizerOptions
+from mvar_jax.training.state import make_state
+from mvar_jax.training.tasks import RunOptions, TransformerTask
+from mvar_jax.training.transformer_step import PhaseOptions, train_step
+
+SIDES = (1, 2, 3, 4, 6, 8)
+NUM_STEPS = 100
+
+
+class RandomIds:
+    """A source of random pyramids."""
+
+    label_names = tuple("0123456789")
+    num_classes = 10
+
+    def __len__(self):
+        return 256
+
+    def __getitem__(self, index):
+        ids = np.random.default_rng(index).integers(0, 128, (1, sum(side * side for side in SIDES)))
+        return {"ids": ids.astype(np.int32), "label": index % 10}
+
+
+def make_task(num_steps: int = NUM_STEPS) -> TransformerTask:
+    """The quickstart's transformer, joint schedule."""
+    tokenizer = Tokenizer(SIDES, vocab_size=128, code_width=16, ch=16, ch_mult=(1,), num_groups=None, group_size=4)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), nn.meta.unbox(abstract_params(tokenizer)))
+    model = Transformer(SIDES, 4, (5, 5), 128, 16, 10, depth=4, width=96, num_heads=3, remat="none", scan_unroll=4)
+    run = RunOptions(0, num_steps, 32, OptimizerOptions(ema_decay=0.99), make_mesh())
+    data = {"train": RandomIds(), "val": RandomIds()}
+    return TransformerTask(run, model, PhaseOptions(schedule="joint"), tokenizer, params, data, PickView())
+
+
+class Quiet(TransformerTask):
+    """No evaluation and no pictures: the steps alone."""
+
+    def evaluate(self, state):
+        self.first_s = time.perf_counter()
+        return {"loss": 0.0}
+
+    def pictures(self, state):
+        self.last_s = time.perf_counter()
+        return {}
+
+
+def time_bare_steps(task) -> float:
+    """Seconds a step, batches on the host already and the metrics of each step read two steps later."""
+    state, batches = task.init_state(), task.batches(0)
+    ready = [next(batches) for _ in range(8)]
+    state, metrics = task.train_step(state, ready[0], 0)
+    jax.block_until_ready(state)
+    before_s, pending = time.perf_counter(), []
+    for step in range(1, NUM_STEPS):
+        state, metrics = task.train_step(state, ready[step % 8], step)
+        pending.append(metrics["is_bad"])
+        if len(pending) > 2:
+            bool(pending.pop(0))
+    jax.block_until_ready(state)
+    return (time.perf_counter() - before_s) / (NUM_STEPS - 1)
+
+
+def time_loop(task, save_every_steps: int) -> float:
+    """Seconds a step of the loop, from its second step to its last, saves included but the final one."""
+    task.__class__, stamps = Quiet, []
+    bare = task.train_step
+
+    def stamped(state, batch, step):
+        stamps.append(time.perf_counter())
+        return bare(state, batch, step)
+
+    task.train_step = stamped
+    settings = loop.LoopSettings(NUM_STEPS, 20, 0, 0, save_every_steps, 1, 10)
+    with tempfile.TemporaryDirectory() as folder:
+        loop.run(task, folder, settings, {})
+    del task.train_step
+    return (stamps[-1] - stamps[1]) / (len(stamps) - 2)
+
+
+def measure_loop_and_saving(repeats: int = 3) -> None:
+    task = make_task()
+    time_bare_steps(task)  # compiles
+    bare, plain, saving = [], [], []
+    for _ in range(repeats):  # in turn, so that other work on the machine falls on all three alike
+        bare.append(time_bare_steps(task))
+        plain.append(time_loop(task, 0))
+        saving.append(time_loop(task, 50))
+    bare_s, plain_s, saving_s = (float(np.min(times)) for times in (bare, plain, saving))
+    print(f"bare step {1000 * bare_s:.1f} ms, loop {1000 * plain_s:.1f} ms, with saves {1000 * saving_s:.1f} ms")
+    print(f"loop over bare step, steps/s: {bare_s / plain_s:.3f}")
+    print(f"saving every 50 steps, added to the step time: {100 * (saving_s / plain_s - 1):.1f}%")
+
+
+def measure_resume() -> None:
+    """Seconds from the start of the command to the line of its first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        first_s = {}
+        for name, steps in (("cold", 4), ("resumed", 8)):
+            for cache in ("empty", "filled"):
+                workdir = f"{folder}/{cache}"
+                path = Path(workdir) / "metrics.jsonl"
+                programs = f"{folder}/programs_{name if cache == 'empty' else 'filled'}_{cache}"
+                first_s[name, cache] = time_first_step(workdir, path, steps, programs)
+        for (name, cache), seconds in first_s.items():
+            print(f"{name}, {cache} program cache: first step after {seconds:.1f} s")
+        print(f"resumed over cold, empty cache: {first_s['resumed', 'empty'] / first_s['cold', 'empty']:.2f}")
+        print(f"resumed over cold, programs kept: {first_s['resumed', 'filled'] / first_s['cold', 'filled']:.2f}")
+
+
+def time_first_step(workdir: str, metrics: Path, num_steps: int, programs: str) -> float:
+    command = [sys.executable, str(ROOT / "tests/training/plain_train.py"), "train", "--workdir", workdir]
+    command += ["--config", "configs/debug.py", f"--config.num_steps={num_steps}", "--config.eval_every_steps=0"]
+    # the learning rate's schedule would make another num_steps another run
+    command += ["--config.optimizer.warmup_steps=0", "--compilation_cache", programs]
+    seen = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    before_s = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if sum('"kind": "train"' in line for line in lines) > (seen and 4):
+            break
+        time.sleep(0.02)
+    seconds = time.perf_counter() - before_s
+    if process.wait():
+        raise RuntimeError(f"training failed: {' '.join(command)}")
+    return seconds
+
+
+def time_compilation(model: Transformer) -> float:
+    """Seconds to lower and compile a step of the coarse phase."""
+    optimizer, phases = OptimizerOptions(), model.phases()[:1]
+    embed = lambda ids_BL: jnp.sin(ids_BL[:, 1:, None] * jnp.arange(16.0))
+    init = lambda: make_state(lambda: model.init_params(jax.random.key(0)), optimizer)
+    state = jax.eval_shape(lambda: nn.meta.unbox(init()))
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
+    batch = {"ids": shape(4, model.pyramid.num_tokens), "label": shape(4), "index": shape(4)}
+    step = lambda state, batch: train_step(
+        model, embed, optimizer, PhaseOptions(), 0, phases, state, batch, 0.01, 0.05
+    )
+    before_s = time.perf_counter()
+    jax.jit(step).lower(state, batch).compile()
+    return time.perf_counter() - before_s
+
+
+def measure_compile(depth: int = 24, width: int = 96) -> None:
+    """A narrow 24-layer model: the number of operations is that of d24, only their sizes are not."""
+    seconds = {}
+    for name, changes in (("scan", {"remat": "dots"}), ("unrolled", {"remat": "none", "scan_unroll": depth})):
+        model = Transformer(SIDES, 4, (5, 5), 128, 16, 10, depth=depth, width=width, num_heads=3, **changes)
+        seconds[name] = time_compilation(model)
+        print(f"{depth} layers, {name}: lowered and compiled in {seconds[name]:.1f} s", flush=True)
+    print(f"scan over unrolled: {seconds['scan'] / seconds['unrolled']:.2f}")
+
+
+MEASUREMENTS = {
+    "loop": measure_loop_and_saving,
+    "saving": measure_loop_and_saving,
+    "resume": measure_resume,
+    "compile": measure_compile,
+}
+
+
+def main(names: list[str]) -> None:
+    chosen = dict.fromkeys(MEASUREMENTS[name] for name in names or MEASUREMENTS)
+    print(json.dumps({"jax": jax.__version__, "device": jax.devices()[0].device_kind, "cores": os.cpu_count()}))
+    for measure in chosen:
+        measure()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
