@@ -1,5 +1,6 @@
 """Trains what a config describes, a tokenizer or a transformer; resumes by itself what WORKDIR holds."""
 
+import errno
 import functools
 import json
 import os
@@ -38,6 +39,11 @@ def run(args) -> int:
         result = loop.run(task, workdir, settings, config, prepare)
     except loop.RunError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: {workdir}: {error.strerror}; its newest checkpoint is intact", file=sys.stderr)
         return 1
     return 130 if result.interrupted == signal.SIGINT else 0
 

@@ -62,8 +62,13 @@ class Checkpoints:
 
     def __exit__(self, error_type, *_):
         # A second Ctrl-C must not wait for a save; the unfinished one is ignored by the next run.
-        if not (error_type and issubclass(error_type, KeyboardInterrupt)):
+        if error_type and issubclass(error_type, KeyboardInterrupt):
+            return
+        try:
             self.close()
+        except Exception:  # of a failed save, again
+            if error_type is None:
+                raise
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
