@@ -41,11 +41,13 @@ def make_config(
     c.max_bad_steps = 20
     c.profile_steps = ()
     c.init_from = init_from
-    # the cache holds each image as it is and once more, flipped with probability 1/2
+    # the cache holds each image and its mirror image, one of the two is drawn; pixels as the reference crops them
     c.data = dict(
-        source="imagenet2012",
+        source="tfds",
+        name="imagenet2012",
         image_size=image_size,
         flip=True,
+        upright=False,
         num_views=2,
         cache=f"data/imagenet{image_size}_tokens",
     )

@@ -6,4 +6,5 @@ bash launch/setup.sh
 export JAX_PLATFORMS=cpu
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest "$@"
+# two processes, each with whole files: what they compile is shared by the tests of a file
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
+from mvar_jax.cli.machine import add_machine_arguments, set_up_machine
 from mvar_jax.errors import InputError
 
 SUMMARY = "encode images into a token cache"
@@ -11,6 +12,7 @@ SUMMARY = "encode images into a token cache"
 def add_arguments(parser) -> None:
     """--config FILE --tokenizer DIR --out DIR."""
     add_config_argument(parser)
+    add_machine_arguments(parser)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="model directory or training workdir")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the cache is written")
     parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="images at a time (default 64)")
@@ -33,6 +35,7 @@ def run(args) -> int:
         if getattr(args, name) < 1:
             raise InputError(name, getattr(args, name), "1 or more")
     data.transform().check_views(data.num_views)
+    set_up_machine(args.distributed, args.compilation_cache)
 
     import jax
 

@@ -1,7 +1,11 @@
 """The way of a folder of photographs: looked at, cached, trained from, through the commands."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -95,3 +99,24 @@ def test_training_from_a_folder_writes_its_classes_and_what_it_skipped(folder, t
     shutil.copytree(folder / "train/ant", folder / "train/dog")
     assert main(arguments) == 2
     assert "classes=4" in (error := capsys.readouterr().err) and "different: dog" in error
+
+
+def test_two_processes_write_the_cache_that_one_writes(folder, tmp_path):
+    save_model(tmp_path / "vae", {"tokenizer": TOKENIZER}, {"tokenizer": seeded_params(TOKENIZER)})
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+    def start(out, *more):
+        command = [sys.executable, "-m", "mvar_jax", "cache_tokens", *_data(folder), "--images_per_shard", "4"]
+        command += ["--tokenizer", str(tmp_path / "vae"), "--out", str(tmp_path / out), *more]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    processes = [start("one"), *(start("two", "--distributed", f"{address},2,{i}") for i in range(2))]
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-2000:]
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert len(one) == 1 + 4 + 2  # cache.json, shards of 15 and of 6 images
+    assert one == two
