@@ -37,6 +37,7 @@ from mvar_jax.sampling.sampler import (
 )
 
 GOLDEN = ROOT / "tests" / "golden" / "tiny"
+MARKOV_CFGS, VAR_CFGS = (1.0, 2.7), (1.0, 1.5, 2.7)  # of the golden draws
 
 
 def image_pairs(images_BYX3, golden: dict, name: str, grid: int):
@@ -123,14 +124,14 @@ def add_draw(table: Table, model, compiled, title: str, golden: dict, prefix: st
 def add_markov(table: Table, model) -> None:
     add_training(table, model, "train", "phase {i}", "p{i}_")
     compiled = Compiled(model.transformer), Compiled(model.tokenizer)
-    for cfg in (1.0, 2.7):
+    for cfg in MARKOV_CFGS:
         add_draw(table, model, compiled, f"greedy cfg {cfg}", read_golden(f"sample_cfg{cfg}"), "", cfg)
 
 
 def add_var(table: Table, model) -> None:
     add_training(table, model, "var", "VAR", "")
     compiled = Compiled(model.transformer), Compiled(model.tokenizer)
-    for cfg in (1.0, 1.5, 2.7):
+    for cfg in VAR_CFGS:
         add_draw(table, model, compiled, f"VAR greedy cfg {cfg}", read_golden("var"), f"cfg{cfg}_", cfg)
 
 

@@ -1,5 +1,7 @@
 """A whole tiny run on the digits, made once through the commands themselves."""
 
+import fcntl
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,17 +35,29 @@ SMALL_TRANSFORMER = [
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """Directories of a finished run: tokenizer, tokens, transformer; and the arguments that made them."""
-    root = tmp_path_factory.mktemp("run")
+    """Directories of a finished run: tokenizer, tokens, transformer; and the arguments that made them.
+
+    Test processes share it: the first one makes it, the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (base / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return make_run(base / "run")
+
+
+def make_run(root: Path):
+    is_made = root.exists()
     tokenizer, tokens, transformer = (str(root / name) for name in ("tokenizer", "tokens", "transformer"))
     configs = REPOSITORY / "configs"
     train_tokenizer = ["train", "--config", str(configs / "digits_tokenizer.py"), *SMALL_TOKENIZER]
     small = [*SMALL_TRANSFORMER, f"--config.data.cache={tokens}"]
     cache = ["cache_tokens", "--config", str(configs / "digits.py"), *small, "--tokenizer", tokenizer]
     train_transformer = ["train", "--config", str(configs / "digits.py"), *small]
-    assert main([*train_tokenizer, "--workdir", tokenizer]) == 0
-    assert main([*cache, "--out", tokens]) == 0
-    assert main([*train_transformer, "--workdir", transformer]) == 0
+    if not is_made:
+        assert main([*train_tokenizer, "--workdir", tokenizer]) == 0
+        assert main([*cache, "--out", tokens]) == 0
+        assert main([*train_transformer, "--workdir", transformer]) == 0
     return SimpleNamespace(
         root=root,
         tokenizer=tokenizer,

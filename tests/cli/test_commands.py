@@ -44,8 +44,8 @@ def test_training_leaves_checkpoints_metrics_events_config_and_pictures(run):
 def test_transformer_metrics_hold_every_scale(run):
     lines = [json.loads(line) for line in (Path(run.transformer) / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        assert len(line["loss_per_scale"]) == 6
-    weights = np.array([1, 4, 9, 16, 36, 64]) / 130
+        assert len(line["loss_per_scale"]) == 5
+    weights = np.array([1, 4, 9, 25, 64]) / 103
     last = lines[-1]
     assert np.isclose(last["loss"], weights @ last["loss_per_scale"], rtol=1e-5)
     assert np.isclose(lines[0]["loss"], np.log(128), rtol=0.02)
@@ -100,7 +100,7 @@ def test_fine_tuning_starts_from_the_given_weights(run, tmp_path):
 def test_cache_holds_the_ids_of_the_unaugmented_image_as_first_view(run):
     model = mvar_jax.load(run.tokenizer)
     cache = TokenCache(run.tokens, "train")
-    assert cache[0]["ids"].shape == (2, 130)
+    assert cache[0]["ids"].shape == (2, 103)
     data = json.loads((Path(run.transformer) / "config.json").read_text())["data"]
     from mvar_jax.build import DataOptions, fill
 
@@ -121,7 +121,7 @@ def test_sample_writes_what_load_draws(run, tmp_path, capsys):
     labels = [3, 3, 0, 0, 1, 1]
     assert samples["arr_0"].shape == (6, 32, 32, 3) and samples["arr_0"].dtype == np.uint8
     assert samples["arr_1"].tolist() == tokens["labels"].tolist() == labels
-    assert tokens["ids"].shape == (6, 130) and tokens["f_hat"].shape == (6, 8, 8, 16)
+    assert tokens["ids"].shape == (6, 103) and tokens["f_hat"].shape == (6, 8, 8, 16)
     assert sorted(path.name for path in out.glob("0*.png")) == [f"{i:06d}.png" for i in range(6)]
     assert (np.asarray(Image.open(out / "000004.png")) == samples["arr_0"][4]).all()
     assert Image.open(out / "grid.png").size[0] > 2 * 96
@@ -149,9 +149,9 @@ def test_score_sums_to_the_validation_loss(run):
     ids, labels = np.stack([item["ids"][0] for item in items]), np.array([item["label"] for item in items])
     last = json.loads((Path(run.transformer) / "metrics.jsonl").read_text().splitlines()[-1])
     nll_BS = np.asarray(model.score(ids, labels))
-    assert nll_BS.shape == (len(ids), 6)
-    assert np.isclose(nll_BS.sum(1).mean() / 130, last["loss"], rtol=1e-5)
-    assert model.logits(ids[:2], labels[:2]).shape == (2, 130, 128)
+    assert nll_BS.shape == (len(ids), 5)
+    assert np.isclose(nll_BS.sum(1).mean() / 103, last["loss"], rtol=1e-5)
+    assert model.logits(ids[:2], labels[:2]).shape == (2, 103, 128)
 
 
 def test_reconstruct_writes_pairs_table_and_tokens(run, tmp_path, capsys):
@@ -166,6 +166,6 @@ def test_reconstruct_writes_pairs_table_and_tokens(run, tmp_path, capsys):
     assert main(["reconstruct", *arguments, "--save_tokens", "--batch_size", "2"]) == 0
     table = (out / "psnr.md").read_text()
     assert all(name in table for name in ("0.png", "1.png", "2.png", "mean", "PSNR", "SSIM"))
-    assert np.load(out / "tokens.npz")["ids"].shape == (3, 130)
+    assert np.load(out / "tokens.npz")["ids"].shape == (3, 103)
     assert len(list(out.glob("00000*.png"))) == 3 and (out / "reconstructions.png").exists()
     assert "mean" in capsys.readouterr().out

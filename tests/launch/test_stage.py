@@ -9,6 +9,13 @@ import pytest
 
 STAGE = Path(__file__).parents[2] / "launch" / "stage.py"
 
+# a shell's background jobs ignore Ctrl-C, and so would what the tests start when they are one
+HEED_CTRL_C = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
 
 class Recipe:
     """Runs the stages of one log; each command is a shell line that works in the recipe's folder."""
@@ -28,7 +35,7 @@ class Recipe:
     def start(self, name, line):
         """Starts a stage in its own process group and waits until its command has printed a line."""
         process = subprocess.Popen(
-            self.arguments(name, line),
+            [sys.executable, "-c", HEED_CTRL_C, *self.arguments(name, line)],
             cwd=self.folder,
             stdout=subprocess.PIPE,
             text=True,
