@@ -101,16 +101,21 @@ class Tiling:
         sides = zip((self.height, self.width), self.tile, strict=True)
         return tuple(plan_axis(side, tile, self.kernel_size) for side, tile in sides)
 
-    def attend(self, mask_TQK, q_GYXK, k_GYXK, v_GYXK):
-        """Attention of some samples and heads."""
-        rows, columns = self.axes
-        q = cut_tiles(q_GYXK, rows, columns)
-        k, v = cut_halos(k_GYXK, rows, columns), cut_halos(v_GYXK, rows, columns)
-        logits = jnp.einsum("gtqc,gtkc->gtqk", q, k, preferred_element_type=jnp.float32) * self.scale
-        logits = logits + jnp.where(mask_TQK, 0.0, MASKED)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        out = jnp.einsum("gtqk,gtkc->gtqc", weights, v)
-        return join_tiles(out, self.height, self.width, rows, columns)
+    def attend(self, mask_QM, q_GQK, k_GMK, v_GMK):
+        """One tile of some samples and heads; M counts the keys of its halo."""
+        logits = jnp.einsum("gqk,gmk->gqm", q_GQK, k_GMK, preferred_element_type=jnp.float32) * self.scale
+        weights = jax.nn.softmax(logits + jnp.where(mask_QM, 0.0, MASKED), axis=-1).astype(v_GMK.dtype)
+        return jnp.einsum("gqm,gmk->gqk", weights, v_GMK)
+
+    def map_tiles(self, function, mask_TQM, *arrays):
+        """function(mask, arrays [G, ., K] ...) of every tile, arrays [G, T, ., K]; of a large map some at a time."""
+        T, num_logits = mask_TQM.shape[0], mask_TQM[0].size
+        num_together = max(1, self.logits_together // num_logits)
+        if num_together >= T:
+            return jax.vmap(function, in_axes=(0, *(1,) * len(arrays)), out_axes=1)(mask_TQM, *arrays)
+        tiles = (mask_TQM, *(x.swapaxes(0, 1) for x in arrays))
+        results = jax.lax.map(lambda xs: function(*xs), tiles, batch_size=num_together)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1), results)
 
     def map_heads(self, function, *arrays_BNHK):
         """function([g, Y, X, K] ...) -> tuple of the same shape, over all samples and heads, some at a time."""
@@ -125,12 +130,26 @@ class Tiling:
         one = lambda xs: tuple(x[0] for x in function(*(x[None] for x in xs)))
         return tuple(join(x) for x in jax.lax.map(one, arrays, batch_size=num_together))
 
-    def forward(self, mask_TQK, q_BNHK, k_BNHK, v_BNHK):
-        return self.map_heads(lambda *qkv: (self.attend(mask_TQK, *qkv),), q_BNHK, k_BNHK, v_BNHK)
+    def forward(self, mask_TQM, q_BNHK, k_BNHK, v_BNHK):
+        rows, columns = self.axes
 
-    def backward(self, mask_TQK, q_BNHK, k_BNHK, v_BNHK, dout_BNHK):
-        attend = functools.partial(self.attend, mask_TQK)
-        pull_back = lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout)
+        def attend_some(q, k, v):
+            halos = (cut_halos(x, rows, columns) for x in (k, v))
+            out = self.map_tiles(self.attend, mask_TQM, cut_tiles(q, rows, columns), *halos)
+            return (join_tiles(out, self.height, self.width, rows, columns),)
+
+        return self.map_heads(attend_some, q_BNHK, k_BNHK, v_BNHK)
+
+    def backward(self, mask_TQM, q_BNHK, k_BNHK, v_BNHK, dout_BNHK):
+        rows, columns = self.axes
+        pull_back_tile = lambda mask, q, k, v, dout: jax.vjp(functools.partial(self.attend, mask), q, k, v)[1](dout)
+
+        def pull_back(q, k, v, dout):
+            tiles = [cut_tiles(x, rows, columns) for x in (q, dout)]
+            halos, add_halos = jax.vjp(lambda *kv: tuple(cut_halos(x, rows, columns) for x in kv), k, v)
+            dq, *dhalos = self.map_tiles(pull_back_tile, mask_TQM, tiles[0], *halos, tiles[1])
+            return join_tiles(dq, self.height, self.width, rows, columns), *add_halos(tuple(dhalos))
+
         return self.map_heads(pull_back, q_BNHK, k_BNHK, v_BNHK, dout_BNHK)
 
 
