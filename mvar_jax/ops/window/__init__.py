@@ -53,7 +53,8 @@ def choose_backend(q_BYXHK: jax.Array, kernel_size: int) -> str:
 
     A window that covers the map is plain attention everywhere. CPU: one masked product on small maps, bands on
     larger and tiles on large ones. GPU: the kernel on every map, and where that cannot run as on CPU. TPU: dense
-    up to 32 x 32, whose masked product the matrix unit does faster than anything finer, splash beyond.
+    up to 32 x 32, whose masked product the matrix unit does faster than anything finer, splash beyond. CPU is
+    measured; GPU and TPU follow from compiled figures and rooflines, no kernel has run there yet.
     """
     Y, X = q_BYXHK.shape[1:3]
     platform = current_platform()
