@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.task = "transformer"
     c.seed = 0
-    c.num_steps = 1200
+    c.num_steps = 1400
     c.batch_size = 32
     c.log_every_steps = 20
     c.eval_every_steps = 200

@@ -7,7 +7,7 @@ Score:    30 dB on the held-out fifth, every code used.
 
 import ml_collections
 
-NUM_STEPS = 400
+NUM_STEPS = 450
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.task = "tokenizer"
     c.seed = 0
     c.num_steps = NUM_STEPS
-    c.batch_size = 32
+    c.batch_size = 48
     c.log_every_steps = 10
     c.eval_every_steps = 100
     c.picture_every_steps = 0
@@ -54,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
         l2_weight=1.0,
     )
     c.optimizer = dict(
-        base_learning_rate=3e-3 * 256 / 32,
+        base_learning_rate=3e-3 * 256 / 48,
         schedule="cos",
         warmup_steps=20,
         final_factor=0.01,
