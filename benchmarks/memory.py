@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 from mvar_jax.errors import InputError
 from mvar_jax.model import decode_features
-from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.tokenizer import Tokenizer, quantizer_params
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.cost import attention_macs, forward_macs, kv_cache_bytes
 from mvar_jax.plan.topologies import MIB, compile_for
@@ -86,12 +86,6 @@ def params_of(module, dtype=None):
     return shapes_like(lambda: module.init(jax.random.key(0), image)["params"], dtype)
 
 
-def quantizer_of(tokenizer):
-    """The part of a tokenizer that ids need: neither encoder nor decoder."""
-    is_part = lambda name: name == "codebook" or name.startswith("phi_convs")
-    return {name: leaf for name, leaf in params_of(tokenizer).items() if is_part(name)}
-
-
 def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -106,7 +100,7 @@ def compile_sampler(target: str, modules, batch: int, dtype):
     run = lambda params, quantizer, labels, keys: sample(
         transformer, tokenizer, params, quantizer, labels, keys, OPTIONS
     )
-    shapes = (params_of(transformer, dtype), quantizer_of(tokenizer), array(batch), keys_like(batch))
+    shapes = (params_of(transformer, dtype), quantizer_params(params_of(tokenizer)), array(batch), keys_like(batch))
     return compile_for(target, run, *shapes)
 
 
@@ -132,7 +126,7 @@ def compile_step(target: str, modules, batch: int, phase, remat: str):
 
     rows = {"ids": array(batch, transformer.pyramid.num_tokens), "label": array(batch), "index": array(batch)}
     rate = array(dtype=jnp.float32)
-    return compile_for(target, step, state, rows, quantizer_of(tokenizer), rate, rate, donate=(0,))
+    return compile_for(target, step, state, rows, quantizer_params(params_of(tokenizer)), rate, rate, donate=(0,))
 
 
 def make_row(what: str, view: str, setting: str, depth: int, batch: int, compiling) -> dict:

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mvar_jax.data.pipeline import DEFAULT_LOADING
 from mvar_jax.data.transforms import PickView
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
@@ -37,7 +38,7 @@ from mvar_jax.training.state import make_state
 from mvar_jax.training.tasks import RunOptions, TransformerTask
 from mvar_jax.training.transformer_step import PhaseOptions, train_step
 
-SIDES = (1, 2, 3, 4, 6, 8)
+SIDES = (1, 2, 3, 5, 8)
 NUM_STEPS = 100
 
 
@@ -59,10 +60,12 @@ def make_task(num_steps: int = NUM_STEPS) -> TransformerTask:
     """The quickstart's transformer, joint schedule."""
     tokenizer = Tokenizer(SIDES, vocab_size=128, code_width=16, ch=16, ch_mult=(1,), num_groups=None, group_size=4)
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), nn.meta.unbox(abstract_params(tokenizer)))
-    model = Transformer(SIDES, 4, (5, 5), 128, 16, 10, depth=4, width=96, num_heads=3, remat="none", scan_unroll=4)
+    model = Transformer(SIDES, 3, (3, 5), 128, 16, 10, depth=4, width=96, num_heads=3, remat="none")
     run = RunOptions(0, num_steps, 32, OptimizerOptions(ema_decay=0.99), make_mesh())
     data = {"train": RandomIds(), "val": RandomIds()}
-    return TransformerTask(run, model, PhaseOptions(schedule="joint"), tokenizer, params, data, PickView())
+    return TransformerTask(
+        run, model, PhaseOptions(schedule="joint"), tokenizer, params, data, PickView(), DEFAULT_LOADING
+    )
 
 
 class Quiet(TransformerTask):

@@ -149,6 +149,11 @@ def middle(x, norm, dtype):
     return ResidualBlock(x.shape[-1], norm, dtype, name="middle_block2")(x)
 
 
+def quantizer_params(params: dict) -> dict:
+    """The part of a tokenizer's weights that token ids need: neither encoder nor decoder."""
+    return {name: leaf for name, leaf in params.items() if name == "codebook" or name.startswith("phi_convs")}
+
+
 class Tokenizer(nn.Module):
     """Images <-> pyramids of token ids.
 

@@ -16,7 +16,7 @@ from mvar_jax.data.sources import Source
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation.pictures import side_by_side, tile_grid, to_uint8
 from mvar_jax.model import Model
-from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.tokenizer import Tokenizer, quantizer_params
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.cost import phase_macs
 from mvar_jax.ops.statistics import perplexity
@@ -267,11 +267,7 @@ class TransformerTask(_Task):
         self.transformer, self.options = transformer, options
         self.tokenizer = tokenizer
         self.tokenizer_params = jax.tree.map(np.asarray, tokenizer_params)
-        quantizer = {
-            name: leaf
-            for name, leaf in self.tokenizer_params.items()
-            if name == "codebook" or name.startswith("phi_convs")
-        }
+        quantizer = quantizer_params(self.tokenizer_params)
         teacher_forcing = lambda ids_BL: tokenizer.apply(
             {"params": jax.tree.map(jnp.asarray, quantizer)}, ids_BL, method="teacher_forcing"
         )
