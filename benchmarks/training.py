@@ -130,36 +130,36 @@ def measure_loop_and_saving(repeats: int = 3) -> None:
 def measure_resume() -> None:
     """Seconds from the start of the command to the line of its first step."""
     with tempfile.TemporaryDirectory() as folder:
-        first_s = {}
-        for name, steps in (("cold", 4), ("resumed", 8)):
-            for cache in ("empty", "filled"):
-                workdir = f"{folder}/{cache}"
-                path = Path(workdir) / "metrics.jsonl"
-                programs = f"{folder}/programs_{name if cache == 'empty' else 'filled'}_{cache}"
-                first_s[name, cache] = time_first_step(workdir, path, steps, programs)
-        for (name, cache), seconds in first_s.items():
-            print(f"{name}, {cache} program cache: first step after {seconds:.1f} s")
-        print(f"resumed over cold, empty cache: {first_s['resumed', 'empty'] / first_s['cold', 'empty']:.2f}")
-        print(f"resumed over cold, programs kept: {first_s['resumed', 'filled'] / first_s['cold', 'filled']:.2f}")
+        for cache in ("empty", "filled"):
+            programs = [f"{folder}/programs"] * 2 if cache == "filled" else [f"{folder}/one", f"{folder}/two"]
+            if cache == "filled":
+                time_first_step(f"{folder}/filling", programs[0])
+            cold_s, resumed_s = (time_first_step(f"{folder}/{cache}", path) for path in programs)
+            print(f"{cache} program cache, first step: cold after {cold_s:.1f} s, resumed after {resumed_s:.1f} s")
+            print(f"resumed over cold, {cache} program cache: {resumed_s / cold_s:.2f}", flush=True)
 
 
-def time_first_step(workdir: str, metrics: Path, num_steps: int, programs: str) -> float:
-    command = [sys.executable, str(ROOT / "tests/training/plain_train.py"), "train", "--workdir", workdir]
-    command += ["--config", "configs/debug.py", f"--config.num_steps={num_steps}", "--config.eval_every_steps=0"]
-    # the learning rate's schedule would make another num_steps another run
-    command += ["--config.optimizer.warmup_steps=0", "--compilation_cache", programs]
-    seen = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+def time_first_step(workdir: str, programs: str) -> float:
+    """Starts a run, or goes on with it, and stops it as a preemption does when it has logged a few steps."""
+    command = [sys.executable, "-m", "mvar_jax", "train", "--workdir", workdir, "--config", "configs/debug.py"]
+    command += ["--config.num_steps=100000", "--config.eval_every_steps=0", "--config.save_every_steps=0"]
+    command += ["--compilation_cache", programs]
+    num_before = count_steps(workdir)
     before_s = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        if sum('"kind": "train"' in line for line in lines) > (seen and 4):
-            break
+    while process.poll() is None and count_steps(workdir) <= num_before:
         time.sleep(0.02)
     seconds = time.perf_counter() - before_s
+    time.sleep(1)
+    process.terminate()
     if process.wait():
         raise RuntimeError(f"training failed: {' '.join(command)}")
     return seconds
+
+
+def count_steps(workdir: str) -> int:
+    metrics = Path(workdir) / "metrics.jsonl"
+    return metrics.read_text().count('"kind": "train"') if metrics.exists() else 0
 
 
 def time_compilation(model: Transformer) -> float:

@@ -165,7 +165,7 @@ class _Loop:
             # before anything that could fail and before the next batch is pulled, so that a resumed run
             # pulls that batch itself; an evaluation belongs to the part that a resumed run repeats.
             is_last = step == settings.num_steps
-            interrupted = stop.agreed_number(step, settings.log_every_steps)
+            interrupted = stop.agreed_number(step)
             if is_last or interrupted or (step > start and _is_due(step, settings.save_every_steps)):
                 self._save(state, step)
             if interrupted:

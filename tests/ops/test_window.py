@@ -160,6 +160,7 @@ def like(side, dtype="bfloat16", head_width=64):
 
 
 def test_auto_is_chosen_for_the_platform_that_a_program_is_compiled_for():
+    assert choose_backend(like(13), 7) == "dense"
     assert choose_backend(like(16), 7) == "band"
     assert choose_backend(like(64), 7) == "tiled"
     assert choose_backend(like(64), 65) == "dense"

@@ -1,4 +1,4 @@
-"""A toy task, and a process that trains it: python toy_run.py WORKDIR NUM_STEPS STEP_S."""
+"""A toy task, and a process that trains it: python toy_run.py WORKDIR NUM_STEPS STEP_S [HOST:PORT,NUM,INDEX]."""
 
 import sys
 import time
@@ -12,6 +12,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mvar_jax.cli.machine import start_distributed
 from mvar_jax.training import logging
 from mvar_jax.training.loop import LoopSettings, run
 
@@ -52,7 +53,7 @@ class ToyTask:
     examples_per_step = 4
 
     def __init__(self, step_s=0.0, bad_steps=(), num_batches=10**6, on_step=None):
-        mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+        mesh = jax.make_mesh((jax.process_count(),), ("data",), axis_types=(AxisType.Auto,))
         self._sharding = NamedSharding(mesh, P())
         self._update = jax.jit(update, donate_argnums=0)
         self._step_s, self._bad_steps, self._num_batches = step_s, bad_steps, num_batches
@@ -98,6 +99,7 @@ def make_settings(num_steps, **changes):
 
 if __name__ == "__main__":
     logging._open_summary_writer = lambda folder: NoWriter()
+    start_distributed(*sys.argv[4:] or ["off"])
     task = ToyTask(float(sys.argv[3]), on_step=lambda step: print("step", step, flush=True))
     result = run(task, sys.argv[1], make_settings(int(sys.argv[2])), {"lr": 0.01})
     print("result", result.step, result.interrupted, flush=True)

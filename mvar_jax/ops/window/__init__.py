@@ -51,10 +51,11 @@ def why_not(backend: str, q_BYXHK: jax.Array) -> str | None:
 def choose_backend(q_BYXHK: jax.Array, kernel_size: int) -> str:
     """`auto`, from the measurements in benchmarks/RESULTS.md.
 
-    A window that covers the map is plain attention everywhere. CPU: one masked product on small maps, bands on
-    larger and tiles on large ones. GPU: the kernel on every map, and where that cannot run as on CPU. TPU: dense
-    up to 32 x 32, whose masked product the matrix unit does faster than anything finer, splash beyond. CPU is
-    measured; GPU and TPU follow from compiled figures and rooflines, no kernel has run there yet.
+    A window that covers the map is plain attention everywhere. CPU: one masked product on small maps and where
+    bands would not spare a third of it, else bands, and tiles on large maps. GPU: the kernel on every map, and
+    where that cannot run as on CPU. TPU: dense up to 32 x 32, whose masked product the matrix unit does faster
+    than anything finer, splash beyond. CPU is measured; GPU and TPU follow from compiled figures and rooflines,
+    no kernel has run there yet.
     """
     Y, X = q_BYXHK.shape[1:3]
     platform = current_platform()
@@ -64,7 +65,9 @@ def choose_backend(q_BYXHK: jax.Array, kernel_size: int) -> str:
         return "dense" if Y * X <= 1024 or why_not("pallas_tpu", q_BYXHK) else "pallas_tpu"
     if platform == "gpu" and not why_not("pallas_gpu", q_BYXHK):
         return "pallas_gpu"
-    return "dense" if Y * X <= 100 else "band" if Y * X <= 576 else "tiled"
+    if Y * X > 576:
+        return "tiled"
+    return "dense" if Y * X <= 100 or tiled.BAND_ROWS + kernel_size - 1 > Y * 2 / 3 else "band"
 
 
 @functools.cache
