@@ -1,6 +1,8 @@
 """Fixtures that several files share. What is slow to compile is computed once for the whole session."""
 
 import functools
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +24,21 @@ from mvar_jax.sampling.sampler import SampleOptions, guided_logits, sample_pyram
 from mvar_jax.training.transformer_step import phase_loss, previous_of
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """One folder for all test processes of this run."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session", autouse=True)
-def own_program_cache(tmp_path_factory):
-    """`train` keeps compiled programs; those of the tests go where no later run finds them."""
+def own_program_cache(shared_folder):
+    """Compiled programs go where all test processes and their children find them, and no later run."""
+    settings = {"compilation_cache_dir": str(shared_folder / "programs"), "persistent_cache_min_compile_time_secs": 0.5}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        for name, value in settings.items():
+            patch.setenv(f"JAX_{name.upper()}", str(value))
+            jax.config.update(f"jax_{name}", value)
         yield
 
 

@@ -1,7 +1,6 @@
 """A whole tiny run on the digits, made once through the commands themselves."""
 
 import fcntl
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,16 +33,14 @@ SMALL_TRANSFORMER = [
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory):
+def run(shared_folder):
     """Directories of a finished run: tokenizer, tokens, transformer; and the arguments that made them.
 
     Test processes share it: the first one makes it, the others wait.
     """
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with (base / "run.lock").open("w") as lock:
+    with (shared_folder / "run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return make_run(base / "run")
+        return make_run(shared_folder / "run")
 
 
 def make_run(root: Path):
