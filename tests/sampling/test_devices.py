@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 import small_case
+from mvar_jax.sampling import sampler
 from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample
 from mvar_jax.sharding import make_mesh, replicated, shardings_of, spec_of, use_mesh
 from mvar_jax.store import abstract_params
 
 labels, index, meshes = json.loads(sys.argv[1])
 assert jax.device_count() == 4
+sampler.DECODE_CHUNK, sampler.DRAW_ELEMENTS = 1, 3 * 16 * 16  # so that every device takes turns
 MODEL, TOKENIZER = (x.clone(sides=(1, 2, 4)) for x in (small_case.MODEL, small_case.TOKENIZER))
 params, tokenizer_params = small_case.seeded_params(MODEL), small_case.seeded_params(TOKENIZER, std=1.0)
 options = SampleOptions(cfg=1.5, top_k=12, top_p=0.95)
@@ -34,7 +36,7 @@ def draw(axes):
     by_batch = NamedSharding(mesh, spec_of(("batch",)))
     placed = jax.device_put(params, shardings_of(abstract_params(MODEL), mesh))
     with use_mesh(mesh):
-        ids, _ = sample(
+        ids, images = sample(
             MODEL,
             TOKENIZER,
             placed,
@@ -42,8 +44,10 @@ def draw(axes):
             jax.device_put(jnp.asarray(labels), by_batch),
             jax.device_put(keys_of_samples(0, index), by_batch),
             options,
+            ("ids", "images"),
         )
     return {
+        "images": np.asarray(images).tolist(),
         "ids": np.asarray(ids).tolist(),
         "num_shards": len({str(shard.index) for shard in ids.addressable_shards}),
         "are_weights_whole": placed["blocks"]["attention"]["qkv"].sharding.is_fully_replicated,
@@ -77,6 +81,13 @@ def test_the_devices_share_the_work(draws):
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
 def test_ids_do_not_depend_on_the_devices(name, draws):
     np.testing.assert_array_equal(draws[name]["ids"], draws["one"]["ids"])
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
+def test_pictures_do_not_depend_on_the_devices(name, draws):
+    one = np.asarray(draws["one"]["images"])
+    assert one.shape == (8, 8, 8, 3) and one.std() > 0.1
+    np.testing.assert_allclose(draws[name]["images"], one, atol=1e-5)
 
 
 def test_samples_of_different_label_or_index_differ(draws):
