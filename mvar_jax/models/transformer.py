@@ -190,7 +190,7 @@ def modulate(model: Transformer, params, labels_B: jax.Array) -> Modulation:
     """What `labels_B` int32 [B] decide, computed once for all the scales of a draw."""
 
     def vectors(num: int, weights, cond_BD):
-        return Adaptive(num, 0.0, (1.0,) * num).apply({"params": weights}, cond_BD)
+        return Adaptive(num, 1.0, (1.0,) * num).apply({"params": weights}, cond_BD)
 
     cond_BD, blocks = params["class_embed"][labels_B], params["blocks"]
     if model.shared_aln:

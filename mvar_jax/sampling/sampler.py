@@ -27,14 +27,6 @@ DECODE_CHUNK = 4  # images decoded at a time: the decoder's last stage would dom
 # logits filtered at a time: the filters' own arrays would otherwise be the largest of all
 DRAW_ELEMENTS = 2**24
 
-OUTPUTS = {
-    "ids": "token ids int32 [B, L]",
-    "f_hat": "latent maps float32 [B, y, x, c]",
-    "images": "float32 [B, Y, X, 3] in [-1, 1]",
-    "pixels": "uint8 [B, Y, X, 3], rounded to nearest",
-    "floor_pixels": "uint8 [B, Y, X, 3], rounded down as the published program does",
-}
-
 # (scale, previous_BNc, carry) -> (guided logits [B, N, V], carry)
 LogitsFn = Callable[[int, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -146,8 +138,11 @@ def sample(
     options: SampleOptions,
     outputs: tuple[str, ...] = ("ids", "f_hat"),
 ) -> tuple[jax.Array, ...]:
-    """Class labels int32 [B] to any of the `OUTPUTS`, in the order asked for: one program for a batch size, options
-    and outputs. Weights may be sharded over a mesh, and the batch over its batch axes; nothing is worth donating.
+    """Class labels int32 [B] to `outputs`, in the order asked for; one program for a batch size, options and outputs.
+
+    outputs, any of: ids int32 [B, L]; f_hat float32 [B, y, x, c]; images float32 [B, Y, X, 3] in [-1, 1]; pixels and
+    floor_pixels uint8 [B, Y, X, 3], rounded to nearest and down. Weights may be sharded over a mesh, and the batch
+    over its batch axes; nothing is worth donating.
     """
     logits_fn = guided_logits(model, params, labels_B, options.cfg)
     ids_BL, f_hat, _ = sample_pyramid(logits_fn, tokenizer, tokenizer_params, keys_B, options)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -147,8 +148,9 @@ def test_the_best_checkpoint_can_be_asked_for(run, tmp_path):
         assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), ours, expected)))
 
 
-def test_bfloat16_draws_too(run, tmp_path):
-    arguments = ["--labels", "1", "--num", "2", "--dtype", "bfloat16", "--weight_shards", "1"]
-    assert main(["sample", "--checkpoint", run.transformer, *arguments, "--out", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "samples.json").read_text())["dtype"] == "bfloat16"
-    assert np.load(tmp_path / "samples.npz")["arr_0"].std() > 0
+def test_weights_are_kept_in_the_type_asked_for(run):
+    model = mvar_jax.load(run.transformer)
+    placed = place_model(model, make_mesh(devices=jax.local_devices()), "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(placed.params)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(placed.tokenizer_params)} == {jnp.dtype("float32")}
+    assert placed.transformer.dtype == placed.tokenizer.dtype == jnp.bfloat16

@@ -199,6 +199,15 @@ def test_what_classes_decide_may_be_computed_before(is_shared):
     assert np.abs(plain[0] - plain[2]).max() > 0.1
 
 
+def test_bfloat16_weights_draw_too():
+    kind, keys_B = jnp.bfloat16, keys_of_samples(0, np.arange(3))
+    modules = MODEL.clone(dtype=kind), SMALL_TOKENIZER.clone(dtype=kind)
+    weights = jax.tree.map(lambda x: x.astype(kind), PARAMS), TOKENIZER_PARAMS
+    ids, images = draw_quickly(*modules, *weights, jnp.arange(3), keys_B, OPTIONS, ("ids", "images"))
+    assert images.dtype == jnp.float32 and np.isfinite(images).all()
+    assert np.mean(np.asarray(ids) == draw_small(np.arange(3), np.arange(3))) > 0.5
+
+
 def test_the_outputs_of_one_program_agree():
     keys_B = keys_of_samples(0, np.arange(5))
     arguments = (MODEL, SMALL_TOKENIZER, PARAMS, TOKENIZER_PARAMS, jnp.arange(5) % 3, keys_B, OPTIONS)
