@@ -12,7 +12,7 @@ MESHES = {"one": {"data": 1}, "data": {"data": 4}, "fsdp and tensor": {"data": 1
 
 # Runs in a process of its own: the number of CPU devices is fixed when jax starts.
 PROGRAM = """
-import json, math, sys
+import json, math, re, sys
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,17 +36,16 @@ def draw(axes):
     by_batch = NamedSharding(mesh, spec_of(("batch",)))
     placed = jax.device_put(params, shardings_of(abstract_params(MODEL), mesh))
     with use_mesh(mesh):
-        ids, images = sample(
-            MODEL,
-            TOKENIZER,
+        arrays = (
             placed,
             jax.device_put(tokenizer_params, replicated(mesh)),
             jax.device_put(jnp.asarray(labels), by_batch),
             jax.device_put(keys_of_samples(0, index), by_batch),
-            options,
-            ("ids", "images"),
         )
+        program = sample.lower(MODEL, TOKENIZER, *arrays, options, ("ids", "images")).compile()
+        ids, images = program(*arrays)
     return {
+        "collectives": re.findall(r"= \S+ (all-\w+|collective-permute|reduce-scatter)", program.as_text()),
         "images": np.asarray(images).tolist(),
         "ids": np.asarray(ids).tolist(),
         "num_shards": len({str(shard.index) for shard in ids.addressable_shards}),
@@ -76,6 +75,11 @@ def draws() -> dict:
 def test_the_devices_share_the_work(draws):
     assert [draws[name]["num_shards"] for name in MESHES] == [1, 4, 2]
     assert [draws[name]["are_weights_whole"] for name in MESHES] == [True, True, False]
+
+
+def test_devices_that_share_a_batch_need_not_speak(draws):
+    assert draws["data"]["collectives"] == []
+    assert "all-reduce" in draws["fsdp and tensor"]["collectives"]
 
 
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
