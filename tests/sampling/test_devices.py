@@ -25,7 +25,7 @@ from mvar_jax.store import abstract_params
 
 labels, index, meshes = json.loads(sys.argv[1])
 assert jax.device_count() == 4
-sampler.DECODE_CHUNK, sampler.DRAW_ELEMENTS = 1, 3 * 16 * 16  # so that every device takes turns
+sampler.DRAW_ELEMENTS = 3 * 16 * 16  # so that every device takes turns, as in decoding
 MODEL, TOKENIZER = (x.clone(sides=(1, 2, 4)) for x in (small_case.MODEL, small_case.TOKENIZER))
 params, tokenizer_params = small_case.seeded_params(MODEL), small_case.seeded_params(TOKENIZER, std=1.0)
 options = SampleOptions(cfg=1.5, top_k=12, top_p=0.95)
