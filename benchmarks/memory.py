@@ -94,14 +94,15 @@ def keys_like(num: int) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num))
 
 
-def compile_sampler(target: str, modules, batch: int, dtype):
-    """Labels in, ids and latent maps out: all ten scales, guidance, filters, draws."""
+def compile_sampler(target: str, modules, batch: int, dtype, outputs=("ids", "f_hat")):
+    """Labels in, `outputs` out: all scales, guidance, filters, draws, decoding where the outputs need it."""
     tokenizer, transformer = modules
-    run = lambda params, quantizer, labels, keys: sample(
-        transformer, tokenizer, params, quantizer, labels, keys, OPTIONS
+    run = lambda params, tokenizer_params, labels, keys: sample(
+        transformer, tokenizer, params, tokenizer_params, labels, keys, OPTIONS, outputs
     )
-    shapes = (params_of(transformer, dtype), quantizer_params(params_of(tokenizer)), array(batch), keys_like(batch))
-    return compile_for(target, run, *shapes)
+    weights = params_of(tokenizer)
+    weights = weights if set(outputs) - {"ids", "f_hat"} else quantizer_params(weights)
+    return compile_for(target, run, params_of(transformer, dtype), weights, array(batch), keys_like(batch))
 
 
 def compile_decoder(target: str, modules, batch: int, dtype):

@@ -18,6 +18,8 @@ from benchmarks.comparison import Table, channels_first, load_published_files, t
 from mvar_jax.convert.reader import TorchFile
 from mvar_jax.convert.sizes import MASK, find_state_dict
 from mvar_jax.errors import InputError
+from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.resize import resize_area
 from mvar_jax.ops.window.geometry import window_mask
 from mvar_jax.sampling.sampler import SampleOptions
@@ -72,10 +74,9 @@ def read_state(torch, kind: str, path: Path) -> dict:
     return content[wrapper] if wrapper in content else content["trainer"][wrapper]
 
 
-def build_published(folder: Path, paths: dict[str, Path], model):
-    """(torch, tokenizer, transformer, notes): the published modules in the sizes of ours, with their weights."""
+def make_published(folder: Path, tokenizer: Tokenizer, ours: Transformer):
+    """(torch, tokenizer, transformer, notes): the published modules in the sizes of ours, as they initialise."""
     torch, VQVAE, MVAR, notes = import_published(folder)
-    ours, tokenizer = model.transformer, model.tokenizer
     with contextlib.redirect_stdout(sys.stderr):
         vae = VQVAE(
             vocab_size=tokenizer.vocab_size,
@@ -97,13 +98,19 @@ def build_published(folder: Path, paths: dict[str, Path], model):
             kernel_size=ours.kernel_size,
             refine_step=ours.refine_step,
         )
+    return torch, vae.eval(), mvar.eval(), notes
+
+
+def build_published(folder: Path, paths: dict[str, Path], model):
+    """The same with their weights."""
+    torch, vae, mvar, notes = make_published(folder, model.tokenizer, model.transformer)
     vae.load_state_dict(read_state(torch, "tokenizer", paths["tokenizer"]))
     state = dict(read_state(torch, "transformer", paths["transformer"]))
     if MASK in state and not torch.equal(state[MASK], mvar.attn_bias_for_masking):
         notes.append("the file's attention mask is not MVAR's (fine-tuned from VAR?): MVAR's own is used")
     state[MASK] = mvar.attn_bias_for_masking
     mvar.load_state_dict(state)
-    return torch, vae.eval(), mvar.eval(), notes
+    return torch, vae, mvar, notes
 
 
 def run_published(torch, vae, mvar, images_BYX3, labels_B, phases, cfg: float) -> dict:

@@ -11,11 +11,9 @@ from mvar_jax.errors import InputError
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
-from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample
+from mvar_jax.sampling.sampler import SampleOptions, decode_in_turns, keys_of_samples, sample
 from mvar_jax.store import load_model
 from mvar_jax.training.transformer_step import previous_of
-
-DECODE_CHUNK = 4  # images decoded at a time: the decoder's last stage would dominate memory otherwise
 
 
 @functools.partial(jax.jit, static_argnames=("tokenizer", "method"))
@@ -26,9 +24,8 @@ def apply_tokenizer(tokenizer: Tokenizer, params, x: jax.Array, method: str) -> 
 
 @functools.partial(jax.jit, static_argnames=("tokenizer",))
 def decode_features(tokenizer: Tokenizer, params, f_hat_BYXc: jax.Array) -> jax.Array:
-    """float32 images in [-1, 1], decoded in chunks."""
-    decode = lambda f_hat: tokenizer.apply({"params": params}, f_hat[None], method="decode")[0]
-    return jax.lax.map(decode, f_hat_BYXc, batch_size=min(DECODE_CHUNK, f_hat_BYXc.shape[0]))
+    """float32 images in [-1, 1], some at a time."""
+    return decode_in_turns(tokenizer, params, f_hat_BYXc)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "tokenizer"))
@@ -136,9 +133,12 @@ def check_labels(labels_B, num_classes: int) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def load(path: str | Path) -> Model:
-    """A `Model` from a model directory or a training workdir. Raises InputError where it is neither."""
-    modules, params = load_model(Path(path))
+def load(path: str | Path, which: str = "last") -> Model:
+    """A `Model` from a model directory or a training workdir, of which it takes the "last" or the "best" checkpoint.
+
+    Raises InputError where it is neither.
+    """
+    modules, params = load_model(Path(path), which)
     if "tokenizer" not in modules:
         raise InputError("checkpoint", str(path), "a directory that holds a tokenizer")
     return Model(modules, params)

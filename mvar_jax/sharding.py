@@ -7,6 +7,7 @@ import math
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -144,6 +145,38 @@ def check_sizes(sizes: dict[str, tuple[str, int]], mesh: Mesh) -> None:
                 ways,
                 f"a divisor of {name}={size} ({fits}), or a {name} such as {size - size % ways or ways}",
             )
+
+
+def map_rows(fn, rows, num_together: int):
+    """fn over the rows of a tree of arrays [B, ...], `num_together` or fewer at a time on each device.
+
+    The devices that share a batch each go through their own rows. Rows are repeated to fill the last turn.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    B = jax.tree.leaves(rows)[0].shape[0]
+    ways = 1 if mesh.empty else ways_of("batch", mesh)
+    ways = ways if B % ways == 0 else 1
+    num_own = B // ways
+    if num_together >= num_own:
+        return fn(rows)
+    num_turns = -(-num_own // num_together)
+    each = -(-num_own // num_turns)
+
+    def split(x):
+        x = x.reshape(ways, num_own, *x.shape[1:])
+        x = jnp.concatenate([x, *[x[:, -1:]] * (num_turns * each - num_own)], axis=1)
+        x = x.reshape(ways, num_turns, each, *x.shape[2:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 2)) if ways > 1 else x
+
+    def take_turn(part):
+        part = jax.tree.map(lambda x: x.reshape(ways * each, *x.shape[2:]), part)
+        return jax.tree.map(lambda x: x.reshape(ways, each, *x.shape[1:]), fn(part))
+
+    def join(x):
+        x = x.swapaxes(0, 1).reshape(ways, num_turns * each, *x.shape[3:])
+        return x[:, :num_own].reshape(B, *x.shape[2:])
+
+    return jax.tree.map(join, jax.lax.map(take_turn, jax.tree.map(split, rows)))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

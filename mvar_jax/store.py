@@ -14,11 +14,13 @@ import numpy as np
 from mvar_jax.errors import InputError
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
+from mvar_jax.training.best import best_step
 from mvar_jax.training.checkpoint import load_tree, restore_weights, save_tree
 
 MODEL_FILE = "model.json"
 FORMAT = 1
 MODULES = {"tokenizer": Tokenizer, "transformer": Transformer}
+WHICH = ("last", "best")
 LINEN_FIELDS = ("name", "parent")
 
 
@@ -66,10 +68,11 @@ def save_model(directory: Path, modules: dict[str, nn.Module], params: dict[str,
     write_model_file(directory, modules)
 
 
-def load_model(directory: Path) -> tuple[dict[str, nn.Module], dict[str, dict]]:
+def load_model(directory: Path, which: str = "last") -> tuple[dict[str, nn.Module], dict[str, dict]]:
     """(modules, parameters) of a model directory or a training workdir, by "tokenizer" and "transformer".
 
-    A workdir gives its newest checkpoint, the moving average where it is kept. Raises InputError where the
+    which: of a workdir's checkpoints, "last" (the newest) or "best" (by the metric of `keep_best`); the moving
+    average where it is kept. Raises InputError where the
     directory is not a model, a file is unreadable, or weights do not fit the modules.
     """
     path = directory / MODEL_FILE
@@ -83,12 +86,24 @@ def load_model(directory: Path) -> tuple[dict[str, nn.Module], dict[str, dict]]:
     if version != FORMAT:
         raise InputError("checkpoint", str(directory), f"{MODEL_FILE} of format {FORMAT}, found {version!r}")
     modules = {kind: module_from_dict(kind, content[kind]) for kind in MODULES if kind in content}
-    params = {}
+    step, params = pick_step(directory, which), {}
     for kind, module in modules.items():
-        tree = restore_weights(directory) if content.get("trains") == kind else load_tree(directory / kind)
+        tree = restore_weights(directory, step) if content.get("trains") == kind else load_tree(directory / kind)
         check_shapes(directory, kind, module, tree)
         params[kind] = tree
     return modules, params
+
+
+def pick_step(directory: Path, which: str) -> int | None:
+    """The checkpoint to take, None for the newest. Raises InputError for "best" where no run kept one."""
+    if which not in WHICH:
+        raise InputError("which", which, f"one of {', '.join(WHICH)}")
+    if which == "last":
+        return None
+    step = best_step(directory)
+    if step is None:
+        raise InputError("which", which, f"last: {directory} is no workdir of a run with keep_best")
+    return step
 
 
 def abstract_params(module: nn.Module):

@@ -54,6 +54,20 @@ def test_constrain_is_the_identity_without_a_mesh():
     assert sharding.constrain(x, "batch", "hidden") is x
 
 
+@pytest.mark.parametrize("num_together", [1, 2, 3, 4, 7, 9])
+def test_rows_in_turns_give_what_they_give_together(num_together):
+    seen = []
+
+    def double(rows):
+        seen.append(len(rows["a"]))
+        return rows["a"] * 2, rows["b"][:, 0] + rows["a"]
+
+    rows = {"a": jnp.arange(7), "b": jnp.arange(14).reshape(7, 2)}
+    doubled, added = sharding.map_rows(double, rows, num_together)
+    assert doubled.tolist() == [0, 2, 4, 6, 8, 10, 12] and added.tolist() == [0, 3, 6, 9, 12, 15, 18]
+    assert max(seen) <= num_together
+
+
 @pytest.mark.parametrize(
     "sizes", [{"data": 2}, {"data": 3, "fsdp": 2, "tensor": 2}, {"fsdp": 3}, {"fsdp": -1}, {"data": 0}, {"fsdp": 0}]
 )

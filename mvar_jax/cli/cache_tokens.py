@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
-from mvar_jax.cli.machine import add_machine_arguments, set_up_machine
+from mvar_jax.cli.machine import add_machine_arguments, set_up_machine, wait_for_all
 from mvar_jax.errors import InputError
 
 SUMMARY = "encode images into a token cache"
@@ -64,7 +64,7 @@ def run(args) -> int:
         loading=data.loading(),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        wait=lambda: _wait_for_all(jax.process_count()),
+        wait=lambda: wait_for_all("cache_tokens"),
     )
     splits = read_meta(args.out)["splits"] if jax.process_index() == 0 else {}
     for split, entry in splits.items():
@@ -73,10 +73,3 @@ def run(args) -> int:
         print(f"{split}: {entry['num_records']} images, {entry['num_views']} views, {per_image:.0f} bytes each{bad}")
     print(f"{args.out}: {'written' if is_new else 'already complete'}")
     return 0
-
-
-def _wait_for_all(process_count: int) -> None:
-    if process_count > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("cache_tokens")

@@ -50,6 +50,16 @@ def start_distributed(option: str) -> None:
         raise InputError("distributed", option, f"a run whose processes can meet ({reason})") from None
 
 
+def wait_for_all(name: str) -> None:
+    """Returns when every process of the run has come here."""
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
 def parse_distributed(option: str, environment) -> dict:
     """Arguments of `jax.distributed.initialize`; {} leaves them to JAX's own detection of the cluster."""
     if option == AUTO:

@@ -11,7 +11,8 @@ import numpy as np
 from mvar_jax.data.sources import open_source
 from mvar_jax.data.transforms import DigitTransform
 from mvar_jax.errors import InputError
-from mvar_jax.evaluation.draw import reconstruct, save_npz
+from mvar_jax.evaluation.draw import reconstruct
+from mvar_jax.evaluation.npz import save_npz
 from mvar_jax.evaluation.pictures import Curves, plot_curves, save_png, side_by_side, tile_grid, to_uint8
 from mvar_jax.evaluation.report import measure, write_report
 from mvar_jax.model import load

@@ -10,15 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from mvar_jax.errors import InputError
+from mvar_jax.ops.pixels import to_levels
 
 
 def to_uint8(images_BYX3, truncate: bool = False) -> np.ndarray:
-    """Images in [-1, 1] (clipped to it) as uint8, rounded to nearest.
-
-    `truncate` rounds down, as the published programs do: for scores that are compared with theirs.
-    """
-    levels = (np.clip(np.asarray(images_BYX3, np.float32), -1, 1) + 1) * 127.5
-    return (levels if truncate else np.rint(levels)).astype(np.uint8)
+    """Images in [-1, 1] as uint8 on the host; see `to_levels`."""
+    return to_levels(np.asarray(images_BYX3, np.float32), truncate)
 
 
 def tile_grid(images_BYX3, columns: int, pad: int = 2, zoom: int = 1) -> np.ndarray:
@@ -53,7 +50,7 @@ def side_by_side(originals_BYX3, reconstructions_BYX3, columns: int, pad: int = 
 
 
 @contextlib.contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name beside `path`: takes its place when the block ends well, is removed otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +66,7 @@ def save_png(path: str | os.PathLike, image_YX3: np.ndarray) -> None:
     """Writes a uint8 RGB picture; folders are made, and a reader never sees half a file."""
     from PIL import Image
 
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         Image.fromarray(image_YX3).save(temporary, format="PNG")
 
 
@@ -115,5 +112,5 @@ def plot_curves(path: str | os.PathLike, series: Curves) -> None:
     usage.set_ylim(0, 102)
     usage.set_ylabel("codebook usage, %", color="tab:orange")
 
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)

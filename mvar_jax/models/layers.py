@@ -135,7 +135,16 @@ class Adaptive(nn.Module):
         init = normal(self.init_std, np.asarray(self.factors, np.float32)[:, None])
         kernel = self.param("kernel", named_axes(init, "width", "adaptive", None), (D, n, D))
         bias = self.param("bias", named_axes(nn.initializers.zeros, "adaptive", None), (n, D))
-        return jnp.einsum("bd,dne->bne", nn.silu(cond_BD), kernel) + bias
+        return jnp.einsum("bd,dne->bne", nn.silu(cond_BD), kernel, preferred_element_type=jnp.float32) + bias
+
+
+def alternate(parts: tuple[jax.Array, ...]) -> jax.Array:
+    """The rows of one part, or of two in turns, of which the second may have one row for all."""
+    if len(parts) == 1:
+        return parts[0]
+    first, second = parts
+    pairs = jnp.stack([first, jnp.broadcast_to(second, first.shape)], axis=1)
+    return pairs.reshape(-1, *first.shape[1:])
 
 
 class Block(nn.Module):
@@ -154,20 +163,12 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, carry, cond, path_2B, layer):
+    def __call__(self, carry, cond, adaptive, path_2B, layer):
         """carry: (x_BND, cache). cond: class rows [B, D], or with shared_aln the shared vectors [B, 6, D];
+        adaptive: None, or this block's vectors [B, 6, D] as computed before, in parts for `alternate`;
         path_2B: drop-path factors; layer: this block's number."""
         x_BND, cache = carry
-        factors = (self.init_gamma,) * 2 + (self.init_adaptive,) * 4
-        if self.shared_aln:
-            D = cond.shape[-1]
-            init = lambda key, shape, dtype=jnp.float32: (
-                jax.random.normal(key, shape, dtype) / np.sqrt(D) * np.asarray(factors, np.float32)[:, None]
-            )
-            offset = self.param("adaptive_offset", named_axes(init, "adaptive", "width"), (6, D))
-            adaptive = cond + offset
-        else:
-            adaptive = Adaptive(6, self.init_std, factors, name="adaptive")(cond)
+        adaptive = self.adaptive_vectors(cond) if adaptive is None else alternate(adaptive)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = (adaptive[:, None, i] for i in range(6))
 
         # else the attention's inner arrays would lie beside the feed-forward's in the backward pass
@@ -186,6 +187,17 @@ class Block(nn.Module):
         y = FeedForward(self.init_std, self.depth, self.dtype, name="ffn")(layer_norm(x_BND) * (1 + scale2) + shift2)
         x_BND = self.add_branch(x_BND, gamma2 * y, path_2B, 1)
         return (x_BND, cache), None
+
+    def adaptive_vectors(self, cond):
+        """[B, 6, D] of class rows, or of the shared vectors."""
+        factors = (self.init_gamma,) * 2 + (self.init_adaptive,) * 4
+        if not self.shared_aln:
+            return Adaptive(6, self.init_std, factors, name="adaptive")(cond)
+        D = cond.shape[-1]
+        init = lambda key, shape, dtype=jnp.float32: (
+            jax.random.normal(key, shape, dtype) / np.sqrt(D) * np.asarray(factors, np.float32)[:, None]
+        )
+        return cond + self.param("adaptive_offset", named_axes(init, "adaptive", "width"), (6, D))
 
     def add_branch(self, x_BND, branch_BND, path_2B, i):
         if path_2B is not None:

@@ -28,6 +28,41 @@ def conv(features: int, size: int, dtype: Any, name: str, stride: int = 1) -> nn
     )
 
 
+class UpConv(nn.Module):
+    """Nearest x2 up-sampling, then a 3x3 convolution, as four 2x2 convolutions of the small map: 4/9 of the work.
+
+    Each neighbour of a large pixel lies in one of two small pixels, so the taps of a row and column add up.
+    """
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BYXC):
+        B, Y, X, C = x_BYXC.shape
+        init = named_axes(CONV_INIT, "space", None, "channels_in", "channels_out")
+        kernel = self.param("kernel", init, (3, 3, C, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        merge = lambda k: (jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]]))
+
+        def convolve(kernel, i, j):
+            """Pixels of the even (0) or odd (1) rows and columns, which look up or down, left or right."""
+            return jax.lax.conv_general_dilated(
+                x_BYXC.astype(self.dtype),
+                kernel.astype(self.dtype),
+                (1, 1),
+                ((1 - i, i), (1 - j, j)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+
+        rows = [
+            jnp.stack([convolve(k.swapaxes(0, 1), i, j) for j, k in enumerate(merge(row.swapaxes(0, 1)))], axis=3)
+            for i, row in enumerate(merge(kernel))
+        ]
+        y = jnp.stack(rows, axis=2).reshape(B, 2 * Y, 2 * X, self.features)
+        return y + bias.astype(self.dtype)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation in float32, eps 1e-6; groups by number or by channels in each.
 
@@ -136,8 +171,7 @@ class Decoder(nn.Module):
                 if level == last:
                     x = AttentionBlock(self.norm, dtype, name=f"level{level}_attention{block}")(x)
             if level:
-                x = x.repeat(2, axis=1).repeat(2, axis=2)
-                x = conv(features, 3, dtype, f"level{level}_up")(x)
+                x = UpConv(features, dtype, name=f"level{level}_up")(x)
         x = nn.silu(GroupNorm(**self.norm, name="norm_out")(x))
         return conv(3, 3, dtype, "conv_out")(x)
 

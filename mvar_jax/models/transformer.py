@@ -1,6 +1,6 @@
 """The scale- and spatial-Markov transformer (MVAR section 3) and, as a view of the same parameters, VAR."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.errors import InputError
-from mvar_jax.models.layers import Adaptive, Block, layer_norm, normal
+from mvar_jax.models.layers import Adaptive, Block, alternate, layer_norm, normal
 from mvar_jax.scales import BLOCK_DIAGONAL, CONDITIONINGS, Phase, Pyramid
 from mvar_jax.sharding import constrain, named_axes
 
@@ -17,6 +17,15 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+class Modulation(NamedTuple):
+    """What the class decides, the same at every scale: class rows [B, D], and the adaptive vectors of all blocks
+    float32 [depth, B, 6, D] and of the head float32 [B, 2, D]."""
+
+    cond: jax.Array
+    blocks: jax.Array
+    head: jax.Array
 
 
 class Transformer(nn.Module):
@@ -76,24 +85,24 @@ class Transformer(nn.Module):
         phase: Phase,
         path_D2B: jax.Array | None = None,
         cache: tuple[jax.Array, jax.Array] | None = None,
+        modulation: tuple[Modulation, ...] | None = None,
     ):
         """Logits of one phase.
 
         previous_BMc: the teacher-forcing input of the phase's tokens, float32; the start tokens of scale 0
         have none, so M = N - n_0 where the phase begins at 0, else N. labels_B: int32, num_classes means "no
         class". path_D2B: drop-path factors [depth, 2, B], None to keep all. cache: VAR's keys and values of
-        the coarser scales, each [depth, B, P, H, K]. Returns (float32 [B, N, V], the phase's keys and values
+        the coarser scales, each [depth, B, P, H, K]. modulation: instead of labels (then None), what `modulate`
+        made of them; of two parts the rows alternate. Returns (float32 [B, N, V], the phase's keys and values
         stacked over layers for VAR, else None).
         """
-        D, std = self.width, float(np.sqrt(1 / (3 * self.width)))
-        class_std = self.class_init_std or std
-        table = self.param(
-            "class_embed", named_axes(normal(class_std), "classes", "width"), (self.num_classes + 1, D)
-        )
-        cond_BD = table[labels_B]
+        std = float(np.sqrt(1 / (3 * self.width)))
+        cond_BD = self.class_rows(labels_B, std) if modulation is None else alternate([m.cond for m in modulation])
         x_BND = self.embed(previous_BMc, cond_BD, phase, std)
-        shared = cond_BD
-        if self.shared_aln:
+        shared, adaptive = cond_BD, None
+        if modulation is not None:
+            adaptive = tuple(part.blocks for part in modulation)
+        elif self.shared_aln:
             shared = Adaptive(6, std, (1.0,) * 6, name="shared_adaptive")(cond_BD)
 
         block = Block
@@ -103,7 +112,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, 0),
+            in_axes=(nn.broadcast, 0, 0, 0),
             length=self.depth,
             unroll=self.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -122,10 +131,13 @@ class Transformer(nn.Module):
             self.remat,
             self.dtype,
             name="blocks",
-        )((x_BND, cache), shared, path_D2B, np.arange(self.depth))
+        )((x_BND, cache), shared, adaptive, path_D2B, np.arange(self.depth))
 
-        adaptive = Adaptive(2, std, (self.init_adaptive,) * 2, name="head_adaptive")(cond_BD)
-        x_BND = layer_norm(x_BND) * (1 + adaptive[:, None, 0]) + adaptive[:, None, 1]
+        if modulation is None:
+            ends = Adaptive(2, std, (self.init_adaptive,) * 2, name="head_adaptive")(cond_BD)
+        else:
+            ends = alternate([part.head for part in modulation])
+        x_BND = layer_norm(x_BND) * (1 + ends[:, None, 0]) + ends[:, None, 1]
         head = nn.Dense(
             self.vocab_size,
             kernel_init=named_axes(normal(std, self.init_head), "width", "vocab"),
@@ -141,6 +153,11 @@ class Transformer(nn.Module):
         """
         shape = (self.depth, num_rows, self.num_heads, self.pyramid.num_tokens, self.width // self.num_heads)
         return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+
+    def class_rows(self, labels_B, std):
+        """[B, D]; call inside the compact method."""
+        init = named_axes(normal(self.class_init_std or std), "classes", "width")
+        return self.param("class_embed", init, (self.num_classes + 1, self.width))[labels_B]
 
     def embed(self, previous_BMc, cond_BD, phase, std):
         """Start tokens (class + start position) or the projected input, plus position and scale embeddings."""
@@ -167,3 +184,19 @@ class Transformer(nn.Module):
     def drop_path_rates(self) -> np.ndarray:
         """float32 [depth]: probability of dropping each block's branches."""
         return np.linspace(0, self.drop_path_rate, self.depth, dtype=np.float32)
+
+
+def modulate(model: Transformer, params, labels_B: jax.Array) -> Modulation:
+    """What `labels_B` int32 [B] decide, computed once for all the scales of a draw."""
+
+    def vectors(num: int, weights, cond_BD):
+        return Adaptive(num, 1.0, (1.0,) * num).apply({"params": weights}, cond_BD)
+
+    cond_BD, blocks = params["class_embed"][labels_B], params["blocks"]
+    if model.shared_aln:
+        shared = vectors(6, params["shared_adaptive"], cond_BD)
+        adaptive = shared + blocks["adaptive_offset"][:, None]
+    else:
+        # layer by layer: one product over all layers would lay the weights out anew
+        adaptive = jax.lax.map(lambda weights: vectors(6, weights, cond_BD), blocks["adaptive"])
+    return Modulation(cond_BD, adaptive, vectors(2, params["head_adaptive"], cond_BD))

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from mvar_jax.models.tokenizer import Tokenizer
-from mvar_jax.models.transformer import Transformer
+from mvar_jax.models.transformer import Transformer, modulate
+from mvar_jax.ops.pixels import to_levels
+from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.quantize import next_input
 from mvar_jax.ops.sampling import (
     check_sampling_options,
@@ -20,7 +22,11 @@ from mvar_jax.ops.sampling import (
     gumbel_noise,
     smooth_codes,
 )
+from mvar_jax.sharding import constrain, map_rows
 
+# Images decoded at a time: the decoder's last stage would dominate memory otherwise. On a CPU its convolutions are
+# fastest one by one: 12.5 s for four of 256 px, 14.5 together.
+DECODE_TOGETHER = {"cpu": 1, "gpu": 4, "tpu": 4}
 # logits filtered at a time: the filters' own arrays would otherwise be the largest of all
 DRAW_ELEMENTS = 2**24
 
@@ -70,19 +76,16 @@ def sample_pyramid(
 def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int, num_scales: int, noise):
     """(ids [B, N], codes [B, N, c]) of one scale: filters and draw, some samples at a time where they are large."""
 
-    def draw_some(logits_bNV, keys_b):
+    def draw_some(rows):
+        logits_bNV, keys_b = rows
         filtered = filter_logits(logits_bNV, options.top_k, options.top_p)
         ids_bN = draw(filtered, keys_b)
         if not options.smooth:
             return ids_bN, codebook[ids_bN]
         return ids_bN, smooth_codes(filtered, noise(filtered, keys_b), codebook, scale, num_scales)
 
-    B, N, V = logits_BNV.shape
-    num_together = max(1, DRAW_ELEMENTS // (N * V))
-    if num_together >= B:
-        return draw_some(logits_BNV, keys_B)
-    one = lambda pair: jax.tree.map(lambda x: x[0], draw_some(pair[0][None], pair[1][None]))
-    return jax.lax.map(one, (logits_BNV, keys_B), batch_size=num_together)
+    _, N, V = logits_BNV.shape
+    return map_rows(draw_some, (logits_BNV, keys_B), max(1, DRAW_ELEMENTS // (N * V)))
 
 
 def guided_logits(model: Transformer, params, labels_B: jax.Array, cfg: float) -> LogitsFn:
@@ -93,24 +96,33 @@ def guided_logits(model: Transformer, params, labels_B: jax.Array, cfg: float) -
     """
     pyramid, is_var = model.pyramid, model.conditioning == "full"
     is_guided = cfg != 0 and (is_var or cfg != 1)
-    both_2B = jnp.concatenate([labels_B, jnp.full_like(labels_B, model.num_classes)])
+    parts = (modulate(model, params, labels_B),)
+    if is_guided:  # "no class" is one row for all samples
+        parts += (modulate(model, params, jnp.full((1,), model.num_classes)),)
 
     def logits_fn(scale, previous_BNc, cache):
         strength = guidance_strength(cfg, scale, pyramid.num_scales) if is_guided else 0.0
         # VAR needs the cache of both halves from the first scale on
         has_both = is_guided and (is_var or strength > 0)
-        labels = both_2B if has_both else labels_B
-        previous = jnp.concatenate([previous_BNc, previous_BNc]) if has_both else previous_BNc
+        # a sample's two rows lie side by side, so that a device which holds a part of the batch holds both
+        previous = jnp.repeat(previous_BNc, 2, axis=0) if has_both else previous_BNc
         phase = pyramid.scale_phase(scale, model.conditioning)
         if is_var and cache is None:
-            cache = model.empty_cache(len(labels))
-        logits, cache = model.apply({"params": params}, previous, labels, phase, None, cache)
+            cache = model.empty_cache(len(previous))
+        rows = parts if has_both else parts[:1]
+        logits, cache = model.apply({"params": params}, previous, None, phase, None, cache, rows)
         if has_both:
-            cond, uncond = jnp.split(logits, 2)
-            logits = guide(cond, uncond, strength)
+            pairs_B2NV = logits.reshape(-1, 2, *logits.shape[1:])
+            logits = guide(pairs_B2NV[:, 0], pairs_B2NV[:, 1], strength)
         return logits, cache
 
     return logits_fn
+
+
+def decode_in_turns(tokenizer: Tokenizer, params, f_hat_BYXc: jax.Array) -> jax.Array:
+    """float32 images in [-1, 1] of latent maps, some at a time on each device."""
+    decode = lambda f_hat: tokenizer.apply({"params": params}, f_hat, method="decode")
+    return map_rows(decode, f_hat_BYXc, DECODE_TOGETHER[current_platform()])
 
 
 def keys_of_samples(seed: int, index_B) -> jax.Array:
@@ -118,11 +130,28 @@ def keys_of_samples(seed: int, index_B) -> jax.Array:
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(index_B, jnp.uint32))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "tokenizer", "options"))
+@functools.partial(jax.jit, static_argnames=("model", "tokenizer", "options", "outputs"))
 def sample(
-    model: Transformer, tokenizer: Tokenizer, params, tokenizer_params, labels_B, keys_B, options: SampleOptions
-):
-    """(ids int32 [B, L], f_hat float32 [B, Y, X, c]) for class labels int32 [B]; one program per options."""
+    model: Transformer,
+    tokenizer: Tokenizer,
+    params,
+    tokenizer_params,
+    labels_B,
+    keys_B,
+    options: SampleOptions,
+    outputs: tuple[str, ...] = ("ids", "f_hat"),
+) -> tuple[jax.Array, ...]:
+    """Class labels int32 [B] to `outputs`, in the order asked for; one program for a batch size, options and outputs.
+
+    outputs, any of: ids int32 [B, L]; f_hat float32 [B, y, x, c]; images float32 [B, Y, X, 3] in [-1, 1]; pixels and
+    floor_pixels uint8 [B, Y, X, 3], rounded to nearest and down. Weights may be sharded over a mesh, and the batch
+    over its batch axes; nothing is worth donating.
+    """
     logits_fn = guided_logits(model, params, labels_B, options.cfg)
     ids_BL, f_hat, _ = sample_pyramid(logits_fn, tokenizer, tokenizer_params, keys_B, options)
-    return ids_BL, f_hat
+    values = {"ids": ids_BL, "f_hat": f_hat}
+    if set(outputs) - set(values):
+        values["images"] = decode_in_turns(tokenizer, tokenizer_params, f_hat)
+        values["pixels"] = to_levels(values["images"])
+        values["floor_pixels"] = to_levels(values["images"], truncate=True)
+    return tuple(constrain(values[name], "batch", *(None,) * (values[name].ndim - 1)) for name in outputs)

@@ -12,18 +12,20 @@ MESHES = {"one": {"data": 1}, "data": {"data": 4}, "fsdp and tensor": {"data": 1
 
 # Runs in a process of its own: the number of CPU devices is fixed when jax starts.
 PROGRAM = """
-import json, math, sys
+import json, math, re, sys
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 import small_case
+from mvar_jax.sampling import sampler
 from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample
 from mvar_jax.sharding import make_mesh, replicated, shardings_of, spec_of, use_mesh
 from mvar_jax.store import abstract_params
 
 labels, index, meshes = json.loads(sys.argv[1])
 assert jax.device_count() == 4
+sampler.DRAW_ELEMENTS = 3 * 16 * 16  # so that every device takes turns, as in decoding
 MODEL, TOKENIZER = (x.clone(sides=(1, 2, 4)) for x in (small_case.MODEL, small_case.TOKENIZER))
 params, tokenizer_params = small_case.seeded_params(MODEL), small_case.seeded_params(TOKENIZER, std=1.0)
 options = SampleOptions(cfg=1.5, top_k=12, top_p=0.95)
@@ -34,16 +36,17 @@ def draw(axes):
     by_batch = NamedSharding(mesh, spec_of(("batch",)))
     placed = jax.device_put(params, shardings_of(abstract_params(MODEL), mesh))
     with use_mesh(mesh):
-        ids, _ = sample(
-            MODEL,
-            TOKENIZER,
+        arrays = (
             placed,
             jax.device_put(tokenizer_params, replicated(mesh)),
             jax.device_put(jnp.asarray(labels), by_batch),
             jax.device_put(keys_of_samples(0, index), by_batch),
-            options,
         )
+        program = sample.lower(MODEL, TOKENIZER, *arrays, options, ("ids", "images")).compile()
+        ids, images = program(*arrays)
     return {
+        "collectives": re.findall(r"= \S+ (all-\w+|collective-permute|reduce-scatter)", program.as_text()),
+        "images": np.asarray(images).tolist(),
         "ids": np.asarray(ids).tolist(),
         "num_shards": len({str(shard.index) for shard in ids.addressable_shards}),
         "are_weights_whole": placed["blocks"]["attention"]["qkv"].sharding.is_fully_replicated,
@@ -74,9 +77,21 @@ def test_the_devices_share_the_work(draws):
     assert [draws[name]["are_weights_whole"] for name in MESHES] == [True, True, False]
 
 
+def test_devices_that_share_a_batch_need_not_speak(draws):
+    assert draws["data"]["collectives"] == []
+    assert "all-reduce" in draws["fsdp and tensor"]["collectives"]
+
+
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
 def test_ids_do_not_depend_on_the_devices(name, draws):
     np.testing.assert_array_equal(draws[name]["ids"], draws["one"]["ids"])
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
+def test_pictures_do_not_depend_on_the_devices(name, draws):
+    one = np.asarray(draws["one"]["images"])
+    assert one.shape == (8, 8, 8, 3) and one.std() > 0.1
+    np.testing.assert_allclose(draws[name]["images"], one, atol=1e-5)
 
 
 def test_samples_of_different_label_or_index_differ(draws):

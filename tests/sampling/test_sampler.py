@@ -17,6 +17,8 @@ from golden_case import (
 )
 
 from mvar_jax.errors import InputError
+from mvar_jax.models.transformer import modulate
+from mvar_jax.ops.pixels import to_levels
 from mvar_jax.ops.quantize import teacher_forcing_input
 from mvar_jax.ops.sampling import filter_logits
 from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample, sample_pyramid
@@ -102,7 +104,7 @@ SMALL_TOKENIZER = small_case.TOKENIZER.clone(sides=SMALL_SIDES)
 PARAMS = small_case.seeded_params(MODEL)
 TOKENIZER_PARAMS = small_case.seeded_params(SMALL_TOKENIZER, std=1.0)
 # as `sample`, but quicker to compile
-draw_quickly = quick_jit(sample.__wrapped__, static_argnames=("model", "tokenizer", "options"))
+draw_quickly = quick_jit(sample.__wrapped__, static_argnames=("model", "tokenizer", "options", "outputs"))
 OPTIONS = SampleOptions(cfg=1.5, top_k=12, top_p=0.95)
 
 
@@ -177,6 +179,47 @@ def test_each_scale_draws_its_own_noise():
 
     _, second, third = np.split(np.asarray(run()), (1, 5), axis=1)
     assert (third[:, :4] != second).any(1).all()
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_what_classes_decide_may_be_computed_before(is_shared):
+    model = MODEL.clone(shared_aln=is_shared)
+    params = small_case.seeded_params(model)
+    phase = model.pyramid.scale_phase(1)
+    previous = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4, 4)), jnp.float32)
+
+    @quick_jit
+    def run():
+        plain, _ = model.apply({"params": params}, previous, jnp.array([0, 3, 2, 3]), phase)
+        parts = modulate(model, params, jnp.array([0, 2])), modulate(model, params, jnp.array([3]))
+        return plain, model.apply({"params": params}, previous, None, phase, None, None, parts)[0]
+
+    plain, ours = run()
+    np.testing.assert_allclose(ours, plain, atol=1e-5)
+    assert np.abs(plain[0] - plain[2]).max() > 0.1
+
+
+def test_bfloat16_weights_draw_too():
+    kind, keys_B = jnp.bfloat16, keys_of_samples(0, np.arange(3))
+    modules = MODEL.clone(dtype=kind), SMALL_TOKENIZER.clone(dtype=kind)
+    weights = jax.tree.map(lambda x: x.astype(kind), PARAMS), TOKENIZER_PARAMS
+    ids, images = draw_quickly(*modules, *weights, jnp.arange(3), keys_B, OPTIONS, ("ids", "images"))
+    assert images.dtype == jnp.float32 and np.isfinite(images).all()
+    assert np.mean(np.asarray(ids) == draw_small(np.arange(3), np.arange(3))) > 0.5
+
+
+def test_the_outputs_of_one_program_agree():
+    keys_B = keys_of_samples(0, np.arange(5))
+    arguments = (MODEL, SMALL_TOKENIZER, PARAMS, TOKENIZER_PARAMS, jnp.arange(5) % 3, keys_B, OPTIONS)
+    names = ("pixels", "floor_pixels", "images", "f_hat", "ids")
+    pixels, floor_pixels, images, f_hat, ids = map(np.asarray, draw_quickly(*arguments, names))
+    np.testing.assert_array_equal(ids, draw_small(np.arange(5) % 3, np.arange(5)))
+    decoded = quick_jit(lambda x: SMALL_TOKENIZER.apply({"params": TOKENIZER_PARAMS}, x, method="decode"))(f_hat)
+    np.testing.assert_allclose(images, decoded, atol=1e-5)
+    assert pixels.dtype == floor_pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, to_levels(images))
+    np.testing.assert_array_equal(floor_pixels, to_levels(images, truncate=True))
+    assert set(np.unique(pixels - floor_pixels)) == {0, 1}
 
 
 @pytest.mark.parametrize(

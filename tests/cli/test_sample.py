@@ -1,0 +1,156 @@
+"""Bulk sampling: killed and resumed, in several processes, refused where a folder holds something else."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mvar_jax
+from mvar_jax.__main__ import main
+from mvar_jax.errors import InputError
+from mvar_jax.evaluation.bulk import Order, draw_all, place_model
+from mvar_jax.sampling import sampler
+from mvar_jax.sampling.sampler import SampleOptions
+from mvar_jax.sharding import make_mesh
+from mvar_jax.training.checkpoint import restore_weights
+
+OPTIONS = ["--labels", "0-2,7", "--num", "3", "--batch_size", "5", "--top_k", "40", "--save_tokens"]
+# the third picture of the second batch is half written when the process dies
+KILL_IN_THE_MIDDLE = """
+import os, signal, sys
+from mvar_jax.evaluation import bulk
+save = bulk.save_png
+
+def save_or_die(path, image):
+    if path.name == "000007.png":
+        path.with_name(path.name + ".tmp").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(path, image)
+
+bulk.save_png = save_or_die
+bulk.NUM_WRITERS = 1
+from mvar_jax.__main__ import main
+main(sys.argv[1:])
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def command(run):
+    return ["sample", "--checkpoint", run.transformer, *OPTIONS, "--out"]
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory) -> Path:
+    """What an undisturbed run leaves: three batches, the last of two images; it compiles one sampler for them."""
+    out = tmp_path_factory.mktemp("samples") / "whole"
+    before = sampler.sample._cache_size()
+    assert main([*command, str(out)]) == 0
+    assert sampler.sample._cache_size() == before + 1, "the last batch is padded, not compiled anew"
+    return out
+
+
+def test_an_undisturbed_run_leaves_these_files(whole):
+    pngs = {f"{i:06d}.png" for i in range(12)}
+    assert {path.name for path in whole.iterdir()} == pngs | {"grid.png", "samples.json", "samples.npz", "tokens.npz"}
+    samples, tokens = np.load(whole / "samples.npz"), np.load(whole / "tokens.npz")
+    assert samples["arr_1"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 7, 7, 7] == tokens["labels"].tolist()
+    assert len(np.unique(tokens["ids"], axis=0)) == 12
+
+
+def test_killed_in_the_middle_and_started_again_it_leaves_the_same_bytes(command, whole, tmp_path, capsys):
+    out = tmp_path / "killed"
+    died = subprocess.run([sys.executable, "-c", KILL_IN_THE_MIDDLE, *command, str(out)], env=os.environ)
+    assert died.returncode == -signal.SIGKILL
+    assert [path.name for path in (out / "unfinished").iterdir()] == ["0000000.npz"]
+    kept = (out / "000000.png").stat().st_mtime_ns
+    assert main([*command, str(out)]) == 0
+    assert (out / "000000.png").stat().st_mtime_ns == kept, "a finished batch was drawn again"
+    assert contents(out) == contents(whole)
+    assert "12 images written" in capsys.readouterr().out
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert main([*command, str(out)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
+    assert "12 images already there" in capsys.readouterr().out
+
+
+def test_processes_share_the_batches(run, whole, tmp_path):
+    mesh = make_mesh(devices=jax.local_devices())
+    model = place_model(mvar_jax.load(run.transformer), mesh)
+    order = Order((0, 1, 2, 7), 3, SampleOptions(top_k=40), batch_size=5, saves_tokens=True)
+    waited = []
+
+    def other_process():
+        """The second process does its share while the first waits for it."""
+        waited.append(sorted(path.name for path in (tmp_path / "unfinished").glob("*.npz")))
+        if len(waited) == 2:
+            # all before the first process, which has not joined anything yet
+            draw_all(model, order, tmp_path, mesh, process_index=1, process_count=2)
+
+    (tmp_path / "unfinished").mkdir()
+    assert draw_all(model, order, tmp_path, mesh, process_index=0, process_count=2, wait=other_process)
+    assert waited[:2] == [[], ["0000000.npz", "0000002.npz"]], "each draws every second batch"
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--cfg", "2.0"], ["cfg=2.0", "1.5"]),
+        (["--labels", "3"], ["labels='3'", "'0-2,7'"]),
+        (["--seed", "1"], ["seed=1", "0"]),
+        (["--batch_size", "6"], ["batch_size=6", "5"]),
+        (["--dtype", "bfloat16"], ["dtype='bfloat16'", "'float32'"]),
+        (["--smooth"], ["smooth=True", "False"]),
+    ],
+    ids=lambda x: x[0],
+)
+def test_samples_of_other_options_are_refused(command, whole, capsys, changes, words):
+    before = contents(whole)
+    assert main([*command, str(whole), *changes]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in [*words, str(whole)]), error
+    assert contents(whole) == before
+
+
+def test_samples_of_other_weights_or_of_no_known_run_are_refused(command, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    stored = json.loads((out / "samples.json").read_text())
+    (out / "samples.json").write_text(json.dumps(stored | {"checkpoint": "weights 0123"}))
+    assert main([*command, str(out)]) == 2
+    error = capsys.readouterr().err
+    assert f"checkpoint='{stored['checkpoint']}'" in error and "'weights 0123'" in error
+    (out / "samples.json").unlink()
+    assert main([*command, str(out)]) == 2
+    assert "it holds samples.npz" in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_can_be_asked_for(run, tmp_path):
+    with pytest.raises(InputError, match="which='best'.*keep_best"):
+        mvar_jax.load(run.transformer, which="best")
+    workdir = tmp_path / "workdir"
+    shutil.copytree(run.transformer, workdir)
+    (workdir / "checkpoints" / "scores.json").write_text(json.dumps({"2": 1.0, "3": 0.5}))
+    for which, step in (("best", 2), ("last", 3)):
+        ours, expected = mvar_jax.load(workdir, which=which).params, restore_weights(workdir, step)
+        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), ours, expected)))
+
+
+def test_weights_are_kept_in_the_type_asked_for(run):
+    model = mvar_jax.load(run.transformer)
+    placed = place_model(model, make_mesh(devices=jax.local_devices()), "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(placed.params)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(placed.tokenizer_params)} == {jnp.dtype("float32")}
+    assert placed.transformer.dtype == placed.tokenizer.dtype == jnp.bfloat16
