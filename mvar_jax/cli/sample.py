@@ -8,7 +8,9 @@ SUMMARY = "draw images from a model"
 def add_arguments(parser) -> None:
     """See --help."""
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model directory or training workdir")
-    parser.add_argument("--labels", required=True, metavar="L,L", help="classes, as 207,360, or a range 0-9")
+    parser.add_argument(
+        "--labels", required=True, metavar="L,L", help="classes, as 207,360, or a range 0-9, or 'golden retriever'"
+    )
     parser.add_argument("--num", type=int, default=8, metavar="N", help="images of each label (default 8)")
     parser.add_argument("--cfg", type=float, default=1.5, help="guidance (default 1.5)")
     parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest codes; 0: all (default)")
@@ -28,11 +30,12 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     """Checks everything before the first file is written."""
     from mvar_jax.cli.labels import parse_labels
+    from mvar_jax.data.class_names import class_names_of
     from mvar_jax.errors import InputError
     from mvar_jax.ops.sampling import check_sampling_options
 
     check_sampling_options(args.cfg, args.top_k, args.top_p)
-    labels = parse_labels(args.labels)
+    labels = parse_labels(args.labels, class_names_of(Path(args.checkpoint)))
     for name in ("num", "batch_size"):
         if getattr(args, name) < 1:
             raise InputError(name, getattr(args, name), "1 or more")
