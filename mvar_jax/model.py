@@ -55,6 +55,10 @@ class Model:
     def num_tokens(self) -> int:
         return sum(side * side for side in self.tokenizer.sides)
 
+    def labels(self, labels_B) -> np.ndarray:
+        """Numbers or names of classes as int32 [B]. Raises InputError for unknown ones."""
+        return np.asarray(self._check_labels(labels_B))
+
     def encode(self, images_BYX3) -> jax.Array:
         """Float images in [-1, 1] -> token ids int32 [B, L]. Raises InputError for another image size."""
         images = jnp.asarray(self._check_images(images_BYX3))

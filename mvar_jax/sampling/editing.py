@@ -87,20 +87,19 @@ def shrink_onto_canvas(image_YX3: np.ndarray, expand: float) -> tuple[np.ndarray
     return canvas, mask_YX
 
 
-def drawn_share(mask_BYX: jax.Array, side: int, softness: float) -> jax.Array:
+def drawn_share(mask_BYX: jax.Array, side: int, softness: jax.Array | float) -> jax.Array:
     """float32 [B, N]: how much of each token of a map is drawn, from 0 (known) to 1.
 
     From m, the masked share of the token's area: 1 above DRAWN_SHARE, else 0; softness s makes it a ramp that
     wide: clip((m - DRAWN_SHARE) / s + 1/2, 0, 1).
     """
     masked_BN = resize_area(mask_BYX[..., None], side).reshape(mask_BYX.shape[0], -1)
-    if softness == 0:
-        return (masked_BN > DRAWN_SHARE).astype(jnp.float32)
-    return jnp.clip((masked_BN - DRAWN_SHARE) / softness + 0.5, 0, 1)
+    ramp_BN = jnp.clip((masked_BN - DRAWN_SHARE) / jnp.where(softness > 0, softness, 1) + 0.5, 0, 1)
+    return jnp.where(softness > 0, ramp_BN, (masked_BN > DRAWN_SHARE).astype(jnp.float32))
 
 
 def put_back(
-    known_ids_BL: jax.Array, mask_BYX: jax.Array, codebook, sides: tuple[int, ...], softness: float
+    known_ids_BL: jax.Array, mask_BYX: jax.Array, codebook, sides: tuple[int, ...], softness: jax.Array
 ) -> ReplaceFn:
     """Teacher-forces the tokens outside the mask; codes of a soft border's tokens are mixed by `drawn_share`."""
     offsets = (0, *np.cumsum(np.square(sides)).tolist())
@@ -115,7 +114,7 @@ def put_back(
     return replace
 
 
-@functools.partial(jax.jit, static_argnames=("model", "tokenizer", "options", "softness"))
+@functools.partial(jax.jit, static_argnames=("model", "tokenizer", "options"))
 def redraw(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -126,7 +125,7 @@ def redraw(
     labels_B: jax.Array,
     keys_B: jax.Array,
     options: SampleOptions,
-    softness: float,
+    softness: jax.Array,
 ):
     """(ids int32 [B, L], f_hat float32 [B, Y, X, c]): `sample`, with the tokens outside the mask put back.
 
