@@ -23,7 +23,7 @@ def run(command: str, *arguments: str) -> None:
 
 
 def train_digits(folder: Path, tokenizer_flags=TOKENIZER_FLAGS, transformer_flags=TRANSFORMER_FLAGS) -> Path:
-    """Tokenizer, token cache and transformer as in launch/quickstart.sh, shorter. Returns the transformer's workdir."""
+    """Tokenizer, token cache, transformer, as launch/quickstart.sh but shorter. Returns the transformer's workdir."""
     configs = ROOT / "configs"
     tokenizer, tokens, transformer = (folder / name for name in ("tokenizer", "tokens", "transformer"))
     digits = [f"--config={configs / 'digits.py'}", *transformer_flags, f"--config.data.cache={tokens}"]
