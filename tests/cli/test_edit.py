@@ -12,45 +12,45 @@ from mvar_jax.__main__ import main
 
 @pytest.fixture
 def files(tmp_path):
-    """image.png (40 x 32), mask.png (white on its right half) and what the model sees of them."""
-    Image.fromarray(noise(40, 32)).save(tmp_path / "image.png")
-    mask = np.zeros((32, 40), np.uint8)
-    mask[:, 20:] = 255
+    """image.png (8 x 6) and mask.png, white on its right half."""
+    Image.fromarray(noise(8, 6)).save(tmp_path / "image.png")
+    mask = np.zeros((6, 8), np.uint8)
+    mask[:, 4:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     return tmp_path
 
 
-def test_edit_draws_under_the_mask_alone(run, files):
-    base = ["edit", "--checkpoint", run.transformer, "--image", str(files / "image.png"), "--label", "3,8"]
-    options = ["--num", "2", "--seed", "5", "--cfg", "1.0", "--top_k", "40"]
+def test_edit_draws_under_the_mask_alone(tiny_model, quick_programs, files):
+    base = ["edit", "--checkpoint", str(tiny_model), "--image", str(files / "image.png"), "--label", "0,2"]
+    options = ["--num", "2", "--seed", "5", "--cfg", "1.0", "--top_k", "12"]
     assert main([*base, *options, "--mask", str(files / "mask.png"), "--out", str(files / "in")]) == 0
     assert sorted(path.name for path in (files / "in").iterdir()) == [
         *(f"00000{i}.png" for i in range(4)),
         "grid.png",
     ]
     after = np.stack([np.asarray(Image.open(files / "in" / f"00000{i}.png")) for i in range(4)])
-    before = noise(40, 32)[:, 4:36]  # the middle square
-    np.testing.assert_array_equal(after[:, :, :16], before[None, :, :16].repeat(4, 0))
-    assert (after[:, :, 17:] != before[:, 17:]).any(axis=(1, 2, 3)).all()
+    before = noise(8, 6)[:, 1:7]  # the middle square
+    np.testing.assert_array_equal(after[:, :, :3], before[None, :, :3].repeat(4, 0))
+    assert (after[:, :, 4:] != before[:, 4:]).any(axis=(1, 2, 3)).all()
     assert Image.open(files / "in" / "grid.png").size == (2 + 4 * 98, 2 + 2 * 98)
 
-    mask = np.zeros((32, 32), bool)
-    mask[:, 16:] = True
-    model = mvar_jax.load(run.transformer)
-    images, _ = model.edit(before[None] / 127.5 - 1, mask, [3, 3, 8, 8], seed=5, cfg=1.0, top_k=40)
+    mask = np.zeros((6, 6), bool)
+    mask[:, 3:] = True
+    model = mvar_jax.load(str(tiny_model))
+    images, _ = model.edit(before[None] / 127.5 - 1, mask, [0, 0, 2, 2], seed=5, cfg=1.0, top_k=12)
     np.testing.assert_array_equal(np.rint((images + 1) * 127.5), after)
 
     assert main([*base, *options, "--expand", "2", "--out", str(files / "out")]) == 0
     outer = np.stack([np.asarray(Image.open(files / "out" / f"00000{i}.png")) for i in range(4)])
-    small = np.asarray(Image.fromarray(before).resize((16, 16), Image.Resampling.LANCZOS))
-    np.testing.assert_array_equal(outer[:, 8:24, 8:24], small[None].repeat(4, 0))
+    small = np.asarray(Image.fromarray(before).resize((3, 3), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(outer[:, 1:4, 1:4], small[None].repeat(4, 0))
     assert len(np.unique(outer.reshape(4, -1), axis=0)) == 4
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--mask", "small.png"], ["mask='20 x 16 pixels'", "40 x 32 pixels, as the image has"]),
+        (["--mask", "small.png"], ["mask='12 x 9 pixels'", "8 x 6 pixels, as the image has"]),
         (["--mask", "black.png"], ["mask='empty'"]),
         (["--mask", "white.png"], ["mask='all of the picture'"]),
         (["--mask", "broken.png"], ["mask=", "broken.png", "a readable image"]),
@@ -59,19 +59,19 @@ def test_edit_draws_under_the_mask_alone(run, files):
         ([], ["one of --mask and --expand"]),
         (["--expand", "0.5"], ["expand=0.5", "above 1"]),
         (["--mask", "mask.png", "--label", "ten"], ["labels='ten'"]),
-        (["--mask", "mask.png", "--label", "10"], ["labels=10", "0 to 9"]),
+        (["--mask", "mask.png", "--label", "10"], ["labels=10", "0 to 2"]),
         (["--mask", "mask.png", "--border", "-1"], ["border=-1"]),
         (["--mask", "mask.png", "--softness", "2"], ["softness=2.0"]),
         (["--mask", "mask.png", "--num", "0"], ["num=0"]),
         (["--mask", "mask.png", "--seed", "-1"], ["seed=-1"]),
     ],
 )
-def test_edit_refuses_what_does_not_fit(run, files, capfd, monkeypatch, flags, words):
+def test_edit_refuses_what_does_not_fit(tiny_model, files, capfd, monkeypatch, flags, words):
     monkeypatch.chdir(files)
-    Image.new("L", (20, 16), 255).save("small.png")
-    Image.new("L", (40, 32), 0).save("black.png")
-    Image.new("L", (40, 32), 255).save("white.png")
+    Image.new("L", (12, 9), 255).save("small.png")
+    Image.new("L", (8, 6), 0).save("black.png")
+    Image.new("L", (8, 6), 255).save("white.png")
     (files / "broken.png").write_bytes(b"not a png")
-    base = ["edit", "--checkpoint", run.transformer, "--image", "image.png", "--label", "3", "--out", "out"]
+    base = ["edit", "--checkpoint", str(tiny_model), "--image", "image.png", "--label", "1", "--out", "out"]
     refuse(capfd, [*base, *flags], *words)
     assert not (files / "out").exists()

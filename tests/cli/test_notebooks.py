@@ -5,10 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import small_case
 from nbclient import NotebookClient
-
-from mvar_jax.store import save_model
 
 REPOSITORY = Path(__file__).parent.parent.parent
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -34,6 +31,8 @@ def execute(name: str, monkeypatch, **parameters) -> list:
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # else it warns
+    # compiling is most of it
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0")
     notebook = read(name)
     (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     known = {line.split(" = ")[0] for line in cell.source.splitlines() if not line.startswith("#")}
@@ -45,18 +44,6 @@ def execute(name: str, monkeypatch, **parameters) -> list:
 
 def count_figures(outputs) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs)
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory) -> Path:
-    """A model directory of 6 pixels and 3 classes, which compiles in seconds."""
-    folder = tmp_path_factory.mktemp("model")
-    modules = {
-        "tokenizer": small_case.TOKENIZER.clone(sides=(1, 2, 3)),
-        "transformer": small_case.MODEL.clone(sides=(1, 2, 3)),
-    }
-    save_model(folder, modules, {kind: small_case.seeded_params(module) for kind, module in modules.items()})
-    return folder
 
 
 @pytest.mark.parametrize(("name", "num_figures"), [("sampling", 6), ("editing", 5)])
