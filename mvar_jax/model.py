@@ -232,7 +232,7 @@ def check_labels(labels_B, num_classes: int) -> np.ndarray:
     """int32 [B]. Raises InputError naming the first label outside 0 .. num_classes - 1."""
     labels = np.asarray(labels_B)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise InputError("labels", labels.tolist(), "a list of integers")
+        raise InputError("labels", labels.tolist(), "a list of integers, or of names of classes")
     bad = labels[(labels < 0) | (labels >= num_classes)]
     if len(bad):
         raise InputError("labels", int(bad[0]), f"class labels from 0 to {num_classes - 1}")

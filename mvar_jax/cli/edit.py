@@ -79,6 +79,7 @@ def write_edits(before_YX3, mask_YX, after_BYX3, num: int, out: Path) -> None:
 def run(args) -> int:
     """Checks everything before the first file is written."""
     from mvar_jax.cli.labels import parse_labels
+    from mvar_jax.cli.machine import AUTO, use_compilation_cache
     from mvar_jax.data.class_names import class_names_of
     from mvar_jax.errors import InputError
     from mvar_jax.ops.sampling import check_sampling_options
@@ -97,6 +98,7 @@ def run(args) -> int:
     from mvar_jax.model import check_labels, load
     from mvar_jax.sampling.editing import SOFTNESS, check_border, check_mask
 
+    use_compilation_cache(AUTO)
     model = load(args.checkpoint)
     check_labels(labels, model.num_classes)
     side = model.tokenizer.image_size
