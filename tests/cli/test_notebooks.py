@@ -26,34 +26,35 @@ def test_no_outputs_are_kept(name):
     assert cells and all(not cell.outputs and cell.execution_count is None for cell in cells)
 
 
-def execute(name: str, monkeypatch, **parameters) -> list:
-    """The outputs of a notebook whose cell of parameters got other values."""
+def with_parameters(notebook, **parameters) -> list:
+    """The cells of a notebook, with other values in its cell of parameters."""
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    assert all(f"\n{name} = " in f"\n{cell.source}" for name in parameters)
+    cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+    return notebook.cells
+
+
+def test_they_run_from_top_to_bottom(tiny_model, run, monkeypatch):
+    """One after another in one kernel, each with nothing defined: starting and compiling are most of the time."""
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # else it warns
-    # compiling is most of it
     monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0")
-    notebook = read(name)
-    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-    known = {line.split(" = ")[0] for line in cell.source.splitlines() if not line.startswith("#")}
-    assert known >= set(parameters)
-    cell.source += "".join(f"\n{field} = {value!r}" for field, value in parameters.items())
-    NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
-    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-
-
-def count_figures(outputs) -> int:
-    return sum("image/png" in output.get("data", {}) for output in outputs)
-
-
-@pytest.mark.parametrize(("name", "num_figures"), [("sampling", 6), ("editing", 5)])
-def test_it_runs_on_any_model(tiny_model, monkeypatch, name, num_figures):
-    outputs = execute(name, monkeypatch, MODEL=str(tiny_model), LABELS=[0, 2], NUM=2)
-    assert count_figures(outputs) == num_figures
-
-
-def test_training_runs_and_names_held_out_digits(run, monkeypatch):
+    tiny = {"MODEL": str(tiny_model), "LABELS": [0, 2], "NUM": 2}
     flags = {"TOKENIZER_FLAGS": run.tokenizer_flags, "TRANSFORMER_FLAGS": run.transformer_flags}
-    outputs = execute("training_digits", monkeypatch, RUN=str(run.root), **flags)
-    assert count_figures(outputs) == 4
-    assert "of 360 held-out images named right" in outputs[-1]["data"]["text/plain"]
+    cells = {
+        "sampling": with_parameters(read("sampling"), **tiny),
+        "editing": with_parameters(read("editing"), **tiny),
+        "training_digits": with_parameters(read("training_digits"), RUN=str(run.root), HELD_OUT=16, **flags),
+    }
+    whole = read("sampling")
+    whole.cells = [cell for part in cells.values() for cell in (nbformat.v4.new_code_cell("%reset -f"), *part)]
+    NotebookClient(whole, timeout=200, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    outputs = {
+        name: [output.get("data", {}) for cell in part if cell.cell_type == "code" for output in cell.outputs]
+        for name, part in cells.items()
+    }
+    num_figures = {name: sum("image/png" in data for data in parts) for name, parts in outputs.items()}
+    assert num_figures == {"sampling": 6, "editing": 5, "training_digits": 4}
+    assert "of 4 pictures named" in outputs["sampling"][-1]["text/plain"]
+    assert "of 16 held-out images named right" in outputs["training_digits"][-1]["text/plain"]

@@ -8,9 +8,7 @@ from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
 from mvar_jax.sampling.sampler import SampleOptions, guided_logits, keys_of_samples, sample_pyramid
 from mvar_jax.sampling.views import mix_classes, sample_swept, score_classes, teacher_forced_logits
 
-SIDES = (1, 2, 3)
-MODEL = small_case.MODEL.clone(sides=SIDES)
-TOKENIZER = small_case.TOKENIZER.clone(sides=SIDES)
+TOKENIZER, MODEL = small_case.TINY_MODULES["tokenizer"], small_case.TINY_MODULES["transformer"]
 PARAMS = small_case.seeded_params(MODEL)
 TOKENIZER_PARAMS = small_case.seeded_params(TOKENIZER, std=1.0)
 LABELS = np.array([0, 2])
@@ -57,7 +55,7 @@ def test_mixed_classes_are_what_their_weights_say():
 
 def test_scores_of_classes_are_those_of_the_logits():
     nats_BCS = quick["scores"](MODEL, *BOTH, IDS, jnp.array([2, 0, 1]))
-    assert nats_BCS.shape == (2, 3, 3)
+    assert nats_BCS.shape == (2, 3, 2)
     for place, label in enumerate((2, 0, 1)):
         logits = quick["logits"](MODEL, *BOTH, IDS, jnp.full(2, label))
         expected = sum_per_scale(token_cross_entropy(logits, jnp.asarray(IDS)), MODEL.pyramid.areas)
