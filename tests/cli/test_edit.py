@@ -1,13 +1,23 @@
 """The `edit` command: what it leaves behind, and what it refuses."""
 
+import functools
+
 import numpy as np
 import pytest
 from image_files import noise
 from PIL import Image
 from test_bad_input import refuse
 
-import mvar_jax
+import mvar_jax.model
 from mvar_jax.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def loaded_once():
+    """Reading a model is most of what a refusal takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mvar_jax.model, "load", functools.cache(mvar_jax.model.load))
+        yield
 
 
 @pytest.fixture
@@ -66,7 +76,7 @@ def test_edit_draws_under_the_mask_alone(tiny_model, quick_programs, files):
         (["--mask", "mask.png", "--seed", "-1"], ["seed=-1"]),
     ],
 )
-def test_edit_refuses_what_does_not_fit(tiny_model, files, capfd, monkeypatch, flags, words):
+def test_edit_refuses_what_does_not_fit(tiny_model, loaded_once, files, capfd, monkeypatch, flags, words):
     monkeypatch.chdir(files)
     Image.new("L", (12, 9), 255).save("small.png")
     Image.new("L", (8, 6), 0).save("black.png")
