@@ -10,9 +10,23 @@ from mvar_jax.model import Model
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = "runs/quickstart/transformer"
 SMALL = "runs/notebook"
-# less of the quickstart's training, in the same order: enough to see digits
-TOKENIZER_FLAGS = ("--config.num_steps=150", "--config.eval_every_steps=150", "--config.save_every_steps=50")
-TRANSFORMER_FLAGS = ("--config.num_steps=400", "--config.eval_every_steps=400", "--config.save_every_steps=100")
+# less training of smaller models than the quickstart's: enough to see digits, in about two minutes
+TOKENIZER_FLAGS = (
+    "--config.num_steps=120",
+    "--config.eval_every_steps=120",
+    "--config.save_every_steps=40",
+    "--config.model.ch=8",
+    "--config.codebook.revive_until_step=70",
+)
+TRANSFORMER_FLAGS = (
+    "--config.num_steps=200",
+    "--config.eval_every_steps=200",
+    "--config.save_every_steps=50",
+    "--config.data.num_views=2",
+    "--config.model.depth=3",
+    "--config.model.width=64",
+    "--config.model.num_heads=2",
+)
 
 
 def run(command: str, *arguments: str) -> None:
