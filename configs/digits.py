@@ -21,9 +21,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.num_steps = 1400
     c.batch_size = 32
     c.log_every_steps = 20
-    c.eval_every_steps = 200
+    c.eval_every_steps = 350
     c.picture_every_steps = 0
-    c.save_every_steps = 200
+    c.save_every_steps = 350
     c.keep_checkpoints = 1
     c.max_bad_steps = 10
     c.init_from = ""
@@ -44,8 +44,6 @@ def get_config() -> ml_collections.ConfigDict:
         # at this size the large model's damped gammas and small class table leave the class ignored for long
         init_gamma=0.5,
         class_init_std=1.0,
-        # at this size memory is no concern
-        remat="none",
     )
     c.phases = dict(schedule="joint", ratio=8, label_drop_rate=0.1, label_smoothing=0.0)
     c.optimizer = dict(

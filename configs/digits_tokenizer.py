@@ -16,11 +16,11 @@ def get_config() -> ml_collections.ConfigDict:
     c.task = "tokenizer"
     c.seed = 0
     c.num_steps = NUM_STEPS
-    c.batch_size = 48
+    c.batch_size = 32
     c.log_every_steps = 10
-    c.eval_every_steps = 100
+    c.eval_every_steps = 150
     c.picture_every_steps = 0
-    c.save_every_steps = 100
+    c.save_every_steps = 150
     c.keep_checkpoints = 1
     c.max_bad_steps = 10
     c.data = dict(
@@ -54,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
         l2_weight=1.0,
     )
     c.optimizer = dict(
-        base_learning_rate=3e-3 * 256 / 48,
+        base_learning_rate=3e-3 * 256 / 32,
         schedule="cos",
         warmup_steps=20,
         final_factor=0.01,

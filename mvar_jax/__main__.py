@@ -6,7 +6,7 @@ import sys
 
 from mvar_jax.errors import InputError
 
-COMMANDS = ("train", "data", "cache_tokens", "sample", "reconstruct", "convert", "report")
+COMMANDS = ("train", "data", "cache_tokens", "sample", "edit", "reconstruct", "convert", "report")
 
 
 class Parser(argparse.ArgumentParser):

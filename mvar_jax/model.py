@@ -6,14 +6,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import softmax
 
+from mvar_jax.data.class_names import ClassNames, class_names_of
 from mvar_jax.errors import InputError
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
+from mvar_jax.sampling import editing, views
 from mvar_jax.sampling.sampler import SampleOptions, decode_in_turns, keys_of_samples, sample
 from mvar_jax.store import load_model
-from mvar_jax.training.transformer_step import previous_of
 
 
 @functools.partial(jax.jit, static_argnames=("tokenizer", "method"))
@@ -28,24 +30,15 @@ def decode_features(tokenizer: Tokenizer, params, f_hat_BYXc: jax.Array) -> jax.
     return decode_in_turns(tokenizer, params, f_hat_BYXc)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "tokenizer"))
-def _teacher_forced_logits(model, tokenizer, params, tokenizer_params, ids_BL, labels_B):
-    previous = tokenizer.apply({"params": tokenizer_params}, ids_BL, method="teacher_forcing")
-    num_start = model.pyramid.areas[0]
-    parts = [
-        model.apply({"params": params}, previous_of(previous, phase, num_start), labels_B, phase)[0]
-        for phase in model.phases()
-    ]
-    return jnp.concatenate(parts, axis=1)
-
-
 class Model:
     """A tokenizer and, where the directory holds one, a transformer, with their weights.
 
-    Attributes: tokenizer, transformer (linen modules; transformer may be None), tokenizer_params, params.
+    Attributes: tokenizer, transformer (linen modules; transformer may be None), tokenizer_params, params, classes
+    (their names; labels may be given by name wherever a method takes them).
     """
 
-    def __init__(self, modules: dict, params: dict):
+    def __init__(self, modules: dict, params: dict, classes: ClassNames | None = None):
+        self.classes = classes or ClassNames()
         self.tokenizer: Tokenizer = modules["tokenizer"]
         self.tokenizer_params = jax.tree.map(jnp.asarray, params["tokenizer"])
         self.transformer: Transformer | None = modules.get("transformer")
@@ -59,12 +52,13 @@ class Model:
     def num_tokens(self) -> int:
         return sum(side * side for side in self.tokenizer.sides)
 
+    def labels(self, labels_B) -> np.ndarray:
+        """Numbers or names of classes as int32 [B]. Raises InputError for unknown ones."""
+        return np.asarray(self._check_labels(labels_B))
+
     def encode(self, images_BYX3) -> jax.Array:
         """Float images in [-1, 1] -> token ids int32 [B, L]. Raises InputError for another image size."""
-        images = jnp.asarray(images_BYX3, jnp.float32)
-        size = self.tokenizer.image_size
-        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
-            raise InputError("images", tuple(images.shape), f"shape [B, {size}, {size}, 3]")
+        images = jnp.asarray(self._check_images(images_BYX3))
         return apply_tokenizer(self.tokenizer, self.tokenizer_params, images, "encode")
 
     def decode(self, ids_BL) -> jax.Array:
@@ -80,9 +74,7 @@ class Model:
     def logits(self, ids_BL, labels_B) -> jax.Array:
         """Teacher-forced logits of every scale, no dropout: float32 [B, L, V]."""
         ids, labels = self._check_ids(ids_BL), self._check_labels(labels_B)
-        return _teacher_forced_logits(
-            self._transformer(), self.tokenizer, self.params, self.tokenizer_params, ids, labels
-        )
+        return views.teacher_forced_logits(*self._both(), ids, labels)
 
     def score(self, ids_BL, labels_B) -> jax.Array:
         """Negative log-likelihood in nats, summed over each map's tokens: float32 [B, S]."""
@@ -105,10 +97,119 @@ class Model:
         keys = keys_of_samples(seed, np.arange(len(labels)) if index is None else index)
         return sample(self._transformer(), self.tokenizer, self.params, self.tokenizer_params, labels, keys, options)
 
+    def edit(
+        self,
+        images_BYX3,
+        mask,
+        labels_B,
+        seed=0,
+        cfg=1.5,
+        top_k=0,
+        top_p=0.0,
+        smooth=False,
+        border_px=None,
+        softness=editing.SOFTNESS,
+        index=None,
+    ):
+        """Draws the masked part anew as the given classes: (float32 images in [-1, 1], ids int32 [B, L]).
+
+        images: float in [-1, 1], one for each label or one [1, Y, X, 3] for all. mask [Y, X] or one for each: True or
+        above 0 where to draw; pixels outside it come back to the bit. border_px: how far into the mask the drawn
+        pixels fade in (None: 1/32 of the side); softness: of the tokens' border, see `drawn_share`. What lies under
+        the mask is not seen; the rest as in `sample`. Raises InputError for sizes or options that do not fit.
+        """
+        options = SampleOptions(cfg, top_k, top_p, smooth)
+        options.check()
+        labels, size = self._check_labels(labels_B), self.tokenizer.image_size
+        border_px = editing.check_border(border_px, softness, size)
+        mask_BYX = editing.check_mask(mask, size)
+        images = self._check_images(images_BYX3)
+        num = max(len(images), len(mask_BYX))
+        if not {len(images), len(mask_BYX)} <= {1, num} or num not in (1, len(labels)):
+            given = f"{len(images)} images, {len(mask_BYX)} masks"
+            raise InputError("images", given, f"1 of each, or as many as labels: {len(labels)}")
+        mask_BYX = np.broadcast_to(mask_BYX, (num, size, size))
+        before = editing.hide_masked(np.broadcast_to(images, (num, size, size, 3)), mask_BYX)
+        for_all = lambda x: jnp.broadcast_to(x, (len(labels), *x.shape[1:]))
+        known = for_all(self.encode(before)), for_all(jnp.asarray(mask_BYX, jnp.float32))
+        keys = keys_of_samples(seed, np.arange(len(labels)) if index is None else index)
+        ids, f_hat = editing.redraw(*self._both(), *known, labels, keys, options, softness)
+        return editing.blend(before, np.asarray(self.decode_features(f_hat)), mask_BYX, border_px), ids
+
+    def progress(self, ids_BL) -> jax.Array:
+        """The pictures after each scale, coarse to fine: float32 [S, B, Y, X, 3] in [-1, 1]."""
+        f_hats = apply_tokenizer(self.tokenizer, self.tokenizer_params, self._check_ids(ids_BL), "f_hats")
+        images = self.decode_features(jnp.concatenate(f_hats))
+        return images.reshape(len(f_hats), -1, *images.shape[1:])
+
+    def sweep(self, labels_B, cfgs, seed=0, top_k=0, top_p=0.0, smooth=False, index=None):
+        """The same draws at each guidance of `cfgs`: (images float32 [K, B, Y, X, 3], ids int32 [K, B, L]).
+
+        All in one batch and one program, whatever the values. Raises InputError as `sample` does.
+        """
+        labels = self._check_labels(labels_B)
+        for cfg in cfgs:
+            SampleOptions(cfg, top_k, top_p, smooth).check()
+        K, B = len(cfgs), len(labels)
+        keys = keys_of_samples(seed, np.tile(np.arange(B) if index is None else index, K))
+        cfg_KB = jnp.repeat(jnp.asarray(cfgs, jnp.float32), B)
+        # cfg 0: `cfgs` take its place, and the program is the same for all
+        options = SampleOptions(0.0, top_k, top_p, smooth)
+        ids, f_hat = views.sample_swept(*self._both(), jnp.tile(labels, K), cfg_KB, keys, options)
+        images = self.decode_features(f_hat)
+        return images.reshape(K, B, *images.shape[1:]), ids.reshape(K, B, -1)
+
+    def mix_classes(self, weights_MC) -> "Model":
+        """The same model with M classes in place of its C, each a mixture of their embeddings.
+
+        weights: [M, C]; a row of one 1 is a class as it was. Raises InputError for another width.
+        """
+        weights = np.asarray(weights_MC, np.float32)
+        if weights.ndim != 2 or weights.shape[1] != self.num_classes or not np.isfinite(weights).all():
+            raise InputError("weights", tuple(weights.shape), f"finite numbers [M, {self.num_classes}]")
+        transformer, params = views.mix_classes(self._transformer(), self.params, jnp.asarray(weights))
+        modules = {"tokenizer": self.tokenizer, "transformer": transformer}
+        return Model(modules, {"tokenizer": self.tokenizer_params, "transformer": params})
+
+    def interpolate(self, first, last, num=8, index=0, **options):
+        """`num` pictures from one class to another, all with the same noise: (images, ids) as `sample` gives them.
+
+        Embeddings are mixed linearly. options: those of `sample`.
+        """
+        ends = np.eye(self.num_classes)[np.asarray(self._check_labels([first, last]))]
+        share = np.linspace(0, 1, num)[:, None]
+        mixed = self.mix_classes((1 - share) * ends[0] + share * ends[1])
+        return mixed.sample(np.arange(num), index=np.full(num, index), **options)
+
+    def score_classes(self, ids_BL, classes_C=None, batch_size=32) -> np.ndarray:
+        """`score` under each of some classes (None: all): nats, float32 [B, C, S]. Padded batches, one program."""
+        ids = np.asarray(self._check_ids(ids_BL))
+        classes = self._check_labels(np.arange(self.num_classes) if classes_C is None else classes_C)
+        batch_size, parts = min(batch_size, len(ids)), []
+        for begin in range(0, len(ids), batch_size):
+            rows = np.minimum(np.arange(begin, begin + batch_size), len(ids) - 1)
+            parts.append(np.asarray(views.score_classes(*self._both(), jnp.asarray(ids[rows]), classes)))
+        return np.concatenate(parts)[: len(ids)]
+
+    def classify(self, ids_BL, classes_C=None, batch_size=32) -> np.ndarray:
+        """Probability of each of some classes (None: all) by Bayes' rule, all as likely before: float32 [B, C]."""
+        log_p_BC = -self.score_classes(ids_BL, classes_C, batch_size).sum(axis=2, dtype=np.float64)
+        return softmax(log_p_BC, axis=1).astype(np.float32)
+
+    def _both(self):
+        """What compiled programs of both modules begin with."""
+        return self._transformer(), self.tokenizer, self.params, self.tokenizer_params
+
     def _transformer(self) -> Transformer:
         if self.transformer is None:
             raise InputError("checkpoint", "a tokenizer alone", "a directory that holds a transformer too")
         return self.transformer
+
+    def _check_images(self, images_BYX3) -> np.ndarray:
+        images, size = np.asarray(images_BYX3, np.float32), self.tokenizer.image_size
+        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+            raise InputError("images", tuple(images.shape), f"shape [B, {size}, {size}, 3]")
+        return images
 
     def _check_ids(self, ids_BL) -> jax.Array:
         ids, V = np.asarray(ids_BL), self.tokenizer.vocab_size
@@ -119,6 +220,8 @@ class Model:
         return jnp.asarray(ids, jnp.int32)
 
     def _check_labels(self, labels_B) -> jax.Array:
+        if isinstance(labels_B, (list, tuple)):
+            labels_B = [self.classes.find(label) if isinstance(label, str) else label for label in labels_B]
         return jnp.asarray(check_labels(labels_B, self.num_classes), jnp.int32)
 
 
@@ -126,7 +229,7 @@ def check_labels(labels_B, num_classes: int) -> np.ndarray:
     """int32 [B]. Raises InputError naming the first label outside 0 .. num_classes - 1."""
     labels = np.asarray(labels_B)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise InputError("labels", labels.tolist(), "a list of integers")
+        raise InputError("labels", labels.tolist(), "a list of integers, or of names of classes")
     bad = labels[(labels < 0) | (labels >= num_classes)]
     if len(bad):
         raise InputError("labels", int(bad[0]), f"class labels from 0 to {num_classes - 1}")
@@ -141,4 +244,4 @@ def load(path: str | Path, which: str = "last") -> Model:
     modules, params = load_model(Path(path), which)
     if "tokenizer" not in modules:
         raise InputError("checkpoint", str(path), "a directory that holds a tokenizer")
-    return Model(modules, params)
+    return Model(modules, params, class_names_of(Path(path)))

@@ -18,6 +18,7 @@ from mvar_jax.training.best import best_step
 from mvar_jax.training.checkpoint import load_tree, restore_weights, save_tree
 
 MODEL_FILE = "model.json"
+CLASSES_FILE = "classes.json"  # names in the order of the labels; what a training run saw
 FORMAT = 1
 MODULES = {"tokenizer": Tokenizer, "transformer": Transformer}
 WHICH = ("last", "best")

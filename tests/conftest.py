@@ -1,6 +1,7 @@
 """Fixtures that several files share. What is slow to compile is computed once for the whole session."""
 
 import functools
+import inspect
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_case
 from golden_case import (
     MVAR,
     TOKENIZER,
@@ -19,8 +21,11 @@ from golden_case import (
     quick_jit,
 )
 
+import mvar_jax.model
 from mvar_jax.convert.names import to_tree
+from mvar_jax.sampling import editing, views
 from mvar_jax.sampling.sampler import SampleOptions, guided_logits, sample_pyramid
+from mvar_jax.store import save_model
 from mvar_jax.training.transformer_step import phase_loss, previous_of
 
 
@@ -34,11 +39,35 @@ def shared_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def own_program_cache(shared_folder):
     """Compiled programs go where all test processes and their children find them, and no later run."""
-    settings = {"compilation_cache_dir": str(shared_folder / "programs"), "persistent_cache_min_compile_time_secs": 0.5}
+    settings = {
+        "compilation_cache_dir": str(shared_folder / "programs"),
+        "persistent_cache_min_compile_time_secs": 0.5,
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(f"JAX_{name.upper()}", str(value))
             jax.config.update(f"jax_{name}", value)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A model directory of `small_case.TINY_MODULES`."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    save_model(folder, small_case.TINY_MODULES, small_case.tiny_params())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quick_programs():
+    """`Model`'s programs, compiled in half the time."""
+    programs = [(mvar_jax.model, name) for name in ("apply_tokenizer", "decode_features")]
+    programs += [(views, name) for name in ("sample_swept", "score_classes", "teacher_forced_logits")]
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in [*programs, (editing, "redraw")]:
+            function = getattr(module, name).__wrapped__
+            static = {"model", "tokenizer", "options", "method"} & set(inspect.signature(function).parameters)
+            patch.setattr(module, name, quick_jit(function, static_argnames=sorted(static)))
         yield
 
 

@@ -26,6 +26,8 @@ MODEL = Transformer(
     num_heads=2,
 )
 NUM_TOKENS = MODEL.pyramid.num_tokens
+# the least of both that still has a coarse and a fine scale: 6 x 6 pixels
+TINY_MODULES = {"tokenizer": TOKENIZER.clone(sides=(1, 3)), "transformer": MODEL.clone(sides=(1, 3))}
 
 
 def shapes_of(module):
@@ -42,6 +44,11 @@ def seeded_params(module, seed: int = 0, std: float = 0.3):
     """Normal parameters: every part of the module then matters, unlike after its own damped initialisation."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(std * rng.normal(size=x.shape), jnp.float32), shapes_of(module))
+
+
+def tiny_params() -> dict:
+    """Of TINY_MODULES."""
+    return {kind: seeded_params(module, std=0.5) for kind, module in TINY_MODULES.items()}
 
 
 def seeded_batch(model=MODEL, batch_size: int = 2, seed: int = 0) -> dict:

@@ -16,7 +16,9 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--which", choices=("last", "best"), default="last", help="of a workdir's checkpoints (default last)"
     )
-    parser.add_argument("--labels", required=True, metavar="L,L", help="classes, as 207,360, or a range 0-9")
+    parser.add_argument(
+        "--labels", required=True, metavar="L,L", help="classes, as 207,360, or a range 0-9, or 'golden retriever'"
+    )
     parser.add_argument("--num", type=int, default=8, metavar="N", help="images of each label (default 8)")
     parser.add_argument("--cfg", type=float, default=1.5, help="guidance (default 1.5)")
     parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest codes; 0: all (default)")
@@ -53,7 +55,6 @@ def run(args) -> int:
     from mvar_jax.ops.sampling import check_sampling_options
 
     check_sampling_options(args.cfg, args.top_k, args.top_p)
-    labels = parse_labels(args.labels)
     for name in ("num", "batch_size", "weight_shards"):
         if getattr(args, name) < 1:
             raise InputError(name, getattr(args, name), "1 or more")
@@ -63,12 +64,14 @@ def run(args) -> int:
 
     import jax
 
+    from mvar_jax.data.class_names import class_names_of
     from mvar_jax.evaluation.bulk import Order, draw_all, place_model
     from mvar_jax.evaluation.draw import make_directory
     from mvar_jax.model import check_labels, load
     from mvar_jax.sampling.sampler import SampleOptions
     from mvar_jax.sharding import make_mesh
 
+    labels = parse_labels(args.labels, class_names_of(Path(args.checkpoint)))
     devices = jax.local_devices()
     if len(devices) % args.weight_shards:
         raise InputError("weight_shards", args.weight_shards, f"a divisor of {len(devices)}, this process's devices")

@@ -13,7 +13,6 @@ from mvar_jax.cli.machine import add_machine_arguments, set_up_machine
 from mvar_jax.errors import InputError
 
 SUMMARY = "train a tokenizer or a transformer from a config"
-CLASSES_FILE = "classes.json"
 
 
 def add_arguments(parser) -> None:
@@ -53,6 +52,8 @@ def keep_classes(workdir: Path, names: list[str]) -> None:
 
     Raises InputError where the data have other classes than the run began with, or the workdir cannot be written.
     """
+    from mvar_jax.store import CLASSES_FILE
+
     path = workdir / CLASSES_FILE
     try:
         there = json.loads(path.read_text()) if path.exists() else names

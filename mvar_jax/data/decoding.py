@@ -67,10 +67,10 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
+def read_image(path: str | os.PathLike, field: str = "images") -> np.ndarray:
     """An image file as uint8 [Y, X, 3], upright. Raises InputError where it is none, or too large to be honest."""
     try:
         with open(path, "rb") as file:
             return np.asarray(open_rgb(file.read()))
     except (OSError, BadImage) as error:
-        raise InputError("images", str(path), f"a readable image ({error})") from None
+        raise InputError(field, str(path), f"a readable image ({error})") from None

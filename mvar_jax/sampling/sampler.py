@@ -32,6 +32,8 @@ DRAW_ELEMENTS = 2**24
 
 # (scale, previous_BNc, carry) -> (guided logits [B, N, V], carry)
 LogitsFn = Callable[[int, jax.Array, Any], tuple[jax.Array, Any]]
+# (scale, ids [B, N], codes [B, N, c]) -> what to go on with in their place
+ReplaceFn = Callable[[int, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +51,19 @@ class SampleOptions:
 
 
 def sample_pyramid(
-    logits_fn: LogitsFn, tokenizer: Tokenizer, tokenizer_params, keys_B, options: SampleOptions, noise=gumbel_noise
+    logits_fn: LogitsFn,
+    tokenizer: Tokenizer,
+    tokenizer_params,
+    keys_B,
+    options: SampleOptions,
+    noise=gumbel_noise,
+    replace: ReplaceFn | None = None,
 ):
     """Draws every scale from what `logits_fn` says of it.
 
-    keys_B: one random key per sample. noise(logits_BNV, keys_B): Gumbel noise of the smooth mode. Returns
-    (ids int32 [B, L], f_hat float32 [B, Y, X, c], guided logits of each scale before the filters).
+    keys_B: one random key per sample. noise(logits_BNV, keys_B): Gumbel noise of the smooth mode. replace: puts
+    other tokens in the place of drawn ones, as editing does. Returns (ids int32 [B, L], f_hat float32
+    [B, Y, X, c], guided logits of each scale before the filters).
     """
     sides, codebook = tokenizer.sides, tokenizer_params["codebook"]
     B = keys_B.shape[0]
@@ -66,6 +75,8 @@ def sample_pyramid(
         all_logits.append(logits_BNV)
         scale_keys = jax.vmap(functools.partial(jax.random.fold_in, data=scale))(keys_B)
         ids_BN, codes = draw_scale(logits_BNV, scale_keys, codebook, options, scale, len(sides), noise)
+        if replace is not None:
+            ids_BN, codes = replace(scale, ids_BN, codes)
         ids.append(ids_BN)
         f_hat = tokenizer.apply({"params": tokenizer_params}, f_hat, codes, scale, method="add_codes")
         if scale + 1 < len(sides):

@@ -63,4 +63,6 @@ def make_run(root: Path):
         train_tokenizer=train_tokenizer,
         train_transformer=train_transformer,
         cache=cache,
+        tokenizer_flags=SMALL_TOKENIZER,
+        transformer_flags=SMALL_TRANSFORMER,
     )

@@ -1,0 +1,55 @@
+"""The notebooks' model: the one they name or, before the quickstart has run, a small one of digits made here."""
+
+from pathlib import Path
+
+import mvar_jax
+from mvar_jax.__main__ import main
+from mvar_jax.cli.machine import use_compilation_cache
+from mvar_jax.model import Model
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = "runs/quickstart/transformer"
+SMALL = "runs/notebook"
+# less training of smaller models than the quickstart's: enough to see digits, in about two minutes
+TOKENIZER_FLAGS = (
+    "--config.num_steps=120",
+    "--config.eval_every_steps=120",
+    "--config.save_every_steps=40",
+    "--config.model.ch=8",
+    "--config.codebook.revive_until_step=70",
+)
+TRANSFORMER_FLAGS = (
+    "--config.num_steps=200",
+    "--config.eval_every_steps=200",
+    "--config.save_every_steps=50",
+    "--config.data.num_views=2",
+    "--config.model.depth=3",
+    "--config.model.width=64",
+    "--config.model.num_heads=2",
+)
+
+
+def run(command: str, *arguments: str) -> None:
+    """A command of `python -m mvar_jax`, in this process. Raises RuntimeError where it fails."""
+    status = main([command, *arguments])
+    if status:
+        raise RuntimeError(f"mvar {command}: exit status {status}")
+
+
+def train_digits(folder: Path, tokenizer_flags=TOKENIZER_FLAGS, transformer_flags=TRANSFORMER_FLAGS) -> Path:
+    """Tokenizer, token cache, transformer, as launch/quickstart.sh but shorter. Returns the transformer's workdir."""
+    configs = ROOT / "configs"
+    tokenizer, tokens, transformer = (folder / name for name in ("tokenizer", "tokens", "transformer"))
+    digits = [f"--config={configs / 'digits.py'}", *transformer_flags, f"--config.data.cache={tokens}"]
+    run("train", f"--config={configs / 'digits_tokenizer.py'}", *tokenizer_flags, "--workdir", str(tokenizer))
+    run("cache_tokens", *digits, "--tokenizer", str(tokenizer), "--out", str(tokens))
+    run("train", *digits, "--workdir", str(transformer))
+    return transformer
+
+
+def load(path: str) -> Model:
+    """`mvar_jax.load`, from the repository's folder on; makes the small model where the quickstart's is not there."""
+    use_compilation_cache("auto")
+    if path == QUICKSTART and not (ROOT / path).exists():
+        return mvar_jax.load(train_digits(ROOT / SMALL))
+    return mvar_jax.load(ROOT / path)

@@ -1,0 +1,87 @@
+"""The `edit` command: what it leaves behind, and what it refuses."""
+
+import functools
+
+import numpy as np
+import pytest
+from image_files import noise
+from PIL import Image
+from test_bad_input import refuse
+
+import mvar_jax.model
+from mvar_jax.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def loaded_once():
+    """Reading a model is most of what a refusal takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mvar_jax.model, "load", functools.cache(mvar_jax.model.load))
+        yield
+
+
+@pytest.fixture
+def files(tmp_path):
+    """image.png (8 x 6) and mask.png, white on its right half."""
+    Image.fromarray(noise(8, 6)).save(tmp_path / "image.png")
+    mask = np.zeros((6, 8), np.uint8)
+    mask[:, 4:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return tmp_path
+
+
+def test_edit_draws_under_the_mask_alone(tiny_model, quick_programs, files):
+    base = ["edit", "--checkpoint", str(tiny_model), "--image", str(files / "image.png"), "--label", "0,2"]
+    options = ["--num", "2", "--seed", "5", "--cfg", "1.0", "--top_k", "12"]
+    assert main([*base, *options, "--mask", str(files / "mask.png"), "--out", str(files / "in")]) == 0
+    assert sorted(path.name for path in (files / "in").iterdir()) == [
+        *(f"00000{i}.png" for i in range(4)),
+        "grid.png",
+    ]
+    after = np.stack([np.asarray(Image.open(files / "in" / f"00000{i}.png")) for i in range(4)])
+    before = noise(8, 6)[:, 1:7]  # the middle square
+    np.testing.assert_array_equal(after[:, :, :3], before[None, :, :3].repeat(4, 0))
+    assert (after[:, :, 4:] != before[:, 4:]).any(axis=(1, 2, 3)).all()
+    assert Image.open(files / "in" / "grid.png").size == (2 + 4 * 98, 2 + 2 * 98)
+
+    mask = np.zeros((6, 6), bool)
+    mask[:, 3:] = True
+    model = mvar_jax.load(str(tiny_model))
+    images, _ = model.edit(before[None] / 127.5 - 1, mask, [0, 0, 2, 2], seed=5, cfg=1.0, top_k=12)
+    np.testing.assert_array_equal(np.rint((images + 1) * 127.5), after)
+
+    assert main([*base, *options, "--expand", "2", "--out", str(files / "out")]) == 0
+    outer = np.stack([np.asarray(Image.open(files / "out" / f"00000{i}.png")) for i in range(4)])
+    small = np.asarray(Image.fromarray(before).resize((3, 3), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(outer[:, 1:4, 1:4], small[None].repeat(4, 0))
+    assert len(np.unique(outer.reshape(4, -1), axis=0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--mask", "small.png"], ["mask='12 x 9 pixels'", "8 x 6 pixels, as the image has"]),
+        (["--mask", "black.png"], ["mask='empty'"]),
+        (["--mask", "white.png"], ["mask='all of the picture'"]),
+        (["--mask", "broken.png"], ["mask=", "broken.png", "a readable image"]),
+        (["--mask", "mask.png", "--image", "broken.png"], ["image=", "broken.png", "a readable image"]),
+        (["--mask", "mask.png", "--expand", "2"], ["one of --mask and --expand"]),
+        ([], ["one of --mask and --expand"]),
+        (["--expand", "0.5"], ["expand=0.5", "above 1"]),
+        (["--mask", "mask.png", "--label", "ten"], ["labels='ten'"]),
+        (["--mask", "mask.png", "--label", "10"], ["labels=10", "0 to 2"]),
+        (["--mask", "mask.png", "--border", "-1"], ["border=-1"]),
+        (["--mask", "mask.png", "--softness", "2"], ["softness=2.0"]),
+        (["--mask", "mask.png", "--num", "0"], ["num=0"]),
+        (["--mask", "mask.png", "--seed", "-1"], ["seed=-1"]),
+    ],
+)
+def test_edit_refuses_what_does_not_fit(tiny_model, loaded_once, files, capfd, monkeypatch, flags, words):
+    monkeypatch.chdir(files)
+    Image.new("L", (12, 9), 255).save("small.png")
+    Image.new("L", (8, 6), 0).save("black.png")
+    Image.new("L", (8, 6), 255).save("white.png")
+    (files / "broken.png").write_bytes(b"not a png")
+    base = ["edit", "--checkpoint", str(tiny_model), "--image", "image.png", "--label", "1", "--out", "out"]
+    refuse(capfd, [*base, *flags], *words)
+    assert not (files / "out").exists()
