@@ -5,6 +5,9 @@ import inspect
 import os
 from pathlib import Path
 
+# most of the time goes into compiling small programs; before JAX starts, and for child processes too
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
 import jax
 import jax.numpy as jnp
 import numpy as np

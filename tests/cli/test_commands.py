@@ -74,7 +74,8 @@ def test_resumed_training_is_bit_equal(run, tmp_path, task):
 
 
 def test_training_on_two_devices_gives_the_losses_of_one(run, tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags}
     command = [sys.executable, "-m", "mvar_jax", *run.train_transformer, "--workdir", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,6 @@
 """The way of a folder of photographs: looked at, cached, trained from, through the commands."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -106,12 +105,11 @@ def test_two_processes_write_the_cache_that_one_writes(folder, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
     def start(out, *more):
         command = [sys.executable, "-m", "mvar_jax", "cache_tokens", *_data(folder), "--images_per_shard", "4"]
         command += ["--tokenizer", str(tmp_path / "vae"), "--out", str(tmp_path / out), *more]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
     processes = [start("one"), *(start("two", "--distributed", f"{address},2,{i}") for i in range(2))]
     for process in processes:

@@ -39,7 +39,6 @@ def test_they_run_from_top_to_bottom(tiny_model, run, monkeypatch):
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # else it warns
-    monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0")
     tiny = {"MODEL": str(tiny_model), "LABELS": [0, 2], "NUM": 2}
     flags = {"TOKENIZER_FLAGS": run.tokenizer_flags, "TRANSFORMER_FLAGS": run.transformer_flags}
     cells = {

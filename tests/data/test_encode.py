@@ -192,7 +192,8 @@ def _write_by_command(parts, out):
 
 def test_encoding_on_two_devices_leaves_the_files_of_one(parts, tmp_path):
     _write_by_command(parts, tmp_path / "one")
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags}
     command = [sys.executable, "-m", "mvar_jax", *_arguments(parts, tmp_path / "two")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
