@@ -17,12 +17,12 @@ from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.data.sources import Source
 from mvar_jax.errors import InputError
+from mvar_jax.ops.pixels import from_levels
 
 Transform = Callable[[np.ndarray, np.random.Generator | None], np.ndarray]
 Batch = dict[str, np.ndarray]
 Bad = list[tuple[int, str, str]]  # number, name, reason
 
-_FIELD_DTYPES = {"image": np.float32, "ids": np.int32}
 _ENDLESS_STEPS = 2**48
 
 
@@ -71,13 +71,14 @@ def load(source: Source, transform: Transform | None, number: int, rng=None) -> 
 def load_good(source: Source, transform: Transform | None, number_of: Callable[[int], int], rng, max_bad: int):
     """(loaded item, bad images before it): the first good one of `number_of(0)`, `number_of(1)`, ...
 
+    As uint8 where the transform can give it: between processes every byte counts.
     After max_bad + 1 bad ones in a row there is no item, None: the share is surely exceeded.
     """
     bad: Bad = []
     for attempt in range(max_bad + 1):
         number = number_of(attempt)
         try:
-            return load(source, transform, number, rng), bad
+            return load(source, getattr(transform, "pixels", transform), number, rng), bad
         except BadImage as error:
             bad.append((number, source.name_of(number), str(error)))
     return None, bad
@@ -88,10 +89,19 @@ def _collate(rows: list, bad: Bad) -> tuple[Batch, Bad]:
         return {}, bad
     field = rows[0][0]
     batch = {
-        field: np.stack([value for _, value, _ in rows]).astype(_FIELD_DTYPES[field], copy=False),
+        field: np.stack([value for _, value, _ in rows]),
         "label": np.array([label for _, _, label in rows], np.int32),
     }
     return batch, bad
+
+
+def _finish(batch: Batch, transform: Transform | None) -> Batch:
+    """The number types of a training step."""
+    if "ids" in batch:
+        return {**batch, "ids": batch["ids"].astype(np.int32, copy=False)}
+    if hasattr(transform, "pixels"):
+        return {**batch, "image": from_levels(batch["image"])}
+    return {**batch, "image": batch["image"].astype(np.float32, copy=False)}
 
 
 def _read_ids(source, transform, numbers: np.ndarray, seed: int, index_B: np.ndarray | None) -> Batch:
@@ -109,7 +119,9 @@ def _ignore_interrupts(worker: int, num_workers: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _prefetch(first: int, stop: int, make_batch, skipped: Skipped, options: LoadOptions) -> Iterator[Batch]:
+def _prefetch(
+    first: int, stop: int, make_batch, transform: Transform | None, skipped: Skipped, options: LoadOptions
+) -> Iterator[Batch]:
     """Batches in order. What was bad travels with its batch, so that a worker process can report it."""
     buffer_size = max(4, 2 * options.num_threads) if options.num_threads else 0
     read = grain.ReadOptions(num_threads=options.num_threads, prefetch_buffer_size=buffer_size)
@@ -127,7 +139,7 @@ def _prefetch(first: int, stop: int, make_batch, skipped: Skipped, options: Load
                 skipped.add(number, name, reason)
             if not batch:
                 raise InputError("bad images", len(skipped), f"a good one among the {skipped.split} images")
-            yield batch
+            yield _finish(batch, transform)
     finally:
         iterator.close()
 
@@ -196,7 +208,7 @@ def train_batches(
         batch, bad = _collate([row for row, _ in rows], [entry for _, found in rows for entry in found])
         return {**batch, "index": index_B} if batch else batch, bad
 
-    return _prefetch(start_step, _ENDLESS_STEPS, make_batch, skipped, options)
+    return _prefetch(start_step, _ENDLESS_STEPS, make_batch, transform, skipped, options)
 
 
 def eval_batches(
@@ -237,4 +249,4 @@ def eval_batches(
         batch, bad = _collate(rows, bad)
         return {**batch, "index": index_B, "mask": mask_B} if batch else batch, bad
 
-    return _prefetch(0, -(-num_samples // batch_size), make_batch, skipped, options)
+    return _prefetch(0, -(-num_samples // batch_size), make_batch, transform, skipped, options)

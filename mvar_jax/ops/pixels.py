@@ -1,14 +1,22 @@
-"""From images in [-1, 1] to the 256 levels of a file, the same on the host and inside a program."""
+"""Between images in [-1, 1] and the 256 levels of a file."""
 
 import jax
 import numpy as np
 
 
 def to_levels(images: jax.Array | np.ndarray, truncate: bool = False) -> jax.Array | np.ndarray:
-    """Float32 images in [-1, 1] (clipped to it) as uint8 of the same kind of array, rounded to nearest.
+    """Float32 images in [-1, 1] (clipped to it) as uint8 of the same kind of array, on the host or in a program.
 
-    `truncate` rounds down, as the published programs do: for scores that are compared with theirs.
+    Rounded to nearest; `truncate` rounds down, as the published programs do: for scores compared with theirs.
     """
     xp = images.__array_namespace__()
     levels = (xp.clip(images, -1, 1) + 1) * 127.5
     return (levels if truncate else xp.rint(levels)).astype(xp.uint8)
+
+
+def from_levels(pixels: np.ndarray) -> np.ndarray:
+    """uint8 pixels as float32 in [-1, 1]."""
+    images = pixels.astype(np.float32)
+    images /= 127.5
+    images -= 1
+    return images

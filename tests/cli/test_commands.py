@@ -1,7 +1,6 @@
 """The doors, from the outside: what each command leaves behind, and that they agree with the Python face."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -71,19 +70,6 @@ def test_resumed_training_is_bit_equal(run, tmp_path, task):
         for workdir in (whole, resumed)
     ]
     assert lines[0] == lines[1] and len(lines[0]) == 5
-
-
-def test_training_on_two_devices_gives_the_losses_of_one(run, tmp_path):
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-    environment = os.environ | {"XLA_FLAGS": flags}
-    command = [sys.executable, "-m", "mvar_jax", *run.train_transformer, "--workdir", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    one, two = (
-        [json.loads(line)["loss"] for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-        for workdir in (run.transformer, tmp_path)
-    )
-    assert len(one) == len(two) and np.allclose(one, two, rtol=1e-5)
 
 
 def test_fine_tuning_starts_from_the_given_weights(run, tmp_path):
