@@ -3,7 +3,6 @@
 import errno
 import functools
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -53,15 +52,14 @@ def keep_classes(workdir: Path, names: list[str]) -> None:
     Raises InputError where the data have other classes than the run began with, or the workdir cannot be written.
     """
     from mvar_jax.store import CLASSES_FILE
+    from mvar_jax.training.workdir import write_atomically
 
     path = workdir / CLASSES_FILE
     try:
         there = json.loads(path.read_text()) if path.exists() else names
         if there == names:
             workdir.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text(json.dumps(names, indent=1) + "\n")
-            os.replace(temporary, path)
+            write_atomically(path, json.dumps(names, indent=1) + "\n")
             return
     except OSError as error:
         raise InputError("workdir", str(workdir), f"a writable directory ({error.strerror})") from None

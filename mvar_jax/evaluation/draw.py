@@ -1,6 +1,5 @@
 """Directories of pictures, and reconstructions into one: PNGs, a grid, a table and tokens.npz."""
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from mvar_jax.evaluation.npz import save_npz
 from mvar_jax.evaluation.pictures import save_png, side_by_side, to_uint8
 from mvar_jax.model import Model
 from mvar_jax.ops.statistics import psnr, ssim
+from mvar_jax.training.workdir import write_atomically
 
 GRID_IMAGES = 400  # a larger grid is of no use to an eye
 
@@ -54,7 +54,5 @@ def write_reconstructions(model: Model, files: list[Path], load_one, out: Path, 
     rows.append(("mean", psnr_N.mean(), ssim_N.mean()))
     table = "| image | PSNR dB | SSIM |\n| --- | --- | --- |\n"
     table += "".join(f"| {name} | {db:.2f} | {similarity:.4f} |\n" for name, db, similarity in rows)
-    temporary = out / "psnr.md.tmp"
-    temporary.write_text(table)
-    os.replace(temporary, out / "psnr.md")
+    write_atomically(out / "psnr.md", table)
     return table
