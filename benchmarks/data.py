@@ -52,11 +52,11 @@ def decode_bare(root: str, num: int, seconds) -> None:
     """The transform alone in a plain loop; its seconds go into the queue."""
     source = FolderSource(root, "train")
     files = [source[i % NUM_FILES]["image"] for i in range(num)]
-    TRANSFORM(files[0])
+    TRANSFORM.pixels(files[0])
     rng = np.random.default_rng(0)
     began = time.perf_counter()
     for data in files:
-        TRANSFORM(data, rng)
+        TRANSFORM.pixels(data, rng)
     seconds.put(time.perf_counter() - began)
 
 

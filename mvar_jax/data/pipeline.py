@@ -17,7 +17,6 @@ from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.data.sources import Source
 from mvar_jax.errors import InputError
-from mvar_jax.ops.pixels import from_levels
 
 Transform = Callable[[np.ndarray, np.random.Generator | None], np.ndarray]
 Batch = dict[str, np.ndarray]
@@ -71,7 +70,7 @@ def load(source: Source, transform: Transform | None, number: int, rng=None) -> 
 def load_good(source: Source, transform: Transform | None, number_of: Callable[[int], int], rng, max_bad: int):
     """(loaded item, bad images before it): the first good one of `number_of(0)`, `number_of(1)`, ...
 
-    As uint8 where the transform can give it: between processes every byte counts.
+    As uint8 where the transform can give it: between processes and to a device every byte counts.
     After max_bad + 1 bad ones in a row there is no item, None: the share is surely exceeded.
     """
     bad: Bad = []
@@ -100,7 +99,7 @@ def _finish(batch: Batch, transform: Transform | None) -> Batch:
     if "ids" in batch:
         return {**batch, "ids": batch["ids"].astype(np.int32, copy=False)}
     if hasattr(transform, "pixels"):
-        return {**batch, "image": from_levels(batch["image"])}
+        return batch
     return {**batch, "image": batch["image"].astype(np.float32, copy=False)}
 
 
@@ -173,8 +172,9 @@ def train_batches(
       skipped: takes note of bad images; None: a list of its own by `options.max_bad_share`.
 
     Returns:
-      An iterator (closable by `close()`) of dicts: `image` float32 [B, Y, X, 3] in [-1, 1], or `ids` int32
-      [B, L] from a token cache; `label` int32 [B]; `index` int64 [B].
+      An iterator (closable by `close()`) of dicts: `image` [B, Y, X, 3], float32 in [-1, 1] or, where
+      the transform has `pixels`, uint8 (`ops.pixels.as_images` makes them one); or `ids` int32 [B, L] from a
+      token cache; `label` int32 [B]; `index` int64 [B].
 
     Raises:
       InputError: an empty source, a batch size the processes do not divide, a number out of range; from the

@@ -19,6 +19,7 @@ from mvar_jax.model import Model
 from mvar_jax.models.tokenizer import Tokenizer, quantizer_params
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.cost import phase_macs
+from mvar_jax.ops.pixels import as_images
 from mvar_jax.ops.statistics import perplexity
 from mvar_jax.sharding import check_batch_size, check_sizes, put_batch, replicated, use_mesh
 from mvar_jax.store import initializer
@@ -152,7 +153,7 @@ def with_ids(tokenizer: Tokenizer, params, batch: dict) -> dict:
     """The batch with `ids` int32 [B, L]: its own or those of its images. In jit unused weights cost nothing."""
     if "ids" in batch:
         return batch
-    ids_BL = tokenizer.apply({"params": params}, batch["image"], method="encode")
+    ids_BL = tokenizer.apply({"params": params}, as_images(batch["image"]), method="encode")
     return {**{name: x for name, x in batch.items() if name != "image"}, "ids": ids_BL}
 
 
@@ -205,8 +206,9 @@ class TokenizerTask(_Task):
 
     def _eval_step(self, params, batch):
         """Sums over real rows: (squared error of clipped images a row, PSNR, hits [S, V], rows)."""
-        rec, _, encoded = self.tokenizer.apply({"params": params}, batch["image"])
-        error_B = jnp.mean(jnp.square(jnp.clip(rec, -1, 1) - batch["image"]), axis=(1, 2, 3))
+        images = as_images(batch["image"])
+        rec, _, encoded = self.tokenizer.apply({"params": params}, images)
+        error_B = jnp.mean(jnp.square(jnp.clip(rec, -1, 1) - images), axis=(1, 2, 3))
         psnr_B = 10 * jnp.log10(4 / error_B)
         mask = batch["mask"]
         V = self.tokenizer.vocab_size
@@ -235,7 +237,7 @@ class TokenizerTask(_Task):
             return {}
         data = self.data["val"]
         batches = eval_batches(data, self.transform, batch_size=min(NUM_PICTURES, len(data)), options=self.loading)
-        images = next(batches)["image"]
+        images = as_images(jnp.asarray(next(batches)["image"]))
         batches.close()
         model = Model({"tokenizer": self.tokenizer}, {"tokenizer": params})
         reconstructions = np.asarray(model.decode(model.encode(images)))

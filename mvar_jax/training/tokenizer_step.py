@@ -8,6 +8,7 @@ import numpy as np
 
 from mvar_jax.errors import InputError
 from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.ops.pixels import as_images
 from mvar_jax.training.accumulate import value_and_grad_over_parts
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
 from mvar_jax.training.state import TrainState
@@ -89,7 +90,7 @@ def train_step(
     the last static. `extra.hits` is the usage moving average [S, V]."""
     use_codes = state.step >= options.warmup_steps
     loss_fn = lambda params, part: tokenizer_loss(model, options, params, part["image"], use_codes)
-    images = {"image": batch["image"]}
+    images = {"image": as_images(batch["image"])}
     (loss, parts), grads = value_and_grad_over_parts(loss_fn, state.params, images, num_parts)
     if options.warmup_steps:  # before the codes are drawn nothing may move the codebook
         frozen = {"codebook": jnp.where(use_codes, grads["codebook"], 0.0)}
@@ -114,7 +115,8 @@ def redraw_codes(model: Tokenizer, options: CodebookOptions, state: TrainState, 
     The EMA's codebook and the moments follow, or they would pull a new code back to where the dead one lay.
     """
     is_first = state.step == options.warmup_steps
-    encoded = model.apply({"params": state.params}, batch["image"], method=lambda m, x: m.quantize(m.features(x)))
+    images = as_images(batch["image"])
+    encoded = model.apply({"params": state.params}, images, method=lambda m, x: m.quantize(m.features(x)))
     V = model.vocab_size
     pools = [rest.reshape(-1, rest.shape[-1]) for rest in encoded.rests]
     keys = jax.random.split(key, len(pools) + 1)

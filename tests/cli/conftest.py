@@ -11,12 +11,16 @@ from mvar_jax.__main__ import main
 REPOSITORY = Path(__file__).parent.parent.parent
 
 OFTEN = ["--config.save_every_steps=2", "--config.keep_checkpoints=3", "--config.log_every_steps=1"]
+# 1 + 4 + 16 tokens, the last scale a fine one
+SIZES = ["--config.data.image_size=8", "--config.model.sides=(1,2,4)", "--config.model.vocab_size=32"]
 SMALL_TOKENIZER = [
     *OFTEN,
     "--config.num_steps=3",
     "--config.batch_size=8",
     "--config.data.size=24",
+    *SIZES,
     "--config.model.ch=4",
+    "--config.model.ch_mult=(1,2)",
     "--config.codebook.warmup_steps=1",
     "--config.optimizer.warmup_steps=1",
 ]
@@ -26,6 +30,9 @@ SMALL_TRANSFORMER = [
     "--config.batch_size=8",
     "--config.data.size=24",
     "--config.data.num_views=2",
+    *SIZES,
+    "--config.model.refine_step=2",
+    "--config.model.kernel_size=3",
     "--config.model.width=24",
     "--config.model.depth=2",
     "--config.optimizer.warmup_steps=1",

@@ -22,7 +22,7 @@ from mvar_jax.sampling.sampler import SampleOptions
 from mvar_jax.sharding import make_mesh
 from mvar_jax.training.checkpoint import restore_weights
 
-OPTIONS = ["--labels", "0-2,7", "--num", "3", "--batch_size", "5", "--top_k", "40", "--save_tokens"]
+OPTIONS = ["--labels", "0-2,7", "--num", "3", "--batch_size", "5", "--top_k", "20", "--save_tokens"]
 # the third picture of the second batch is half written when the process dies
 KILL_IN_THE_MIDDLE = """
 import os, signal, sys
@@ -88,7 +88,7 @@ def test_killed_in_the_middle_and_started_again_it_leaves_the_same_bytes(command
 def test_processes_share_the_batches(run, whole, tmp_path):
     mesh = make_mesh(devices=jax.local_devices())
     model = place_model(mvar_jax.load(run.transformer), mesh)
-    order = Order((0, 1, 2, 7), 3, SampleOptions(top_k=40), batch_size=5, saves_tokens=True)
+    order = Order((0, 1, 2, 7), 3, SampleOptions(top_k=20), batch_size=5, saves_tokens=True)
     waited = []
 
     def other_process():

@@ -8,7 +8,9 @@ from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.pipeline import LoadOptions, eval_batches, train_batches
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.data.sources import ArraySource
+from mvar_jax.data.transforms import PhotoTransform
 from mvar_jax.errors import InputError
+from mvar_jax.ops.pixels import from_levels
 
 
 def _source(num_samples=10):
@@ -195,6 +197,16 @@ def test_worker_processes_give_the_same_batches_and_report_what_is_bad():
     batches = _train(5, transform=_refuse_some, options=options, skipped=skipped)
     _assert_equal(batches, _train(5, transform=_refuse_some, options=ALLOWING))
     assert [entry["number"] for entry in skipped.entries()] == [3, 7]
+
+
+def test_photographs_stay_pixels_on_their_way():
+    images = np.arange(10 * 8 * 8 * 3, dtype=np.uint8).reshape(10, 8, 8, 3)
+    source = ArraySource(images, np.arange(10), tuple("abcdefghij"))
+    transform = PhotoTransform(8, flip=False)
+    for num_workers in (0, 1):
+        batch = _train(1, transform=transform, source=source, options=LoadOptions(num_workers=num_workers))[0]
+        np.testing.assert_array_equal(batch["image"], images[batch["label"]], strict=True)
+        np.testing.assert_array_equal(from_levels(batch["image"]), [transform(images[i]) for i in batch["label"]])
 
 
 def test_evaluation_masks_bad_images():
