@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.batch_size = 32
     c.log_every_steps = 20
     c.eval_every_steps = 350
-    c.picture_every_steps = 0
+    c.picture_every_steps = -1  # those of the quickstart come from its samples
     c.save_every_steps = 350
     c.keep_checkpoints = 1
     c.max_bad_steps = 10

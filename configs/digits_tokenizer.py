@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.batch_size = 32
     c.log_every_steps = 10
     c.eval_every_steps = 150
-    c.picture_every_steps = 0
+    c.picture_every_steps = -1  # the quickstart draws its own
     c.save_every_steps = 150
     c.keep_checkpoints = 1
     c.max_bad_steps = 10

@@ -18,11 +18,22 @@ def dense_attention(
     scale: float = 1.0,
 ) -> jax.Array:
     """softmax(scale * q k^T + mask) v. Logits and softmax in float32, output in v's dtype [B, N, H, K]."""
-    logits = jnp.einsum("bnhk,bmhk->bhnm", q_BNHK, k_BMHK, preferred_element_type=jnp.float32) * scale
-    if mask_NM is not None:
-        logits = logits + jnp.where(jnp.asarray(mask_NM), 0.0, MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v_BMHK.dtype)
-    return jnp.einsum("bhnm,bmhk->bnhk", weights, v_BMHK)
+    q_BHNK, k_BHMK, v_BHMK = (x.swapaxes(1, 2) for x in (q_BNHK, k_BMHK, v_BMHK))
+    mask = True if mask_NM is None else jnp.asarray(mask_NM)
+    return softmax_attention(q_BHNK, k_BHMK, v_BHMK, mask, scale).swapaxes(1, 2)
+
+
+def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask, scale: float) -> jax.Array:
+    """The same for q [..., N, K], k and v [..., M, K]; mask broadcasts to [..., N, M].
+
+    Divided by the softmax's sum last: K values a query instead of M, up to twice as quick on a CPU.
+    """
+    logits = jnp.einsum("...nk,...mk->...nm", q, k, preferred_element_type=jnp.float32) * scale
+    if mask is not True:
+        logits = jnp.where(mask, logits, MASKED)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    out = jnp.einsum("...nm,...mk->...nk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
 
 
 def block_diagonal_mask(areas: tuple[int, ...]) -> np.ndarray:

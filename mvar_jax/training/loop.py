@@ -59,7 +59,8 @@ class Task(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-    """0 for the evaluation, picture and save intervals: only at the end (an evaluation also at the start).
+    """0 for the evaluation, picture and save intervals: only at the end (an evaluation also at the start);
+    -1 for the pictures: none, they need programs of their own.
 
     keep_best: metric of the evaluation whose best checkpoint is kept too, as "loss" or "psnr_db:max"; "": none.
     profile_steps: (first, end) of the steps that the profiler records in workdir/profile; (): none.
@@ -81,7 +82,7 @@ class LoopSettings:
                 continue
             value = getattr(self, field.name)
             is_interval = field.name in ("eval_every_steps", "picture_every_steps", "save_every_steps")
-            least = 0 if is_interval else 1
+            least = 1 - is_interval - (field.name == "picture_every_steps")
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(field.name, value, f"a whole number of at least {least}")
         Metric.parse(self.keep_best)
@@ -188,7 +189,8 @@ class _Loop:
         """Evaluation and pictures, where they are due."""
         settings = self._settings
         has_evaluation = step == 0 or is_last or _is_due(step, settings.eval_every_steps)
-        has_pictures = is_last or (step > 0 and _is_due(step, settings.picture_every_steps))
+        every = settings.picture_every_steps
+        has_pictures = every >= 0 and (is_last or (step > 0 and _is_due(step, every)))
         if not (has_evaluation or has_pictures):
             return
         self._read_finished(0)

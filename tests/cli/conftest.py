@@ -10,7 +10,12 @@ from mvar_jax.__main__ import main
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
-OFTEN = ["--config.save_every_steps=2", "--config.keep_checkpoints=3", "--config.log_every_steps=1"]
+OFTEN = [
+    "--config.save_every_steps=2",
+    "--config.keep_checkpoints=3",
+    "--config.log_every_steps=1",
+    "--config.picture_every_steps=0",
+]
 # 1 + 4 + 16 tokens, the last scale a fine one
 SIZES = ["--config.data.image_size=8", "--config.model.sides=(1,2,4)", "--config.model.vocab_size=32"]
 SMALL_TOKENIZER = [

@@ -1,4 +1,4 @@
-"""The `train` command without TensorBoard and pictures, whose libraries and programs take most of a short run."""
+"""The `train` command without TensorBoard, whose libraries take most of a short run."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from mvar_jax.__main__ import main
-from mvar_jax.training import logging, tasks
+from mvar_jax.training import logging
 
 
 class NoWriter:
@@ -16,5 +16,4 @@ class NoWriter:
 
 if __name__ == "__main__":
     logging._open_summary_writer = lambda folder: NoWriter()
-    tasks.TokenizerTask.pictures = lambda self, state: {}
     sys.exit(main(sys.argv[1:]))

@@ -68,6 +68,13 @@ def test_lines_are_those_of_the_intervals_and_of_both_ends(whole_run):
     assert json.loads((whole_run / "checkpoints/23/meta/metadata").read_text())["config"] == CONFIG
 
 
+@pytest.mark.parametrize(("every", "steps"), [(-1, []), (0, [6]), (4, [4, 6])])
+def test_pictures_are_drawn_when_asked_for(tmp_path, every, steps):
+    run(ToyTask(), tmp_path, make_settings(6, picture_every_steps=every), CONFIG)
+    pictures = tmp_path / "pictures"
+    assert sorted(path.name for path in pictures.glob("*")) == [f"weights_{step:06d}.png" for step in steps]
+
+
 @contextlib.contextmanager
 def start_process(workdir, step_s):
     command = [sys.executable, toy_run.__file__, str(workdir), str(NUM_STEPS), str(step_s)]
@@ -261,7 +268,9 @@ def test_next_steps_are_dispatched_before_one_is_read(tmp_path):
     assert ",".join(events) == to_the_save + ",dispatch 4,read 4"
 
 
-@pytest.mark.parametrize("change", [{"num_steps": 0}, {"save_every_steps": -1}, {"log_every_steps": 2.5}])
+@pytest.mark.parametrize(
+    "change", [{"num_steps": 0}, {"save_every_steps": -1}, {"picture_every_steps": -2}, {"log_every_steps": 2.5}]
+)
 def test_impossible_settings_are_refused(change):
     good = dict.fromkeys((field for field in LoopSettings.__dataclass_fields__), 1)
     with pytest.raises(InputError, match=f"{next(iter(change))}=.*whole number"):

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from mvar_jax.ops.attention import dense_attention
 from mvar_jax.ops.platform import current_platform
-from mvar_jax.ops.window import reference
 from mvar_jax.ops.window.geometry import window_mask
 
 CUDNN_BLOCK = 64  # lengths that it trains with
@@ -20,9 +20,10 @@ def is_fused(q_BYXHK: jax.Array) -> bool:
 
 def attend(q_BYXHK: jax.Array, k_BYXHK: jax.Array, v_BYXHK: jax.Array, kernel_size: int, scale: float) -> jax.Array:
     """Local-window attention by masking; see `local_window_attention`."""
-    if not is_fused(q_BYXHK):
-        return reference.attend(q_BYXHK, k_BYXHK, v_BYXHK, kernel_size, scale)
     B, Y, X, H, K = q_BYXHK.shape
+    if not is_fused(q_BYXHK):
+        q, k, v = (x.reshape(B, Y * X, H, K) for x in (q_BYXHK, k_BYXHK, v_BYXHK))
+        return dense_attention(q, k, v, window_mask(Y, X, kernel_size), scale).reshape(q_BYXHK.shape)
     N, padding = Y * X, -Y * X % CUDNN_BLOCK
     pad = lambda x: jnp.pad(x.reshape(B, N, H, K), ((0, 0), (0, padding), (0, 0), (0, 0)))
     # padding queries see every key, so that no row is empty; their outputs are cut off

@@ -1,8 +1,9 @@
-"""The oracle: dense attention under the window's mask. O(N^2) memory."""
+"""The oracle: dense attention under the window's mask, by the plain formula. O(N^2) memory."""
 
 import jax
+import jax.numpy as jnp
 
-from mvar_jax.ops.attention import dense_attention
+from mvar_jax.ops.attention import MASKED
 from mvar_jax.ops.window.geometry import window_mask
 
 
@@ -10,4 +11,7 @@ def attend(q_BYXHK: jax.Array, k_BYXHK: jax.Array, v_BYXHK: jax.Array, kernel_si
     """Local-window attention by masking; see `local_window_attention`."""
     B, Y, X, H, K = q_BYXHK.shape
     q, k, v = (x.reshape(B, Y * X, H, K) for x in (q_BYXHK, k_BYXHK, v_BYXHK))
-    return dense_attention(q, k, v, window_mask(Y, X, kernel_size), scale).reshape(q_BYXHK.shape)
+    logits = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32) * scale
+    logits += jnp.where(jnp.asarray(window_mask(Y, X, kernel_size)), 0.0, MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhnm,bmhk->bnhk", weights, v).reshape(q_BYXHK.shape)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvar_jax.ops.attention import MASKED
+from mvar_jax.ops.attention import softmax_attention
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.window.geometry import window_starts
 from mvar_jax.ops.window.per_device import per_device
@@ -103,9 +103,7 @@ class Tiling:
 
     def attend(self, mask_QM, q_GQK, k_GMK, v_GMK):
         """One tile of some samples and heads; M counts the keys of its halo."""
-        logits = jnp.einsum("gqk,gmk->gqm", q_GQK, k_GMK, preferred_element_type=jnp.float32) * self.scale
-        weights = jax.nn.softmax(logits + jnp.where(mask_QM, 0.0, MASKED), axis=-1).astype(v_GMK.dtype)
-        return jnp.einsum("gqm,gmk->gqk", weights, v_GMK)
+        return softmax_attention(q_GQK, k_GMK, v_GMK, mask_QM, self.scale)
 
     def map_tiles(self, function, mask_TQM, *arrays):
         """function(mask, arrays [G, ., K] ...) of every tile, arrays [G, T, ., K]; of a large map some at a time."""
