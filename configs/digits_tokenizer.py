@@ -7,7 +7,7 @@ Score:    30 dB on the held-out fifth, every code used.
 
 import ml_collections
 
-NUM_STEPS = 450
+NUM_STEPS = 360
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -18,9 +18,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.num_steps = NUM_STEPS
     c.batch_size = 32
     c.log_every_steps = 10
-    c.eval_every_steps = 150
+    c.eval_every_steps = 180
     c.picture_every_steps = -1  # the quickstart draws its own
-    c.save_every_steps = 150
+    c.save_every_steps = 120
     c.keep_checkpoints = 1
     c.max_bad_steps = 10
     c.data = dict(

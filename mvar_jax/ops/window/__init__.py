@@ -52,7 +52,7 @@ def choose_backend(q_BYXHK: jax.Array, kernel_size: int) -> str:
     """`auto`, from the measurements in benchmarks/RESULTS.md.
 
     A window that covers the map is plain attention everywhere. CPU: one masked product on small maps and where
-    bands would not spare a third of it, else bands, and tiles on large maps. GPU: the kernel on every map, and
+    bands would not spare half of it, else bands, and tiles on large maps. GPU: the kernel on every map, and
     where that cannot run as on CPU. TPU: dense up to 32 x 32, whose masked product the matrix unit does faster
     than anything finer, splash beyond. CPU is measured; GPU and TPU follow from compiled figures and rooflines,
     no kernel has run there yet.
@@ -67,7 +67,7 @@ def choose_backend(q_BYXHK: jax.Array, kernel_size: int) -> str:
         return "pallas_gpu"
     if Y * X > 576:
         return "tiled"
-    return "dense" if Y * X <= 100 or tiled.BAND_ROWS + kernel_size - 1 > Y * 2 / 3 else "band"
+    return "dense" if Y * X <= 100 or tiled.BAND_ROWS + kernel_size - 1 > Y / 2 else "band"
 
 
 @functools.cache
