@@ -59,12 +59,11 @@ def test_one_wrong_weight_fails(parity, monkeypatch, capsys):
         parity.add_training(table, model, "train", "phase {i}", "p{i}_")
 
     monkeypatch.setattr(parity, "GOLDEN_PARTS", (("mvar.pth", "markov", (add_phases,)),))
-    assert parity.main([]) == 0
-    assert {row[3] for row in rows_of(capsys.readouterr().out)} == {"yes"}
     monkeypatch.setattr(parity, "load_published_files", load_wrong)
     assert parity.main([]) == 1
-    wrong = [row[0] for row in rows_of(capsys.readouterr().out) if row[3] == "NO"]
-    assert wrong == [name for name in QUANTITIES if name.startswith("phase 2")]
+    rows = rows_of(capsys.readouterr().out)
+    wrong = [row[0] for row in rows if row[3] == "NO"]
+    assert len(rows) > len(wrong) and wrong == [name for name in QUANTITIES if name.startswith("phase 2")]
 
 
 def test_rows_judge_counts_ratios_and_nan(parity):
