@@ -16,8 +16,8 @@ OFTEN = [
     "--config.log_every_steps=1",
     "--config.picture_every_steps=0",
 ]
-# 1 + 4 + 16 tokens, the last scale a fine one
-SIZES = ["--config.data.image_size=8", "--config.model.sides=(1,2,4)", "--config.model.vocab_size=32"]
+# 1 + 4 + 9 + 36 tokens, the last scale a fine one
+SIZES = ["--config.data.image_size=12", "--config.model.sides=(1,2,3,6)", "--config.model.vocab_size=32"]
 SMALL_TOKENIZER = [
     *OFTEN,
     "--config.num_steps=3",
@@ -36,7 +36,7 @@ SMALL_TRANSFORMER = [
     "--config.data.size=24",
     "--config.data.num_views=2",
     *SIZES,
-    "--config.model.refine_step=2",
+    "--config.model.refine_step=3",
     "--config.model.kernel_size=3",
     "--config.model.width=24",
     "--config.model.depth=2",

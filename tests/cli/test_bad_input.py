@@ -67,9 +67,6 @@ def test_unknown_command_is_refused(capfd):
         ("--config.num_steps=many", ["many"]),
         ("--config.num_steps=0", ["num_steps=0"]),
         ("--config.batch_size=0", ["batch_size=0"]),
-        ("--config.model.kernel_size=4", ["config.model.kernel_size=4", "odd"]),
-        ("--config.model.sides=(1,2,2)", ["config.model.sides=(1, 2, 2)", "increase"]),
-        ("--config.model.sides=(1,2,3)", ["config.model.sides=(1, 2, 3)", "(1, 2, 4)"]),
         ("--config.model.vocab_size=64", ["config.model.vocab_size=64", "32"]),
         ("--config.model.num_classes=9", ["config.model.num_classes=9", "10"]),
         ("--config.optimizer.schedule=linear", ["schedule='linear'", "lin0"]),
@@ -84,10 +81,26 @@ def test_config_value_out_of_range_is_refused(run, tmp_path, capfd, override, wo
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize(
+    "given, other, words",
+    [
+        ("kernel_size=3", "kernel_size=4", ["config.model.kernel_size=4", "odd"]),
+        ("(1,2,3,6)", "(1,2,2,6)", ["config.model.sides=(1, 2, 2, 6)", "increase"]),
+        ("(1,2,3,6)", "(1,2,3,7)", ["config.model.sides=(1, 2, 3, 7)", "(1, 2, 3, 6)"]),
+    ],
+)
+def test_impossible_tuple_is_refused(run, tmp_path, capfd, given, other, words):
+    """Given a second time it would be joined to the first."""
+    workdir = tmp_path / "workdir"
+    arguments = [argument.replace(given, other) for argument in run.train_transformer]
+    refuse(capfd, [*arguments, "--workdir", str(workdir)], *words)
+    assert not workdir.exists()
+
+
 def test_scales_that_do_not_end_at_the_latent_side_are_refused(run, tmp_path, capfd):
     workdir = tmp_path / "workdir"
-    override = "--config.model.sides=(1,2,3)"
-    words = ["config.model.sides=(1, 2, 3)", "4", "image_size=8"]
+    override = "--config.data.image_size=16"
+    words = ["config.model.sides=(1, 2, 3, 6)", "8", "image_size=16"]
     refuse(capfd, [*run.train_tokenizer, override, "--workdir", str(workdir)], *words)
     assert not workdir.exists()
 
@@ -164,7 +177,7 @@ def test_python_face_refuses_wrong_shapes_and_values(run):
     for call, field in (
         (lambda: model.encode(np.zeros((1, 16, 16, 3))), "images"),
         (lambda: model.decode(np.zeros((1, 129), int)), "ids"),
-        (lambda: model.decode(np.full((1, 21), 32)), "ids"),
+        (lambda: model.decode(np.full((1, 50), 32)), "ids"),
         (lambda: model.sample([11]), "labels"),
         (lambda: model.sample([1], top_p=2), "top_p"),
         (lambda: mvar_jax.load(run.tokenizer).sample([1]), "checkpoint"),

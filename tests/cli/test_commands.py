@@ -43,8 +43,8 @@ def test_training_leaves_checkpoints_metrics_events_config_and_pictures(run):
 def test_transformer_metrics_hold_every_scale(run):
     lines = [json.loads(line) for line in (Path(run.transformer) / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        assert len(line["loss_per_scale"]) == 3
-    weights = np.array([1, 4, 16]) / 21
+        assert len(line["loss_per_scale"]) == 4
+    weights = np.array([1, 4, 9, 36]) / 50
     last = lines[-1]
     assert np.isclose(last["loss"], weights @ last["loss_per_scale"], rtol=1e-5)
     assert np.isclose(lines[0]["loss"], np.log(32), rtol=0.02)
@@ -87,7 +87,7 @@ def test_fine_tuning_starts_from_the_given_weights(run, tmp_path):
 def test_cache_holds_the_ids_of_the_unaugmented_image_as_first_view(run):
     model = mvar_jax.load(run.tokenizer)
     cache = TokenCache(run.tokens, "train")
-    assert cache[0]["ids"].shape == (2, 21)
+    assert cache[0]["ids"].shape == (2, 50)
     data = json.loads((Path(run.transformer) / "config.json").read_text())["data"]
     from mvar_jax.build import DataOptions, fill
 
@@ -106,9 +106,9 @@ def test_sample_writes_what_load_draws(run, tmp_path, capsys):
     assert main(["sample", *arguments, *options]) == 0
     samples, tokens = np.load(out / "samples.npz"), np.load(out / "tokens.npz")
     labels = [3, 3, 0, 0, 1, 1]
-    assert samples["arr_0"].shape == (6, 8, 8, 3) and samples["arr_0"].dtype == np.uint8
+    assert samples["arr_0"].shape == (6, 12, 12, 3) and samples["arr_0"].dtype == np.uint8
     assert samples["arr_1"].tolist() == tokens["labels"].tolist() == labels
-    assert tokens["ids"].shape == (6, 21) and tokens["f_hat"].shape == (6, 4, 4, 16)
+    assert tokens["ids"].shape == (6, 50) and tokens["f_hat"].shape == (6, 6, 6, 16)
     assert sorted(path.name for path in out.glob("0*.png")) == [f"{i:06d}.png" for i in range(6)]
     assert (np.asarray(Image.open(out / "000004.png")) == samples["arr_0"][4]).all()
     assert Image.open(out / "grid.png").size[0] > 2 * 96
@@ -136,9 +136,9 @@ def test_score_sums_to_the_validation_loss(run):
     ids, labels = np.stack([item["ids"][0] for item in items]), np.array([item["label"] for item in items])
     last = json.loads((Path(run.transformer) / "metrics.jsonl").read_text().splitlines()[-1])
     nll_BS = np.asarray(model.score(ids, labels))
-    assert nll_BS.shape == (len(ids), 3)
-    assert np.isclose(nll_BS.sum(1).mean() / 21, last["loss"], rtol=1e-5)
-    assert model.logits(ids[:2], labels[:2]).shape == (2, 21, 32)
+    assert nll_BS.shape == (len(ids), 4)
+    assert np.isclose(nll_BS.sum(1).mean() / 50, last["loss"], rtol=1e-5)
+    assert model.logits(ids[:2], labels[:2]).shape == (2, 50, 32)
 
 
 def test_reconstruct_writes_pairs_table_and_tokens(run, tmp_path, capsys):
@@ -153,6 +153,6 @@ def test_reconstruct_writes_pairs_table_and_tokens(run, tmp_path, capsys):
     assert main(["reconstruct", *arguments, "--save_tokens", "--batch_size", "2"]) == 0
     table = (out / "psnr.md").read_text()
     assert all(name in table for name in ("0.png", "1.png", "2.png", "mean", "PSNR", "SSIM"))
-    assert np.load(out / "tokens.npz")["ids"].shape == (3, 21)
+    assert np.load(out / "tokens.npz")["ids"].shape == (3, 50)
     assert len(list(out.glob("00000*.png"))) == 3 and (out / "reconstructions.png").exists()
     assert "mean" in capsys.readouterr().out
