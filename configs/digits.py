@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.task = "transformer"
     c.seed = 0
-    c.num_steps = 1000  # the held-out loss is lowest; more is learnt by heart
+    c.num_steps = 1000  # about where the held-out loss is lowest
     c.batch_size = 32
     c.log_every_steps = 20
     c.eval_every_steps = 250

@@ -23,6 +23,7 @@ from mvar_jax.training.workdir import CONFIG_FILE, check_config, hold_workdir, s
 # Finished steps are read this much later: the device always has work queued, and yet neither batches pile
 # up on it nor does a signal wait for more than a few steps.
 _STEPS_AHEAD = 2
+_LEAST = {"eval_every_steps": 0, "save_every_steps": 0, "picture_every_steps": -1}  # of the others 1
 
 
 class RunError(RuntimeError):
@@ -81,8 +82,7 @@ class LoopSettings:
             if field.type is not int:
                 continue
             value = getattr(self, field.name)
-            is_interval = field.name in ("eval_every_steps", "picture_every_steps", "save_every_steps")
-            least = 1 - is_interval - (field.name == "picture_every_steps")
+            least = _LEAST.get(field.name, 1)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(field.name, value, f"a whole number of at least {least}")
         Metric.parse(self.keep_best)
