@@ -8,6 +8,7 @@ from golden_case import load, quick_jit
 from small_case import TOKENIZER, seeded_params
 
 from mvar_jax.errors import InputError
+from mvar_jax.ops.pixels import from_levels
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
 from mvar_jax.training.tokenizer_step import (
@@ -141,3 +142,17 @@ def test_codebook_options_out_of_range_are_refused(changes, field):
     CodebookOptions().check()
     with pytest.raises(InputError, match=f"^{field}="):
         CodebookOptions(**changes).check()
+
+
+def test_pixels_are_taken_for_the_images_that_they_are(history):
+    """The loss of a step and the codes drawn anew; what else a step gives follows from its loss."""
+    state = jax.tree.map(jnp.asarray, history[1][0])
+
+    def run(batch):
+        loss = train_step(MODEL, OPTIMIZER, OPTIONS, state, batch, 0.01, 0.0)[1]["loss"]
+        return loss, redraw_codes(MODEL, OPTIONS, state, batch, jax.random.key(0)).params["codebook"]
+
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 2, 2, 3), np.uint8)
+    ours, expected = (quick_jit(run)({"image": images}) for images in (pixels, from_levels(pixels)))
+    np.testing.assert_allclose(ours[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(ours[1], expected[1], atol=1e-6)
