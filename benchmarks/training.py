@@ -35,8 +35,9 @@ from mvar_jax.store import abstract_params
 from mvar_jax.training import loop
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
-from mvar_jax.training.tasks import RunOptions, TransformerTask
+from mvar_jax.training.task import RunOptions
 from mvar_jax.training.transformer_step import PhaseOptions, train_step
+from mvar_jax.training.transformer_task import TransformerTask
 
 SIDES = (1, 2, 3, 5, 8)
 NUM_STEPS = 100

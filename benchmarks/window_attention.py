@@ -56,28 +56,28 @@ def default_for(case: Case, target: str) -> str:
         return choose_backend(shapes_of(case)[0], case.window)
 
 
-def median_ms(programs: dict, arrays, seconds: float) -> dict:
-    """Median milliseconds of each program; runs are interleaved so that a slow moment hits all alike."""
+def median_ms(programs: dict, seconds: float) -> dict:
+    """Median milliseconds of each call; runs are interleaved so that a slow moment hits all alike."""
     times = {key: [] for key in programs}
     while any(len(t) < 5 or (sum(t) < seconds and len(t) < 200) for t in times.values()):
         for key, run in programs.items():
             if len(times[key]) >= 5 and sum(times[key]) >= seconds:
                 continue
             # once more beforehand: the first run after one that freed gigabytes pays for the memory, up to threefold
-            jax.block_until_ready(run(*arrays))
+            jax.block_until_ready(run())
             begin = time.perf_counter()
-            jax.block_until_ready(run(*arrays))
+            jax.block_until_ready(run())
             times[key].append(time.perf_counter() - begin)
     return {key: 1e3 * statistics.median(t) for key, t in times.items()}
 
 
-def measure_here(case: Case, backends: list[str], seconds: float) -> dict:
-    """(backend, direction) -> median milliseconds."""
+def calls_of(case: Case, backends: list[str]) -> dict:
+    """(backend, direction) -> a call of its compiled program on random arrays."""
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=case.shape), jnp.dtype(case.dtype)) for _ in range(4)]
     pairs = [(name, direction) for name in backends for direction in DIRECTIONS]
     programs = {pair: jax.jit(functools.partial(globals()[pair[1]], pair[0], case.window)) for pair in pairs}
-    return median_ms(programs, arrays, seconds)
+    return {pair: functools.partial(program, *arrays) for pair, program in programs.items()}
 
 
 def bound_ms(target: str, compiled) -> float | None:
@@ -90,7 +90,7 @@ def bound_ms(target: str, compiled) -> float | None:
 
 def rows_of(case: Case, target: str, backends: list[str], seconds: float | None) -> list[dict]:
     """One row a backend. seconds: how long each program is timed; None compiles only."""
-    times = measure_here(case, backends, seconds) if target == HERE and seconds is not None else {}
+    times = median_ms(calls_of(case, backends), seconds) if target == HERE and seconds is not None else {}
     rows = []
     for name in backends:
         row = {"target": target, "map": case.height, "backend": name, "is_default": name == default_for(case, target)}
@@ -118,6 +118,14 @@ def print_rows(case: Case, target: str, rows: list[dict]) -> None:
             cells.append("" if value is None else f"{value:.3g} ({value / best[name]:.2f}x)")
         cells += [f"{row[f'{direction}_mib']:.1f}" for direction in DIRECTIONS]
         print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_growth(small: Case, large: Case, seconds: float) -> None:
+    """Time of `auto` on a map of twice the side, in turns with the smaller one and nothing else."""
+    calls = {(case, key[1]): call for case in (small, large) for key, call in calls_of(case, ["auto"]).items()}
+    times = median_ms(calls, seconds)
+    ratios = [f"{direction} {times[large, direction] / times[small, direction]:.2f}x" for direction in DIRECTIONS]
+    print(f"{small} to {large}, four times the queries: auto {', '.join(ratios)}", flush=True)
 
 
 def draw_figure(rows: list[dict], path: Path) -> None:
@@ -161,17 +169,22 @@ def main(argv: list[str] | None = None) -> int:
     chosen = args.backends.split(",") if args.backends else list(BACKENDS)
     targets = [] if args.no_run else [(HERE, args.batch, args.dtype)]
     targets += [(name, args.target_batch, "bfloat16") for name in args.targets.split(",") if name]
+    sides = [int(side) for side in args.sides.split(",")]
     rows = []
     try:
         if unknown := [name for name in chosen if name not in BACKENDS]:
             raise InputError("backends", unknown[0], f"some of {', '.join(BACKENDS)}")
         for target, batch, dtype in targets:
-            for side in map(int, args.sides.split(",")):
+            for side in sides:
                 case = benchmark_case(side, batch, dtype, args.window)
                 names = [name for name in backends_for(case, target) if name in chosen]
                 part = rows_of(case, target, names, args.seconds)
                 print_rows(case, target, part)
                 rows += part
+            for side in sides if target == HERE else ():
+                if 2 * side in sides:
+                    pair = (benchmark_case(n, batch, dtype, args.window) for n in (side, 2 * side))
+                    print_growth(*pair, args.seconds)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

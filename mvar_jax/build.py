@@ -98,7 +98,7 @@ def build_run(config: dict):
     """What both tasks share: seed, steps, batch, optimizer, mesh."""
     from mvar_jax.sharding import MESH_AXES, make_mesh
     from mvar_jax.training.optimizer import OptimizerOptions
-    from mvar_jax.training.tasks import RunOptions
+    from mvar_jax.training.task import RunOptions
 
     check_keys("config.mesh", config["mesh"], MESH_AXES)
     optimizer = fill(OptimizerOptions, "optimizer", config["optimizer"])
@@ -111,9 +111,10 @@ def build_run(config: dict):
 
 def build_task(config: dict):
     """(task, modules to describe in model.json, tokenizer weights to store beside it or None)."""
-    from mvar_jax.training.tasks import TokenizerTask, TransformerTask
     from mvar_jax.training.tokenizer_step import CodebookOptions
+    from mvar_jax.training.tokenizer_task import TokenizerTask
     from mvar_jax.training.transformer_step import PhaseOptions
+    from mvar_jax.training.transformer_task import TransformerTask
 
     module, run = build_module(config), build_run(config)
     data = fill(DataOptions, "data", config["data"])

@@ -1,6 +1,7 @@
 """Fixtures that several files share. What is slow to compile is computed once for the whole session."""
 
 import functools
+import gc
 import inspect
 import os
 from pathlib import Path
@@ -30,6 +31,9 @@ from mvar_jax.sampling import editing, views
 from mvar_jax.sampling.sampler import SampleOptions, guided_logits, sample_pyramid
 from mvar_jax.store import save_model
 from mvar_jax.training.transformer_step import phase_loss, previous_of
+
+# what tests trace lives on, and walking it often takes a tenth of the time
+gc.set_threshold(200_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

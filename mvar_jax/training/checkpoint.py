@@ -32,6 +32,12 @@ _UNSUMMED_FILES = (CHECKSUM_FILE, "_CHECKPOINT_METADATA")
 # Orbax narrates every save through absl, and repeats as tracebacks the errors that it raises anyway.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
+# Orbax lets every replica write its share of an array. Cutting it compiles a program for every shape, seconds of a
+# small model's start, so small arrays are left whole to the first replica.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**22), override=True
+)
+
 
 class Checkpoints:
     """The checkpoints of one workdir, `workdir/checkpoints/STEP/{params,ema,optimizer,meta}`.

@@ -15,7 +15,7 @@ from small_case import MODEL, TOKENIZER, seeded_params
 
 from mvar_jax.__main__ import main
 from mvar_jax.store import load_model, save_model
-from mvar_jax.training import tasks
+from mvar_jax.training import transformer_task
 
 SIZES = [
     f"--config.model.{name}={getattr(MODEL, name)}".replace(" ", "")
@@ -82,10 +82,10 @@ def test_data_command_refuses_what_it_cannot_walk(folder, tmp_path, capsys, over
 
 
 def test_training_from_a_folder_writes_its_classes_and_what_it_skipped(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tasks.jax, "jit", quick_jit)
+    monkeypatch.setattr(transformer_task.jax, "jit", quick_jit)
     save_model(tmp_path / "tokenizer", {"tokenizer": TOKENIZER}, {"tokenizer": seeded_params(TOKENIZER)})
     workdir, run = tmp_path / "workdir", {"num_steps": 3, "batch_size": 8, "optimizer.warmup_steps": 1}
-    monkeypatch.setattr(tasks.TransformerTask, "pictures", lambda self, state: {})
+    monkeypatch.setattr(transformer_task.TransformerTask, "pictures", lambda self, state: {})
     arguments = ["train", *_data(folder), *SIZES, f"--config.data.tokenizer={tmp_path / 'tokenizer'}"]
     arguments += [f"--config.{name}={value}" for name, value in run.items()]
     arguments += ["--config.model.dtype=float32", "--workdir", str(workdir)]

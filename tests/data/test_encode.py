@@ -27,7 +27,7 @@ from mvar_jax.data.transforms import PhotoTransform, PickView
 from mvar_jax.errors import InputError
 from mvar_jax.model import Model
 from mvar_jax.store import module_to_dict, save_model
-from mvar_jax.training.tasks import with_ids
+from mvar_jax.training.transformer_task import with_ids
 
 FLIPS = PhotoTransform(TOKENIZER.image_size, flip=True)
 encode = jax.jit(with_ids, static_argnums=0)

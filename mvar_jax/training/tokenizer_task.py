@@ -1,0 +1,106 @@
+"""The task that trains a tokenizer from images."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mvar_jax.data.pipeline import LoadOptions, Transform, eval_batches
+from mvar_jax.data.sources import Source
+from mvar_jax.evaluation.pictures import side_by_side, to_uint8
+from mvar_jax.model import Model
+from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.ops.pixels import as_images
+from mvar_jax.ops.statistics import perplexity
+from mvar_jax.sharding import use_mesh
+from mvar_jax.training import tokenizer_step
+from mvar_jax.training.task import NUM_PICTURES, RunOptions, Task, min_zoom
+
+
+class TokenizerTask(Task):
+    """Trains the autoencoder and its codebook on images."""
+
+    def __init__(
+        self,
+        run: RunOptions,
+        tokenizer: Tokenizer,
+        options,
+        data: dict[str, Source],
+        transform: Transform,
+        loading: LoadOptions,
+    ):
+        options.check()
+        zeros = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
+        super().__init__(run, tokenizer, data, transform, loading, zeros)
+        self.tokenizer, self.options = tokenizer, options
+        static = (tokenizer, run.optimizer, options)
+        step = functools.partial(tokenizer_step.train_step, *static, num_parts=run.accumulate_steps)
+        placed = {"donate_argnums": 0, "out_shardings": (self.shardings, self._whole)}
+        self._step = jax.jit(step, **placed)
+        redraw = functools.partial(tokenizer_step.redraw_codes, tokenizer, options)
+        self._redraw = jax.jit(redraw, **{**placed, "out_shardings": self.shardings})
+        self._evaluate = jax.jit(self._eval_step, out_shardings=self._whole)
+
+    def train_step(self, state, batch, step: int):
+        """One step; redraws unused codes first where that is due."""
+        with use_mesh(self.run.mesh):
+            images = self.put(batch)
+            if self.options.is_care_due(step):
+                key = jax.random.fold_in(jax.random.key(self.run.seed), step)
+                state = self._redraw(state, images, key)
+            learning_rate, weight_decay = self.run.rates(step)
+            state, metrics = self._step(state, images, learning_rate, weight_decay)
+        return state, {**metrics, "learning_rate": learning_rate, "weight_decay": weight_decay}
+
+    @functools.cached_property
+    def _flops(self) -> float:
+        image = jax.ShapeDtypeStruct((1, *(self.tokenizer.image_size,) * 2, 3), jnp.float32)
+        params = self.abstract_state().params
+        forward = jax.jit(lambda params, image: self.tokenizer.apply({"params": params}, image)[0])
+        cost = forward.lower(params, image).cost_analysis() or {}
+        return 3 * cost.get("flops", 0.0) * self.run.batch_size
+
+    def flops_of_step(self, step: int) -> float:
+        """Three forward passes' worth, as XLA counts them before optimising."""
+        return self._flops
+
+    def _eval_step(self, params, batch):
+        """Sums over real rows: (squared error of clipped images a row, PSNR, hits [S, V], rows)."""
+        images = as_images(batch["image"])
+        rec, _, encoded = self.tokenizer.apply({"params": params}, images)
+        error_B = jnp.mean(jnp.square(jnp.clip(rec, -1, 1) - images), axis=(1, 2, 3))
+        psnr_B = 10 * jnp.log10(4 / error_B)
+        mask = batch["mask"]
+        V = self.tokenizer.vocab_size
+        # a padding row's ids fall outside the codebook and are not counted
+        ids_BL = jnp.where(mask[:, None] > 0, encoded.ids_BL, V)
+        hits_SV = tokenizer_step.count_hits(ids_BL, self.tokenizer.sides, V + 1)[:, :V]
+        return mask @ error_B, mask @ psnr_B, hits_SV, jnp.sum(mask)
+
+    def evaluate(self, state) -> dict:
+        """Held-out mse and PSNR (mean over images, dB) of the averaged weights; usage in percent and perplexity."""
+        with use_mesh(self.run.mesh):
+            parts = [self._evaluate(self.averaged(state), batch) for batch in self.eval_batches()]
+        error, psnr, hits_SV, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(4))
+        return {
+            "loss": float(error / rows),
+            "psnr_db": float(psnr / rows),
+            "usage_per_scale": (100 * (hits_SV > 0).mean(axis=1)).tolist(),
+            "perplexity_per_scale": [perplexity(hits_V) for hits_V in hits_SV],
+            "codebook_used_percent": float(100 * (hits_SV.sum(axis=0) > 0).mean()),
+        }
+
+    def pictures(self, state) -> dict[str, np.ndarray]:
+        """Held-out images beside their reconstructions."""
+        params = self.weights_at_hand(state)
+        if jax.process_index():
+            return {}
+        data = self.data["val"]
+        batches = eval_batches(data, self.transform, batch_size=min(NUM_PICTURES, len(data)), options=self.loading)
+        images = as_images(jnp.asarray(next(batches)["image"]))
+        batches.close()
+        model = Model({"tokenizer": self.tokenizer}, {"tokenizer": params})
+        reconstructions = np.asarray(model.decode(model.encode(images)))
+        zoom = min_zoom(images.shape[1])
+        return {"reconstructions": side_by_side(to_uint8(images), to_uint8(reconstructions), 4, zoom=zoom)}
