@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     c.model = dict(
         sides=(1, 2, 3, 5, 8),
-        vocab_size=128,
+        vocab_size=256,
         code_width=16,
         ch=16,
         ch_mult=(1, 2, 4),

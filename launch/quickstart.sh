@@ -35,8 +35,9 @@ stage tokens "$RUN/tokens/cache.json" -- \
   "${mvar[@]}" cache_tokens --config configs/digits.py --tokenizer "$RUN/tokenizer" --out "$RUN/tokens" "${cached[@]}"
 stage transformer "$RUN/transformer/model.json" -- \
   "${mvar[@]}" train --config configs/digits.py --workdir "$RUN/transformer" "${cached[@]}"
+# tokens of one map are drawn independently, which costs variety: the temperature gives some of it back
 stage samples "$RUN/samples/samples.npz" -- \
-  "${mvar[@]}" sample --checkpoint "$RUN/transformer" --labels 0-9 --num 100 --cfg 0 --seed "$SEED" \
+  "${mvar[@]}" sample --checkpoint "$RUN/transformer" --labels 0-9 --num 100 --cfg 0 --temperature 1.2 --seed "$SEED" \
   --batch_size 100 --save_tokens --out "$RUN/samples"
 stage report "$RUN/report.json" "$RUN/samples.png" "$RUN/samples.npz" -- \
   "${mvar[@]}" report --tokenizer "$RUN/tokenizer" --transformer "$RUN/transformer" --samples "$RUN/samples" \

@@ -81,13 +81,14 @@ class Model:
         nll = token_cross_entropy(self.logits(ids_BL, labels_B), self._check_ids(ids_BL))
         return sum_per_scale(nll, self._transformer().pyramid.areas)
 
-    def sample(self, labels_B, seed=0, cfg=1.5, top_k=0, top_p=0.0, smooth=False, index=None):
+    def sample(self, labels_B, seed=0, cfg=1.5, top_k=0, top_p=0.0, smooth=False, index=None, temperature=1.0):
         """Draws one image for each label: (float32 images in [-1, 1], ids int32 [B, L]).
 
         index: the samples' numbers, 0 .. B-1 if None. A picture is a function of (weights, label, seed, its
         number, options). Raises InputError for labels or options out of range.
         """
-        ids, f_hat = self.sample_features(labels_B, seed, SampleOptions(cfg, top_k, top_p, smooth), index)
+        options = SampleOptions(cfg, top_k, top_p, smooth, temperature)
+        ids, f_hat = self.sample_features(labels_B, seed, options, index)
         return self.decode_features(f_hat), ids
 
     def sample_features(self, labels_B, seed: int, options: SampleOptions, index=None):
@@ -110,6 +111,7 @@ class Model:
         border_px=None,
         softness=editing.SOFTNESS,
         index=None,
+        temperature=1.0,
     ):
         """Draws the masked part anew as the given classes: (float32 images in [-1, 1], ids int32 [B, L]).
 
@@ -118,7 +120,7 @@ class Model:
         pixels fade in (None: 1/32 of the side); softness: of the tokens' border, see `drawn_share`. What lies under
         the mask is not seen; the rest as in `sample`. Raises InputError for sizes or options that do not fit.
         """
-        options = SampleOptions(cfg, top_k, top_p, smooth)
+        options = SampleOptions(cfg, top_k, top_p, smooth, temperature)
         options.check()
         labels, size = self._check_labels(labels_B), self.tokenizer.image_size
         border_px = editing.check_border(border_px, softness, size)
@@ -142,19 +144,19 @@ class Model:
         images = self.decode_features(jnp.concatenate(f_hats))
         return images.reshape(len(f_hats), -1, *images.shape[1:])
 
-    def sweep(self, labels_B, cfgs, seed=0, top_k=0, top_p=0.0, smooth=False, index=None):
+    def sweep(self, labels_B, cfgs, seed=0, top_k=0, top_p=0.0, smooth=False, index=None, temperature=1.0):
         """The same draws at each guidance of `cfgs`: (images float32 [K, B, Y, X, 3], ids int32 [K, B, L]).
 
         All in one batch and one program, whatever the values. Raises InputError as `sample` does.
         """
         labels = self._check_labels(labels_B)
         for cfg in cfgs:
-            SampleOptions(cfg, top_k, top_p, smooth).check()
+            SampleOptions(cfg, top_k, top_p, smooth, temperature).check()
         K, B = len(cfgs), len(labels)
         keys = keys_of_samples(seed, np.tile(np.arange(B) if index is None else index, K))
         cfg_KB = jnp.repeat(jnp.asarray(cfgs, jnp.float32), B)
         # cfg 0: `cfgs` take its place, and the program is the same for all
-        options = SampleOptions(0.0, top_k, top_p, smooth)
+        options = SampleOptions(0.0, top_k, top_p, smooth, temperature)
         ids, f_hat = views.sample_swept(*self._both(), jnp.tile(labels, K), cfg_KB, keys, options)
         images = self.decode_features(f_hat)
         return images.reshape(K, B, *images.shape[1:]), ids.reshape(K, B, -1)

@@ -24,6 +24,12 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--top_p", type=float, default=0.0, help="keep the likeliest codes of mass p; 0: all (default)"
     )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="above 1: more varied draws, below 1: likelier (default 1)",
+    )
     parser.add_argument("--smooth", action="store_true", help="Gumbel-average mode")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--border", type=int, metavar="PX", help="pixels of the fade (default: 1/32 of the side)")
@@ -84,7 +90,7 @@ def run(args) -> int:
     from mvar_jax.errors import InputError
     from mvar_jax.ops.sampling import check_sampling_options
 
-    check_sampling_options(args.cfg, args.top_k, args.top_p)
+    check_sampling_options(args.cfg, args.top_k, args.top_p, args.temperature)
     if (args.mask is None) == (args.expand is None):
         raise InputError("mask", args.mask, f"one of --mask and --expand, which is {args.expand}")
     if args.num < 1:
@@ -118,6 +124,7 @@ def run(args) -> int:
         smooth=args.smooth,
         border_px=args.border,
         softness=softness,
+        temperature=args.temperature,
     )
     write_edits(image_YX3, mask_YX, to_uint8(after), args.num, Path(args.out))
     return 0

@@ -25,6 +25,12 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--top_p", type=float, default=0.0, help="keep the likeliest codes of mass p; 0: all (default)"
     )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="above 1: more varied draws, below 1: likelier (default 1)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="images at a time (default 64)")
@@ -54,7 +60,7 @@ def run(args) -> int:
     from mvar_jax.errors import InputError
     from mvar_jax.ops.sampling import check_sampling_options
 
-    check_sampling_options(args.cfg, args.top_k, args.top_p)
+    check_sampling_options(args.cfg, args.top_k, args.top_p, args.temperature)
     for name in ("num", "batch_size", "weight_shards"):
         if getattr(args, name) < 1:
             raise InputError(name, getattr(args, name), "1 or more")
@@ -84,7 +90,7 @@ def run(args) -> int:
     order = Order(
         tuple(labels.tolist()),
         args.num,
-        SampleOptions(args.cfg, args.top_k, args.top_p, args.smooth),
+        SampleOptions(args.cfg, args.top_k, args.top_p, args.smooth, args.temperature),
         args.seed,
         args.batch_size,
         args.save_tokens,

@@ -1,5 +1,7 @@
 """From logits to codes: guidance ramp, top-k, top-p, draw, and the Gumbel average (VAR section 4; MVAR appendix)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -8,14 +10,16 @@ from mvar_jax.errors import InputError
 REMOVED = -jnp.inf
 
 
-def check_sampling_options(cfg: float, top_k: int, top_p: float) -> None:
-    """Raises InputError for a negative guidance or top_k, or a top_p outside [0, 1]."""
+def check_sampling_options(cfg: float, top_k: int, top_p: float, temperature: float = 1.0) -> None:
+    """Raises InputError for a negative guidance or top_k, a top_p outside [0, 1], a temperature not above 0."""
     if not cfg >= 0:
         raise InputError("cfg", cfg, "a guidance of 0 or more")
     if top_k < 0:
         raise InputError("top_k", top_k, "0 (off) or more")
     if not 0 <= top_p <= 1:
         raise InputError("top_p", top_p, "0 (off) to 1")
+    if not 0 < temperature < math.inf:
+        raise InputError("temperature", temperature, "a number above 0 (1: as the model says)")
 
 
 def guidance_strength(cfg: float, scale: int, num_scales: int) -> float:

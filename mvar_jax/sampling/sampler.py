@@ -38,16 +38,18 @@ ReplaceFn = Callable[[int, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
-    """cfg: guidance; top_k 0 and top_p 0 switch a filter off (top_k 1 is greedy); smooth: Gumbel average."""
+    """cfg: guidance; top_k 0 and top_p 0 switch a filter off (top_k 1 is greedy); smooth: Gumbel average;
+    temperature: divides the guided logits before the filters, 1 in the published programs."""
 
     cfg: float = 1.5
     top_k: int = 0
     top_p: float = 0.0
     smooth: bool = False
+    temperature: float = 1.0
 
     def check(self) -> None:
         """Raises InputError for values out of range."""
-        check_sampling_options(self.cfg, self.top_k, self.top_p)
+        check_sampling_options(self.cfg, self.top_k, self.top_p, self.temperature)
 
 
 def sample_pyramid(
@@ -89,6 +91,8 @@ def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int,
 
     def draw_some(rows):
         logits_bNV, keys_b = rows
+        if options.temperature != 1:
+            logits_bNV = logits_bNV / options.temperature
         filtered = filter_logits(logits_bNV, options.top_k, options.top_p)
         ids_bN = draw(filtered, keys_b)
         if not options.smooth:

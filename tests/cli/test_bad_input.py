@@ -39,6 +39,7 @@ def refuse(capfd, arguments: list[str], *words: str) -> str:
         (["--top_p", "-0.1"], ["top_p=-0.1"]),
         (["--top_p", "nan"], ["top_p=nan"]),
         (["--cfg", "-2"], ["cfg=-2"]),
+        (["--temperature", "0"], ["temperature=0.0", "above 0"]),
         (["--num", "0"], ["num=0"]),
         (["--batch_size", "0"], ["batch_size=0"]),
         (["--seed", "-1"], ["seed=-1"]),

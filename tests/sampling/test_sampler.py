@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ from mvar_jax.models.transformer import modulate
 from mvar_jax.ops.pixels import to_levels
 from mvar_jax.ops.quantize import teacher_forcing_input
 from mvar_jax.ops.sampling import filter_logits
-from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample, sample_pyramid
+from mvar_jax.sampling.sampler import SampleOptions, draw_scale, keys_of_samples, sample, sample_pyramid
 
 
 def assert_draw_close(what: str, draw, golden: dict, prefix: str = "") -> None:
@@ -222,6 +224,22 @@ def test_the_outputs_of_one_program_agree():
     assert set(np.unique(pixels - floor_pixels)) == {0, 1}
 
 
+@pytest.mark.parametrize("smooth", [False, True])
+def test_temperature_divides_the_logits_before_the_filters(smooth):
+    rng = np.random.default_rng(0)
+    logits, codebook = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 30, 16), (16, 4)))
+    noise = lambda logits, keys: jnp.zeros_like(logits)
+
+    @functools.partial(quick_jit, static_argnums=1)
+    def draw(logits, temperature):
+        options = SampleOptions(top_k=9, top_p=0.8, smooth=smooth, temperature=temperature)
+        return draw_scale(logits, keys_of_samples(0, np.arange(2)), codebook, options, 1, 3, noise)
+
+    warm = draw(logits, 4.0)
+    jax.tree.map(np.testing.assert_array_equal, warm, draw(logits / 4, 1.0))
+    assert all((a != b).any() for a, b in zip(warm, draw(logits, 1.0), strict=True))
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [
@@ -229,6 +247,8 @@ def test_the_outputs_of_one_program_agree():
         (SampleOptions(top_p=1.01), "top_p"),
         (SampleOptions(top_p=-0.5), "top_p"),
         (SampleOptions(cfg=-1.0), "cfg"),
+        (SampleOptions(temperature=0.0), "temperature"),
+        (SampleOptions(temperature=float("inf")), "temperature"),
     ],
 )
 def test_options_out_of_range_are_refused(options, field):
