@@ -4,10 +4,13 @@ import functools
 import gc
 import inspect
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # most of the time goes into compiling small programs; before JAX starts, and for child processes too
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):  # later versions have no other emitters
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # they set up MLIR anew for every fusion
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +37,14 @@ from mvar_jax.training.transformer_step import phase_loss, previous_of
 
 # what tests trace lives on, and walking it often takes a tenth of the time
 gc.set_threshold(200_000, 20, 100)
+
+
+# whole files go to one of two processes: the long ones first, or one of them runs alone at the end
+LONG_FILES = ("test_sampler", "test_commands", "test_sharding", "test_processes", "test_loop", "test_devices")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
 
 
 @pytest.fixture(scope="session")

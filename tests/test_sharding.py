@@ -89,7 +89,7 @@ def test_batch_must_divide_over_the_batch_axes():
 
 def run_on_eight_devices(*arguments):
     tests = Path(__file__).parent
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)

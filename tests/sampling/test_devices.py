@@ -63,7 +63,7 @@ def draws() -> dict:
     tests = Path(__file__).parents[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
         "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-c", PROGRAM, json.dumps([LABELS, INDEX, MESHES])]
