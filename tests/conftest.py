@@ -40,10 +40,11 @@ gc.set_threshold(200_000, 20, 100)
 
 
 # whole files go to one of two processes: the long ones first, or one of them runs alone at the end
-LONG_FILES = ("test_sampler", "test_commands", "test_sharding", "test_processes", "test_loop", "test_devices")
+LONG_FILES = ("test_sampler", "test_commands", "test_sharding", "test_processes", "test_loop", "test_notebooks")
 
 
 def pytest_collection_modifyitems(items):
+    """With `--no-loadscope-reorder`, or pytest-xdist takes the files with most tests first."""
     items.sort(key=lambda item: item.path.stem not in LONG_FILES)
 
 
