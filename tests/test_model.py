@@ -64,6 +64,8 @@ def test_a_sweep_has_a_row_for_each_guidance(model):
     assert (ids[0] != ids[1]).any() and (images[0] != images[1]).any()
     with pytest.raises(InputError, match="^cfg=-1"):
         model.sweep([0], [1.0, -1.0])
+    with pytest.raises(InputError, match="^temperature="):
+        model.sweep([0], [1.0], temperature=-1.0)
 
 
 def test_classes_are_told_by_bayes_rule_in_padded_batches(model):

@@ -6,6 +6,8 @@ pixels inside it. Writes grid.png (before, mask, after; a row for each label) an
 
 from pathlib import Path
 
+from mvar_jax.cli.sampling import add_sampling_arguments
+
 SUMMARY = "draw part of a picture anew, as a class"
 
 
@@ -19,18 +21,7 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--label", required=True, metavar="L", help="class by number or name; several with commas")
     parser.add_argument("--num", type=int, default=4, metavar="N", help="results of each label (default 4)")
-    parser.add_argument("--cfg", type=float, default=1.5, help="guidance (default 1.5)")
-    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest codes; 0: all (default)")
-    parser.add_argument(
-        "--top_p", type=float, default=0.0, help="keep the likeliest codes of mass p; 0: all (default)"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="above 1: more varied draws, below 1: likelier (default 1)",
-    )
-    parser.add_argument("--smooth", action="store_true", help="Gumbel-average mode")
+    add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--border", type=int, metavar="PX", help="pixels of the fade (default: 1/32 of the side)")
     parser.add_argument(

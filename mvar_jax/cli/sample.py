@@ -6,6 +6,7 @@ Killed and started again with the same options it goes on, and leaves the same f
 from pathlib import Path
 
 from mvar_jax.cli.machine import add_machine_arguments, set_up_machine, wait_for_all
+from mvar_jax.cli.sampling import add_sampling_arguments
 
 SUMMARY = "draw images from a model"
 
@@ -20,23 +21,10 @@ def add_arguments(parser) -> None:
         "--labels", required=True, metavar="L,L", help="classes, as 207,360, or a range 0-9, or 'golden retriever'"
     )
     parser.add_argument("--num", type=int, default=8, metavar="N", help="images of each label (default 8)")
-    parser.add_argument("--cfg", type=float, default=1.5, help="guidance (default 1.5)")
-    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest codes; 0: all (default)")
-    parser.add_argument(
-        "--top_p", type=float, default=0.0, help="keep the likeliest codes of mass p; 0: all (default)"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="above 1: more varied draws, below 1: likelier (default 1)",
-    )
+    add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="images at a time (default 64)")
-    parser.add_argument(
-        "--smooth", action="store_true", help="Gumbel-average mode: smoother pictures, for looking at"
-    )
     parser.add_argument("--save_tokens", action="store_true", help="also write tokens.npz: ids, labels, f_hat")
     parser.add_argument("--truncate_uint8", action="store_true", help="round pixels down, as the published program")
     parser.add_argument(

@@ -102,7 +102,8 @@ def test_cache_holds_the_ids_of_the_unaugmented_image_as_first_view(run):
 def test_sample_writes_what_load_draws(run, tmp_path, capsys):
     out = tmp_path / "samples"
     arguments = ["--checkpoint", run.transformer, "--labels", "3,0-1", "--num", "2", "--cfg", "2.0", "--top_k", "20"]
-    options = ["--top_p", "0.9", "--seed", "5", "--batch_size", "4", "--save_tokens", "--out", str(out)]
+    options = ["--top_p", "0.9", "--temperature", "1.5", "--seed", "5"]
+    options += ["--batch_size", "4", "--save_tokens", "--out", str(out)]
     assert main(["sample", *arguments, *options]) == 0
     samples, tokens = np.load(out / "samples.npz"), np.load(out / "tokens.npz")
     labels = [3, 3, 0, 0, 1, 1]
@@ -114,7 +115,7 @@ def test_sample_writes_what_load_draws(run, tmp_path, capsys):
     assert Image.open(out / "grid.png").size[0] > 2 * 96
 
     model = mvar_jax.load(run.transformer)
-    images, ids = model.sample(np.array(labels), seed=5, cfg=2.0, top_k=20, top_p=0.9)
+    images, ids = model.sample(np.array(labels), seed=5, cfg=2.0, top_k=20, top_p=0.9, temperature=1.5)
     assert (np.asarray(ids) == tokens["ids"]).all()
     assert np.abs(np.rint((np.asarray(images) + 1) * 127.5) - samples["arr_0"]).max() <= 1
     assert np.allclose(model.decode(ids), images, atol=1e-5)

@@ -32,7 +32,7 @@ def files(tmp_path):
 
 def test_edit_draws_under_the_mask_alone(tiny_model, quick_programs, files):
     base = ["edit", "--checkpoint", str(tiny_model), "--image", str(files / "image.png"), "--label", "0,2"]
-    options = ["--num", "2", "--seed", "5", "--cfg", "1.0", "--top_k", "12"]
+    options = ["--num", "2", "--seed", "5", "--cfg", "1.0", "--top_k", "12", "--temperature", "3"]
     assert main([*base, *options, "--mask", str(files / "mask.png"), "--out", str(files / "in")]) == 0
     assert sorted(path.name for path in (files / "in").iterdir()) == [
         *(f"00000{i}.png" for i in range(4)),
@@ -47,7 +47,7 @@ def test_edit_draws_under_the_mask_alone(tiny_model, quick_programs, files):
     mask = np.zeros((6, 6), bool)
     mask[:, 3:] = True
     model = mvar_jax.load(str(tiny_model))
-    images, _ = model.edit(before[None] / 127.5 - 1, mask, [0, 0, 2, 2], seed=5, cfg=1.0, top_k=12)
+    images, _ = model.edit(before[None] / 127.5 - 1, mask, [0, 0, 2, 2], seed=5, cfg=1.0, top_k=12, temperature=3.0)
     np.testing.assert_array_equal(np.rint((images + 1) * 127.5), after)
 
     assert main([*base, *options, "--expand", "2", "--out", str(files / "out")]) == 0
