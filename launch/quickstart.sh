@@ -8,6 +8,7 @@ RUN=${RUN:-runs/quickstart}
 SEED=${SEED:-0}
 
 export JAX_PLATFORMS=cpu
+unset PYTHONDONTWRITEBYTECODE # installed uncompiled: each stage would compile what it imports anew
 # Two host devices share the batch: a quarter faster on two cores. LLVM's first level compiles a fifth faster, and the
 # steps are no slower. Huge pages spare most of the page faults.
 export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1}"

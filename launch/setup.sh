@@ -21,7 +21,7 @@ fi
 python=$(find_python)
 echo "setting up .venv with $("$python" --version) (about 2 GB; a minute or two)"
 "$python" -m venv .venv
-# Python compiles what is imported when it is: all of it here would be half of the time
+# Python compiles what is imported when it first is: all of it here would be half of the time
 .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 echo "$wanted" > .venv/.ready

@@ -1,6 +1,7 @@
 """Model directories: `model.json` (what the modules are) beside Orbax weights, and a tokenizer's fingerprint."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -107,8 +108,12 @@ def pick_step(directory: Path, which: str) -> int | None:
     return step
 
 
+@functools.lru_cache
 def abstract_params(module: nn.Module):
-    """The parameter tree of a tokenizer or transformer, boxed with logical axes; nothing is allocated."""
+    """The parameter tree of a tokenizer or transformer, boxed with logical axes; nothing is allocated.
+
+    Kept: tracing the initialisation takes a second or two. The tree is not to be changed.
+    """
     return jax.eval_shape(initializer(module), jax.random.key(0))
 
 

@@ -39,13 +39,16 @@ from mvar_jax.training.transformer_step import phase_loss, previous_of
 gc.set_threshold(200_000, 20, 100)
 
 
-# whole files go to one of two processes: the long ones first, or one of them runs alone at the end
-LONG_FILES = ("test_sampler", "test_commands", "test_sharding", "test_processes", "test_loop", "test_notebooks")
+# Whole files go to one of two processes: the long ones first, or one of them runs alone at the end. The first makes
+# the run that those after the others need, and that a second process would wait for.
+LONG_FILES = ["test_commands", "test_window", "test_sampler", "test_processes", "test_sharding", "test_loop"]
+LONG_FILES += ["test_notebooks", "test_sample", "test_transformer", "test_tokenizer", "test_weights", "test_folder"]
 
 
 def pytest_collection_modifyitems(items):
     """With `--no-loadscope-reorder`, or pytest-xdist takes the files with most tests first."""
-    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
+    rank = {name: i for i, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session")
