@@ -9,8 +9,10 @@ resume    start-up of a resumed `train` over that of the first one; both with an
 compile   lowering and compiling a 24-layer step with scan and rematerialisation over the unrolled one
 """
 
+import functools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,29 +42,34 @@ from mvar_jax.training.transformer_step import PhaseOptions, train_step
 from mvar_jax.training.transformer_task import TransformerTask
 
 SIDES = (1, 2, 3, 5, 8)
-NUM_STEPS = 100
 
 
 class RandomIds:
-    """A source of random pyramids."""
+    """A source of random pyramids, read batch by batch as a token cache is."""
 
     label_names = tuple("0123456789")
     num_classes = 10
 
+    def __init__(self):
+        num_tokens = sum(side * side for side in SIDES)
+        self._ids = np.random.default_rng(0).integers(0, 128, (256, 1, num_tokens)).astype(np.int32)
+
     def __len__(self):
-        return 256
+        return len(self._ids)
 
     def __getitem__(self, index):
-        ids = np.random.default_rng(index).integers(0, 128, (1, sum(side * side for side in SIDES)))
-        return {"ids": ids.astype(np.int32), "label": index % 10}
+        return {"ids": self._ids[index], "label": index % 10}
+
+    def read(self, numbers):
+        return self._ids[numbers], (numbers % 10).astype(np.int32)
 
 
-def make_task(num_steps: int = NUM_STEPS) -> TransformerTask:
+def make_task() -> TransformerTask:
     """The quickstart's transformer, joint schedule."""
     tokenizer = Tokenizer(SIDES, vocab_size=128, code_width=16, ch=16, ch_mult=(1,), num_groups=None, group_size=4)
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), nn.meta.unbox(abstract_params(tokenizer)))
     model = Transformer(SIDES, 3, (3, 5), 128, 16, 10, depth=4, width=96, num_heads=3, remat="none")
-    run = RunOptions(0, num_steps, 32, OptimizerOptions(ema_decay=0.99), make_mesh())
+    run = RunOptions(0, 1000, 32, OptimizerOptions(ema_decay=0.99), make_mesh())
     data = {"train": RandomIds(), "val": RandomIds()}
     return TransformerTask(
         run, model, PhaseOptions(schedule="joint"), tokenizer, params, data, PickView(), DEFAULT_LOADING
@@ -81,23 +88,23 @@ class Quiet(TransformerTask):
         return {}
 
 
-def time_bare_steps(task) -> float:
+def time_bare_steps(task, num_steps: int) -> float:
     """Seconds a step, batches on the host already and the metrics of each step read two steps later."""
     state, batches = task.init_state(), task.batches(0)
     ready = [next(batches) for _ in range(8)]
     state, metrics = task.train_step(state, ready[0], 0)
     jax.block_until_ready(state)
     before_s, pending = time.perf_counter(), []
-    for step in range(1, NUM_STEPS):
+    for step in range(1, num_steps):
         state, metrics = task.train_step(state, ready[step % 8], step)
         pending.append(metrics["is_bad"])
         if len(pending) > 2:
             bool(pending.pop(0))
     jax.block_until_ready(state)
-    return (time.perf_counter() - before_s) / (NUM_STEPS - 1)
+    return (time.perf_counter() - before_s) / (num_steps - 1)
 
 
-def time_loop(task, save_every_steps: int) -> float:
+def time_loop(task, num_steps: int, save_every_steps: int) -> float:
     """Seconds a step of the loop, from its second step to its last, saves included but the final one."""
     task.__class__, stamps = Quiet, []
     bare = task.train_step
@@ -107,25 +114,41 @@ def time_loop(task, save_every_steps: int) -> float:
         return bare(state, batch, step)
 
     task.train_step = stamped
-    settings = loop.LoopSettings(NUM_STEPS, 20, 0, 0, save_every_steps, 1, 10)
+    settings = loop.LoopSettings(num_steps, 20, 0, 0, save_every_steps, 1, 10)
     with tempfile.TemporaryDirectory() as folder:
         loop.run(task, folder, settings, {})
     del task.train_step
     return (stamps[-1] - stamps[1]) / (len(stamps) - 2)
 
 
-def measure_loop_and_saving(repeats: int = 3) -> None:
+def measure_loop(rounds: int = 8, num_steps: int = 50) -> None:
     task = make_task()
-    time_bare_steps(task)  # compiles
-    bare, plain, saving = [], [], []
-    for _ in range(repeats):  # in turn, so that other work on the machine falls on all three alike
-        bare.append(time_bare_steps(task))
-        plain.append(time_loop(task, 0))
-        saving.append(time_loop(task, 50))
-    bare_s, plain_s, saving_s = (float(np.min(times)) for times in (bare, plain, saving))
-    print(f"bare step {1000 * bare_s:.1f} ms, loop {1000 * plain_s:.1f} ms, with saves {1000 * saving_s:.1f} ms")
-    print(f"loop over bare step, steps/s: {bare_s / plain_s:.3f}")
-    print(f"saving every 50 steps, added to the step time: {100 * (saving_s / plain_s - 1):.1f}%")
+    time_bare_steps(task, 3)  # compiles
+    time_loop(task, 3, 0)  # and imports what writes the metrics
+    steps = {"bare": lambda: time_bare_steps(task, num_steps), "loop": lambda: time_loop(task, num_steps, 0)}
+    ratio = median_ratio(steps, rounds)
+    print(f"loop over bare step, steps/s: {ratio:.3f}", flush=True)
+
+
+def measure_saving(rounds: int = 4, num_steps: int = 100) -> None:
+    task = make_task()
+    time_loop(task, 3, 0)  # compiles and imports
+    steps = {
+        name: functools.partial(time_loop, task, num_steps, every) for name, every in (("saves", 50), ("none", 0))
+    }
+    ratio = median_ratio(steps, rounds)
+    print(f"saving every 50 steps, added to the step time: {100 * (ratio - 1):.1f}%", flush=True)
+
+
+def median_ratio(steps: dict, rounds: int) -> float:
+    """First over second, median over rounds of one after the other: another round may find a slower machine."""
+    ratios = []
+    for _ in range(rounds):
+        times = {name: measure() for name, measure in steps.items()}
+        print(", ".join(f"{name} {1000 * seconds:.1f} ms a step" for name, seconds in times.items()))
+        first, second = times.values()
+        ratios.append(first / second)
+    return statistics.median(ratios)
 
 
 def measure_resume() -> None:
@@ -183,22 +206,22 @@ def measure_compile(depth: int = 24, width: int = 96) -> None:
     """A narrow 24-layer model: the number of operations is that of d24, only their sizes are not."""
     seconds = {}
     for name, changes in (("scan", {"remat": "dots"}), ("unrolled", {"remat": "none", "scan_unroll": depth})):
-        model = Transformer(SIDES, 4, (5, 5), 128, 16, 10, depth=depth, width=width, num_heads=3, **changes)
+        model = Transformer(SIDES, 3, (3, 5), 128, 16, 10, depth=depth, width=width, num_heads=3, **changes)
         seconds[name] = time_compilation(model)
         print(f"{depth} layers, {name}: lowered and compiled in {seconds[name]:.1f} s", flush=True)
     print(f"scan over unrolled: {seconds['scan'] / seconds['unrolled']:.2f}")
 
 
 MEASUREMENTS = {
-    "loop": measure_loop_and_saving,
-    "saving": measure_loop_and_saving,
+    "loop": measure_loop,
+    "saving": measure_saving,
     "resume": measure_resume,
     "compile": measure_compile,
 }
 
 
 def main(names: list[str]) -> None:
-    chosen = dict.fromkeys(MEASUREMENTS[name] for name in names or MEASUREMENTS)
+    chosen = [MEASUREMENTS[name] for name in names or MEASUREMENTS]
     print(json.dumps({"jax": jax.__version__, "device": jax.devices()[0].device_kind, "cores": os.cpu_count()}))
     for measure in chosen:
         measure()

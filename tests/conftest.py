@@ -4,11 +4,13 @@ import functools
 import gc
 import inspect
 import os
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 # most of the time goes into compiling small programs; before JAX starts, and for child processes too
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"  # small programs are not worth 32 parts
 if version("jaxlib").startswith("0.10."):  # later versions have no other emitters
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # they set up MLIR anew for every fusion
 
@@ -30,7 +32,8 @@ from golden_case import (
 
 import mvar_jax.model
 from mvar_jax.convert.names import to_tree
-from mvar_jax.sampling import editing, views
+from mvar_jax.ops.sampling import gumbel_noise
+from mvar_jax.sampling import editing, sampler, views
 from mvar_jax.sampling.sampler import SampleOptions, guided_logits, sample_pyramid
 from mvar_jax.store import save_model
 from mvar_jax.training.transformer_step import phase_loss, previous_of
@@ -204,10 +207,21 @@ def draw_golden(transformer_params, tokenizer_params):
     tokenizer = Compiled(TOKENIZER)
     models = {"mvar": Compiled(MVAR), "var": Compiled(VAR)}
     keys_B = jax.random.split(jax.random.key(0, impl="rbg"), 2)  # quicker to compile; no golden draw depends on them
+    programs = {
+        "draw_scale": quick_jit(sampler.draw_scale, static_argnums=(3, 4, 5, 6)),
+        "next_input": quick_jit(sampler.next_input, static_argnums=(1, 2)),
+        "modulate": quick_jit(sampler.modulate, static_argnums=0),
+    }
 
-    def draw(name: str, labels, options: SampleOptions, noise=None):
-        logits_fn = guided_logits(models[name], transformer_params, jnp.asarray(labels), options.cfg)
-        given = {} if noise is None else {"noise": noise}
-        return sample_pyramid(logits_fn, tokenizer, tokenizer_params, keys_B, options, **given)
+    def draw_scale(logits_BNV, keys_B, codebook, options, *rest):
+        """Guidance is no matter of the draw from guided logits: all strengths share its programs."""
+        return programs["draw_scale"](logits_BNV, keys_B, codebook, replace(options, cfg=0.0), *rest)
+
+    def draw(name: str, labels, options: SampleOptions, noise=gumbel_noise):
+        with pytest.MonkeyPatch.context() as patch:
+            for function, program in (programs | {"draw_scale": draw_scale}).items():
+                patch.setattr(sampler, function, program)
+            logits_fn = guided_logits(models[name], transformer_params, jnp.asarray(labels), options.cfg)
+            return sample_pyramid(logits_fn, tokenizer, tokenizer_params, keys_B, options, noise)
 
     return draw

@@ -23,7 +23,7 @@ def start(workdir, cache, devices, *more, steps=9):
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    overrides = [f"--config.num_steps={steps}", "--config.save_every_steps=2", "--config.eval_every_steps=0"]
+    overrides = [f"--config.num_steps={steps}", "--config.save_every_steps=4", "--config.eval_every_steps=0"]
     overrides += ["--config.picture_every_steps=-1"]
     overrides += ["--config.codebook.warmup_steps=0", "--config.codebook.revive_every_steps=0"]
     command = [
