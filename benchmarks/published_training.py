@@ -17,6 +17,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +92,8 @@ def published_step(folder: Path, model: Transformer, batch: dict, num_threads: i
 def our_step(model: Transformer, batch: dict):
     """phase -> None: one step of ours, compiled."""
     optimizer = OptimizerOptions()
-    state = jax.jit(lambda: make_state(lambda: model.init_params(jax.random.key(0)), optimizer))()
+    init = lambda: make_state(lambda: model.init_params(jax.random.key(0)), optimizer)
+    state = jax.jit(lambda: nn.meta.unbox(init()))()
     inputs = {name: jnp.asarray(x) for name, x in batch.items()}
     programs, held = {}, [state]
     for phase in model.phases():
