@@ -1,5 +1,7 @@
 """The notebooks' model: the one they name or, before the quickstart has run, a small one of digits made here."""
 
+import importlib.util
+import os
 from pathlib import Path
 
 import mvar_jax
@@ -13,6 +15,7 @@ SMALL = "runs/notebook"
 # less training of smaller models than the quickstart's: enough to see digits, in about two minutes
 TOKENIZER_FLAGS = (
     "--config.num_steps=120",
+    "--config.picture_every_steps=-1",
     "--config.eval_every_steps=120",
     "--config.save_every_steps=40",
     "--config.model.ch=8",
@@ -20,6 +23,7 @@ TOKENIZER_FLAGS = (
 )
 TRANSFORMER_FLAGS = (
     "--config.num_steps=200",
+    "--config.picture_every_steps=-1",
     "--config.eval_every_steps=200",
     "--config.save_every_steps=50",
     "--config.data.num_views=2",
@@ -27,6 +31,15 @@ TRANSFORMER_FLAGS = (
     "--config.model.width=64",
     "--config.model.num_heads=2",
 )
+
+
+CPU_FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1"
+
+
+def use_cpu_well() -> None:
+    """Where there is no accelerator, what launch/quickstart.sh sets for XLA; of no effect once JAX has started."""
+    if importlib.util.find_spec("jax_plugins") is None:
+        os.environ.setdefault("XLA_FLAGS", CPU_FLAGS)
 
 
 def run(command: str, *arguments: str) -> None:
@@ -38,6 +51,7 @@ def run(command: str, *arguments: str) -> None:
 
 def train_digits(folder: Path, tokenizer_flags=TOKENIZER_FLAGS, transformer_flags=TRANSFORMER_FLAGS) -> Path:
     """Tokenizer, token cache, transformer, as launch/quickstart.sh but shorter. Returns the transformer's workdir."""
+    use_cpu_well()
     configs = ROOT / "configs"
     tokenizer, tokens, transformer = (folder / name for name in ("tokenizer", "tokens", "transformer"))
     digits = [f"--config={configs / 'digits.py'}", *transformer_flags, f"--config.data.cache={tokens}"]
