@@ -6,12 +6,14 @@ import inspect
 import os
 from dataclasses import replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 # most of the time goes into compiling small programs; before JAX starts, and for child processes too
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"  # small programs are not worth 32 parts
-if version("jaxlib").startswith("0.10."):  # later versions have no other emitters
+# later versions, and libtpu, which reads these flags too, have no other emitters and refuse the flag
+if version("jaxlib").startswith("0.10.") and find_spec("libtpu") is None:
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # they set up MLIR anew for every fusion
 
 import jax

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from mvar_jax.ops.platform import compiling_for
 from mvar_jax.ops.window import BACKENDS
+from mvar_jax.sharding import make_mesh, spec_of, use_mesh
 
 x = np.random.default_rng(0).normal(size=(3, 4, 5, 6, 4, 8))
 q, k, v = (jnp.asarray(part, jnp.float32) for part in x)
@@ -34,6 +36,24 @@ for name in sys.argv[1:]:
         for ours, theirs in zip(results, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=name)
     print("equal", name)
+
+# as for TPUs: by the context's mesh
+mesh = make_mesh(data=2, tensor=2)
+sharding = NamedSharding(mesh, spec_of(("batch", None, None, "heads", None)))
+arrays = [jax.device_put(x, sharding) for x in (q, k, v)]
+with compiling_for("tpu"), use_mesh(mesh):
+    for name in ("tiled", "band"):
+        attend = lambda q, k, v: BACKENDS[name](q, k, v, 3, 0.5)
+        loss = lambda q, k, v: (attend(q, k, v), *jax.vjp(attend, q, k, v)[1](jnp.cos(q)))
+        program = jax.jit(loss, out_shardings=(sharding,) * 4).lower(*arrays).compile()
+        assert "custom_partitioning" not in str(jax.make_jaxpr(loss)(*arrays)), name
+        for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+            assert word not in program.as_text(), (name, word)
+        for ours, theirs in zip(program(*arrays), jax.jit(loss)(q, k, v), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=name)
+        odd = [x[:3, ..., :3, :] for x in (q, k, v)]  # neither axis divides: whole on every device
+        np.testing.assert_allclose(jax.jit(attend)(*odd), attend(q, k, v)[:3, ..., :3, :], atol=1e-6)
+        print("mapped", name)
 """
 
 
@@ -44,4 +64,5 @@ def test_sharded_batch_and_heads_give_the_same_numbers_without_communication():
     command = [sys.executable, "-c", FOUR_DEVICES, *BACKENDS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == [word for name in BACKENDS for word in ("equal", name)]
+    told = [*(f"equal {name}" for name in BACKENDS), "mapped tiled", "mapped band"]
+    assert done.stdout.splitlines() == told

@@ -1,15 +1,20 @@
 """Makes a kernel, opaque to XLA, behave like an XLA operation under vmap and under sharded batch or heads."""
 
-import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mvar_jax.ops.platform import current_platform
+from mvar_jax.sharding import MESH_AXES, spec_of
+
 # the axes of every array that a kernel takes or returns, by rank; batch and heads may be sharded
 AXES = {4: ("b", "n", "h", "k"), 3: ("b", "h", "n")}
 BATCH, HEADS = "b", "h"
+# the same axes by the names of the rules in sharding.py
+LOGICAL = {BATCH: "batch", HEADS: "heads", "n": None, "k": None}
 
 
 def specs_like(q_sharding: NamedSharding, ranks: tuple[int, ...]) -> tuple[NamedSharding, ...]:
@@ -45,6 +50,24 @@ def partition_batch_and_heads(kernel, in_ranks, out_ranks, constant_ranks):
     return call
 
 
+def map_over_mesh(kernel, out_ranks, constants, arrays):
+    """`kernel` on each device's share, batch and heads placed over the context's mesh as the rules say.
+
+    For TPUs, whose compiler knows no custom partitioning. Inside shard_map, or without the project's mesh, the arrays
+    are taken as they are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(MESH_AXES) <= set(mesh.axis_names) or mesh.manual_axes:
+        return kernel(*constants, *arrays)
+    (batch, _, heads, _), (B, _, H, _) = spec_of([LOGICAL[axis] for axis in AXES[4]]), arrays[0].shape
+    num_devices = lambda axes: math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    placed = {BATCH: batch if B % num_devices(batch) == 0 else None}
+    placed[HEADS] = heads if H % num_devices(heads) == 0 else None
+    specs = lambda ranks: tuple(PartitionSpec(*(placed.get(axis) for axis in AXES[rank])) for rank in ranks)
+    in_specs = (*(PartitionSpec(),) * len(constants), *specs([x.ndim for x in arrays]))
+    return jax.shard_map(kernel, in_specs=in_specs, out_specs=specs(out_ranks), check_vma=False)(*constants, *arrays)
+
+
 def per_device(kernel, in_ranks: tuple[int, ...], out_ranks: tuple[int, ...], constants: tuple = ()):
     """kernel: (*constants, *arrays) -> tuple of arrays, independent over batch and heads; this is a function of
     the arrays that does the same, with vmap and sharding.
@@ -52,7 +75,12 @@ def per_device(kernel, in_ranks: tuple[int, ...], out_ranks: tuple[int, ...], co
     Ranks: 4 for [B, N, H, K], 3 for [B, H, N]. Not differentiable: give it to a `jax.custom_vjp`.
     """
     partitioned = partition_batch_and_heads(kernel, in_ranks, out_ranks, tuple(x.ndim for x in constants))
-    call = jax.custom_batching.custom_vmap(functools.partial(partitioned, *constants))
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays):
+        if current_platform() == "tpu":
+            return map_over_mesh(kernel, out_ranks, constants, arrays)
+        return partitioned(*constants, *arrays)
 
     @call.def_vmap
     def fold_into_batch(size, is_batched, *operands):
