@@ -14,8 +14,7 @@ from mvar_jax.plan.topologies import compile_for, devices_of, platform_of
 from mvar_jax.sharding import make_mesh, spec_of, use_mesh
 
 # as it is compiled for use: tests/conftest.py spares LLVM's work, and registers then spill
-OPTIMISED = {"xla_backend_optimization_level": 3}
-FAIL_ON_SPILLS = {**OPTIMISED, "xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+FAIL_ON_SPILLS = {"xla_backend_optimization_level": 3, "xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 
 
 def devices_or_skip(target: str):

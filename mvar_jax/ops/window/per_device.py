@@ -13,8 +13,6 @@ from mvar_jax.sharding import MESH_AXES, spec_of
 # the axes of every array that a kernel takes or returns, by rank; batch and heads may be sharded
 AXES = {4: ("b", "n", "h", "k"), 3: ("b", "h", "n")}
 BATCH, HEADS = "b", "h"
-# the same axes by the names of the rules in sharding.py
-LOGICAL = {BATCH: "batch", HEADS: "heads", "n": None, "k": None}
 
 
 def specs_like(q_sharding: NamedSharding, ranks: tuple[int, ...]) -> tuple[NamedSharding, ...]:
@@ -59,7 +57,7 @@ def map_over_mesh(kernel, out_ranks, constants, arrays):
     mesh = jax.sharding.get_abstract_mesh()
     if not set(MESH_AXES) <= set(mesh.axis_names) or mesh.manual_axes:
         return kernel(*constants, *arrays)
-    (batch, _, heads, _), (B, _, H, _) = spec_of([LOGICAL[axis] for axis in AXES[4]]), arrays[0].shape
+    (batch, heads), (B, _, H, _) = spec_of(("batch", "heads")), arrays[0].shape
     num_devices = lambda axes: math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
     placed = {BATCH: batch if B % num_devices(batch) == 0 else None}
     placed[HEADS] = heads if H % num_devices(heads) == 0 else None
