@@ -4,6 +4,7 @@ CUDA targets need jax's CUDA plugin installed (`pip install "jax[cuda12]"`), TPU
 "jax[tpu]"`); "here" compiles for the devices at hand.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -12,7 +13,7 @@ from importlib import resources
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from mvar_jax.errors import InputError
 from mvar_jax.ops.platform import compiling_for, current_platform
@@ -122,10 +123,14 @@ def compile_for(target: str, fn, *shapes, shardings=None, donate=(), options: di
     """
     devices = devices_of(target)
     whole = NamedSharding(Mesh(np.asarray(devices), ("all",)), PartitionSpec())
+    named = contextlib.nullcontext()
     if platform_of(target) == "gpu" and target != HERE:
         # without a device, XLA cannot tune Triton's matrix products and fails on some shapes
         options = {"xla_gpu_enable_triton_gemm": False, **(options or {})}
-    with compiling_for(platform_of(target)):
+        if jax.sharding.get_abstract_mesh().empty:
+            # jax 0.11's Triton asks for the kind of GPU: a mesh without axes names it, and is none to `constrain`
+            named = use_abstract_mesh(AbstractMesh((), (), abstract_device=whole.mesh.abstract_mesh.abstract_device))
+    with compiling_for(platform_of(target)), named:
         jitted = jax.jit(fn, in_shardings=whole if shardings is None else shardings, donate_argnums=donate)
         program = jitted.lower(*shapes).compile(compiler_options=options)
     memory, cost = program.memory_analysis(), _cost(program)

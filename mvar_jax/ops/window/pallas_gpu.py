@@ -115,7 +115,7 @@ def store(ref, begin, value):
 def dot(a, b, trans_a: bool = False, trans_b: bool = False):
     """Float32 accumulation; float32 operands are not rounded to TF32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return pl.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=precision)
+    return plgpu.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=precision)
 
 
 def window_forward(kernel: Kernel, q_ref, k_ref, v_ref, out_ref, lse_ref):
