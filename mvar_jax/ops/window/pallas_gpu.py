@@ -240,11 +240,15 @@ attend_flat.defvjp(attend_flat_forward, attend_flat_backward)
 
 
 def block_shape(dtype, head_width: int) -> tuple[int, int, int]:
-    """(block_q, block_k, num_warps): the largest without register spills on sm_90, found by compiling for it."""
+    """Return (block_q, block_k, num_warps).
+
+    bfloat16 up to width 64: the fastest of twelve shapes on an H100 (benchmarks/RESULTS.md). The others: the
+    largest without register spills on sm_90, found by compiling for it.
+    """
     is_wide = head_width > 64
     if dtype == jnp.float32:
         return (16, 16, 8) if is_wide else (32, 32, 8)
-    return (32, 32, 4) if is_wide else (64, 32, 4)
+    return (32, 32, 4) if is_wide else (64, 64, 4)
 
 
 def why_not(q_BYXHK) -> str | None:
