@@ -14,22 +14,21 @@ unset PYTHONDONTWRITEBYTECODE # installed uncompiled: each stage would compile w
 export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1}"
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
-# any Python can time the stages
-python=$(for p in "${PYTHON:-}" python3.12 python3.11 python3; do
-  [ -n "$p" ] && "$p" -c '' 2>/dev/null && echo "$p" && break
-done)
+source launch/environment.sh
+choose_environment
 stage() { # NAME OUTPUT... -- COMMAND...
   local name=$1
   shift
-  "$python" launch/stage.py --log "$RUN/stages.json" --name "$name" --makes "$@"
+  "$PYTHON" launch/stage.py --log "$RUN/stages.json" --name "$name" --makes "$@"
 }
-mvar=(.venv/bin/python -m mvar_jax)
+mvar=("$VENV/bin/python" -m mvar_jax)
 seeded=("--config.seed=$SEED")
 cached=("${seeded[@]}" "--config.data.cache=$RUN/tokens")
 
 mkdir -p "$RUN"
-stage install .venv/.ready -- bash launch/setup.sh
-bash launch/setup.sh # at once done, but where requirements have changed since
+setup=(env "PYTHON=$PYTHON" "VENV=$VENV" bash launch/setup.sh)
+stage install "$VENV/.ready" -- "${setup[@]}"
+"${setup[@]}" # does nothing unless the requirements have changed since
 stage tokenizer "$RUN/tokenizer/model.json" -- \
   "${mvar[@]}" train --config configs/digits_tokenizer.py --workdir "$RUN/tokenizer" "${seeded[@]}"
 stage tokens "$RUN/tokens/cache.json" -- \

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Style and all tests; sets up .venv first where that is missing. Arguments go to pytest: launch/test.sh -k window
+# Check style and run all tests; set up the environment first if it is missing. Arguments go to pytest.
+#   bash launch/test.sh -k window
+#   PYTHON=3.11 bash launch/test.sh    with another Python, in an environment of its own
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash launch/setup.sh
-export JAX_PLATFORMS=cpu OPENBLAS_NUM_THREADS=1 # both cores have a test process already
-unset PYTHONDONTWRITEBYTECODE                    # installed uncompiled: each process would compile what it imports anew
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-# two processes, each with whole files: what they compile is shared by the tests of a file; tests/conftest.py orders them
-.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+source launch/environment.sh
+choose_environment
+PYTHON=$PYTHON VENV=$VENV bash launch/setup.sh
+export JAX_PLATFORMS=cpu OPENBLAS_NUM_THREADS=1 # both cores already have a test process
+unset PYTHONDONTWRITEBYTECODE                    # without compiled files each process would compile what it imports
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+# two processes, each with whole files: the tests of a file share compiled programs; tests/conftest.py orders the files
+"$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

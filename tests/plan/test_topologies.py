@@ -78,12 +78,20 @@ def test_triton_kernels_compile_for_h100_in_twice_the_output_and_without_spills(
 
 @pytest.mark.deviceless
 @pytest.mark.parametrize(
-    ("dtype", "head_width"), [("float32", 64), ("float32", 128), ("bfloat16", 128), ("bfloat16", 24)]
+    ("side", "dtype", "head_width"),
+    [
+        (13, "bfloat16", 24),
+        (13, "bfloat16", 64),
+        (13, "bfloat16", 128),
+        (13, "float32", 64),
+        (13, "float32", 128),
+        (16, "float32", 64),
+    ],
 )
-def test_triton_kernels_have_no_spills_for_other_heads(dtype, head_width):
+def test_triton_kernels_have_no_spills_for_other_maps_and_heads(side, dtype, head_width):
     devices_or_skip("h100")
     program = functools.partial(forward_and_backward, "pallas_gpu", 5)
-    compiled = compile_for("h100", program, *qkv_like(13, 2, dtype, 2, head_width), options=FAIL_ON_SPILLS)
+    compiled = compile_for("h100", program, *qkv_like(side, 2, dtype, 2, head_width), options=FAIL_ON_SPILLS)
     assert "window_backward_kv" in compiled.text
 
 
