@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 import mvar_jax
+from mvar_jax.api import Model
 from mvar_jax.convert.weights import convert
-from mvar_jax.model import Model
-from mvar_jax.training.transformer_step import previous_of
+from mvar_jax.models.transformer import previous_of
 
 # float32 on a CPU. Absolute, but for losses; ids: how many differ. A LayerNorm eps of 1e-5 passes logits at 1e-4.
 TOLERANCES = {

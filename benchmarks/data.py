@@ -22,13 +22,14 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
-from mvar_jax.data.cache_writer import CacheWriter
 from mvar_jax.data.folder import FolderSource
 from mvar_jax.data.pipeline import LoadOptions, train_batches
 from mvar_jax.data.sources import ArraySource
-from mvar_jax.data.token_cache import TokenCache
-from mvar_jax.data.transforms import PhotoTransform, PickView
+from mvar_jax.data.transforms import PhotoTransform
 from mvar_jax.scales import KNOWN_SIDES
+from mvar_jax.tokens.cache_reader import TokenCache
+from mvar_jax.tokens.cache_writer import CacheWriter
+from mvar_jax.tokens.pick_view import PickView
 
 NUM_FILES = 192
 BATCH = 32

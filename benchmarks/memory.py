@@ -22,12 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
 from mvar_jax.errors import InputError
-from mvar_jax.model import decode_features
+from mvar_jax.hardware.compiling import MIB, compile_for
 from mvar_jax.models.tokenizer import Tokenizer, quantizer_params
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.cost import attention_macs, forward_macs, kv_cache_bytes
-from mvar_jax.plan.topologies import MIB, compile_for
-from mvar_jax.sampling.sampler import SampleOptions, sample
+from mvar_jax.sampling.sampler import SampleOptions, decode_features, sample
 from mvar_jax.scales import KNOWN_SIDES
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state

@@ -19,12 +19,11 @@ from mvar_jax.convert.reader import TorchFile
 from mvar_jax.convert.sizes import MASK, find_state_dict
 from mvar_jax.errors import InputError
 from mvar_jax.models.tokenizer import Tokenizer
-from mvar_jax.models.transformer import Transformer
+from mvar_jax.models.transformer import Transformer, previous_of
 from mvar_jax.ops.resize import resize_area
 from mvar_jax.ops.window.geometry import window_mask
 from mvar_jax.sampling.sampler import SampleOptions
 from mvar_jax.scales import WINDOW
-from mvar_jax.training.transformer_step import previous_of
 
 
 def stub_natten(torch) -> types.ModuleType:

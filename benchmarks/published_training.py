@@ -27,11 +27,11 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 from benchmarks.published import import_published
 from mvar_jax.errors import InputError
-from mvar_jax.models.transformer import Transformer
+from mvar_jax.models.transformer import Transformer, previous_of
 from mvar_jax.scales import WINDOW
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
-from mvar_jax.training.transformer_step import PhaseOptions, previous_of, train_step
+from mvar_jax.training.transformer_step import PhaseOptions, train_step
 
 SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 CODES, CODE_WIDTH, CLASSES, RATIO = 4096, 32, 1000, 8

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 from benchmarks.memory import OPTIONS, array, compile_sampler, keys_like, make_modules, params_of
 from benchmarks.published import make_published
 from mvar_jax.errors import InputError
-from mvar_jax.plan.topologies import MIB
+from mvar_jax.hardware.compiling import MIB
 from mvar_jax.sampling.sampler import keys_of_samples, sample
 
 CPU_BATCH = 4

@@ -29,11 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.data.pipeline import DEFAULT_LOADING
-from mvar_jax.data.transforms import PickView
+from mvar_jax.models.init import abstract_params
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import make_mesh
-from mvar_jax.store import abstract_params
+from mvar_jax.tokens.pick_view import PickView
 from mvar_jax.training import loop
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state

@@ -24,9 +24,10 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 from benchmarks.window_cases import BENCHMARK_SIDES, Case, benchmark_case
 from mvar_jax.errors import InputError
+from mvar_jax.hardware.compiling import MIB, compile_for
+from mvar_jax.hardware.machines import HERE, MACHINES, platform_of
 from mvar_jax.ops.platform import compiling_for
 from mvar_jax.ops.window import BACKENDS, choose_backend, local_window_attention, why_not
-from mvar_jax.plan.topologies import HERE, MACHINES, MIB, compile_for, platform_of
 
 DIRECTIONS = ("forward", "backward")
 FIELDS = ("target", "map", "backend", "is_default", "forward_ms", "backward_ms", "forward_mib", "backward_mib")

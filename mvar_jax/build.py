@@ -65,7 +65,7 @@ def check_config(config: dict) -> None:
 
 def build_module(config: dict):
     """The linen module that a config describes, checked against its image side."""
-    from mvar_jax.store import module_from_dict
+    from mvar_jax.checkpoints.model_directory import module_from_dict
 
     check_config(config)
     kind, fields = config["task"], dict(config["model"])
@@ -138,8 +138,8 @@ def open_tokens(data: DataOptions, transformer):
 
     Raises InputError unless the config names one of the two, and they fit the tokenizer and it the transformer.
     """
-    from mvar_jax.data.token_cache import TokenCache
-    from mvar_jax.data.transforms import PickView
+    from mvar_jax.tokens.cache_reader import TokenCache
+    from mvar_jax.tokens.pick_view import PickView
 
     if bool(data.cache) == bool(data.tokenizer):
         both = f"cache={data.cache!r}, tokenizer={data.tokenizer!r}"
@@ -175,7 +175,7 @@ def load_initial(path: str, transformer):
 
     Raises InputError naming the first parameter of another shape.
     """
-    from mvar_jax.store import check_shapes, load_model
+    from mvar_jax.checkpoints.model_directory import check_shapes, load_model
 
     if not path:
         return None
@@ -193,14 +193,14 @@ def load_initial(path: str, transformer):
 
 def load_cache_tokenizer(cache: str):
     """(tokenizer, its weights, its fingerprint) of the directory that a token cache was made with."""
-    from mvar_jax.data.token_cache import read_meta
+    from mvar_jax.tokens.cache_reader import read_meta
 
     return load_tokenizer(read_meta(cache)["tokenizer_path"])
 
 
 def load_tokenizer(directory: str):
     """(tokenizer, its weights, its fingerprint) of a model directory or a training workdir."""
-    from mvar_jax.store import fingerprint, load_model
+    from mvar_jax.checkpoints.model_directory import fingerprint, load_model
 
     path = Path(directory)
     modules, params = load_model(path)

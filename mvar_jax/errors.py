@@ -10,3 +10,9 @@ class InputError(ValueError):
 
     def __reduce__(self):
         return InputError, (self.field, self.given, self.expected)  # as it crosses from a worker process
+
+
+def shorten(error: Exception) -> str:
+    """Its message on one line of bounded length."""
+    text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+    return text if len(text) <= 200 else text[:197] + "..."

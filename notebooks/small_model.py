@@ -6,8 +6,8 @@ from pathlib import Path
 
 import mvar_jax
 from mvar_jax.__main__ import main
+from mvar_jax.api import Model
 from mvar_jax.cli.machine import use_compilation_cache
-from mvar_jax.model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = "runs/quickstart/transformer"

@@ -32,13 +32,14 @@ from golden_case import (
     quick_jit,
 )
 
-import mvar_jax.model
+import mvar_jax.api
+from mvar_jax.checkpoints.model_directory import save_model
 from mvar_jax.convert.names import to_tree
+from mvar_jax.models.transformer import previous_of
 from mvar_jax.ops.sampling import gumbel_noise
-from mvar_jax.sampling import editing, sampler, views
+from mvar_jax.sampling import analysis, editing, sampler
 from mvar_jax.sampling.sampler import SampleOptions, guided_logits, sample_pyramid
-from mvar_jax.store import save_model
-from mvar_jax.training.transformer_step import phase_loss, previous_of
+from mvar_jax.training.transformer_step import phase_loss
 
 # what tests trace lives on, and walking it often takes a tenth of the time
 gc.set_threshold(200_000, 20, 100)
@@ -88,8 +89,8 @@ def tiny_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quick_programs():
     """`Model`'s programs, compiled in half the time."""
-    programs = [(mvar_jax.model, name) for name in ("apply_tokenizer", "decode_features")]
-    programs += [(views, name) for name in ("sample_swept", "score_classes", "teacher_forced_logits")]
+    programs = [(mvar_jax.api, name) for name in ("apply_tokenizer", "decode_features")]
+    programs += [(analysis, name) for name in ("sample_swept", "score_classes", "teacher_forced_logits")]
     with pytest.MonkeyPatch.context() as patch:
         for module, name in [*programs, (editing, "redraw")]:
             function = getattr(module, name).__wrapped__

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from small_case import MODEL, TOKENIZER, seeded_batch, seeded_params
 
+from mvar_jax.models.init import initializer
 from mvar_jax.sharding import make_mesh, put_batch, use_mesh
-from mvar_jax.store import initializer
 from mvar_jax.training import tokenizer_step
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import abstract_sharded, make_state

@@ -7,8 +7,7 @@ import numpy as np
 from golden_case import quick_jit
 
 from mvar_jax.models.tokenizer import Tokenizer
-from mvar_jax.models.transformer import Transformer
-from mvar_jax.training.transformer_step import previous_of
+from mvar_jax.models.transformer import Transformer, previous_of
 
 SIDES = (1, 2, 4, 5)
 TOKENIZER = Tokenizer(

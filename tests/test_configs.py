@@ -9,7 +9,7 @@ import pytest
 
 from mvar_jax import build
 from mvar_jax.errors import InputError
-from mvar_jax.store import abstract_params
+from mvar_jax.models.init import abstract_params
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
 

@@ -39,11 +39,11 @@ def run(args) -> int:
 
     import jax
 
-    from mvar_jax.data.encode import write_cache
-    from mvar_jax.data.token_cache import read_meta
-    from mvar_jax.evaluation.draw import make_directory
-    from mvar_jax.model import load
-    from mvar_jax.store import fingerprint
+    from mvar_jax.api import load
+    from mvar_jax.checkpoints.model_directory import fingerprint
+    from mvar_jax.files.directories import make_directory
+    from mvar_jax.tokens.cache_reader import read_meta
+    from mvar_jax.tokens.encode import write_cache
 
     model = load(args.tokenizer)
     model.tokenizer.check(data.image_size)

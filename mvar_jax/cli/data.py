@@ -31,8 +31,8 @@ def run(args) -> int:
     sources = {split: data.open(split) for split in build.SPLITS}
 
     from mvar_jax.data.survey import survey
-    from mvar_jax.evaluation.draw import make_directory
-    from mvar_jax.evaluation.pictures import save_png, tile_grid, to_uint8
+    from mvar_jax.files.directories import make_directory
+    from mvar_jax.files.images import save_png, tile_grid, to_uint8
 
     out = Path(args.out)
     make_directory(out)

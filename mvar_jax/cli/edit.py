@@ -35,7 +35,7 @@ def read_square(path: str, field: str, side: int):
     from mvar_jax.data.decoding import BadImage, read_image
     from mvar_jax.data.transforms import PhotoTransform
     from mvar_jax.errors import InputError
-    from mvar_jax.evaluation.pictures import to_uint8
+    from mvar_jax.files.images import to_uint8
 
     image_YX3 = read_image(path, field)
     try:
@@ -63,7 +63,7 @@ def write_edits(before_YX3, mask_YX, after_BYX3, num: int, out: Path) -> None:
     """NNNNNN.png, and grid.png with a row of before, mask and `num` results for each label."""
     import numpy as np
 
-    from mvar_jax.evaluation.pictures import save_png, tile_grid
+    from mvar_jax.files.images import save_png, tile_grid
 
     mask_YX3 = np.repeat(mask_YX[..., None].astype(np.uint8) * 255, 3, axis=-1)
     cells = []
@@ -75,9 +75,9 @@ def write_edits(before_YX3, mask_YX, after_BYX3, num: int, out: Path) -> None:
 
 def run(args) -> int:
     """Checks everything before the first file is written."""
+    from mvar_jax.checkpoints.class_names import class_names_of
     from mvar_jax.cli.labels import parse_labels
     from mvar_jax.cli.machine import AUTO, use_compilation_cache
-    from mvar_jax.data.class_names import class_names_of
     from mvar_jax.errors import InputError
     from mvar_jax.ops.sampling import check_sampling_options
 
@@ -90,9 +90,9 @@ def run(args) -> int:
         raise InputError("seed", args.seed, "an integer from 0 to 2**32 - 1")
     labels = parse_labels(args.label, class_names_of(Path(args.checkpoint)))
 
-    from mvar_jax.evaluation.draw import make_directory
-    from mvar_jax.evaluation.pictures import to_uint8
-    from mvar_jax.model import check_labels, load
+    from mvar_jax.api import check_labels, load
+    from mvar_jax.files.directories import make_directory
+    from mvar_jax.files.images import to_uint8
     from mvar_jax.sampling.editing import SOFTNESS, check_border, check_mask
 
     use_compilation_cache(AUTO)

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from mvar_jax.data.class_names import ClassNames
+from mvar_jax.checkpoints.class_names import ClassNames
 from mvar_jax.errors import InputError
 
 

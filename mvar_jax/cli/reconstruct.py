@@ -35,10 +35,11 @@ def run(args) -> int:
     if args.batch_size < 1:
         raise InputError("batch_size", args.batch_size, "1 or more")
 
+    from mvar_jax.api import load
     from mvar_jax.data.decoding import read_image
     from mvar_jax.data.transforms import PhotoTransform
-    from mvar_jax.evaluation.draw import make_directory, write_reconstructions
-    from mvar_jax.model import load
+    from mvar_jax.evaluation.reconstruction import write_reconstructions
+    from mvar_jax.files.directories import make_directory
 
     model = load(args.checkpoint)
     transform = PhotoTransform(model.tokenizer.image_size, flip=False)

@@ -18,8 +18,8 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     """Exit status 0 also where a figure misses its bound: the report says so."""
+    from mvar_jax.digits.measure_run import report_digits
     from mvar_jax.errors import InputError
-    from mvar_jax.evaluation.digits import report_digits
 
     for name in ("transformer", "tokenizer", "samples", "stages"):
         if not Path(getattr(args, name)).exists():

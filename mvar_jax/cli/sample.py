@@ -58,10 +58,10 @@ def run(args) -> int:
 
     import jax
 
-    from mvar_jax.data.class_names import class_names_of
-    from mvar_jax.evaluation.bulk import Order, draw_all, place_model
-    from mvar_jax.evaluation.draw import make_directory
-    from mvar_jax.model import check_labels, load
+    from mvar_jax.api import check_labels, load
+    from mvar_jax.checkpoints.class_names import class_names_of
+    from mvar_jax.files.directories import make_directory
+    from mvar_jax.sampling.bulk import Order, draw_all, place_model
     from mvar_jax.sampling.sampler import SampleOptions
     from mvar_jax.sharding import make_mesh
 

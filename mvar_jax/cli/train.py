@@ -51,8 +51,8 @@ def keep_classes(workdir: Path, names: list[str]) -> None:
 
     Raises InputError where the data have other classes than the run began with, or the workdir cannot be written.
     """
-    from mvar_jax.store import CLASSES_FILE
-    from mvar_jax.training.workdir import write_atomically
+    from mvar_jax.checkpoints.model_directory import CLASSES_FILE
+    from mvar_jax.files.atomic import write_atomically
 
     path = workdir / CLASSES_FILE
     try:
@@ -75,8 +75,8 @@ def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) 
     classes; from now on every skipped file is listed there."""
     import jax
 
-    from mvar_jax.store import MODEL_FILE, write_model_file
-    from mvar_jax.training.checkpoint import save_tree
+    from mvar_jax.checkpoints.manager import save_tree
+    from mvar_jax.checkpoints.model_directory import MODEL_FILE, write_model_file
 
     for split, skipped in task.skipped.items():
         skipped.keep_in(workdir / f"skipped_{split}{jax.process_index() or ''}.json")

@@ -3,8 +3,7 @@
 import logging
 from pathlib import Path
 
-from mvar_jax.errors import InputError
-from mvar_jax.training.workdir import shorten
+from mvar_jax.errors import InputError, shorten
 
 BY_HAND = "or the file downloaded by hand and given by its path without --from_hub"
 

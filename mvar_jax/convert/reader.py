@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mvar_jax.errors import InputError
-from mvar_jax.training.workdir import shorten
+from mvar_jax.errors import InputError, shorten
 
 DTYPES = {
     "DoubleStorage": np.dtype(np.float64),

@@ -8,14 +8,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mvar_jax.convert.directory import check_new, new_directory
+from mvar_jax.checkpoints.model_directory import load_model
 from mvar_jax.convert.names import to_published
 from mvar_jax.convert.sizes import NUM_GROUPS
 from mvar_jax.convert.weights import entries_of
 from mvar_jax.errors import InputError
+from mvar_jax.files.directories import check_new, new_directory
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
-from mvar_jax.store import load_model
 
 STORAGES = {np.dtype(np.float32): b"FloatStorage", np.dtype(np.int64): b"LongStorage"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import flax.linen as nn
 import numpy as np
 
-from mvar_jax.convert.directory import check_new, new_directory
+from mvar_jax.checkpoints.model_directory import module_from_dict, save_model
 from mvar_jax.convert.names import (
     PUBLISHED_BUFFERS,
     Entry,
@@ -20,8 +20,9 @@ from mvar_jax.convert.names import (
 from mvar_jax.convert.reader import TorchFile
 from mvar_jax.convert.sizes import StateDict, find_state_dict, tokenizer_fields, transformer_fields, window_fields
 from mvar_jax.errors import InputError
+from mvar_jax.files.directories import check_new, new_directory
+from mvar_jax.models.init import abstract_params
 from mvar_jax.models.transformer import Transformer
-from mvar_jax.store import abstract_params, module_from_dict, save_model
 
 FLOATS = ("float32", "float16", "bfloat16")  # all held exactly by the float32 of our parameters
 SHOWN_MISFITS = 3

@@ -9,7 +9,6 @@ from PIL import Image
 from scipy import ndimage
 
 from mvar_jax.data.decoding import MAX_PIXELS, BadImage, open_rgb
-from mvar_jax.data.philox import first_draws_below
 from mvar_jax.errors import InputError
 from mvar_jax.ops.pixels import from_levels
 
@@ -159,17 +158,3 @@ def _cut_resized(picture: Image.Image, side: int, min_area: float, rng: np.rando
     left, top = rng.integers((picture.width - width + 1, picture.height - height + 1)).tolist()
     box = (left, top, left + width, top + height)
     return picture.resize((side, side), Image.Resampling.BICUBIC, box=box)
-
-
-@dataclasses.dataclass(frozen=True)
-class PickView:
-    """One of an image's cached views, ids [views, L] -> [L]: a uniform draw, or the first without an rng."""
-
-    def __call__(self, ids: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        return ids[0] if rng is None else ids[rng.integers(len(ids))]
-
-    def pick(self, ids_BvL: np.ndarray, seed: int, index_B: np.ndarray | None) -> np.ndarray:
-        """The same for a whole batch at once, each row with the rng of its place in the stream: [B, L]."""
-        if index_B is None:
-            return ids_BvL[:, 0]
-        return ids_BvL[np.arange(len(index_B)), first_draws_below(ids_BvL.shape[1], seed, index_B)]

@@ -200,3 +200,8 @@ def modulate(model: Transformer, params, labels_B: jax.Array) -> Modulation:
         # layer by layer: one product over all layers would lay the weights out anew
         adaptive = jax.lax.map(lambda weights: vectors(6, weights, cond_BD), blocks["adaptive"])
     return Modulation(cond_BD, adaptive, vectors(2, params["head_adaptive"], cond_BD))
+
+
+def previous_of(previous_BMc: jax.Array, phase: Phase, num_start: int) -> jax.Array:
+    """The rows of the whole teacher-forcing input [B, L - n_0, c] that a phase's tokens take."""
+    return previous_BMc[:, max(phase.begin - num_start, 0) : phase.end - num_start]

@@ -140,6 +140,12 @@ def decode_in_turns(tokenizer: Tokenizer, params, f_hat_BYXc: jax.Array) -> jax.
     return map_rows(decode, f_hat_BYXc, DECODE_TOGETHER[current_platform()])
 
 
+@functools.partial(jax.jit, static_argnames=("tokenizer",))
+def decode_features(tokenizer: Tokenizer, params, f_hat_BYXc: jax.Array) -> jax.Array:
+    """float32 images in [-1, 1], some at a time."""
+    return decode_in_turns(tokenizer, params, f_hat_BYXc)
+
+
 def keys_of_samples(seed: int, index_B) -> jax.Array:
     """One key per sample: a function of (seed, sample index) alone, so of no batch, order or device."""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(index_B, jnp.uint32))

@@ -11,14 +11,15 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from mvar_jax.errors import InputError
-from mvar_jax.training.best import Metric
-from mvar_jax.training.checkpoint import Checkpoints
+from mvar_jax.checkpoints.best import Metric
+from mvar_jax.checkpoints.manager import Checkpoints
+from mvar_jax.errors import InputError, shorten
+from mvar_jax.hardware.machines import peak_flops
 from mvar_jax.training.logging import MetricLog, Progress, has_line
 from mvar_jax.training.profiling import Profiler, check_profile_steps
 from mvar_jax.training.stopping import StopFlag
-from mvar_jax.training.throughput import Throughput, peak_flops
-from mvar_jax.training.workdir import CONFIG_FILE, check_config, hold_workdir, shorten
+from mvar_jax.training.throughput import Throughput
+from mvar_jax.training.workdir import CONFIG_FILE, check_config, hold_workdir
 
 # Finished steps are read this much later: the device always has work queued, and yet neither batches pile
 # up on it nor does a signal wait for more than a few steps.

@@ -13,18 +13,13 @@ from mvar_jax.data.pipeline import LoadOptions, Transform, eval_batches, train_b
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.data.sources import Source
 from mvar_jax.errors import InputError
+from mvar_jax.models.init import initializer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import check_batch_size, check_sizes, put_batch, replicated, use_mesh
-from mvar_jax.store import initializer
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import TrainState, abstract_sharded, init_sharded, make_state
 
 NUM_PICTURES = 16
-
-
-def min_zoom(side: int) -> int:
-    """Pixel repetition that makes small images visible."""
-    return max(1, 96 // side)
 
 
 def sizes_of(module) -> dict[str, tuple[str, int]]:

@@ -8,28 +8,6 @@ from typing import Any
 
 import jax
 
-from mvar_jax.plan.topologies import MACHINES
-
-# what a device calls itself (lower case, first match wins) -> its name in MACHINES
-_DEVICE_KINDS = (
-    ("h200", "h200"),
-    ("h100", "h100"),
-    ("a100", "a100"),
-    ("v6", "v6e"),
-    ("v5 lite", "v5e"),
-    ("v5e", "v5e"),
-    ("v5", "v5p"),
-    ("v4", "v4"),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one device as its maker states it; None where that is not known."""
-    for part, name in _DEVICE_KINDS:
-        if part in device_kind.lower():
-            return MACHINES[name].flops
-    return None
-
 
 class Throughput:
     """Rates of training alone: evaluations, pictures and saves are not counted.

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mvar_jax.api import Model
 from mvar_jax.data.pipeline import LoadOptions, Transform, eval_batches
 from mvar_jax.data.sources import Source
-from mvar_jax.evaluation.pictures import side_by_side, to_uint8
-from mvar_jax.model import Model
+from mvar_jax.files.images import min_zoom, side_by_side, to_uint8
 from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.ops.metrics import perplexity
 from mvar_jax.ops.pixels import as_images
-from mvar_jax.ops.statistics import perplexity
 from mvar_jax.sharding import use_mesh
 from mvar_jax.training import tokenizer_step
-from mvar_jax.training.task import NUM_PICTURES, RunOptions, Task, min_zoom
+from mvar_jax.training.task import NUM_PICTURES, RunOptions, Task
 
 
 class TokenizerTask(Task):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mvar_jax.errors import InputError
-from mvar_jax.models.transformer import Transformer
+from mvar_jax.models.transformer import Transformer, previous_of
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
 from mvar_jax.scales import Phase, phase_of
 from mvar_jax.training.accumulate import value_and_grad_over_parts
@@ -37,11 +37,6 @@ class PhaseOptions:
         """The phases that iteration `step` trains."""
         phases = model.phases()
         return phases if self.schedule == "joint" else (phases[phase_of(step, len(phases), self.ratio)],)
-
-
-def previous_of(previous_BMc: jax.Array, phase: Phase, num_start: int) -> jax.Array:
-    """The rows of the whole teacher-forcing input [B, L - n_0, c] that a phase's tokens take."""
-    return previous_BMc[:, max(phase.begin - num_start, 0) : phase.end - num_start]
 
 
 def phase_loss(model, params, batch: dict, phase: Phase, label_smoothing: float = 0.0):

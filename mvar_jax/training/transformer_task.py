@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mvar_jax.api import Model
 from mvar_jax.data.pipeline import LoadOptions, Transform
 from mvar_jax.data.sources import Source
-from mvar_jax.evaluation.pictures import tile_grid, to_uint8
-from mvar_jax.model import Model
+from mvar_jax.files.images import min_zoom, tile_grid, to_uint8
 from mvar_jax.models.tokenizer import Tokenizer, quantizer_params
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.cost import phase_macs
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.sharding import use_mesh
 from mvar_jax.training import transformer_step
-from mvar_jax.training.task import NUM_PICTURES, RunOptions, Task, min_zoom
+from mvar_jax.training.task import NUM_PICTURES, RunOptions, Task
 
 
 def with_ids(tokenizer: Tokenizer, params, batch: dict) -> dict:

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, shorten
+from mvar_jax.files.atomic import write_atomically
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
@@ -101,19 +102,6 @@ def _lock(workdir: Path):
 def _agree(is_good: bool) -> bool:
     """What the first process says, in every process."""
     return bool(multihost_utils.broadcast_one_to_all(np.int32(is_good))) if jax.process_count() > 1 else is_good
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Readers see the old file or the new one, never a part."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fresh.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(fresh, path)
-
-
-def shorten(error: Exception) -> str:
-    """Its message on one line of bounded length."""
-    text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _flatten(config: dict, prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -13,8 +13,8 @@ from PIL import Image
 
 import mvar_jax
 from mvar_jax.__main__ import COMMANDS, main
-from mvar_jax.data.token_cache import TokenCache
-from mvar_jax.training.checkpoint import restore_weights
+from mvar_jax.checkpoints.manager import restore_weights
+from mvar_jax.tokens.cache_reader import TokenCache
 
 
 def test_help_lists_every_command_without_heavy_imports():

@@ -8,7 +8,7 @@ from image_files import noise
 from PIL import Image
 from test_bad_input import refuse
 
-import mvar_jax.model
+import mvar_jax.api
 from mvar_jax.__main__ import main
 
 
@@ -16,7 +16,7 @@ from mvar_jax.__main__ import main
 def loaded_once():
     """Reading a model is most of what a refusal takes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mvar_jax.model, "load", functools.cache(mvar_jax.model.load))
+        patch.setattr(mvar_jax.api, "load", functools.cache(mvar_jax.api.load))
         yield
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from small_case import MODEL, TOKENIZER, seeded_params
 
 from mvar_jax.__main__ import main
-from mvar_jax.store import load_model, save_model
+from mvar_jax.checkpoints.model_directory import load_model, save_model
 from mvar_jax.training import transformer_task
 
 SIZES = [

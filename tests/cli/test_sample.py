@@ -15,18 +15,18 @@ import pytest
 
 import mvar_jax
 from mvar_jax.__main__ import main
+from mvar_jax.checkpoints.manager import restore_weights
 from mvar_jax.errors import InputError
-from mvar_jax.evaluation.bulk import Order, draw_all, place_model
 from mvar_jax.sampling import sampler
+from mvar_jax.sampling.bulk import Order, draw_all, place_model
 from mvar_jax.sampling.sampler import SampleOptions
 from mvar_jax.sharding import make_mesh
-from mvar_jax.training.checkpoint import restore_weights
 
 OPTIONS = ["--labels", "0-2,7", "--num", "3", "--batch_size", "5", "--top_k", "20", "--save_tokens"]
 # the third picture of the second batch is half written when the process dies
 KILL_IN_THE_MIDDLE = """
 import os, signal, sys
-from mvar_jax.evaluation import bulk
+from mvar_jax.sampling import bulk
 save = bulk.save_png
 
 def save_or_die(path, image):

@@ -5,11 +5,12 @@ import jax
 import numpy as np
 import pytest
 
+from mvar_jax.checkpoints.model_directory import module_from_dict, save_model
 from mvar_jax.convert.reader import TorchFile
 from mvar_jax.convert.to_torch import to_torch, write_torch
 from mvar_jax.convert.weights import convert
 from mvar_jax.errors import InputError
-from mvar_jax.store import abstract_params, module_from_dict, save_model
+from mvar_jax.models.init import abstract_params
 
 TINY = Path(__file__).parent.parent / "golden" / "tiny"
 

@@ -7,12 +7,13 @@ import pytest
 import torch_files
 
 import mvar_jax
+from mvar_jax.checkpoints.model_directory import load_model, module_from_dict, save_model
 from mvar_jax.convert.reader import TorchFile
 from mvar_jax.convert.to_torch import to_torch
 from mvar_jax.convert.weights import MisfitError, convert, load_published
 from mvar_jax.errors import InputError
+from mvar_jax.models.init import abstract_params
 from mvar_jax.scales import KNOWN_SIDES
-from mvar_jax.store import abstract_params, load_model, module_from_dict, save_model
 
 TINY = Path(__file__).parent.parent / "golden" / "tiny"
 SIDES = KNOWN_SIDES[256]

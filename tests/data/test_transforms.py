@@ -7,8 +7,9 @@ from image_files import encode, noise
 from PIL import Image
 
 from mvar_jax.data.sources import open_source
-from mvar_jax.data.transforms import DigitTransform, PhotoTransform, PickView
+from mvar_jax.data.transforms import DigitTransform, PhotoTransform
 from mvar_jax.errors import InputError
+from mvar_jax.tokens.pick_view import PickView
 
 
 @pytest.fixture(scope="module")

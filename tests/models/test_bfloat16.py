@@ -7,9 +7,10 @@ import pytest
 from golden_case import MVAR, TOKENIZER, VAR
 from small_case import shapes_of
 
+from mvar_jax.models.transformer import previous_of
 from mvar_jax.ops.attention import dense_attention, normalise_query_key
 from mvar_jax.ops.window import gather
-from mvar_jax.training.transformer_step import phase_loss, previous_of
+from mvar_jax.training.transformer_step import phase_loss
 
 MODELS = {name: module.clone(dtype=jnp.bfloat16) for name, module in (("markov", MVAR), ("full", VAR))}
 PHASES = [(name, i) for name, model in MODELS.items() for i in range(len(model.phases()))]

@@ -21,10 +21,9 @@ from golden_case import (
 from small_case import MODEL, apply_phase, count, phase_logits, seeded_batch, seeded_params, shapes_of
 
 from mvar_jax.errors import InputError
-from mvar_jax.models.transformer import Transformer
+from mvar_jax.models.transformer import Transformer, previous_of
 from mvar_jax.ops.losses import token_cross_entropy
 from mvar_jax.scales import BLOCK_CAUSAL, KNOWN_SIDES, Phase
-from mvar_jax.training.transformer_step import previous_of
 
 GOLDEN, GOLDEN_VAR = load("train"), load("var")
 LABELS, NO_CLASS = (1, 3), (10, 10)

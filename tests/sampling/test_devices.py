@@ -21,7 +21,7 @@ import small_case
 from mvar_jax.sampling import sampler
 from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample
 from mvar_jax.sharding import make_mesh, replicated, shardings_of, spec_of, use_mesh
-from mvar_jax.store import abstract_params
+from mvar_jax.models.init import abstract_params
 
 labels, index, meshes = json.loads(sys.argv[1])
 assert jax.device_count() == 4

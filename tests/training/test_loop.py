@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import toy_run
 from toy_run import NoWriter, ToyTask, make_settings
 
+from mvar_jax.checkpoints.manager import Checkpoints, restore_weights
 from mvar_jax.errors import InputError
 from mvar_jax.training import logging
-from mvar_jax.training.checkpoint import Checkpoints, restore_weights
 from mvar_jax.training.loop import LoopSettings, RunError, run
 
 NUM_STEPS = 23

@@ -1,9 +1,10 @@
 import pytest
 
+from mvar_jax.hardware.machines import peak_flops
 from mvar_jax.ops.cost import forward_macs, phase_macs
 from mvar_jax.scales import Pyramid
 from mvar_jax.training import throughput
-from mvar_jax.training.throughput import Throughput, peak_flops
+from mvar_jax.training.throughput import Throughput
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Model directories, checkpoints of a run, the best of them, class names."""

@@ -1,0 +1,1 @@
+"""The digits example: its judge, its report."""

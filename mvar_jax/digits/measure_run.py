@@ -1,0 +1,109 @@
+"""The digits report: everything measured on the real held-out fifth, from what the stages left on disk."""
+
+import json
+import resource
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mvar_jax.api import load
+from mvar_jax.data.sources import open_source
+from mvar_jax.data.transforms import DigitTransform
+from mvar_jax.digits.curves import Curves, plot_curves
+from mvar_jax.digits.report import measure, write_report
+from mvar_jax.errors import InputError
+from mvar_jax.evaluation.reconstruction import reconstruct
+from mvar_jax.files.images import save_png, side_by_side, tile_grid, to_uint8
+from mvar_jax.files.npz import save_npz
+from mvar_jax.training.tokenizer_step import count_hits
+
+PICTURE_CFG = 1.0  # guidance of the picture; the measured samples use little or none
+IMAGES_A_CLASS = 10
+
+
+def read_metrics(workdir: Path, kind: str) -> list[dict]:
+    """The lines of one kind, "train" or "eval", of a run's metrics.jsonl, oldest first."""
+    lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def column(lines: list[dict], name: str) -> tuple[list[int], list]:
+    """(steps, values) of one metric."""
+    return [line["step"] for line in lines], [line[name] for line in lines]
+
+
+def load_digits(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """split -> (images float32 [N, Y, X, 3], labels [N]) as the run saw them, not augmented."""
+    data = json.loads((workdir / "config.json").read_text())["data"]
+    if data["source"] != "digits":
+        raise InputError("transformer", str(workdir), f"a run on the digits, not on {data['source']}")
+    transform, splits = DigitTransform(data["image_size"]), {}
+    for split in ("train", "val"):
+        source = open_source("digits", split, split_seed=data["split_seed"], val_fraction=data["val_fraction"])
+        items = [source[i] for i in range(len(source))]
+        images = np.stack([transform(item["image"]) for item in items])
+        splits[split] = images, np.asarray([item["label"] for item in items])
+    return splits
+
+
+def draw_picture(model, seed: int) -> np.ndarray:
+    """One row for each class, uint8 [Y, X, 3]; fixed by the seed, not chosen."""
+    labels = np.repeat(np.arange(model.num_classes), IMAGES_A_CLASS)
+    images, _ = model.sample(labels, seed=seed, cfg=PICTURE_CFG)
+    return tile_grid(to_uint8(images), IMAGES_A_CLASS, zoom=2)
+
+
+def report_digits(tokenizer_dir: Path, transformer_dir: Path, samples_dir: Path, stages: dict, out: Path) -> bool:
+    """Measures, writes report.md, report.json, samples.png, reconstructions.png, curves.png; True if all is met."""
+    began_s = time.monotonic()
+    model = load(transformer_dir)
+    splits = load_digits(transformer_dir)
+    (train, train_labels), (heldout, heldout_labels) = splits["train"], splits["val"]
+    samples, tokens = np.load(samples_dir / "samples.npz"), np.load(samples_dir / "tokens.npz")
+
+    both, ids_NL = reconstruct(model, np.concatenate([heldout, train]), batch_size=64)
+    reconstructions = both[: len(heldout)]
+    hits_SV = np.asarray(count_hits(ids_NL, model.tokenizer.sides, model.tokenizer.vocab_size))
+    validation, training = (read_metrics(transformer_dir, kind) for kind in ("eval", "train"))
+    tokenizer_lines = read_metrics(tokenizer_dir, "eval")
+    tokenizer_lines = [line for line in tokenizer_lines if line["step"]]  # the untrained one is off the scale
+
+    save_png(out / "samples.png", draw_picture(model, seed=0))
+    save_png(
+        out / "reconstructions.png",
+        side_by_side(to_uint8(heldout[:40]), to_uint8(reconstructions[:40]), 8, zoom=2),
+    )
+    curves = Curves(
+        validation_loss=column(validation, "loss_per_scale"),
+        training_loss=column(training, "loss"),
+        tokenizer_psnr_db=column(tokenizer_lines, "psnr_db"),
+        tokenizer_usage_percent=column(tokenizer_lines, "codebook_used_percent"),
+        patch_nums=model.tokenizer.sides,
+        num_codes=model.tokenizer.vocab_size,
+    )
+    plot_curves(out / "curves.png", curves)
+    save_npz(out / "samples.npz", **samples)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    own = {
+        "wall_s": time.monotonic() - began_s,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_rss_mib": usage.ru_maxrss / 1024,
+    }
+    figures = measure(
+        train_images=train,
+        train_labels=train_labels,
+        heldout_images=heldout,
+        heldout_labels=heldout_labels,
+        reconstructions=reconstructions,
+        samples=samples["arr_0"],
+        sample_labels=samples["arr_1"],
+        sample_ids_NL=tokens["ids"],
+        code_counts_SV=hits_SV,
+        validation_steps_K=column(validation, "loss_per_scale")[0],
+        validation_loss_KS=column(validation, "loss_per_scale")[1],
+        stages={**stages, "report": own},
+    )
+    figures["num_heldout_images"], figures["jax_version"] = len(heldout), jax.__version__
+    return write_report(out, figures)

@@ -1,0 +1,250 @@
+"""Measures a finished digits run, holds the figures to their bounds, writes `report.json` and `report.md`."""
+
+import json
+import math
+import operator
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mvar_jax.digits import judge
+from mvar_jax.errors import InputError
+from mvar_jax.evaluation import statistics
+
+
+class Requirement(NamedTuple):
+    figure: str
+    direction: str
+    bound: float | str  # a number, or the name of the figure that is the bound
+    meaning: str
+
+
+REQUIREMENTS = (
+    Requirement("psnr_db", ">=", 28.0, "held-out reconstructions, mean of the PSNR of each image, dB"),
+    Requirement("codebook_used_fraction", ">=", 0.9, "codes used at least once on all real images"),
+    Requirement("judge_real_accuracy", ">=", 0.98, "real held-out images recognised by the judge"),
+    Requirement("judge_sample_accuracy", ">=", 0.97, "samples recognised by the judge as their label"),
+    Requirement("fd_samples", "<=", "fd_bound", "Frechet distance to the real held-out images"),
+    Requirement("nearest_ratio", ">=", 0.75, "samples are no copies: nearest-training distance, to real"),
+    Requirement("num_distinct_pyramids", ">=", "num_samples", "no two samples have the same tokens"),
+    Requirement("val_loss_worst_over_log_v", "<", 0.6, "final loss of the worst scale over log V"),
+    Requirement("total_s", "<=", 480.0, "training and sampling, wall seconds"),
+    Requirement("clone_to_pictures_s", "<=", 720.0, "installation, training, sampling and report, wall seconds"),
+    Requirement("peak_rss_mib", "<=", 4096.0, "largest resident memory of any stage, MiB"),
+)
+COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
+
+
+def measure_reconstructions(images_BYX3, reconstructions_BYX3) -> dict:
+    """`psnr_db` averages the images' own PSNR; `psnr_pooled_mse_db` is the PSNR of the mean squared error."""
+    images, reconstructions = judge.to_unit(images_BYX3), judge.to_unit(reconstructions_BYX3)
+    per_image = statistics.psnr(images, reconstructions, 1.0)
+    pooled = np.mean(10 ** (-per_image / 10))
+    return {
+        "psnr_db": float(per_image.mean()),
+        "psnr_pooled_mse_db": float(-10 * np.log10(pooled)) if pooled else math.inf,
+        "ssim": float(statistics.ssim(images, reconstructions, 1.0).mean()),
+    }
+
+
+def measure_codebook(code_counts_SV) -> dict:
+    """Hits of each code at each scale on the real images."""
+    code_counts_SV = np.asarray(code_counts_SV)
+    return {
+        "num_codes": code_counts_SV.shape[1],
+        "log_v": math.log(code_counts_SV.shape[1]),
+        "codebook_used_fraction": float((code_counts_SV.sum(0) > 0).mean()),
+        "usage_per_scale": (code_counts_SV > 0).mean(1).tolist(),
+        "perplexity_per_scale": [statistics.perplexity(counts_V) for counts_V in code_counts_SV],
+    }
+
+
+def measure_distances(space: judge.FeatureSpace, prefix: str, heldout, train, reconstructions, samples) -> dict:
+    """Frechet distances to the real held-out images; the bound is what real data and the tokenizer cost."""
+    real = space(heldout)
+    sets = {"samples": samples, "train": train, "reconstructions": reconstructions}
+    figures = {f"{prefix}_{name}": statistics.frechet_distance(space(x), real) for name, x in sets.items()}
+    figures[f"{prefix}_bound"] = 2 * figures[f"{prefix}_train"] + figures[f"{prefix}_reconstructions"]
+    return figures
+
+
+def measure_novelty(samples, heldout, train, sample_ids_NL) -> dict:
+    """Distances on the 8 x 8 grid to the nearest real training image, and how many token pyramids differ."""
+    train_NG = judge.reduce_to_grid(train)
+    of_samples, of_heldout = (
+        float(np.median(statistics.nearest_distances(judge.reduce_to_grid(images), train_NG)))
+        for images in (samples, heldout)
+    )
+    return {
+        "nearest_distance_samples": of_samples,
+        "nearest_distance_heldout": of_heldout,
+        "nearest_ratio": of_samples / of_heldout if of_heldout else math.inf,
+        "num_samples": len(samples),
+        "num_distinct_pyramids": len(np.unique(np.asarray(sample_ids_NL), axis=0)),
+    }
+
+
+def measure_validation(steps_K, loss_KS, log_v: float) -> dict:
+    """First and last row of the validation curve; nats a token."""
+    loss_KS = np.asarray(loss_KS, np.float64)
+    over_log_v_S = loss_KS[-1] / log_v
+    return {
+        "val_steps": [int(steps_K[0]), int(steps_K[-1])],
+        "val_loss_start_per_scale": loss_KS[0].tolist(),
+        "val_loss_end_per_scale": loss_KS[-1].tolist(),
+        "val_loss_end_over_log_v_per_scale": over_log_v_S.tolist(),
+        "val_loss_worst_over_log_v": float(over_log_v_S.max()),
+    }
+
+
+def measure_stages(stages: Mapping[str, Mapping]) -> dict:
+    """Sums the records of `launch/stage.py`; memory is the largest process of any stage.
+
+    `total_s` is training and sampling; `clone_to_pictures_s` adds installation and the report itself.
+    """
+    fields = ("wall_s", "cpu_s", "peak_rss_mib")
+    work = [record for name, record in stages.items() if name not in ("install", "report")]
+    return {
+        "stages": {name: {field: record[field] for field in fields} for name, record in stages.items()},
+        "total_s": sum(record["wall_s"] for record in work),
+        "total_cpu_s": sum(record["cpu_s"] for record in work),
+        "clone_to_pictures_s": sum(record["wall_s"] for record in stages.values()),
+        "peak_rss_mib": max(record["peak_rss_mib"] for record in stages.values()),
+    }
+
+
+def measure(
+    *,
+    train_images,
+    train_labels,
+    heldout_images,
+    heldout_labels,
+    reconstructions,
+    samples,
+    sample_labels,
+    sample_ids_NL,
+    code_counts_SV,
+    validation_steps_K,
+    validation_loss_KS,
+    stages: Mapping[str, Mapping],
+) -> dict:
+    """All figures of a run by name, as plain numbers, lists and dictionaries.
+
+    Images are [N, Y, X, 3], uint8 or float in [-1, 1]. `train_images` are real and not augmented;
+    `reconstructions` are those of `heldout_images`, in order; `code_counts_SV` counts the codes of all real
+    images at each scale; `stages` holds the stages that count as training and sampling, as
+    `launch/stage.py` logs them. Raises InputError for lengths that do not belong together.
+    """
+    pairs = {
+        "train_labels": (train_labels, train_images),
+        "heldout_labels": (heldout_labels, heldout_images),
+        "reconstructions": (reconstructions, heldout_images),
+        "sample_labels": (sample_labels, samples),
+        "sample_ids_NL": (sample_ids_NL, samples),
+        "validation_loss_KS": (validation_loss_KS, validation_steps_K),
+    }
+    for name, (given, owner) in pairs.items():
+        if len(given) != len(owner) or len(given) == 0:
+            raise InputError(name, f"{len(given)} entries", f"{len(owner)} entries, and at least 1")
+    if not stages:
+        raise InputError("stages", stages, "at least one stage's record")
+
+    train_NG = judge.reduce_to_grid(train_images)
+    classifier = judge.train_judge(train_NG, train_labels)
+    sets = (heldout_images, train_images, reconstructions, samples)
+    codebook = measure_codebook(code_counts_SV)
+    return {
+        **measure_reconstructions(heldout_images, reconstructions),
+        **codebook,
+        "judge_real_accuracy": judge.class_accuracy(classifier, heldout_images, heldout_labels),
+        "judge_sample_accuracy": judge.class_accuracy(classifier, samples, sample_labels),
+        **measure_distances(judge.hidden_layer_space(train_NG, train_labels), "fd", *sets),
+        **measure_distances(judge.principal_space(train_NG), "fd_pca", *sets),
+        **measure_novelty(samples, heldout_images, train_images, sample_ids_NL),
+        **measure_validation(validation_steps_K, validation_loss_KS, codebook["log_v"]),
+        **measure_stages(stages),
+    }
+
+
+def check_requirements(figures: Mapping) -> list[dict]:
+    """One row for every line of REQUIREMENTS; a figure that is not a number fails."""
+    rows = []
+    for figure, direction, bound, meaning in REQUIREMENTS:
+        limit = figures[bound] if isinstance(bound, str) else bound
+        passed = bool(COMPARE[direction](figures[figure], limit))
+        row = {"figure": figure, "value": figures[figure], "direction": direction, "bound": limit}
+        rows.append({**row, "passed": passed, "meaning": meaning})
+    return rows
+
+
+def _finite(value):
+    """JSON has no infinity and no NaN: null."""
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(header: tuple[str, ...], rows: list[tuple]) -> str:
+    def text(cell) -> str:
+        return f"{cell:.4g}" if isinstance(cell, float) and abs(cell) < 1000 else f"{cell:.0f}"
+
+    lines = [header, ("---",) * len(header)]
+    lines += [tuple(cell if isinstance(cell, str) else text(cell) for cell in row) for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _markdown(figures: Mapping, rows: list[dict]) -> str:
+    requirements = [
+        (row["figure"], row["value"], row["direction"], row["bound"], "pass" if row["passed"] else "FAIL")
+        + (row["meaning"],)
+        for row in rows
+    ]
+    per_scale = ("usage_per_scale", "perplexity_per_scale", "val_loss_start_per_scale")
+    per_scale += ("val_loss_end_per_scale", "val_loss_end_over_log_v_per_scale")
+    scales = list(zip(*(figures[name] for name in per_scale), strict=True))
+    stages = [(name, *record.values()) for name, record in figures["stages"].items()]
+    stages.append(("training and sampling", figures["total_s"], figures["total_cpu_s"], figures["peak_rss_mib"]))
+    shown = {row["figure"] for row in rows}
+    others = [
+        (name, value) for name, value in figures.items() if name not in shown and isinstance(value, int | float)
+    ]
+    start, end = figures["val_steps"]
+    num_passed = sum(row["passed"] for row in rows)
+    return "\n".join(
+        [
+            f"# Report: {num_passed} of {len(rows)} requirements passed\n",
+            _table(("figure", "measured", "", "bound", "result", "meaning"), requirements),
+            f"## Scales\n\nValidation loss in nats a token, at steps {start} and {end}.\n",
+            _table(
+                ("scale", "codes used", "perplexity", "loss at start", "loss at end", "end / log V"),
+                [(str(scale), *row) for scale, row in enumerate(scales)],
+            ),
+            "## Stages\n",
+            _table(("stage", "wall s", "CPU s", "peak MiB"), stages),
+            "## Further figures\n",
+            _table(("figure", "measured"), others),
+        ]
+    )
+
+
+def write_report(out_dir: str | os.PathLike, figures: Mapping) -> bool:
+    """Writes `report.json` and `report.md`, each atomically; True when every requirement is met."""
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    rows = check_requirements(figures)
+    passed = all(row["passed"] for row in rows)
+    content = _finite({"passed": passed, "requirements": rows, "figures": figures})
+    texts = {
+        "report.json": json.dumps(content, indent=1, allow_nan=False) + "\n",
+        "report.md": _markdown(figures, rows),
+    }
+    for name, text in texts.items():
+        temporary = out_dir / (name + ".tmp")
+        temporary.write_text(text)
+        os.replace(temporary, out_dir / name)
+    return passed

@@ -1,0 +1,45 @@
+"""Uncompressed .npz files, written atomically: of whole arrays, or piece by piece so that none is whole in memory."""
+
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mvar_jax.files.atomic import replacing
+
+
+class Pieces(NamedTuple):
+    """An array as its shape, its dtype and pieces of its rows in order."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: Iterable[np.ndarray]
+
+
+def whole(array: np.ndarray) -> Pieces:
+    """An array that is in memory anyway."""
+    return Pieces(array.shape, array.dtype, (array,))
+
+
+def save_npz(path: Path, **arrays: np.ndarray | Pieces) -> None:
+    """The bytes that `np.savez` writes. Raises ValueError where pieces do not add up to their shape."""
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+        for name, array in arrays.items():
+            pieces = array if isinstance(array, Pieces) else whole(np.asarray(array))
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                _write_pieces(file, name, pieces)
+
+
+def _write_pieces(file, name: str, pieces: Pieces) -> None:
+    dtype, num_rows = np.dtype(pieces.dtype), 0
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(pieces.shape)}
+    np.lib.format.write_array_header_1_0(file, header)
+    for part in pieces.parts:
+        if part.dtype != dtype or part.shape[1:] != tuple(pieces.shape[1:]):
+            raise ValueError(f"{name}: a piece {part.dtype}{part.shape} of {dtype}{pieces.shape}")
+        file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+        num_rows += len(part)
+    if num_rows != pieces.shape[0]:
+        raise ValueError(f"{name}: {num_rows} rows in the pieces of {dtype}{pieces.shape}")

@@ -1,0 +1,1 @@
+"""Machines, and compiling for machines that are not here."""

@@ -1,1 +1,0 @@
-"""Compiling for machines that are not here, and what that says of memory and work."""

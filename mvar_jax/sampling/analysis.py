@@ -1,0 +1,92 @@
+"""Looking into a model: guidance sweeps, mixed classes, and how likely a picture is under every class."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.transformer import Transformer, previous_of
+from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
+from mvar_jax.ops.sampling import guidance_strength, guide
+from mvar_jax.sampling.sampler import LogitsFn, SampleOptions, guided_logits, sample_pyramid
+
+
+def swept_logits(model: Transformer, params, labels_B: jax.Array, cfg_B: jax.Array) -> LogitsFn:
+    """`guided_logits` with a guidance of each sample's own, as an array: one program for all of them."""
+    no_class_B = jnp.full_like(labels_B, model.num_classes)
+    conditional = guided_logits(model, params, labels_B, 0.0)
+    unconditional = guided_logits(model, params, no_class_B, 0.0)
+    # Markov: exactly 1 means conditional logits only
+    cfg_B = cfg_B if model.conditioning == "full" else jnp.where(cfg_B == 1, 0, cfg_B)
+
+    def logits_fn(scale, previous_BNc, carry):
+        mine, others = (None, None) if carry is None else carry
+        cond, mine = conditional(scale, previous_BNc, mine)
+        uncond, others = unconditional(scale, previous_BNc, others)
+        strength = guidance_strength(cfg_B, scale, model.pyramid.num_scales)
+        return guide(cond, uncond, strength[:, None, None]), (mine, others)
+
+    return logits_fn
+
+
+@functools.partial(jax.jit, static_argnames=("model", "tokenizer", "options"))
+def sample_swept(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    params,
+    tokenizer_params,
+    labels_B,
+    cfg_B,
+    keys_B,
+    options: SampleOptions,
+):
+    """`sample` with a guidance of each sample's own, float32 [B], in place of options.cfg."""
+    logits_fn = swept_logits(model, params, labels_B, cfg_B)
+    ids_BL, f_hat, _ = sample_pyramid(logits_fn, tokenizer, tokenizer_params, keys_B, options)
+    return ids_BL, f_hat
+
+
+def mix_classes(model: Transformer, params, weights_MC: jax.Array) -> tuple[Transformer, dict]:
+    """(model, parameters) whose classes 0 .. M-1 have embeddings weights @ class table; "no class" is as it was."""
+    table = params["class_embed"]
+    mixed = jnp.einsum("mc,cd->md", weights_MC, table[:-1], precision=jax.lax.Precision.HIGHEST)
+    mixed_table = jnp.concatenate([mixed.astype(table.dtype), table[-1:]])
+    return model.clone(num_classes=len(weights_MC)), {**params, "class_embed": mixed_table}
+
+
+@functools.partial(jax.jit, static_argnames=("model", "tokenizer"))
+def teacher_forced_logits(model: Transformer, tokenizer: Tokenizer, params, tokenizer_params, ids_BL, labels_B):
+    """float32 [B, L, V]."""
+    phases, previous = model.phases(), _previous_of_ids(tokenizer, tokenizer_params, ids_BL)
+    return jnp.concatenate([_phase_logits(model, params, previous, labels_B, phase) for phase in phases], axis=1)
+
+
+def _previous_of_ids(tokenizer, tokenizer_params, ids_BL):
+    return tokenizer.apply({"params": tokenizer_params}, ids_BL, method="teacher_forcing")
+
+
+def _phase_logits(model, params, previous_BMc, labels_B, phase):
+    previous = previous_of(previous_BMc, phase, model.pyramid.areas[0])
+    return model.apply({"params": params}, previous, labels_B, phase)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "tokenizer"))
+def score_classes(model: Transformer, tokenizer: Tokenizer, params, tokenizer_params, ids_BL, classes_C):
+    """Negative log-likelihood of each image under each class, in nats summed over each map's tokens: [B, C, S].
+
+    One class at a time, one phase at a time: no more logits at once than a phase of the batch has.
+    """
+    previous = _previous_of_ids(tokenizer, tokenizer_params, ids_BL)
+    areas = model.pyramid.areas
+
+    def score(label):
+        labels_B = jnp.full(ids_BL.shape[:1], label)
+        parts = []
+        for phase in model.phases():
+            logits = _phase_logits(model, params, previous, labels_B, phase)
+            nll_BN = token_cross_entropy(logits, ids_BL[:, phase.begin : phase.end])
+            parts.append(sum_per_scale(nll_BN, areas[phase.first : phase.last + 1]))
+        return jnp.concatenate(parts, axis=1)
+
+    return jnp.swapaxes(jax.lax.map(score, classes_C), 0, 1)

@@ -1,0 +1,254 @@
+"""Draws any number of samples into a directory. Killed and started again it goes on, and leaves the same files.
+
+A batch is drawn, its PNGs and then its arrays are written beside the work, the arrays to `unfinished/`; when all
+batches are there they are joined, piece by piece, to samples.npz. Several processes take the batches in turns.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
+
+from mvar_jax.api import Model
+from mvar_jax.checkpoints.model_directory import fingerprint
+from mvar_jax.errors import InputError
+from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.images import GRID_IMAGES, save_png, tile_grid
+from mvar_jax.files.npz import Pieces, save_npz
+from mvar_jax.models.init import abstract_params
+from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample
+from mvar_jax.sharding import replicated, shardings_of, spec_of, use_mesh, ways_of
+
+IDENTITY_FILE = "samples.json"
+SAMPLES_FILE = "samples.npz"
+UNFINISHED = "unfinished"
+NUM_WRITERS = 8
+PROGRESS = "{desc}: {n_fmt}/{total_fmt} images, {rate_noinv_fmt}, {remaining} left"
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What is to be drawn: `num` images of each label, label by label; sample i is a function of (weights, its
+    label, seed, i, options). batch_size: images at a time, and what an interruption may lose."""
+
+    labels: tuple[int, ...]
+    num: int
+    options: SampleOptions
+    seed: int = 0
+    batch_size: int = 64
+    saves_tokens: bool = False
+    truncates: bool = False
+
+    @property
+    def labels_N(self) -> np.ndarray:
+        return np.repeat(np.asarray(self.labels, np.int32), self.num)
+
+    def identity(self, model: Model) -> dict:
+        """What decides the bytes of the files, by the names of the command's options."""
+        return {
+            "dtype": jnp.dtype(model.transformer.dtype).name,
+            "checkpoint": "weights "
+            + fingerprint(model.transformer, model.params)[:16]
+            + fingerprint(model.tokenizer, model.tokenizer_params)[:16],
+            "labels": _as_ranges(self.labels),
+            "num": self.num,
+            **dataclasses.asdict(self.options),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "save_tokens": self.saves_tokens,
+            "truncate_uint8": self.truncates,
+        }
+
+
+def _as_ranges(labels: tuple[int, ...]) -> str:
+    """(0, 1, 2, 7) -> "0-2,7"."""
+    runs: list[list[int]] = []
+    for label in labels:
+        if runs and label == runs[-1][1] + 1:
+            runs[-1][1] = label
+        else:
+            runs.append([label, label])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def place_model(model: Model, mesh: Mesh, dtype: str | None = None) -> Model:
+    """The model with its weights on a mesh, the transformer's cut as `RULES` say; computed in, and the
+    transformer's weights kept in, `dtype` where one is given."""
+    modules = {"tokenizer": model.tokenizer, "transformer": model.transformer}
+    params = {"tokenizer": model.tokenizer_params, "transformer": model.params}
+    if dtype is not None:
+        kind = jnp.dtype(dtype).type
+        modules = {name: module.clone(dtype=kind) for name, module in modules.items()}
+        params["transformer"] = jax.tree.map(lambda x: x.astype(kind), params["transformer"])
+    shardings = {
+        "tokenizer": replicated(mesh),
+        "transformer": shardings_of(abstract_params(modules["transformer"]), mesh),
+    }
+    return Model(modules, {name: jax.device_put(params[name], shardings[name]) for name in params})
+
+
+def check_folder(out: Path, identity: dict) -> bool:
+    """Whether the samples of this identity are all there. Raises InputError where those of another are."""
+    path = out / IDENTITY_FILE
+    if not path.exists():
+        there = [name for name in (SAMPLES_FILE, "000000.png") if (out / name).exists()]
+        if there:
+            raise InputError("out", str(out), f"a folder without samples of another run (it holds {there[0]})")
+        return False
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError("out", str(out), f"a folder with a readable {IDENTITY_FILE} ({error})") from None
+    for name, value in identity.items():
+        if stored.get(name) != value:
+            raise InputError(name, value, f"{stored.get(name)!r}, which the samples in {out} have; or another out")
+    return (out / SAMPLES_FILE).exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """Which rows a batch has, and the files of finished ones."""
+
+    order: Order
+    out: Path
+
+    @property
+    def size(self) -> int:
+        return min(self.order.batch_size, len(self.order.labels_N))
+
+    @property
+    def count(self) -> int:
+        return -(-len(self.order.labels_N) // self.size)
+
+    def rows(self, batch: int) -> range:
+        return range(batch * self.size, min((batch + 1) * self.size, len(self.order.labels_N)))
+
+    def file(self, batch: int) -> Path:
+        return self.out / UNFINISHED / f"{batch:07d}.npz"
+
+    def write(self, batch: int, arrays: dict[str, np.ndarray]) -> None:
+        """PNGs first: the arrays' file says that the batch is finished."""
+        for number, image in zip(self.rows(batch), arrays["pixels"], strict=True):
+            save_png(self.out / f"{number:06d}.png", image)
+        save_npz(self.file(batch), **arrays)
+
+    def read(self, name: str) -> Iterator[np.ndarray]:
+        """One array of every batch in order. Raises InputError for a batch that is not there."""
+        for batch in range(self.count):
+            if not self.file(batch).exists():
+                raise InputError(
+                    "out", str(self.out), f"a folder that all processes share (batch {batch} is missing)"
+                )
+            with np.load(self.file(batch)) as arrays:
+                yield arrays[name]
+
+
+def draw_all(
+    model: Model,
+    order: Order,
+    out: Path,
+    mesh: Mesh,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> bool:
+    """Writes the files of an order; False where they were there already.
+
+    model: placed on the mesh, which has this process's devices alone. wait: returns when all processes are there.
+    Raises InputError where the folder holds the samples of another order, or cannot be written.
+    """
+    identity, batches = order.identity(model), _Batches(order, out)
+    is_complete = check_folder(out, identity)
+    wait()  # nobody writes before all have looked
+    if not is_complete:
+        try:
+            (out / UNFINISHED).mkdir(exist_ok=True)
+            own = range(process_index, batches.count, process_count)
+            _draw_missing(model, batches, own, mesh, identity, is_shown=process_index == 0)
+            wait()
+            if process_index == 0:
+                _join(batches)
+        except OSError as error:
+            raise InputError("out", str(out), f"a folder that can be written ({error.strerror})") from error
+    if process_index == 0:
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    wait()
+    return not is_complete
+
+
+def _draw_missing(model, batches: _Batches, own: range, mesh: Mesh, identity: dict, is_shown: bool) -> None:
+    missing = [batch for batch in own if not batches.file(batch).exists()]
+    sizes = {batch: len(batches.rows(batch)) for batch in own}
+    num_done = sum(sizes.values()) - sum(sizes[batch] for batch in missing)
+    writing: collections.deque[Future] = collections.deque()
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(NUM_WRITERS))
+        bar = {"desc": "sample", "unit": " images", "bar_format": PROGRESS, "mininterval": 1, "disable": not is_shown}
+        progress = stack.enter_context(tqdm(total=sum(sizes.values()), initial=num_done, **bar))
+        for batch, arrays in _draw(model, batches, missing, mesh):
+            if not (batches.out / IDENTITY_FILE).exists():  # so a first batch that fails leaves nothing behind
+                write_atomically(batches.out / IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
+            writing.append(pool.submit(batches.write, batch, arrays))
+            while len(writing) > 2 * NUM_WRITERS:  # else slow disks would fill the memory
+                writing.popleft().result()
+            progress.update(sizes[batch])
+        for future in writing:
+            future.result()
+
+
+def _draw(model: Model, batches: _Batches, missing: list[int], mesh: Mesh) -> Iterator[tuple[int, dict]]:
+    """(batch, its arrays) of each missing batch; the next is started before the last is fetched."""
+    order, started = batches.order, None
+    for batch in [*missing, None]:
+        ready, started = started, None
+        if batch is not None:
+            started = batch, _start(model, order, batches.rows(batch), batches.size, mesh)
+        if ready is not None:
+            number, arrays = ready
+            num_real = len(batches.rows(number))
+            yield number, {name: np.asarray(x)[:num_real] for name, x in arrays.items()}
+
+
+def _start(model: Model, order: Order, rows: range, size: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """Arrays of one batch that are being computed, at one shape for all batches: rows beyond the end are repeats."""
+    ways = ways_of("batch", mesh)
+    index = np.minimum(rows.start + np.arange(-(-size // ways) * ways), rows.stop - 1)
+    outputs = ("floor_pixels" if order.truncates else "pixels",)
+    outputs += ("ids", "f_hat") if order.saves_tokens else ()
+    by_batch = NamedSharding(mesh, spec_of(("batch",)))
+    labels, keys = jax.device_put((order.labels_N[index], keys_of_samples(order.seed, index)), by_batch)
+    weights = model.params, model.tokenizer_params
+    with use_mesh(mesh):
+        drawn = sample(model.transformer, model.tokenizer, *weights, labels, keys, order.options, outputs)
+    return dict(zip(("pixels", *outputs[1:]), drawn, strict=True))
+
+
+def _join(batches: _Batches) -> None:
+    """grid.png, tokens.npz and, last, samples.npz: with it the work is complete."""
+    order, labels_N = batches.order, batches.order.labels_N
+
+    def pieces(name: str) -> Pieces:
+        first = next(batches.read(name))
+        return Pieces((len(labels_N), *first.shape[1:]), first.dtype, batches.read(name))
+
+    shown = []
+    for part in batches.read("pixels"):
+        shown.extend(part[: GRID_IMAGES - len(shown)])
+        if len(shown) == GRID_IMAGES:
+            break
+    zoom = max(1, 96 // shown[0].shape[0])
+    save_png(batches.out / "grid.png", tile_grid(np.stack(shown), min(order.num, 32), zoom=zoom))
+    if order.saves_tokens:
+        save_npz(batches.out / "tokens.npz", ids=pieces("ids"), labels=labels_N, f_hat=pieces("f_hat"))
+    save_npz(batches.out / SAMPLES_FILE, arr_0=pieces("pixels"), arr_1=labels_N)

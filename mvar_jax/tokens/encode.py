@@ -1,0 +1,211 @@
+"""Images to token ids with a tokenizer, and whole data sets to a token cache."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from mvar_jax.api import Model
+from mvar_jax.data.decoding import BadImage
+from mvar_jax.data.pipeline import DEFAULT_LOADING, LoadOptions
+from mvar_jax.data.skipped import Skipped
+from mvar_jax.data.sources import SPLITS, Source
+from mvar_jax.errors import InputError
+from mvar_jax.models.networks import apply_tokenizer
+from mvar_jax.sharding import make_mesh, put_batch, replicated
+from mvar_jax.tokens.cache_reader import META_NAME, read_meta
+from mvar_jax.tokens.cache_writer import CacheWriter
+
+IMAGES_PER_SHARD = 4096  # what a killed run may lose
+
+
+def view_rng(seed: int, view: int, index: int) -> np.random.Generator:
+    """Every view of every image has its own numbers."""
+    return np.random.Generator(np.random.Philox(key=[seed * 2**16 + view, index]))
+
+
+class Encoder:
+    """float32 images [B, Y, X, 3] -> ids int32 [B, L] on all devices of this process, `batch_size` at a time."""
+
+    def __init__(self, model: Model, batch_size: int):
+        devices = jax.local_devices()
+        self._mesh = make_mesh(devices=devices)
+        self.batch_size = -(-batch_size // len(devices)) * len(devices)
+        self._tokenizer = model.tokenizer
+        self._params = jax.device_put(model.tokenizer_params, replicated(self._mesh))
+
+    def __call__(self, images: list[np.ndarray]) -> jax.Array:
+        """[batch_size, L], before the device is done; a short batch is padded, so that one program serves all."""
+        padded = images + [images[-1]] * (self.batch_size - len(images))
+        images = put_batch({"image": np.stack(padded)}, self._mesh)["image"]
+        return apply_tokenizer(self._tokenizer, self._params, images, "encode")
+
+
+def _load_views(source: Source, transform, num_views: int, seed: int, number: int):
+    """(views, label) of an image, or the reason why it is bad."""
+    try:
+        item = source[number]
+        views = [transform.view(item["image"], view, view_rng(seed, view, number)) for view in range(num_views)]
+    except BadImage as error:
+        return str(error)
+    return views, item["label"]
+
+
+def _ids_of(encoder: Encoder, views: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """ids [L] of every view in order; one batch is on the device while the next is loaded."""
+    waiting: jax.Array | None = None
+    batch: list[np.ndarray] = []
+    for view in views:
+        batch.append(view)
+        if len(batch) == encoder.batch_size:
+            ready, waiting, batch = waiting, encoder(batch), []
+            yield from () if ready is None else np.asarray(ready)
+    yield from () if waiting is None else np.asarray(waiting)
+    yield from np.asarray(encoder(batch))[: len(batch)] if batch else ()
+
+
+def encode_range(
+    encoder: Encoder,
+    source: Source,
+    transform,
+    begin: int,
+    end: int,
+    *,
+    num_views: int,
+    seed: int,
+    num_threads: int,
+    skip: Callable[[int, str], None],
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields (ids [views, L], label) of every good image from `begin` to `end`, in order.
+
+    transform: has `view(image, view, rng)`. skip: called with the number of a bad image and the reason.
+    """
+    load = lambda number: _load_views(source, transform, num_views, seed, number)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * encoder.batch_size * num_threads)
+    loaded = iter(grain.MapDataset.range(begin, end).map(load).to_iter_dataset(options))
+    labels: list[int] = []
+
+    def views() -> Iterator[np.ndarray]:
+        for number, item in enumerate(loaded, begin):
+            if isinstance(item, str):
+                skip(number, item)
+                continue
+            labels.append(item[1])
+            yield from item[0]
+
+    try:
+        pyramids: list[np.ndarray] = []
+        for ids_L in _ids_of(encoder, views()):
+            pyramids.append(ids_L)
+            if len(pyramids) == num_views:
+                yield np.stack(pyramids), labels.pop(0)
+                pyramids = []
+    finally:
+        loaded.close()
+
+
+def _write_split(writer: CacheWriter, encoder: Encoder, source: Source, transform, skipped: Skipped, **options):
+    """One split; options: num_views, seed, transform (its description), num_shards, num_threads."""
+    split, num_views, seed = skipped.split, options["num_views"], options["seed"]
+    with tqdm(total=len(source), desc=f"encode {split}", unit="image", mininterval=1) as progress:
+
+        def read_records(begin: int, end: int, bad: list):
+            def skip(number: int, reason: str) -> None:
+                name = source.name_of(number)
+                bad.append({"number": number, "name": name, "reason": reason})
+                skipped.add(number, name, reason)
+                progress.update()
+
+            progress.update(begin - progress.n)  # what an earlier run has done
+            numbers = {"num_views": num_views, "seed": seed, "num_threads": options["num_threads"]}
+            for record in encode_range(encoder, source, transform, begin, end, skip=skip, **numbers):
+                yield record
+                progress.update()
+
+        writer.write_split(
+            split,
+            read_records,
+            num_images=len(source),
+            num_views=num_views,
+            transform=options["description"],
+            num_shards=-(-len(source) // options["images_per_shard"]),
+        )
+        for entry in writer.skipped()[split]:  # those of an earlier run too
+            skipped.add(**entry)
+
+
+def write_cache(
+    out: str | Path,
+    tokenizer_path: str | Path,
+    model: Model,
+    tokenizer_fingerprint: str,
+    sources: dict[str, Source],
+    transform,
+    description: dict,
+    *,
+    num_views: int,
+    seed: int,
+    batch_size: int = 64,
+    images_per_shard: int = IMAGES_PER_SHARD,
+    loading: LoadOptions = DEFAULT_LOADING,
+    process_index: int = 0,
+    process_count: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> bool:
+    """Writes the cache; False where `out` already holds the same one.
+
+    Training images get `num_views` views, as `transform.view` makes them; validation images the first alone.
+    Started again after it was killed it goes on with the first unfinished shard. process_index, process_count,
+    wait: see `CacheWriter`.
+
+    Raises:
+      InputError: `out` holds a cache of another tokenizer or of other images, or too many images are bad.
+    """
+    transform.check_views(num_views)
+    out, views = Path(out), {"train": num_views, "val": 1}
+    descriptions = {split: {**description, "num_views": views[split], "seed": seed} for split in SPLITS}
+    if (out / META_NAME).exists():
+        _check_same(out, tokenizer_fingerprint, descriptions)
+        return False
+    encoder = Encoder(model, batch_size)
+    with CacheWriter(
+        out,
+        sides=model.tokenizer.sides,
+        vocab_size=model.tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        tokenizer_path=str(tokenizer_path),
+        label_names=sources["train"].label_names,
+        process_index=process_index,
+        process_count=process_count,
+        wait=wait,
+    ) as writer:
+        for split in SPLITS:
+            source = sources[split]
+            _write_split(
+                writer,
+                encoder,
+                source,
+                transform,
+                Skipped(split, len(source), loading.max_bad_share),
+                num_views=views[split],
+                seed=seed,
+                description=descriptions[split],
+                images_per_shard=images_per_shard,
+                num_threads=max(1, loading.num_threads),
+            )
+    return True
+
+
+def _check_same(out: Path, tokenizer_fingerprint: str, descriptions: dict) -> None:
+    """Raises InputError unless the cache in `out` was made by this tokenizer of these images."""
+    meta = read_meta(out)
+    found = {split: entry["transform"] for split, entry in meta["splits"].items()}
+    for name, given, there in (
+        ("tokenizer", tokenizer_fingerprint, meta["tokenizer_fingerprint"]),
+        ("data", descriptions, found),
+    ):
+        if given != there:
+            raise InputError(name, given, f"{there}, that of the cache in {out} (or another --out)")

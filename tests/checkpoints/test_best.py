@@ -1,0 +1,67 @@
+import json
+import os
+
+import pytest
+from toy_run import NoWriter, ToyTask, make_settings
+
+from mvar_jax.checkpoints.best import Metric, best_step
+from mvar_jax.errors import InputError
+from mvar_jax.training import logging
+from mvar_jax.training.loop import run
+
+CONFIG = {"lr": 0.01}
+# by step; evaluated every 5 steps, saved every 4
+LOSSES = {0: 9.0, 5: 3.0, 10: 1.0, 15: 2.0, 20: 4.0, 23: 5.0}
+
+
+class Scripted(ToyTask):
+    def evaluate(self, state):
+        step = int(state.step)
+        return super().evaluate(state) | {"loss": LOSSES[step], "psnr_db": LOSSES[step]}
+
+
+@pytest.fixture(autouse=True)
+def without_tensorboard(monkeypatch):
+    monkeypatch.setattr(logging, "_open_summary_writer", lambda folder: NoWriter())
+
+
+def checkpoints_of(workdir):
+    return sorted(int(name) for name in os.listdir(workdir / "checkpoints") if name.isdigit())
+
+
+@pytest.mark.parametrize(
+    "keep_best, expected, best",
+    # 23 turns out to be the most only after its checkpoint is there, so 20 is there too
+    [("", [23], None), ("loss", [10, 23], 10), ("psnr_db:max", [20, 23], 23)],
+)
+def test_best_checkpoint_is_kept_beside_the_newest(tmp_path, keep_best, expected, best):
+    run(Scripted(), tmp_path, make_settings(23, keep_best=keep_best, keep_checkpoints=1), CONFIG)
+    assert checkpoints_of(tmp_path) == expected
+    assert best_step(tmp_path) == best
+
+
+def test_run_killed_after_its_best_step_goes_on_keeping_it(tmp_path):
+    def fail(step):
+        if step == 14:
+            raise ValueError("killed")
+
+    settings = make_settings(23, keep_best="loss", keep_checkpoints=1)
+    with pytest.raises(ValueError, match="killed"):
+        run(Scripted(on_step=fail), tmp_path, settings, CONFIG)
+    assert best_step(tmp_path) == 10
+    run(Scripted(), tmp_path, settings, CONFIG)
+    assert checkpoints_of(tmp_path) == [10, 23]
+
+
+def test_score_without_its_checkpoint_does_not_count(tmp_path):
+    run(Scripted(), tmp_path, make_settings(23, keep_best="loss", keep_checkpoints=1), CONFIG)
+    path = tmp_path / "checkpoints/scores.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"21": 0.0}))
+    assert best_step(tmp_path) == 10
+
+
+def test_metric_that_no_evaluation_has_is_refused_with_those_it_has(tmp_path):
+    with pytest.raises(InputError, match="keep_best='los': expected one of loss, psnr_db"):
+        run(Scripted(), tmp_path, make_settings(23, keep_best="los"), CONFIG)
+    with pytest.raises(InputError, match="keep_best='loss:down'"):
+        Metric.parse("loss:down")

@@ -1,0 +1,263 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mvar_jax.checkpoints.manager import Checkpoints, load_tree, restore_weights, save_tree
+from mvar_jax.errors import InputError
+from mvar_jax.training.workdir import check_config
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt_state: Any
+    extra: Any
+
+
+def make_state(step=3, has_ema=True, width=16, extra=None):
+    sharding = NamedSharding(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,)), P())
+    keys = jax.random.split(jax.random.key(step), 2)
+    params = {
+        "dense": {"kernel": jax.random.normal(keys[0], (width, 300)), "bias": jnp.zeros(300)},
+        "list": [jax.random.normal(keys[1], (5,)).astype(jnp.bfloat16)],
+    }
+    ema = jax.tree.map(lambda x: x / 2, params) if has_ema else None
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    state = State(jnp.int32(step), params, ema, optimizer.init(params), extra or {})
+    return jax.device_put(state, sharding)
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def assert_equal_trees(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def save(workdir, *states, keep=3):
+    with Checkpoints(workdir, keep) as checkpoints:
+        for state in states:
+            checkpoints.save(state, {"step": int(state.step)})
+
+
+@pytest.mark.parametrize("has_ema", [True, False])
+def test_state_is_bit_equal_and_keeps_its_types_after_restore(tmp_path, has_ema):
+    state = make_state(has_ema=has_ema, extra={"usage": jnp.arange(4.0)})
+    save(tmp_path, state)
+    with Checkpoints(tmp_path, 3) as checkpoints:
+        restored = checkpoints.restore(abstract(state))
+    assert_equal_trees(restored, state)
+    assert restored.params["dense"]["kernel"].sharding == state.params["dense"]["kernel"].sharding
+    assert json.loads((tmp_path / "checkpoints/3/meta/metadata").read_text()) == {"step": 3}
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    save(tmp_path, *(make_state(step) for step in (1, 2, 3, 4)), keep=2)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4"]
+
+
+def test_saved_values_are_those_at_the_call_when_the_state_is_donated(tmp_path):
+    add = jax.jit(lambda x: jax.tree.map(lambda a: a + 1, x), donate_argnums=0)
+    state = jax.tree.map(jnp.zeros_like, make_state(width=4000))
+    with Checkpoints(tmp_path, 3) as checkpoints:
+        checkpoints.save(state, {})
+        for _ in range(5):
+            state = add(state)
+        jax.block_until_ready(state)
+        checkpoints.wait()
+        assert not np.any(checkpoints.restore(abstract(state)).params["dense"]["kernel"])
+
+
+def test_weights_load_without_a_description_and_prefer_the_average(tmp_path):
+    first, second = make_state(1), make_state(2)
+    save(tmp_path, first, second)
+    assert_equal_trees(restore_weights(tmp_path), second.ema)
+    assert_equal_trees(restore_weights(tmp_path, step=1, prefer_ema=False), first.params)
+    with pytest.raises(InputError, match=r"step=5: expected one of 1, 2"):
+        restore_weights(tmp_path, step=5)
+
+
+def test_weights_are_the_parameters_without_an_average(tmp_path):
+    state = make_state(has_ema=False)
+    save(tmp_path, state)
+    assert_equal_trees(restore_weights(tmp_path), state.params)
+
+
+def test_tree_survives_saving_twice(tmp_path):
+    for step in (1, 2):
+        save_tree(tmp_path / "new/weights", make_state(step).params)
+    assert_equal_trees(load_tree(tmp_path / "new/weights"), make_state(2).params)
+    assert os.listdir(tmp_path / "new") == ["weights"]
+
+
+def flip_bytes(path):
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 8] = bytes(byte ^ 255 for byte in data[middle : middle + 8])
+    path.write_bytes(bytes(data))
+
+
+def biggest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def read_all(workdir, state):
+    with Checkpoints(workdir, 3) as checkpoints:
+        checkpoints.restore(abstract(state))
+
+
+def damage_array(folder):
+    flip_bytes(biggest_file(folder / "params"))  # Orbax alone would return other numbers
+
+
+def damage_structure(folder):
+    flip_bytes(folder / "params/_METADATA")
+    sums = json.loads((folder / "checksums.json").read_text())
+    sums = {name: value for name, value in sums.items() if name != "params/_METADATA"}
+    (folder / "checksums.json").write_text(json.dumps(sums))  # so that Orbax meets the garbage
+
+
+def remove_checksums(folder):
+    (folder / "checksums.json").unlink()
+
+
+def remove_a_file(folder):
+    biggest_file(folder / "params").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_array, damage_structure, remove_checksums, remove_a_file])
+def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
+    state = make_state()
+    save(tmp_path, state)
+    damage(tmp_path / "checkpoints/3")
+    for read in (lambda: read_all(tmp_path, state), lambda: restore_weights(tmp_path, prefer_ema=False)):
+        with pytest.raises(InputError, match=r"checkpoint='.*checkpoints/3.*readable") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def test_whole_item_is_read_beside_a_damaged_one(tmp_path):
+    state = make_state()
+    save(tmp_path, state)
+    damage_array(tmp_path / "checkpoints/3")
+    assert_equal_trees(restore_weights(tmp_path), state.ema)
+
+
+def test_missing_item_is_named(tmp_path):
+    save(tmp_path, make_state(has_ema=False))
+    with pytest.raises(InputError, match="it has no ema"):
+        read_all(tmp_path, make_state(has_ema=True))
+
+
+def test_other_shapes_are_refused(tmp_path):
+    save(tmp_path, make_state(width=16))
+    with pytest.raises(InputError, match=r"kernel is float32\[16, 300\], of this model float32\[17, 300\]"):
+        read_all(tmp_path, make_state(width=17))
+
+
+def test_other_leaves_are_refused(tmp_path):
+    save(tmp_path, make_state())
+    with pytest.raises(InputError, match=r"extra.usage is absent, of this model float32\[4\]"):
+        read_all(tmp_path, make_state(extra={"usage": jnp.zeros(4)}))
+
+
+def test_damaged_or_missing_tree_is_refused(tmp_path):
+    with pytest.raises(InputError, match="a directory of saved weights"):
+        load_tree(tmp_path / "nothing")
+    save_tree(tmp_path / "weights", make_state().params)
+    flip_bytes(biggest_file(tmp_path / "weights"))
+    with pytest.raises(InputError, match="is damaged"):
+        load_tree(tmp_path / "weights")
+
+
+@pytest.mark.parametrize("path", [".", "nothing"])
+def test_directory_without_checkpoints_is_refused(tmp_path, path):
+    with pytest.raises(InputError, match="a directory with a checkpoint in it"):
+        restore_weights(tmp_path / path)
+
+
+def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
+    script = """
+import sys, numpy as np
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint import Checkpoints, make_state
+checkpoints = Checkpoints(sys.argv[1], 3)
+checkpoints.save(make_state(1), {})
+checkpoints.wait()
+checkpoints.save(make_state(2, width=20000), {})
+print("saving", flush=True)
+checkpoints.wait()
+print("saved", flush=True)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout.readline() == "saving\n"
+    while not any(name.startswith("2") for name in os.listdir(tmp_path / "checkpoints")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.stdout.read() == ""  # killed before the end of the save
+    process.wait()
+    assert len(os.listdir(tmp_path / "checkpoints")) == 2
+    assert_equal_trees(restore_weights(tmp_path), make_state(1).ema)
+    save(tmp_path, make_state(2))
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+    assert_equal_trees(restore_weights(tmp_path), make_state(2).ema)
+
+
+CONFIG = {"depth": 8, "patch_nums": (1, 2), "train": {"lr": 0.1, "log_every_steps": 5}, "mesh": {"data": 2}}
+
+
+def test_config_may_change_only_where_learning_does_not(tmp_path):
+    workdir = tmp_path / "a/run"
+    check_config(workdir, CONFIG)
+    changed = CONFIG | {"train": {"lr": 0.1, "log_every_steps": 7}, "mesh": {"data": 8}}
+    check_config(workdir, changed)
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(changed))
+    assert os.listdir(workdir) == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"depth": 9}, "config.depth=9: expected 8"),
+        ({"train": {"lr": 0.2, "log_every_steps": 5}}, "config.train.lr=0.2: expected 0.1"),
+        ({"patch_nums": (1, 3)}, r"config.patch_nums=\[1, 3\]: expected \[1, 2\]"),
+        ({"new": 1}, "config.new=1: expected None"),
+    ],
+)
+def test_config_of_another_run_is_refused_and_nothing_written(tmp_path, change, message):
+    check_config(tmp_path, CONFIG)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(InputError, match=message):
+        check_config(tmp_path, CONFIG | change)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_unusable_workdir_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="workdir=.*a writable directory"):
+        check_config(tmp_path / "file" / "run", CONFIG)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="workdir=.*readable config.json"):
+        check_config(tmp_path, CONFIG)

@@ -1,0 +1,121 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from mvar_jax.digits import report
+from mvar_jax.errors import InputError
+
+
+def good_run() -> dict:
+    """Arguments of `measure` for a run whose samples are as good as real images."""
+    rng = np.random.default_rng(0)
+    patterns = rng.uniform(0.2, 0.8, (10, 8, 8))
+
+    def draw(num):
+        labels = np.arange(num) % 10
+        grey = np.clip(patterns[labels] + 0.05 * rng.normal(size=(num, 8, 8)), 0, 1)
+        return np.repeat(np.kron(grey, np.ones((1, 2, 2)))[..., None], 3, axis=3) * 2 - 1, labels
+
+    train, train_labels = draw(600)
+    heldout, heldout_labels = draw(200)
+    samples, sample_labels = draw(200)
+    as_uint8 = lambda images: np.rint((images + 1) * 127.5).astype(np.uint8)
+    return dict(
+        train_images=train,
+        train_labels=train_labels,
+        heldout_images=heldout,
+        heldout_labels=heldout_labels,
+        reconstructions=np.clip(heldout + 0.02 * rng.normal(size=heldout.shape), -1, 1),
+        samples=as_uint8(samples),
+        sample_labels=sample_labels,
+        sample_ids_NL=np.arange(200 * 5).reshape(200, 5),
+        code_counts_SV=np.array([[1] * 8 + [0] * 8, [3] * 15 + [0]]),
+        validation_steps_K=[0, 100],
+        validation_loss_KS=[[2.8, 2.7], [1.0, 1.5]],
+        stages={
+            "install": {"wall_s": 60.0, "cpu_s": 40.0, "peak_rss_mib": 200.0, "finished": True},
+            "tokenizer": {"wall_s": 150.0, "cpu_s": 220.0, "peak_rss_mib": 1600.0, "finished": True},
+            "transformer": {"wall_s": 230.0, "cpu_s": 420.0, "peak_rss_mib": 1500.0, "finished": True},
+        },
+    )
+
+
+def failed(figures) -> set[str]:
+    return {row["figure"] for row in report.check_requirements(figures) if not row["passed"]}
+
+
+def test_good_run_passes_every_requirement_with_the_right_figures(tmp_path):
+    run = good_run()
+    figures = report.measure(**run)
+    assert failed(figures) == set()
+    assert figures["codebook_used_fraction"] == 15 / 16
+    assert figures["usage_per_scale"] == [0.5, 15 / 16]
+    assert figures["perplexity_per_scale"] == pytest.approx([8, 15])
+    assert figures["log_v"] == pytest.approx(math.log(16))
+    assert figures["val_loss_worst_over_log_v"] == pytest.approx(1.5 / math.log(16))
+    assert (figures["total_s"], figures["total_cpu_s"], figures["peak_rss_mib"]) == (380, 640, 1600)
+    assert figures["clone_to_pictures_s"] == 440
+    mse = ((run["heldout_images"] - run["reconstructions"]) ** 2).mean()
+    assert figures["psnr_pooled_mse_db"] == pytest.approx(10 * math.log10(4 / mse))
+    assert figures["fd_bound"] == 2 * figures["fd_train"] + figures["fd_reconstructions"]
+    assert 0.9 < figures["nearest_ratio"] < 1.1
+
+    assert report.write_report(tmp_path, figures)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["passed"] and written["figures"] == figures
+    text = (tmp_path / "report.md").read_text()
+    assert "11 of 11 requirements passed" in text and "FAIL" not in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+
+
+def test_bad_run_fails_every_requirement(tmp_path):
+    run = good_run()
+    rng = np.random.default_rng(1)
+    run["heldout_labels"] = np.roll(run["heldout_labels"], 1)
+    run["reconstructions"] = np.clip(run["heldout_images"] + 0.3 * rng.normal(size=(200, 16, 16, 3)), -1, 1)
+    run["samples"] = run["train_images"][np.zeros(200, int)]
+    run["sample_ids_NL"] = np.zeros((200, 5), int)
+    run["code_counts_SV"] = np.array([[1] * 8 + [0] * 8] * 2)
+    run["validation_loss_KS"] = [[2.8, 2.7], [0.1, math.nan]]
+    run["stages"]["install"]["wall_s"] = 241.0
+    run["stages"]["transformer"] |= {"wall_s": 331.0, "peak_rss_mib": 4100.0}
+    figures = report.measure(**run)
+    assert failed(figures) == {requirement.figure for requirement in report.REQUIREMENTS}
+    assert figures["num_distinct_pyramids"] == 1 and figures["nearest_ratio"] == 0
+
+    assert not report.write_report(tmp_path, figures)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert not written["passed"] and written["figures"]["val_loss_worst_over_log_v"] is None
+    assert "0 of 11 requirements passed" in (tmp_path / "report.md").read_text()
+
+
+def test_requirement_fails_alone_just_beyond_its_bound():
+    figures = {
+        "psnr_db": 28.0,
+        "codebook_used_fraction": 0.9,
+        "judge_real_accuracy": 0.98,
+        "judge_sample_accuracy": 0.97,
+        "fd_samples": 0.3,
+        "fd_bound": 0.3,
+        "nearest_ratio": 0.75,
+        "num_distinct_pyramids": 100,
+        "num_samples": 100,
+        "val_loss_worst_over_log_v": 0.5999,
+        "total_s": 480.0,
+        "clone_to_pictures_s": 720.0,
+        "peak_rss_mib": 4096.0,
+    }
+    assert failed(figures) == set()
+    for requirement in report.REQUIREMENTS:
+        beyond = -1e-3 if requirement.direction == ">=" else 1e-3
+        changed = figures | {requirement.figure: figures[requirement.figure] + beyond}
+        assert failed(changed) == {requirement.figure}
+
+
+def test_measure_names_the_argument_whose_length_is_wrong():
+    run = good_run()
+    run["sample_labels"] = run["sample_labels"][:-1]
+    with pytest.raises(InputError, match="sample_labels='199 entries': expected 200"):
+        report.measure(**run)

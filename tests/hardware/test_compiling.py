@@ -1,0 +1,118 @@
+"""Compiling for other machines; those whose compiler is not installed are skipped, with the reason printed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+
+from mvar_jax.errors import InputError
+from mvar_jax.hardware.compiling import compile_for, devices_of
+from mvar_jax.hardware.machines import platform_of
+from mvar_jax.ops.platform import current_platform
+from mvar_jax.ops.window import local_window_attention
+from mvar_jax.sharding import make_mesh, spec_of, use_mesh
+
+# as it is compiled for use: tests/conftest.py spares LLVM's work, and registers then spill
+FAIL_ON_SPILLS = {"xla_backend_optimization_level": 3, "xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+
+
+def devices_or_skip(target: str):
+    try:
+        return devices_of(target)
+    except InputError as error:
+        pytest.skip(f"no compiler for {target}: {error.expected}")
+
+
+def qkv_like(side: int, batch: int, dtype="bfloat16", num_heads: int = 16, head_width: int = 64):
+    return [jax.ShapeDtypeStruct((batch, side, side, num_heads, head_width), jnp.dtype(dtype))] * 4
+
+
+def forward_and_backward(backend, window, q, k, v, cotangent):
+    out, pull_back = jax.vjp(lambda *qkv: local_window_attention(*qkv, window, backend=backend), q, k, v)
+    return out, *pull_back(cotangent)
+
+
+def test_a_program_for_the_devices_here_tells_its_memory_and_work():
+    a = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+    b = jax.ShapeDtypeStruct((32, 16), jnp.float32)
+    compiled = compile_for("here", lambda a, b: a @ b, a, b)
+    assert compiled.argument_bytes == 4 * (64 * 32 + 32 * 16)
+    assert compiled.output_bytes == 4 * 64 * 16
+    assert compiled.flops == 2 * 64 * 32 * 16
+    assert compiled.total_bytes >= compiled.argument_bytes + compiled.output_bytes
+    assert "dot" in compiled.text or "fusion" in compiled.text
+
+
+def test_a_donated_argument_is_counted_once():
+    x = jax.ShapeDtypeStruct((1024,), jnp.float32)
+    kept, donated = (compile_for("here", lambda x: x + 1, x, donate=donate) for donate in ((), (0,)))
+    assert kept.total_bytes - donated.total_bytes == donated.alias_bytes == 4096
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [("h1000", "h100:8"), ("h100:eight", "h100:2x8"), ("v5e:4x", "v5e:4x4"), ("h100:0", "h100:8")],
+)
+def test_an_unknown_target_is_refused_with_what_would_do(target, expected):
+    with pytest.raises(InputError, match=f"^target='{target}'.*{expected}"):
+        compile_for(target, lambda x: x, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def test_platforms_of_targets():
+    assert [platform_of(target) for target in ("h100:8", "v5e:4x4", "here")] == ["gpu", "tpu", current_platform()]
+
+
+@pytest.mark.deviceless
+@pytest.mark.parametrize("side", [16, 32, 64])
+def test_triton_kernels_compile_for_h100_in_twice_the_output_and_without_spills(side):
+    devices_or_skip("h100")
+    qkv = qkv_like(side, 64)
+    forward = lambda q, k, v, _: local_window_attention(q, k, v, 7)
+    output_bytes = 2 * 64 * side**2 * 16 * 64
+    for program in (forward, functools.partial(forward_and_backward, "pallas_gpu", 7)):
+        compiled = compile_for("h100", program, *qkv, options=FAIL_ON_SPILLS)
+        assert "window_forward" in compiled.text
+        assert compiled.temp_bytes <= 2 * output_bytes
+
+
+@pytest.mark.deviceless
+@pytest.mark.parametrize(
+    ("side", "dtype", "head_width"),
+    [
+        (13, "bfloat16", 24),
+        (13, "bfloat16", 64),
+        (13, "bfloat16", 128),
+        (13, "float32", 64),
+        (13, "float32", 128),
+        (16, "float32", 64),
+    ],
+)
+def test_triton_kernels_have_no_spills_for_other_maps_and_heads(side, dtype, head_width):
+    devices_or_skip("h100")
+    program = functools.partial(forward_and_backward, "pallas_gpu", 5)
+    compiled = compile_for("h100", program, *qkv_like(side, 2, dtype, 2, head_width), options=FAIL_ON_SPILLS)
+    assert "window_backward_kv" in compiled.text
+
+
+@pytest.mark.deviceless
+@pytest.mark.parametrize(("side", "dtype"), [(16, "float32"), (64, "bfloat16")])
+def test_splash_kernels_compile_for_a_tpu(side, dtype):
+    devices_or_skip("v5e")
+    program = functools.partial(forward_and_backward, "pallas_tpu", 7)
+    assert "custom-call" in compile_for("v5e", program, *qkv_like(side, 2, dtype)).text
+
+
+CASES = [("h100:8", "pallas_gpu"), ("h100:8", "tiled"), ("v5e:2x4", "band"), ("v5e:2x4", "pallas_tpu")]
+
+
+@pytest.mark.deviceless
+@pytest.mark.parametrize(("target", "backend"), CASES)
+def test_sharded_batch_and_heads_need_no_communication(target, backend):
+    mesh = make_mesh(data=4, tensor=2, devices=list(devices_or_skip(target)))
+    sharding = NamedSharding(mesh, spec_of(("batch", None, None, "heads", None)))
+    program = functools.partial(forward_and_backward, backend, 7)
+    with use_mesh(mesh):
+        text = compile_for(target, program, *qkv_like(16, 8), shardings=sharding).text
+    assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))

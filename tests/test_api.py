@@ -1,0 +1,82 @@
+"""The Python face on a small model: editing and the ways to look into it."""
+
+import numpy as np
+import pytest
+import small_case
+
+from mvar_jax.api import Model
+from mvar_jax.checkpoints.class_names import ClassNames
+from mvar_jax.errors import InputError
+
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (2, 6, 6, 3)).astype(np.float32)
+IDS = np.random.default_rng(1).integers(0, 16, (3, 10))
+MASK = np.zeros((6, 6), bool)
+MASK[:, :3] = True
+
+
+@pytest.fixture(scope="module")
+def model(quick_programs):
+    return Model(
+        small_case.TINY_MODULES, small_case.tiny_params(), ClassNames([("ant",), ("bee",), ("cat", "tom cat")])
+    )
+
+
+def test_an_edit_is_a_function_of_its_number_and_of_what_is_known(model):
+    under = np.where(MASK[..., None], -IMAGES, IMAGES)
+    images, ids = model.edit(IMAGES, MASK, ["bee", 2], cfg=1.0)
+    others, other_ids = model.edit(under, MASK, [1, 2], cfg=1.0)
+    np.testing.assert_array_equal(images, others)
+    np.testing.assert_array_equal(ids, other_ids)
+    np.testing.assert_array_equal(images[:, ~MASK], IMAGES[:, ~MASK])
+    swapped, _ = model.edit(IMAGES[::-1], MASK, [2, 1], cfg=1.0, index=[1, 0])
+    np.testing.assert_allclose(swapped[::-1], images, atol=1e-5)
+    for different in (model.edit(IMAGES, MASK, [1, 2], cfg=1.0, seed=1), model.edit(IMAGES, MASK, [0, 0], cfg=1.0)):
+        assert (np.asarray(different[1]) != ids).any()
+
+
+def test_one_picture_serves_several_labels(model):
+    images, _ = model.edit(IMAGES[:1], MASK, [1, 2], cfg=1.0)
+    assert images.shape == (2, 6, 6, 3)
+    np.testing.assert_array_equal(images[:, ~MASK], IMAGES[[0, 0]][:, ~MASK])
+    with pytest.raises(InputError, match="^images='2 images, 1 masks': expected 1 of each, or as many as labels: 3"):
+        model.edit(IMAGES, MASK, [0, 1, 2])
+
+
+def test_progress_ends_with_the_picture(model):
+    pictures = model.progress(IDS)
+    assert pictures.shape == (2, 3, 6, 6, 3)
+    np.testing.assert_allclose(pictures[-1], model.decode(IDS), atol=1e-5)
+    assert np.abs(pictures[0] - pictures[-1]).max() > 0.01
+
+
+def test_interpolation_goes_from_one_class_to_the_other(model):
+    _, ids = model.interpolate("ant", "tom cat", num=3, index=5, cfg=1.0)
+    _, ends = model.sample([0, 1, 2], index=[5, 5, 5], cfg=1.0)
+    np.testing.assert_array_equal(np.asarray(ids)[[0, 2]], np.asarray(ends)[[0, 2]])
+    with pytest.raises(InputError, match="^weights="):
+        model.mix_classes(np.ones((2, 4)))
+
+
+def test_a_sweep_has_a_row_for_each_guidance(model):
+    images, ids = model.sweep(["ant", "bee"], [1.0, 4.0, 1.0])
+    assert images.shape == (3, 2, 6, 6, 3) and ids.shape == (3, 2, 10)
+    np.testing.assert_array_equal(ids[0], ids[2])
+    assert (ids[0] != ids[1]).any() and (images[0] != images[1]).any()
+    with pytest.raises(InputError, match="^cfg=-1"):
+        model.sweep([0], [1.0, -1.0])
+    with pytest.raises(InputError, match="^temperature="):
+        model.sweep([0], [1.0], temperature=-1.0)
+
+
+def test_classes_are_told_by_bayes_rule_in_padded_batches(model):
+    scores = model.score_classes(IDS, batch_size=2)
+    likelihood = np.exp(-scores.sum(axis=2, dtype=np.float64))
+    probability = model.classify(IDS, batch_size=2)
+    np.testing.assert_allclose(probability, likelihood / likelihood.sum(axis=1, keepdims=True), rtol=1e-3)
+    turned = model.classify(IDS[::-1], ["cat", "bee", "ant"], batch_size=2)
+    np.testing.assert_allclose(turned[::-1, ::-1], probability, rtol=1e-4)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest(model):
+    with pytest.raises(InputError, match="^labels='bea': expected a known class; 'bee', perhaps, which is 1"):
+        model.sample(["bea"])

@@ -1,0 +1,227 @@
+"""From images to a token cache: what it holds, that a killed run goes on, and that training cannot tell."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_case import quick_jit
+from image_files import write_tree
+from small_case import MODEL, TOKENIZER, seeded_params
+
+from mvar_jax import build
+from mvar_jax.__main__ import main
+from mvar_jax.api import Model
+from mvar_jax.checkpoints.model_directory import module_to_dict, save_model
+from mvar_jax.data.pipeline import LoadOptions, train_batches
+from mvar_jax.data.sources import open_source
+from mvar_jax.data.transforms import PhotoTransform
+from mvar_jax.errors import InputError
+from mvar_jax.tokens.cache_reader import TokenCache
+from mvar_jax.tokens.cache_writer import UNFINISHED
+from mvar_jax.tokens.encode import write_cache
+from mvar_jax.tokens.pick_view import PickView
+from mvar_jax.training.transformer_task import with_ids
+
+FLIPS = PhotoTransform(TOKENIZER.image_size, flip=True)
+encode = jax.jit(with_ids, static_argnums=0)
+SMALL = {**module_to_dict(MODEL), "num_classes": 0}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A folder of images, of which train/bee/1.jpg is cut short, and a tokenizer."""
+    root = tmp_path_factory.mktemp("encode")
+    tree, whole = write_tree(root / "tree"), write_tree(root / "whole")
+    (tree / "train/bee/1.jpg").write_bytes((tree / "train/bee/1.jpg").read_bytes()[:-100])
+    params = seeded_params(TOKENIZER)
+    save_model(root / "tokenizer", {"tokenizer": TOKENIZER}, {"tokenizer": params})
+    model = Model({"tokenizer": TOKENIZER}, {"tokenizer": params})
+    return SimpleNamespace(root=root, tree=tree, whole=whole, tokenizer=root / "tokenizer", model=model)
+
+
+def _write(parts, out, tree, source_of=lambda source: source, **options):
+    sources = {split: source_of(open_source("folder", split, path=str(tree))) for split in ("train", "val")}
+    options = {"num_views": 2, "seed": 0, "batch_size": 8, "images_per_shard": 4, **options}
+    options.setdefault("loading", LoadOptions(max_bad_share=0.1))
+    write_cache(out, parts.tokenizer, parts.model, "abc", sources, FLIPS, {}, **options)
+    return sources
+
+
+@pytest.fixture(scope="module")
+def cache(parts):
+    """The cache of the whole folder."""
+    _write(parts, parts.root / "cache", parts.whole)
+    return parts.root / "cache"
+
+
+def _contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_cache_holds_both_flips_and_skips_and_lists_what_is_bad(parts, tmp_path):
+    sources = _write(parts, tmp_path, parts.tree)
+    train, val = (TokenCache(tmp_path, split) for split in ("train", "val"))
+    good = [i for i in range(15) if sources["train"].name_of(i) != "bee/1.jpg"]
+    assert len(train) == len(good) == 14 and len(val) == 6
+    for record, number in enumerate(good):
+        item = sources["train"][number]
+        straight = FLIPS(item["image"])
+        pair = np.stack([straight, straight[:, ::-1]])
+        expected = parts.model.encode(np.concatenate([pair] * 4))[:2]  # the shape that is compiled already
+        assert np.array_equal(train[record]["ids"], expected) and train[record]["label"] == item["label"]
+    assert val[0]["ids"].shape == (1, parts.model.num_tokens)
+    entry = json.loads((tmp_path / "cache.json").read_text())["splits"]["train"]
+    assert [(bad["number"], bad["name"]) for bad in entry["skipped"]] == [(6, "bee/1.jpg")]
+    assert "truncated" in entry["skipped"][0]["reason"] and len(entry["shards"]) == 4
+
+
+class _Killed(BaseException):
+    pass
+
+
+class _Dying:
+    """A source that kills the process that reads its item 9."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        if index == 9:
+            raise _Killed
+        return self._source[index]
+
+
+def test_killed_encoding_goes_on_and_leaves_the_same_files(parts, cache, tmp_path):
+    with pytest.raises(_Killed):
+        _write(parts, tmp_path, parts.whole, _Dying)
+    shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / UNFINISHED).glob("*.array_record")}
+    assert shards
+    with pytest.raises(InputError, match="interrupted"):
+        TokenCache(tmp_path, "train")
+    _write(parts, tmp_path, parts.whole)
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in shards} == shards  # kept, not made again
+    assert _contents(tmp_path) == _contents(cache)
+
+
+def test_too_many_bad_images_end_encoding_also_when_they_are_spread_over_two_runs(parts, tmp_path):
+    words = "bad images=1: expected at most 0 of 15 train.*bee/1.jpg.*truncated"
+    with pytest.raises(InputError, match=words):
+        _write(parts, tmp_path, parts.tree, loading=LoadOptions(max_bad_share=0.05))
+    tree = tmp_path / "tree"
+    shutil.copytree(parts.tree, tree)
+    (tree / "train/cat/4.jpg").write_bytes(b"")
+    with pytest.raises(_Killed):
+        _write(parts, tmp_path / "out", tree, _Dying)
+    with pytest.raises(InputError, match="bad images=2: expected at most 1 of 15 train"):
+        _write(parts, tmp_path / "out", tree)
+    assert not (tmp_path / "out/cache.json").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_training_batches_from_images_and_from_the_cache_are_identical(parts, cache, seed):
+    source = open_source("folder", "train", path=str(parts.whole))
+    images = train_batches(source, FLIPS, batch_size=8, seed=seed)
+    tokens = train_batches(TokenCache(cache, "train"), PickView(), batch_size=8, seed=seed)
+    for batch, expected in itertools.islice(zip(images, tokens, strict=True), 6):
+        found = encode(TOKENIZER, parts.model.tokenizer_params, {**batch, "index": batch["index"].astype(np.uint32)})
+        assert set(found) == {"ids", "label", "index"}
+        for name in found:
+            assert np.array_equal(found[name], expected[name]), name
+    images.close()
+    tokens.close()
+
+
+def _config(**data):
+    import importlib
+
+    config = importlib.import_module("configs.folder").get_config().to_dict()
+    config["model"] = SMALL | {"dtype": "float32"}
+    config["optimizer"] |= {"warmup_steps": 1, "ema_decay": 0.0}
+    config |= {"num_steps": 3, "batch_size": 8, "log_every_steps": 1}
+    config["data"] |= {"image_size": TOKENIZER.image_size, **data}
+    return config
+
+
+def test_training_steps_from_images_and_from_the_cache_are_bit_equal(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "jit", quick_jit)  # what is compared is the data's way into the step
+    found = []
+    _write_by_command(parts, tmp_path / "cache")
+    for data in ({"cache": str(tmp_path / "cache")}, {"path": str(parts.whole), "tokenizer": str(parts.tokenizer)}):
+        task, modules, _ = build.build_task(_config(**data))
+        assert modules["transformer"].num_classes == 3
+        state, batches = task.init_state(), task.batches(0)
+        state, metrics = task.train_step(state, next(batches), 0)
+        batches.close()
+        found.append((jax.device_get(metrics), jax.device_get(state.params)))
+    equal = jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), *found)
+    assert all(jax.tree.leaves(equal))
+    assert np.isclose(task.evaluate(state)["loss"], np.log(16), atol=0.1)
+
+
+def _arguments(parts, out):
+    model = {**SMALL, "dtype": "float32"}
+    sizes = [f"--config.model.{name}={model[name]}" for name in ("vocab_size", "code_width", "dtype")]
+    data = [f"--config.data.path={parts.whole}", f"--config.data.image_size={TOKENIZER.image_size}"]
+    return [
+        "cache_tokens",
+        "--config=configs/folder.py",
+        *sizes,
+        *data,
+        f"--tokenizer={parts.tokenizer}",
+        f"--out={out}",
+        "--batch_size=6",
+    ]
+
+
+def _write_by_command(parts, out):
+    assert main(_arguments(parts, out)) == 0
+
+
+def test_encoding_on_two_devices_leaves_the_files_of_one(parts, tmp_path):
+    _write_by_command(parts, tmp_path / "one")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    command = [sys.executable, "-m", "mvar_jax", *_arguments(parts, tmp_path / "two")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "train: 15 images, 2 views" in done.stdout
+    assert _contents(tmp_path / "one") == _contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "config.data=.*one of them"),
+        ({"cache": "a", "tokenizer": "b"}, "config.data=.*one of them"),
+        ({"tokenizer": "none"}, "none"),
+    ],
+)
+def test_transformer_without_exactly_one_of_cache_and_tokenizer_is_refused(data, message):
+    with pytest.raises(InputError, match=message):
+        build.build_task(_config(**data))
+
+
+def test_number_of_classes_that_the_data_do_not_have_is_refused(parts):
+    config = _config(path=str(parts.whole), tokenizer=str(parts.tokenizer))
+    config["model"]["num_classes"] = 4
+    with pytest.raises(InputError, match="config.model.num_classes=4.*3, those of"):
+        build.build_task(config)
+
+
+def test_ids_of_a_batch_that_has_them_are_left_alone():
+    batch = {"ids": jnp.zeros((2, 3)), "label": jnp.zeros(2)}
+    assert with_ids(TOKENIZER, {}, batch) is batch

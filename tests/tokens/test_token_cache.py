@@ -1,0 +1,319 @@
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from mvar_jax.data.pipeline import eval_batches, train_batches
+from mvar_jax.errors import InputError
+from mvar_jax.tokens.cache_reader import META_NAME, TokenCache
+from mvar_jax.tokens.cache_writer import UNFINISHED, CacheWriter
+from mvar_jax.tokens.pick_view import PickView
+
+SIDES = (1, 2, 3)
+NUM_TOKENS = 14
+
+
+def _records(num_records, num_views=2, vocab_size=50, seed=0):
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(0, vocab_size, (num_views, NUM_TOKENS)), i % 3) for i in range(num_records)]
+
+
+def _writer(path, vocab_size=50, sides=SIDES, **options):
+    return CacheWriter(
+        path,
+        sides=sides,
+        vocab_size=vocab_size,
+        tokenizer_fingerprint=options.pop("fingerprint", "abc"),
+        tokenizer_path="runs/tokenizer",
+        label_names=("a", "b", "c"),
+        **options,
+    )
+
+
+def _from(records):
+    return lambda begin, end, skipped: records[begin:end]
+
+
+def _write(path, num_shards=1, vocab_size=50, seed=0):
+    train, val = _records(11, vocab_size=vocab_size, seed=seed), _records(4, num_views=1, seed=seed + 1)
+    with _writer(path, vocab_size) as writer:
+        options = {"num_images": 11, "num_views": 2, "transform": {"degrees": 5.0}, "num_shards": num_shards}
+        writer.write_split("train", _from(train), **options)
+        writer.write_split("val", _from(val), num_images=4, num_views=1, transform={})
+    return train, val
+
+
+def _assert_holds(cache, records):
+    assert len(cache) == len(records)
+    for i, (ids, label) in enumerate(records):
+        item = cache[i]
+        assert item["ids"].dtype == np.int32 and item["label"] == label
+        assert np.array_equal(item["ids"], ids)
+
+
+@pytest.mark.parametrize("max_memory_bytes", [0, 2**20])
+@pytest.mark.parametrize(("num_shards", "vocab_size"), [(1, 50), (3, 65536), (3, 100_000)])
+def test_cache_returns_what_was_written(tmp_path, num_shards, vocab_size, max_memory_bytes):
+    train, val = _write(tmp_path, num_shards, vocab_size)
+    expected = {
+        "expect_fingerprint": "abc",
+        "expect_sides": SIDES,
+        "expect_vocab_size": vocab_size,
+        "max_memory_bytes": max_memory_bytes,
+    }
+    cache = TokenCache(tmp_path, "train", **expected)
+    _assert_holds(cache, train)
+    _assert_holds(TokenCache(tmp_path, "val", **expected), val)
+    assert (cache.sides, cache.vocab_size) == (SIDES, vocab_size)
+    assert (cache.label_names, cache.num_classes) == (("a", "b", "c"), 3)
+    assert cache.tokenizer_path == "runs/tokenizer"
+    assert cache.meta["splits"]["train"]["transform"] == {"degrees": 5.0}
+    with pytest.raises(IndexError):
+        cache[11]
+
+
+def test_directory_holds_the_named_shards_and_nothing_temporary(tmp_path):
+    _write(tmp_path, num_shards=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cache.json",
+        "train-00000-of-00002.array_record",
+        "train-00001-of-00002.array_record",
+        "val-00000-of-00001.array_record",
+    ]
+    entry = json.loads((tmp_path / META_NAME).read_text())["splits"]["train"]
+    assert (entry["num_records"], entry["num_views"]) == (11, 2)
+    assert entry["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("train-*"))
+
+
+class _Killed(BaseException):
+    pass
+
+
+def _dying(records, first_lost):
+    """Records that end in an exception when number `first_lost` is due."""
+
+    def read(begin, end, skipped):
+        for number in range(begin, end):
+            if number == first_lost:
+                raise _Killed
+            yield records[number]
+
+    return read
+
+
+def _write_dying(path, first_lost, num_shards=4, train=None, **options):
+    train = _records(11) if train is None else train
+    with pytest.raises(_Killed), _writer(path, **options) as writer:
+        shape = {"num_images": 11, "num_views": 2, "transform": {"degrees": 5.0}, "num_shards": num_shards}
+        writer.write_split("train", _dying(train, first_lost), **shape)
+
+
+def _contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_writing_that_raises_in_its_first_shard_leaves_no_cache_and_no_file(tmp_path):
+    _write_dying(tmp_path, first_lost=1)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="finished token cache"):
+        TokenCache(tmp_path, "train")
+
+
+def test_writing_that_raises_midway_leaves_an_older_cache_as_it_was(tmp_path):
+    train, val = _write(tmp_path, num_shards=2)
+    _write_dying(tmp_path, first_lost=6, train=_records(11, seed=9))
+    _assert_holds(TokenCache(tmp_path, "train"), train)
+    _assert_holds(TokenCache(tmp_path, "val"), val)
+
+
+def test_new_cache_replaces_an_older_one_and_its_shards(tmp_path):
+    _write(tmp_path, num_shards=3)
+    train, _ = _write(tmp_path, num_shards=1, seed=7)
+    _assert_holds(TokenCache(tmp_path, "train"), train)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("first_lost", [2, 5, 8, 10])
+def test_killed_writer_goes_on_and_leaves_the_same_files(tmp_path, first_lost):
+    _write(tmp_path / "whole", num_shards=4)
+    _write_dying(tmp_path / "killed", first_lost)
+    with pytest.raises(InputError, match="interrupted"):
+        TokenCache(tmp_path / "killed", "train")
+    bounds = [11 * shard // 4 for shard in range(5)]
+    kept = max(bound for bound in bounds if bound <= first_lost)
+    train, val = _records(11), _records(4, num_views=1, seed=1)
+    train[:kept] = [None] * kept  # what the killed writer finished is not asked for again
+    with _writer(tmp_path / "killed") as writer:
+        options = {"num_images": 11, "num_views": 2, "transform": {"degrees": 5.0}, "num_shards": 4}
+        writer.write_split("train", _from(train), **options)
+        writer.write_split("val", _from(val), num_images=4, num_views=1, transform={})
+    assert _contents(tmp_path / "killed") == _contents(tmp_path / "whole")
+
+
+def test_work_of_an_interrupted_writer_of_another_tokenizer_is_not_kept(tmp_path):
+    _write_dying(tmp_path, first_lost=8, train=_records(11, seed=9), fingerprint="other")
+    assert (tmp_path / UNFINISHED).exists()
+    train, _ = _write(tmp_path, num_shards=4)
+    _assert_holds(TokenCache(tmp_path, "train"), train)
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_two_processes_leave_the_files_of_one(tmp_path):
+    _write(tmp_path / "one", num_shards=3)
+    train, val = _records(11), _records(4, num_views=1, seed=1)
+    waited = []
+    for process in (1, 0):  # the first process puts together what both have written
+        options = {"process_index": process, "process_count": 2, "wait": lambda: waited.append(1)}
+        # one after the other here: the first must find the identity that process 0 writes
+        if process == 1:
+            _write_dying(tmp_path / "two", 0, num_shards=3, train=train, process_count=2)
+            assert (tmp_path / "two" / UNFINISHED).exists()
+        with _writer(tmp_path / "two", **options) as writer:
+            shape = {"num_views": 2, "transform": {"degrees": 5.0}, "num_shards": 3}
+            writer.write_split("train", _from(train), num_images=11, **shape)
+            writer.write_split("val", _from(val), num_images=4, num_views=1, transform={})
+    assert _contents(tmp_path / "two") == _contents(tmp_path / "one")
+    assert len(waited) == 8
+
+
+def test_skipped_images_are_listed_and_take_no_record(tmp_path):
+    train = _records(11)
+
+    def read(begin, end, skipped):
+        for number in range(begin, end):
+            if number in (4, 7):
+                skipped.append({"number": number, "name": f"{number}.jpg", "reason": "cut short"})
+            else:
+                yield train[number]
+
+    with _writer(tmp_path) as writer:
+        writer.write_split("train", read, num_images=11, num_views=2, transform={}, num_shards=2)
+        assert [bad["number"] for bad in writer.skipped()["train"]] == [4, 7]
+    _assert_holds(TokenCache(tmp_path, "train"), [train[i] for i in range(11) if i not in (4, 7)])
+    entry = json.loads((tmp_path / META_NAME).read_text())["splits"]["train"]
+    assert entry["num_records"] == 9 and [bad["name"] for bad in entry["skipped"]] == ["4.jpg", "7.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([(np.full((2, NUM_TOKENS), 50), 0)], "ids='50..50'.*0 to 49"),
+        ([(np.full((2, NUM_TOKENS), -1), 0)], "ids='-1..-1'"),
+        ([(np.zeros((2, NUM_TOKENS + 1), int), 0)], r"ids='int64\[2, 15\]'.*\[2, 14\]"),
+        ([(np.zeros(NUM_TOKENS, int), 0)], r"ids='int64\[14\]'"),
+        ([(np.zeros((2, NUM_TOKENS)), 0)], "ids='float64.*integers"),
+        ([*_records(1), *_records(1, num_views=3)], r"ids='int64\[3, 14\]'.*\[2, 14\]"),
+        ([(np.zeros((2, NUM_TOKENS), int), 3)], "label=3.*0 to 2"),
+        (_records(2), "num_images=3.*2 records"),
+    ],
+)
+def test_writer_refuses_records(tmp_path, records, message):
+    with pytest.raises(InputError, match=message), _writer(tmp_path) as writer:
+        writer.write_split("train", _from(records), num_images=3, num_views=2, transform={})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"expect_fingerprint": "xyz"}, "tokenizer_fingerprint='abc'.*'xyz'"),
+        ({"expect_sides": (1, 2, 4)}, r"sides=\(1, 2, 3\).*\(1, 2, 4\)"),
+        ({"expect_vocab_size": 64}, "vocab_size=50.*64"),
+        ({"split": "test"}, "split='test'.*train, val"),
+    ],
+)
+def test_cache_of_another_tokenizer_or_split_is_refused_with_both_values(tmp_path, options, message):
+    _write(tmp_path)
+    with pytest.raises(InputError, match=message):
+        TokenCache(tmp_path, **{"split": "train", **options})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1, "splits": {}}', '{"format": 2}'])
+def test_damaged_meta_is_refused(tmp_path, content):
+    _write(tmp_path)
+    (tmp_path / META_NAME).write_text(content)
+    with pytest.raises(InputError, match="finished token cache"):
+        TokenCache(tmp_path, "train")
+
+
+def test_missing_and_cut_shards_are_refused(tmp_path):
+    _write(tmp_path, num_shards=2)
+    shard = tmp_path / "train-00001-of-00002.array_record"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-100])
+    with pytest.raises(InputError, match=f"bytes of {shard.name}={len(data) - 100}.*{len(data)}"):
+        TokenCache(tmp_path, "train")
+    shard.unlink()
+    with pytest.raises(InputError, match=f"{shard.name} is missing"):
+        TokenCache(tmp_path, "train")
+
+
+@pytest.mark.parametrize("max_memory_bytes", [0, 2**20])
+def test_damaged_bytes_are_refused(tmp_path, max_memory_bytes):
+    _write(tmp_path)
+    shard = tmp_path / "train-00000-of-00001.array_record"
+    data = bytearray(shard.read_bytes())
+    start = np.flatnonzero(np.frombuffer(bytes(data), np.uint8))[200]
+    data[start : start + 40] = bytes(byte ^ 255 for byte in data[start : start + 40])
+    shard.write_bytes(bytes(data))
+    with pytest.raises(InputError, match="undamaged records"):
+        cache = TokenCache(tmp_path, "train", max_memory_bytes=max_memory_bytes)
+        [cache[i] for i in range(11)]
+
+
+def test_wrong_record_counts_are_refused(tmp_path):
+    _write(tmp_path)
+    meta = json.loads((tmp_path / META_NAME).read_text())
+    entry = meta["splits"]["train"]
+    entry["num_records"] = 12
+    (tmp_path / META_NAME).write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="num_records=12.*11"):
+        TokenCache(tmp_path, "train")
+    entry["shards"][0]["num_records"] = 12
+    (tmp_path / META_NAME).write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="records of train-.*=11.*12"):
+        TokenCache(tmp_path, "train")
+    entry["num_records"] = entry["shards"][0]["num_records"] = 11
+    entry["num_views"] = 3
+    (tmp_path / META_NAME).write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="bytes of a record"):
+        TokenCache(tmp_path, "train")
+
+
+def test_training_from_a_cache_draws_each_view_of_the_right_image(tmp_path):
+    train, _ = _write(tmp_path)
+    batches = train_batches(TokenCache(tmp_path, "train"), PickView(), batch_size=11, seed=0)
+    views_seen = set()
+    for _ in range(10):
+        batch = next(batches)
+        for row, label in zip(batch["ids"], batch["label"], strict=True):
+            matches = [
+                (i, view) for i, (ids, _) in enumerate(train) for view in range(2) if np.array_equal(ids[view], row)
+            ]
+            assert len(matches) == 1 and train[matches[0][0]][1] == label
+            views_seen.update(matches)
+    batches.close()
+    assert len(views_seen) == 22
+
+
+@pytest.mark.parametrize("max_memory_bytes", [0, 2**20])
+def test_batches_read_at_once_are_those_read_row_by_row(tmp_path, max_memory_bytes):
+    _write(tmp_path, num_shards=3)
+    cache = TokenCache(tmp_path, "train", max_memory_bytes=max_memory_bytes)
+    by_row = lambda ids, rng: PickView()(ids, rng)
+    quick, slow = (train_batches(cache, transform, batch_size=4, seed=5) for transform in (PickView(), by_row))
+    pairs = list(itertools.islice(zip(quick, slow, strict=True), 12))  # four epochs
+    pairs += zip(*(eval_batches(cache, transform, batch_size=4) for transform in (PickView(), by_row)), strict=True)
+    for batch, other in pairs:
+        assert batch.keys() == other.keys()
+        for name in batch:
+            assert batch[name].dtype == other[name].dtype and np.array_equal(batch[name], other[name]), name
+    assert len(pairs) == 15
+
+
+def test_cache_can_be_sent_to_another_process(tmp_path):
+    train, _ = _write(tmp_path, num_shards=2)
+    cache = TokenCache(tmp_path, "train", max_memory_bytes=0)
+    _assert_holds(pickle.loads(pickle.dumps(cache)), train)
