@@ -9,7 +9,6 @@ writes memory.csv and memory.png.
 
 import argparse
 import csv
-import functools
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 from mvar_jax.errors import InputError
 from mvar_jax.hardware.compiling import MIB, compile_for
+from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import Tokenizer, quantizer_params
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.cost import attention_macs, forward_macs, kv_cache_bytes
@@ -30,7 +30,8 @@ from mvar_jax.sampling.sampler import SampleOptions, decode_features, sample
 from mvar_jax.scales import KNOWN_SIDES
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
-from mvar_jax.training.transformer_step import PhaseOptions, train_step
+from mvar_jax.training.transformer_step import PhaseOptions, TransformerRecipe, train_step
+from mvar_jax.training.transformer_task import with_input
 
 # (view, depth, what) -> peak MB that the paper prints for its PyTorch programs, batch 32
 PUBLISHED_MB = {
@@ -96,19 +97,18 @@ def keys_like(num: int) -> jax.ShapeDtypeStruct:
 def compile_sampler(target: str, modules, batch: int, dtype, outputs=("ids", "f_hat")):
     """Labels in, `outputs` out: all scales, guidance, filters, draws, decoding where the outputs need it."""
     tokenizer, transformer = modules
-    run = lambda params, tokenizer_params, labels, keys: sample(
-        transformer, tokenizer, params, tokenizer_params, labels, keys, OPTIONS, outputs
-    )
+    run = lambda networks, labels, keys: sample(networks, labels, keys, OPTIONS, outputs)
     weights = params_of(tokenizer)
     weights = weights if set(outputs) - {"ids", "f_hat"} else quantizer_params(weights)
-    return compile_for(target, run, params_of(transformer, dtype), weights, array(batch), keys_like(batch))
+    networks = Networks(tokenizer, weights, transformer, params_of(transformer, dtype))
+    return compile_for(target, run, networks, array(batch), keys_like(batch))
 
 
 def compile_decoder(target: str, modules, batch: int, dtype):
     tokenizer = modules[0]
     side = tokenizer.sides[-1]
-    run = functools.partial(decode_features, tokenizer)
-    return compile_for(target, run, params_of(tokenizer, dtype), array(batch, side, side, 32, dtype=jnp.float32))
+    networks = Networks(tokenizer, params_of(tokenizer, dtype))
+    return compile_for(target, decode_features, networks, array(batch, side, side, 32, dtype=jnp.float32))
 
 
 def compile_step(target: str, modules, batch: int, phase, remat: str):
@@ -118,15 +118,15 @@ def compile_step(target: str, modules, batch: int, phase, remat: str):
     options = OptimizerOptions(ema_decay=0.0)
     state = shapes_like(lambda: make_state(lambda: transformer.init_params(jax.random.key(0)), options))
 
-    def step(state, batch, quantizer, learning_rate, weight_decay):
-        forcing = lambda ids: tokenizer.apply({"params": quantizer}, ids, method="teacher_forcing")
-        return train_step(
-            transformer, forcing, options, PhaseOptions(), 0, (phase,), state, batch, learning_rate, weight_decay
-        )
+    recipe = TransformerRecipe(transformer, options, PhaseOptions())
+
+    def step(state, batch, networks, learning_rate, weight_decay):
+        return train_step(recipe, (phase,), state, with_input(networks, batch), learning_rate, weight_decay)
 
     rows = {"ids": array(batch, transformer.pyramid.num_tokens), "label": array(batch), "index": array(batch)}
     rate = array(dtype=jnp.float32)
-    return compile_for(target, step, state, rows, quantizer_params(params_of(tokenizer)), rate, rate, donate=(0,))
+    networks = Networks(tokenizer, quantizer_params(params_of(tokenizer)))
+    return compile_for(target, step, state, rows, networks, rate, rate, donate=(0,))
 
 
 def make_row(what: str, view: str, setting: str, depth: int, batch: int, compiling) -> dict:

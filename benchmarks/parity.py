@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mvar_jax.models.networks import Networks
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
@@ -103,9 +105,10 @@ def add_training(table: Table, model, file: str, title: str, prefix: str) -> Non
 def draw_greedily(model, compiled, labels_B, cfg: float):
     """(ids, f_hat, guided logits of each scale)."""
     transformer, tokenizer = compiled
-    logits_fn = guided_logits(transformer, model.params, jnp.asarray(labels_B), cfg)
+    networks = Networks(tokenizer, model.tokenizer_params, transformer, model.params)
+    logits_fn = guided_logits(networks, jnp.asarray(labels_B), cfg)
     keys = keys_of_samples(0, np.arange(len(labels_B)))
-    return sample_pyramid(logits_fn, tokenizer, model.tokenizer_params, keys, SampleOptions(cfg, top_k=1))
+    return sample_pyramid(logits_fn, networks, keys, SampleOptions(cfg, top_k=1))
 
 
 def add_draw(table: Table, model, compiled, title: str, golden: dict, prefix: str, cfg: float) -> None:

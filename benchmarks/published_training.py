@@ -31,7 +31,7 @@ from mvar_jax.models.transformer import Transformer, previous_of
 from mvar_jax.scales import WINDOW
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
-from mvar_jax.training.transformer_step import PhaseOptions, train_step
+from mvar_jax.training.transformer_step import PhaseOptions, TransformerRecipe, train_step
 
 SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 CODES, CODE_WIDTH, CLASSES, RATIO = 4096, 32, 1000, 8
@@ -97,9 +97,7 @@ def our_step(model: Transformer, batch: dict):
     inputs = {name: jnp.asarray(x) for name, x in batch.items()}
     programs, held = {}, [state]
     for phase in model.phases():
-        bare = functools.partial(
-            train_step, model, lambda _: inputs["previous"], optimizer, PhaseOptions(), 0, (phase,)
-        )
+        bare = functools.partial(train_step, TransformerRecipe(model, optimizer, PhaseOptions()), (phase,))
         update = lambda state, batch, bare=bare: bare(state, batch, LEARNING_RATE, DECAY)[0]
         programs[phase] = jax.jit(update, donate_argnums=0).lower(state, inputs).compile()
 

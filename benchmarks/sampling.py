@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mvar_jax.models.networks import Networks
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
@@ -92,9 +94,9 @@ def compile_once(folder: str) -> None:
     """Prints the seconds that d16 takes from labels to pixels, with compiled programs kept in `folder`."""
     jax.config.update("jax_compilation_cache_dir", folder)
     tokenizer, transformer = modules_of(16, dtype="float32")
-    shapes = (params_of(transformer), params_of(tokenizer), array(CPU_BATCH), keys_like(CPU_BATCH))
+    networks = Networks(tokenizer, params_of(tokenizer), transformer, params_of(transformer))
     begin = time.perf_counter()
-    sample.lower(transformer, tokenizer, *shapes, OPTIONS, PIXELS).compile()
+    sample.lower(networks, array(CPU_BATCH), keys_like(CPU_BATCH), OPTIONS, PIXELS).compile()
     print(json.dumps(time.perf_counter() - begin))
 
 
@@ -120,7 +122,8 @@ def make_runs(folder: Path, depth: int) -> dict:
     """name -> a function that draws a batch to pixels."""
     rng, labels = np.random.default_rng(0), np.arange(CPU_BATCH)
     tokenizer, transformer = modules_of(depth, dtype="float32")
-    weights = random_weights(transformer, rng), random_weights(tokenizer, rng)
+    weights = {"transformer": random_weights(transformer, rng), "tokenizer": random_weights(tokenizer, rng)}
+    networks = Networks.of({"transformer": transformer, "tokenizer": tokenizer}, weights)
     keys = keys_of_samples(0, labels)
     torch, vae, mvar, notes = make_published(folder, tokenizer, transformer)
     for note in notes:
@@ -128,7 +131,7 @@ def make_runs(folder: Path, depth: int) -> dict:
     torch.set_num_threads(2)
 
     def ours():
-        jax.block_until_ready(sample(transformer, tokenizer, *weights, jnp.asarray(labels), keys, OPTIONS, PIXELS))
+        jax.block_until_ready(sample(networks, jnp.asarray(labels), keys, OPTIONS, PIXELS))
 
     def published():
         with torch.no_grad():

@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from mvar_jax.models.networks import Networks
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -38,7 +40,7 @@ from mvar_jax.training import loop
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
 from mvar_jax.training.task import RunOptions
-from mvar_jax.training.transformer_step import PhaseOptions, train_step
+from mvar_jax.training.transformer_step import PhaseOptions, TransformerRecipe, train_step
 from mvar_jax.training.transformer_task import TransformerTask
 
 SIDES = (1, 2, 3, 5, 8)
@@ -72,7 +74,7 @@ def make_task() -> TransformerTask:
     run = RunOptions(0, 1000, 32, OptimizerOptions(ema_decay=0.99), make_mesh())
     data = {"train": RandomIds(), "val": RandomIds()}
     return TransformerTask(
-        run, model, PhaseOptions(schedule="joint"), tokenizer, params, data, PickView(), DEFAULT_LOADING
+        run, model, PhaseOptions(schedule="joint"), Networks(tokenizer, params), data, PickView(), DEFAULT_LOADING
     )
 
 
@@ -194,8 +196,9 @@ def time_compilation(model: Transformer) -> float:
     state = jax.eval_shape(lambda: nn.meta.unbox(init()))
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
     batch = {"ids": shape(4, model.pyramid.num_tokens), "label": shape(4), "index": shape(4)}
+    recipe = TransformerRecipe(model, optimizer, PhaseOptions())
     step = lambda state, batch: train_step(
-        model, embed, optimizer, PhaseOptions(), 0, phases, state, batch, 0.01, 0.05
+        recipe, phases, state, {**batch, "previous": embed(batch["ids"])}, 0.01, 0.05
     )
     before_s = time.perf_counter()
     jax.jit(step).lower(state, batch).compile()

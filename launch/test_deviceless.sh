@@ -26,4 +26,4 @@ if [ "$(cat "$VENV/compilers/.ready" 2>/dev/null)" != "$compilers" ]; then
 fi
 export JAX_PLATFORMS=cpu OPENBLAS_NUM_THREADS=1 PYTHONPATH="$VENV/compilers${PYTHONPATH:+:$PYTHONPATH}"
 unset PYTHONDONTWRITEBYTECODE
-"$VENV/bin/python" -m pytest -n 2 -m deviceless tests/plan "$@"
+"$VENV/bin/python" -m pytest -n 2 -m deviceless tests/hardware "$@"

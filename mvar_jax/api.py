@@ -10,7 +10,7 @@ from scipy.special import softmax
 from mvar_jax.checkpoints.class_names import ClassNames, class_names_of
 from mvar_jax.checkpoints.model_directory import load_model
 from mvar_jax.errors import InputError
-from mvar_jax.models.networks import apply_tokenizer
+from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
@@ -21,16 +21,29 @@ from mvar_jax.sampling.sampler import SampleOptions, decode_features, keys_of_sa
 class Model:
     """A tokenizer and, where the directory holds one, a transformer, with their weights.
 
-    Attributes: tokenizer, transformer (linen modules; transformer may be None), tokenizer_params, params, classes
-    (their names; labels may be given by name wherever a method takes them).
+    Attributes: tokenizer, transformer (linen modules; transformer may be None), tokenizer_params, params, networks
+    (all four as one pytree), classes (their names; labels may be given by name wherever a method takes them).
     """
 
-    def __init__(self, modules: dict, params: dict, classes: ClassNames | None = None):
+    def __init__(self, networks: Networks, classes: ClassNames | None = None):
         self.classes = classes or ClassNames()
-        self.tokenizer: Tokenizer = modules["tokenizer"]
-        self.tokenizer_params = jax.tree.map(jnp.asarray, params["tokenizer"])
-        self.transformer: Transformer | None = modules.get("transformer")
-        self.params = jax.tree.map(jnp.asarray, params.get("transformer"))
+        self.networks = jax.tree.map(jnp.asarray, networks)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.networks.tokenizer
+
+    @property
+    def tokenizer_params(self) -> dict:
+        return self.networks.tokenizer_params
+
+    @property
+    def transformer(self) -> Transformer | None:
+        return self.networks.transformer
+
+    @property
+    def params(self) -> dict | None:
+        return self.networks.params
 
     @property
     def num_classes(self) -> int:
@@ -47,22 +60,22 @@ class Model:
     def encode(self, images_BYX3) -> jax.Array:
         """Float images in [-1, 1] -> token ids int32 [B, L]. Raises InputError for another image size."""
         images = jnp.asarray(self._check_images(images_BYX3))
-        return apply_tokenizer(self.tokenizer, self.tokenizer_params, images, "encode")
+        return apply_tokenizer(self.networks, images, "encode")
 
     def decode(self, ids_BL) -> jax.Array:
         """Token ids [B, L] -> float32 images [B, Y, X, 3] in [-1, 1]."""
         ids = self._check_ids(ids_BL)
-        f_hat = apply_tokenizer(self.tokenizer, self.tokenizer_params, ids, "f_hats")[-1]
+        f_hat = apply_tokenizer(self.networks, ids, "f_hats")[-1]
         return self.decode_features(f_hat)
 
     def decode_features(self, f_hat_BYXc) -> jax.Array:
         """Latent maps float32 [B, y, x, c] -> float32 images in [-1, 1]."""
-        return decode_features(self.tokenizer, self.tokenizer_params, f_hat_BYXc)
+        return decode_features(self.networks, f_hat_BYXc)
 
     def logits(self, ids_BL, labels_B) -> jax.Array:
         """Teacher-forced logits of every scale, no dropout: float32 [B, L, V]."""
         ids, labels = self._check_ids(ids_BL), self._check_labels(labels_B)
-        return analysis.teacher_forced_logits(*self._both(), ids, labels)
+        return analysis.teacher_forced_logits(self._both(), ids, labels)
 
     def score(self, ids_BL, labels_B) -> jax.Array:
         """Negative log-likelihood in nats, summed over each map's tokens: float32 [B, S]."""
@@ -84,7 +97,7 @@ class Model:
         options.check()
         labels = self._check_labels(labels_B)
         keys = keys_of_samples(seed, np.arange(len(labels)) if index is None else index)
-        return sample(self._transformer(), self.tokenizer, self.params, self.tokenizer_params, labels, keys, options)
+        return sample(self._both(), labels, keys, options)
 
     def edit(
         self,
@@ -123,12 +136,12 @@ class Model:
         for_all = lambda x: jnp.broadcast_to(x, (len(labels), *x.shape[1:]))
         known = for_all(self.encode(before)), for_all(jnp.asarray(mask_BYX, jnp.float32))
         keys = keys_of_samples(seed, np.arange(len(labels)) if index is None else index)
-        ids, f_hat = editing.redraw(*self._both(), *known, labels, keys, options, softness)
+        ids, f_hat = editing.redraw(self._both(), *known, labels, keys, options, softness)
         return editing.blend(before, np.asarray(self.decode_features(f_hat)), mask_BYX, border_px), ids
 
     def progress(self, ids_BL) -> jax.Array:
         """The pictures after each scale, coarse to fine: float32 [S, B, Y, X, 3] in [-1, 1]."""
-        f_hats = apply_tokenizer(self.tokenizer, self.tokenizer_params, self._check_ids(ids_BL), "f_hats")
+        f_hats = apply_tokenizer(self.networks, self._check_ids(ids_BL), "f_hats")
         images = self.decode_features(jnp.concatenate(f_hats))
         return images.reshape(len(f_hats), -1, *images.shape[1:])
 
@@ -145,7 +158,7 @@ class Model:
         cfg_KB = jnp.repeat(jnp.asarray(cfgs, jnp.float32), B)
         # cfg 0: `cfgs` take its place, and the program is the same for all
         options = SampleOptions(0.0, top_k, top_p, smooth, temperature)
-        ids, f_hat = analysis.sample_swept(*self._both(), jnp.tile(labels, K), cfg_KB, keys, options)
+        ids, f_hat = analysis.sample_swept(self._both(), jnp.tile(labels, K), cfg_KB, keys, options)
         images = self.decode_features(f_hat)
         return images.reshape(K, B, *images.shape[1:]), ids.reshape(K, B, -1)
 
@@ -157,9 +170,7 @@ class Model:
         weights = np.asarray(weights_MC, np.float32)
         if weights.ndim != 2 or weights.shape[1] != self.num_classes or not np.isfinite(weights).all():
             raise InputError("weights", tuple(weights.shape), f"finite numbers [M, {self.num_classes}]")
-        transformer, params = analysis.mix_classes(self._transformer(), self.params, jnp.asarray(weights))
-        modules = {"tokenizer": self.tokenizer, "transformer": transformer}
-        return Model(modules, {"tokenizer": self.tokenizer_params, "transformer": params})
+        return Model(analysis.mix_classes(self._both(), jnp.asarray(weights)))
 
     def interpolate(self, first, last, num=8, index=0, **options):
         """`num` pictures from one class to another, all with the same noise: (images, ids) as `sample` gives them.
@@ -178,7 +189,7 @@ class Model:
         batch_size, parts = min(batch_size, len(ids)), []
         for begin in range(0, len(ids), batch_size):
             rows = np.minimum(np.arange(begin, begin + batch_size), len(ids) - 1)
-            parts.append(np.asarray(analysis.score_classes(*self._both(), jnp.asarray(ids[rows]), classes)))
+            parts.append(np.asarray(analysis.score_classes(self._both(), jnp.asarray(ids[rows]), classes)))
         return np.concatenate(parts)[: len(ids)]
 
     def classify(self, ids_BL, classes_C=None, batch_size=32) -> np.ndarray:
@@ -186,9 +197,10 @@ class Model:
         log_p_BC = -self.score_classes(ids_BL, classes_C, batch_size).sum(axis=2, dtype=np.float64)
         return softmax(log_p_BC, axis=1).astype(np.float32)
 
-    def _both(self):
-        """What compiled programs of both modules begin with."""
-        return self._transformer(), self.tokenizer, self.params, self.tokenizer_params
+    def _both(self) -> Networks:
+        """Return the networks. Raises InputError if there is no transformer."""
+        self._transformer()
+        return self.networks
 
     def _transformer(self) -> Transformer:
         if self.transformer is None:
@@ -234,4 +246,4 @@ def load(path: str | Path, which: str = "last") -> Model:
     modules, params = load_model(Path(path), which)
     if "tokenizer" not in modules:
         raise InputError("checkpoint", str(path), "a directory that holds a tokenizer")
-    return Model(modules, params, class_names_of(Path(path)))
+    return Model(Networks.of(modules, params), class_names_of(Path(path)))

@@ -110,7 +110,7 @@ def build_run(config: dict):
 
 
 def build_task(config: dict):
-    """(task, modules to describe in model.json, tokenizer weights to store beside it or None)."""
+    """Return (task, modules to describe in model.json, tokenizer weights to store beside it or None)."""
     from mvar_jax.training.tokenizer_step import CodebookOptions
     from mvar_jax.training.tokenizer_task import TokenizerTask
     from mvar_jax.training.transformer_step import PhaseOptions
@@ -125,39 +125,41 @@ def build_task(config: dict):
         return task, {"tokenizer": module}, None
 
     options = fill(PhaseOptions, "phases", config["phases"])
-    tokenizer, tokenizer_params, sources, transform = open_tokens(data, module)
+    tokenizer, sources, transform = open_tokens(data, module)
     module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
     initial = load_initial(config["init_from"], module)
     data_parts = (sources, transform, data.loading())
-    task = TransformerTask(run, module, options, tokenizer, tokenizer_params, *data_parts, initial_params=initial)
-    return task, {"tokenizer": tokenizer, "transformer": module}, tokenizer_params
+    task = TransformerTask(run, module, options, tokenizer, *data_parts, initial_params=initial)
+    return task, {"tokenizer": tokenizer.tokenizer, "transformer": module}, tokenizer.tokenizer_params
 
 
 def open_tokens(data: DataOptions, transformer):
-    """(tokenizer, its weights, sources by split, transform): of a token cache, or of images to encode as they come.
+    """Return (tokenizer with its weights, sources by split, transform) of a token cache, or of images to encode.
 
     Raises InputError unless the config names one of the two, and they fit the tokenizer and it the transformer.
     """
-    from mvar_jax.tokens.cache_reader import TokenCache
+    from mvar_jax.checkpoints.model_directory import fingerprint
+    from mvar_jax.tokens.cache_reader import TokenCache, read_meta
     from mvar_jax.tokens.pick_view import PickView
 
     if bool(data.cache) == bool(data.tokenizer):
         both = f"cache={data.cache!r}, tokenizer={data.tokenizer!r}"
         raise InputError("config.data", both, "one of them: a token cache, or a tokenizer that encodes images")
     if data.tokenizer:
-        tokenizer, params, _ = load_tokenizer(data.tokenizer)
-        check_transformer_fits(transformer, tokenizer)
-        tokenizer.check(data.image_size)
-        return tokenizer, params, {split: data.open(split) for split in SPLITS}, data.transform()
-    tokenizer, params, fingerprint = load_cache_tokenizer(data.cache)
+        networks = load_tokenizer(data.tokenizer)
+        check_transformer_fits(transformer, networks.tokenizer)
+        networks.tokenizer.check(data.image_size)
+        return networks, {split: data.open(split) for split in SPLITS}, data.transform()
+    networks = load_tokenizer(read_meta(data.cache)["tokenizer_path"])
+    tokenizer = networks.tokenizer
     check_transformer_fits(transformer, tokenizer)
     expected = {
-        "expect_fingerprint": fingerprint,
+        "expect_fingerprint": fingerprint(tokenizer, networks.tokenizer_params),
         "expect_sides": tokenizer.sides,
         "expect_vocab_size": tokenizer.vocab_size,
         "max_memory_bytes": data.cache_memory_mib * 2**20,
     }
-    return tokenizer, params, {split: TokenCache(data.cache, split, **expected) for split in SPLITS}, PickView()
+    return networks, {split: TokenCache(data.cache, split, **expected) for split in SPLITS}, PickView()
 
 
 def with_classes_of(transformer, source, name: str):
@@ -191,23 +193,16 @@ def load_initial(path: str, transformer):
     return params
 
 
-def load_cache_tokenizer(cache: str):
-    """(tokenizer, its weights, its fingerprint) of the directory that a token cache was made with."""
-    from mvar_jax.tokens.cache_reader import read_meta
-
-    return load_tokenizer(read_meta(cache)["tokenizer_path"])
-
-
 def load_tokenizer(directory: str):
-    """(tokenizer, its weights, its fingerprint) of a model directory or a training workdir."""
-    from mvar_jax.checkpoints.model_directory import fingerprint, load_model
+    """Load the tokenizer of a model directory or a training workdir, as `Networks` without a transformer."""
+    from mvar_jax.checkpoints.model_directory import load_model
+    from mvar_jax.models.networks import Networks
 
     path = Path(directory)
     modules, params = load_model(path)
     if "tokenizer" not in modules:
         raise InputError("tokenizer", str(path), "a directory that holds a tokenizer")
-    tokenizer, weights = modules["tokenizer"], params["tokenizer"]
-    return tokenizer, weights, fingerprint(tokenizer, weights)
+    return Networks(modules["tokenizer"], params["tokenizer"])
 
 
 def check_transformer_fits(transformer, tokenizer) -> None:

@@ -1,18 +1,35 @@
-"""The one exception a user's mistake raises: the command line turns it into one line and exit status 2."""
+"""The exception that a user's mistake raises, and errors in one line."""
 
 
 class InputError(ValueError):
-    """Names the field, what was given and what would be right, in one line."""
+    """A mistake in what a user gave: the command line prints the message as one line and exits with status 2.
 
-    def __init__(self, field: str, given: object, expected: str):
+    The message is one whole sentence: field, value, what is allowed and, if there is one, the next step.
+
+    Attributes:
+      field: name of the argument, option or config key that is wrong.
+      given: its value.
+      expected: what is allowed.
+    """
+
+    def __init__(self, *words, field: str | None = None, given: object = None, expected: str | None = None):
+        if len(words) == 3:  # transition: (field, given, expected)
+            field, given, expected = words
+            words = (f"{field}={given!r}: expected {expected}",)
+        (message,) = words
         self.field, self.given, self.expected = field, given, expected
-        super().__init__(f"{field}={given!r}: expected {expected}")
+        super().__init__(message)
 
     def __reduce__(self):
-        return InputError, (self.field, self.given, self.expected)  # as it crosses from a worker process
+        # as it crosses from a worker process
+        return _rebuild, (str(self), self.field, self.given, self.expected)
+
+
+def _rebuild(message: str, field: str | None, given: object, expected: str | None) -> InputError:
+    return InputError(message, field=field, given=given, expected=expected)
 
 
 def shorten(error: Exception) -> str:
-    """Its message on one line of bounded length."""
+    """Return an exception's message as one line of at most 200 characters."""
     text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
     return text if len(text) <= 200 else text[:197] + "..."

@@ -32,9 +32,10 @@ from golden_case import (
     quick_jit,
 )
 
-import mvar_jax.api
+from mvar_jax import api
 from mvar_jax.checkpoints.model_directory import save_model
 from mvar_jax.convert.names import to_tree
+from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import previous_of
 from mvar_jax.ops.sampling import gumbel_noise
 from mvar_jax.sampling import analysis, editing, sampler
@@ -89,12 +90,12 @@ def tiny_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quick_programs():
     """`Model`'s programs, compiled in half the time."""
-    programs = [(mvar_jax.api, name) for name in ("apply_tokenizer", "decode_features")]
+    programs = [(api, name) for name in ("apply_tokenizer", "decode_features")]
     programs += [(analysis, name) for name in ("sample_swept", "score_classes", "teacher_forced_logits")]
     with pytest.MonkeyPatch.context() as patch:
         for module, name in [*programs, (editing, "redraw")]:
             function = getattr(module, name).__wrapped__
-            static = {"model", "tokenizer", "options", "method"} & set(inspect.signature(function).parameters)
+            static = {"options", "method"} & set(inspect.signature(function).parameters)
             patch.setattr(module, name, quick_jit(function, static_argnames=sorted(static)))
         yield
 
@@ -209,6 +210,9 @@ def draw_golden(transformer_params, tokenizer_params):
     """(model name, labels, options, noise) -> (ids, f_hat, guided logits of each scale)."""
     tokenizer = Compiled(TOKENIZER)
     models = {"mvar": Compiled(MVAR), "var": Compiled(VAR)}
+    networks = {
+        name: Networks(tokenizer, tokenizer_params, model, transformer_params) for name, model in models.items()
+    }
     keys_B = jax.random.split(jax.random.key(0, impl="rbg"), 2)  # quicker to compile; no golden draw depends on them
     programs = {
         "draw_scale": quick_jit(sampler.draw_scale, static_argnums=(3, 4, 5, 6)),
@@ -224,7 +228,7 @@ def draw_golden(transformer_params, tokenizer_params):
         with pytest.MonkeyPatch.context() as patch:
             for function, program in (programs | {"draw_scale": draw_scale}).items():
                 patch.setattr(sampler, function, program)
-            logits_fn = guided_logits(models[name], transformer_params, jnp.asarray(labels), options.cfg)
-            return sample_pyramid(logits_fn, tokenizer, tokenizer_params, keys_B, options, noise)
+            logits_fn = guided_logits(networks[name], jnp.asarray(labels), options.cfg)
+            return sample_pyramid(logits_fn, networks[name], keys_B, options, noise)
 
     return draw

@@ -18,7 +18,7 @@ from mvar_jax.sharding import make_mesh, put_batch, use_mesh
 from mvar_jax.training import tokenizer_step
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import abstract_sharded, make_state
-from mvar_jax.training.transformer_step import PhaseOptions, train_step
+from mvar_jax.training.transformer_step import PhaseOptions, TransformerRecipe, train_step
 
 NUM_STEPS = 5
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
@@ -44,12 +44,20 @@ def make_cases() -> dict:
     embed = lambda ids_BL: jnp.sin(ids_BL[:, 9:, None] * weights)
     cases = {}
     for phase in TRANSFORMER.phases():
-        step = functools.partial(train_step, TRANSFORMER, embed, OPTIMIZER, PHASES, 0, (phase,))
+        step = functools.partial(embedded_step, embed, (phase,))
         cases[phase.attention] = (TRANSFORMER, batch, step, {})
     images = {"image": rng.uniform(-1, 1, (8, 6, 6, 3)).astype(np.float32)}
-    step = functools.partial(tokenizer_step.train_step, AUTOENCODER, OPTIMIZER, CODEBOOK)
+    step = functools.partial(
+        tokenizer_step.train_step, tokenizer_step.TokenizerRecipe(AUTOENCODER, OPTIMIZER, CODEBOOK)
+    )
     cases["tokenizer"] = (AUTOENCODER, images, step, EXTRA)
     return cases
+
+
+def embedded_step(embed, phases, state, batch, *rates):
+    """A transformer step whose teacher-forcing input is some function of the ids."""
+    recipe = TransformerRecipe(TRANSFORMER, OPTIMIZER, PHASES)
+    return train_step(recipe, phases, state, {**batch, "previous": embed(batch["ids"])}, *rates)
 
 
 def run(step, state, batch) -> list[float]:

@@ -7,6 +7,7 @@ import small_case
 from mvar_jax.api import Model
 from mvar_jax.checkpoints.class_names import ClassNames
 from mvar_jax.errors import InputError
+from mvar_jax.models.networks import Networks
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (2, 6, 6, 3)).astype(np.float32)
 IDS = np.random.default_rng(1).integers(0, 16, (3, 10))
@@ -16,9 +17,8 @@ MASK[:, :3] = True
 
 @pytest.fixture(scope="module")
 def model(quick_programs):
-    return Model(
-        small_case.TINY_MODULES, small_case.tiny_params(), ClassNames([("ant",), ("bee",), ("cat", "tom cat")])
-    )
+    networks = Networks.of(small_case.TINY_MODULES, small_case.tiny_params())
+    return Model(networks, ClassNames([("ant",), ("bee",), ("cat", "tom cat")]))
 
 
 def test_an_edit_is_a_function_of_its_number_and_of_what_is_known(model):

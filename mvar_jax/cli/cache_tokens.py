@@ -52,7 +52,7 @@ def run(args) -> int:
     is_new = write_cache(
         args.out,
         Path(args.tokenizer).absolute(),
-        model,
+        model.networks,
         fingerprint(model.tokenizer, model.tokenizer_params),
         sources,
         data.transform(),

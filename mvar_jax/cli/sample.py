@@ -61,7 +61,7 @@ def run(args) -> int:
     from mvar_jax.api import check_labels, load
     from mvar_jax.checkpoints.class_names import class_names_of
     from mvar_jax.files.directories import make_directory
-    from mvar_jax.sampling.bulk import Order, draw_all, place_model
+    from mvar_jax.sampling.bulk import Order, draw_all, place_networks
     from mvar_jax.sampling.sampler import SampleOptions
     from mvar_jax.sharding import make_mesh
 
@@ -72,7 +72,7 @@ def run(args) -> int:
     mesh = make_mesh(fsdp=args.weight_shards, devices=devices)
     model = load(args.checkpoint, args.which)
     check_labels(labels, model.num_classes)
-    model = place_model(model, mesh, args.dtype)
+    networks = place_networks(model.networks, mesh, args.dtype)
     out = Path(args.out)
     make_directory(out)
     order = Order(
@@ -85,7 +85,7 @@ def run(args) -> int:
         args.truncate_uint8,
     )
     is_new = draw_all(
-        model,
+        networks,
         order,
         out,
         mesh,

@@ -13,6 +13,7 @@ import numpy as np
 from mvar_jax.digits import judge
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation import statistics
+from mvar_jax.ops import metrics
 
 
 class Requirement(NamedTuple):
@@ -41,12 +42,12 @@ COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
 def measure_reconstructions(images_BYX3, reconstructions_BYX3) -> dict:
     """`psnr_db` averages the images' own PSNR; `psnr_pooled_mse_db` is the PSNR of the mean squared error."""
     images, reconstructions = judge.to_unit(images_BYX3), judge.to_unit(reconstructions_BYX3)
-    per_image = statistics.psnr(images, reconstructions, 1.0)
+    per_image = metrics.psnr(images, reconstructions, 1.0)
     pooled = np.mean(10 ** (-per_image / 10))
     return {
         "psnr_db": float(per_image.mean()),
         "psnr_pooled_mse_db": float(-10 * np.log10(pooled)) if pooled else math.inf,
-        "ssim": float(statistics.ssim(images, reconstructions, 1.0).mean()),
+        "ssim": float(metrics.ssim(images, reconstructions, 1.0).mean()),
     }
 
 
@@ -58,7 +59,7 @@ def measure_codebook(code_counts_SV) -> dict:
         "log_v": math.log(code_counts_SV.shape[1]),
         "codebook_used_fraction": float((code_counts_SV.sum(0) > 0).mean()),
         "usage_per_scale": (code_counts_SV > 0).mean(1).tolist(),
-        "perplexity_per_scale": [statistics.perplexity(counts_V) for counts_V in code_counts_SV],
+        "perplexity_per_scale": [metrics.perplexity(counts_V) for counts_V in code_counts_SV],
     }
 
 

@@ -1,13 +1,43 @@
-"""A tokenizer and a transformer with their weights."""
+"""A tokenizer and a transformer together with their weights."""
 
 import functools
+from typing import Any
 
+import flax.struct
 import jax
 
 from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.transformer import Transformer
 
 
-@functools.partial(jax.jit, static_argnames=("tokenizer", "method"))
-def apply_tokenizer(tokenizer: Tokenizer, params, x: jax.Array, method: str) -> jax.Array:
-    """A method of the tokenizer, compiled once for all its callers."""
-    return tokenizer.apply({"params": params}, x, method=method)
+@flax.struct.dataclass
+class Networks:
+    """A tokenizer and, unless it stands alone, a transformer, each with its weights.
+
+    A pytree whose leaves are the weights: a compiled program takes it as one argument, and the modules are static.
+    Weights that a program does not use are not passed to the device.
+
+    Attributes:
+      tokenizer, transformer: linen modules; transformer is None for a tokenizer alone.
+      tokenizer_params, params: their parameters.
+    """
+
+    tokenizer: Tokenizer = flax.struct.field(pytree_node=False)
+    tokenizer_params: Any
+    transformer: Transformer | None = flax.struct.field(pytree_node=False, default=None)
+    params: Any = None
+
+    @classmethod
+    def of(cls, modules: dict, params: dict) -> "Networks":
+        """Pair modules with parameters, both by "tokenizer" and "transformer"."""
+        return cls(modules["tokenizer"], params["tokenizer"], modules.get("transformer"), params.get("transformer"))
+
+    def apply_tokenizer(self, *args, method: str):
+        """Call a method of the tokenizer with its weights, inside a program."""
+        return self.tokenizer.apply({"params": self.tokenizer_params}, *args, method=method)
+
+
+@functools.partial(jax.jit, static_argnames=("method",))
+def apply_tokenizer(networks: Networks, x: jax.Array, method: str) -> jax.Array:
+    """Call a method of the tokenizer as a program of its own, compiled once for all its callers."""
+    return networks.apply_tokenizer(x, method=method)

@@ -5,18 +5,19 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mvar_jax.models.tokenizer import Tokenizer
-from mvar_jax.models.transformer import Transformer, previous_of
+from mvar_jax.models.networks import Networks
+from mvar_jax.models.transformer import previous_of
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
 from mvar_jax.ops.sampling import guidance_strength, guide
 from mvar_jax.sampling.sampler import LogitsFn, SampleOptions, guided_logits, sample_pyramid
 
 
-def swept_logits(model: Transformer, params, labels_B: jax.Array, cfg_B: jax.Array) -> LogitsFn:
+def swept_logits(networks: Networks, labels_B: jax.Array, cfg_B: jax.Array) -> LogitsFn:
     """`guided_logits` with a guidance of each sample's own, as an array: one program for all of them."""
+    model = networks.transformer
     no_class_B = jnp.full_like(labels_B, model.num_classes)
-    conditional = guided_logits(model, params, labels_B, 0.0)
-    unconditional = guided_logits(model, params, no_class_B, 0.0)
+    conditional = guided_logits(networks, labels_B, 0.0)
+    unconditional = guided_logits(networks, no_class_B, 0.0)
     # Markov: exactly 1 means conditional logits only
     cfg_B = cfg_B if model.conditioning == "full" else jnp.where(cfg_B == 1, 0, cfg_B)
 
@@ -30,61 +31,52 @@ def swept_logits(model: Transformer, params, labels_B: jax.Array, cfg_B: jax.Arr
     return logits_fn
 
 
-@functools.partial(jax.jit, static_argnames=("model", "tokenizer", "options"))
-def sample_swept(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    params,
-    tokenizer_params,
-    labels_B,
-    cfg_B,
-    keys_B,
-    options: SampleOptions,
-):
+@functools.partial(jax.jit, static_argnames=("options",))
+def sample_swept(networks: Networks, labels_B, cfg_B, keys_B, options: SampleOptions):
     """`sample` with a guidance of each sample's own, float32 [B], in place of options.cfg."""
-    logits_fn = swept_logits(model, params, labels_B, cfg_B)
-    ids_BL, f_hat, _ = sample_pyramid(logits_fn, tokenizer, tokenizer_params, keys_B, options)
+    logits_fn = swept_logits(networks, labels_B, cfg_B)
+    ids_BL, f_hat, _ = sample_pyramid(logits_fn, networks, keys_B, options)
     return ids_BL, f_hat
 
 
-def mix_classes(model: Transformer, params, weights_MC: jax.Array) -> tuple[Transformer, dict]:
-    """(model, parameters) whose classes 0 .. M-1 have embeddings weights @ class table; "no class" is as it was."""
-    table = params["class_embed"]
+def mix_classes(networks: Networks, weights_MC: jax.Array) -> Networks:
+    """Return networks whose classes 0 .. M-1 have embeddings weights @ class table; "no class" is as it was."""
+    table = networks.params["class_embed"]
     mixed = jnp.einsum("mc,cd->md", weights_MC, table[:-1], precision=jax.lax.Precision.HIGHEST)
     mixed_table = jnp.concatenate([mixed.astype(table.dtype), table[-1:]])
-    return model.clone(num_classes=len(weights_MC)), {**params, "class_embed": mixed_table}
+    transformer = networks.transformer.clone(num_classes=len(weights_MC))
+    return networks.replace(transformer=transformer, params={**networks.params, "class_embed": mixed_table})
 
 
-@functools.partial(jax.jit, static_argnames=("model", "tokenizer"))
-def teacher_forced_logits(model: Transformer, tokenizer: Tokenizer, params, tokenizer_params, ids_BL, labels_B):
+@jax.jit
+def teacher_forced_logits(networks: Networks, ids_BL, labels_B):
     """float32 [B, L, V]."""
-    phases, previous = model.phases(), _previous_of_ids(tokenizer, tokenizer_params, ids_BL)
-    return jnp.concatenate([_phase_logits(model, params, previous, labels_B, phase) for phase in phases], axis=1)
+    phases = networks.transformer.phases()
+    previous = networks.apply_tokenizer(ids_BL, method="teacher_forcing")
+    return jnp.concatenate([_phase_logits(networks, previous, labels_B, phase) for phase in phases], axis=1)
 
 
-def _previous_of_ids(tokenizer, tokenizer_params, ids_BL):
-    return tokenizer.apply({"params": tokenizer_params}, ids_BL, method="teacher_forcing")
-
-
-def _phase_logits(model, params, previous_BMc, labels_B, phase):
+def _phase_logits(networks: Networks, previous_BMc, labels_B, phase):
+    model = networks.transformer
     previous = previous_of(previous_BMc, phase, model.pyramid.areas[0])
-    return model.apply({"params": params}, previous, labels_B, phase)[0]
+    return model.apply({"params": networks.params}, previous, labels_B, phase)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "tokenizer"))
-def score_classes(model: Transformer, tokenizer: Tokenizer, params, tokenizer_params, ids_BL, classes_C):
+@jax.jit
+def score_classes(networks: Networks, ids_BL, classes_C):
     """Negative log-likelihood of each image under each class, in nats summed over each map's tokens: [B, C, S].
 
     One class at a time, one phase at a time: no more logits at once than a phase of the batch has.
     """
-    previous = _previous_of_ids(tokenizer, tokenizer_params, ids_BL)
+    previous = networks.apply_tokenizer(ids_BL, method="teacher_forcing")
+    model = networks.transformer
     areas = model.pyramid.areas
 
     def score(label):
         labels_B = jnp.full(ids_BL.shape[:1], label)
         parts = []
         for phase in model.phases():
-            logits = _phase_logits(model, params, previous, labels_B, phase)
+            logits = _phase_logits(networks, previous, labels_B, phase)
             nll_BN = token_cross_entropy(logits, ids_BL[:, phase.begin : phase.end])
             parts.append(sum_per_scale(nll_BN, areas[phase.first : phase.last + 1]))
         return jnp.concatenate(parts, axis=1)

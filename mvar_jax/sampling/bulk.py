@@ -19,13 +19,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
-from mvar_jax.api import Model
 from mvar_jax.checkpoints.model_directory import fingerprint
 from mvar_jax.errors import InputError
 from mvar_jax.files.atomic import write_atomically
 from mvar_jax.files.images import GRID_IMAGES, save_png, tile_grid
 from mvar_jax.files.npz import Pieces, save_npz
 from mvar_jax.models.init import abstract_params
+from mvar_jax.models.networks import Networks
 from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample
 from mvar_jax.sharding import replicated, shardings_of, spec_of, use_mesh, ways_of
 
@@ -53,13 +53,13 @@ class Order:
     def labels_N(self) -> np.ndarray:
         return np.repeat(np.asarray(self.labels, np.int32), self.num)
 
-    def identity(self, model: Model) -> dict:
+    def identity(self, networks: Networks) -> dict:
         """What decides the bytes of the files, by the names of the command's options."""
         return {
-            "dtype": jnp.dtype(model.transformer.dtype).name,
+            "dtype": jnp.dtype(networks.transformer.dtype).name,
             "checkpoint": "weights "
-            + fingerprint(model.transformer, model.params)[:16]
-            + fingerprint(model.tokenizer, model.tokenizer_params)[:16],
+            + fingerprint(networks.transformer, networks.params)[:16]
+            + fingerprint(networks.tokenizer, networks.tokenizer_params)[:16],
             "labels": _as_ranges(self.labels),
             "num": self.num,
             **dataclasses.asdict(self.options),
@@ -81,20 +81,22 @@ def _as_ranges(labels: tuple[int, ...]) -> str:
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def place_model(model: Model, mesh: Mesh, dtype: str | None = None) -> Model:
-    """The model with its weights on a mesh, the transformer's cut as `RULES` say; computed in, and the
-    transformer's weights kept in, `dtype` where one is given."""
-    modules = {"tokenizer": model.tokenizer, "transformer": model.transformer}
-    params = {"tokenizer": model.tokenizer_params, "transformer": model.params}
+def place_networks(networks: Networks, mesh: Mesh, dtype: str | None = None) -> Networks:
+    """Return the networks with their weights on a mesh, the transformer's cut as `RULES` say.
+
+    dtype: of the computation and of the transformer's weights; None leaves both as they are.
+    """
     if dtype is not None:
         kind = jnp.dtype(dtype).type
-        modules = {name: module.clone(dtype=kind) for name, module in modules.items()}
-        params["transformer"] = jax.tree.map(lambda x: x.astype(kind), params["transformer"])
-    shardings = {
-        "tokenizer": replicated(mesh),
-        "transformer": shardings_of(abstract_params(modules["transformer"]), mesh),
-    }
-    return Model(modules, {name: jax.device_put(params[name], shardings[name]) for name in params})
+        networks = networks.replace(
+            tokenizer=networks.tokenizer.clone(dtype=kind),
+            transformer=networks.transformer.clone(dtype=kind),
+            params=jax.tree.map(lambda x: x.astype(kind), networks.params),
+        )
+    return networks.replace(
+        tokenizer_params=jax.device_put(networks.tokenizer_params, replicated(mesh)),
+        params=jax.device_put(networks.params, shardings_of(abstract_params(networks.transformer), mesh)),
+    )
 
 
 def check_folder(out: Path, identity: dict) -> bool:
@@ -154,7 +156,7 @@ class _Batches:
 
 
 def draw_all(
-    model: Model,
+    networks: Networks,
     order: Order,
     out: Path,
     mesh: Mesh,
@@ -165,17 +167,17 @@ def draw_all(
 ) -> bool:
     """Writes the files of an order; False where they were there already.
 
-    model: placed on the mesh, which has this process's devices alone. wait: returns when all processes are there.
+    networks: placed on the mesh, which has this process's devices alone. wait: returns when all processes are there.
     Raises InputError where the folder holds the samples of another order, or cannot be written.
     """
-    identity, batches = order.identity(model), _Batches(order, out)
+    identity, batches = order.identity(networks), _Batches(order, out)
     is_complete = check_folder(out, identity)
     wait()  # nobody writes before all have looked
     if not is_complete:
         try:
             (out / UNFINISHED).mkdir(exist_ok=True)
             own = range(process_index, batches.count, process_count)
-            _draw_missing(model, batches, own, mesh, identity, is_shown=process_index == 0)
+            _draw_missing(networks, batches, own, mesh, identity, is_shown=process_index == 0)
             wait()
             if process_index == 0:
                 _join(batches)
@@ -187,7 +189,7 @@ def draw_all(
     return not is_complete
 
 
-def _draw_missing(model, batches: _Batches, own: range, mesh: Mesh, identity: dict, is_shown: bool) -> None:
+def _draw_missing(networks, batches: _Batches, own: range, mesh: Mesh, identity: dict, is_shown: bool) -> None:
     missing = [batch for batch in own if not batches.file(batch).exists()]
     sizes = {batch: len(batches.rows(batch)) for batch in own}
     num_done = sum(sizes.values()) - sum(sizes[batch] for batch in missing)
@@ -196,7 +198,7 @@ def _draw_missing(model, batches: _Batches, own: range, mesh: Mesh, identity: di
         pool = stack.enter_context(ThreadPoolExecutor(NUM_WRITERS))
         bar = {"desc": "sample", "unit": " images", "bar_format": PROGRESS, "mininterval": 1, "disable": not is_shown}
         progress = stack.enter_context(tqdm(total=sum(sizes.values()), initial=num_done, **bar))
-        for batch, arrays in _draw(model, batches, missing, mesh):
+        for batch, arrays in _draw(networks, batches, missing, mesh):
             if not (batches.out / IDENTITY_FILE).exists():  # so a first batch that fails leaves nothing behind
                 write_atomically(batches.out / IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
             writing.append(pool.submit(batches.write, batch, arrays))
@@ -207,20 +209,20 @@ def _draw_missing(model, batches: _Batches, own: range, mesh: Mesh, identity: di
             future.result()
 
 
-def _draw(model: Model, batches: _Batches, missing: list[int], mesh: Mesh) -> Iterator[tuple[int, dict]]:
+def _draw(networks: Networks, batches: _Batches, missing: list[int], mesh: Mesh) -> Iterator[tuple[int, dict]]:
     """(batch, its arrays) of each missing batch; the next is started before the last is fetched."""
     order, started = batches.order, None
     for batch in [*missing, None]:
         ready, started = started, None
         if batch is not None:
-            started = batch, _start(model, order, batches.rows(batch), batches.size, mesh)
+            started = batch, _start(networks, order, batches.rows(batch), batches.size, mesh)
         if ready is not None:
             number, arrays = ready
             num_real = len(batches.rows(number))
             yield number, {name: np.asarray(x)[:num_real] for name, x in arrays.items()}
 
 
-def _start(model: Model, order: Order, rows: range, size: int, mesh: Mesh) -> dict[str, jax.Array]:
+def _start(networks: Networks, order: Order, rows: range, size: int, mesh: Mesh) -> dict[str, jax.Array]:
     """Arrays of one batch that are being computed, at one shape for all batches: rows beyond the end are repeats."""
     ways = ways_of("batch", mesh)
     index = np.minimum(rows.start + np.arange(-(-size // ways) * ways), rows.stop - 1)
@@ -228,9 +230,8 @@ def _start(model: Model, order: Order, rows: range, size: int, mesh: Mesh) -> di
     outputs += ("ids", "f_hat") if order.saves_tokens else ()
     by_batch = NamedSharding(mesh, spec_of(("batch",)))
     labels, keys = jax.device_put((order.labels_N[index], keys_of_samples(order.seed, index)), by_batch)
-    weights = model.params, model.tokenizer_params
     with use_mesh(mesh):
-        drawn = sample(model.transformer, model.tokenizer, *weights, labels, keys, order.options, outputs)
+        drawn = sample(networks, labels, keys, order.options, outputs)
     return dict(zip(("pixels", *outputs[1:]), drawn, strict=True))
 
 

@@ -11,8 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from mvar_jax.errors import InputError
-from mvar_jax.models.tokenizer import Tokenizer
-from mvar_jax.models.transformer import Transformer
+from mvar_jax.models.networks import Networks
 from mvar_jax.ops.resize import resize_area
 from mvar_jax.sampling.sampler import ReplaceFn, SampleOptions, guided_logits, sample_pyramid
 
@@ -98,15 +97,13 @@ def drawn_share(mask_BYX: jax.Array, side: int, softness: jax.Array | float) -> 
     return jnp.where(softness > 0, ramp_BN, (masked_BN > DRAWN_SHARE).astype(jnp.float32))
 
 
-def put_back(
-    known_ids_BL: jax.Array, mask_BYX: jax.Array, codebook, sides: tuple[int, ...], softness: jax.Array
-) -> ReplaceFn:
+def put_back(networks: Networks, known_ids_BL: jax.Array, mask_BYX: jax.Array, softness: jax.Array) -> ReplaceFn:
     """Teacher-forces the tokens outside the mask; codes of a soft border's tokens are mixed by `drawn_share`."""
-    offsets = (0, *np.cumsum(np.square(sides)).tolist())
+    pyramid, codebook = networks.transformer.pyramid, networks.tokenizer_params["codebook"]
 
     def replace(scale, ids_BN, codes_BNc):
-        share_BN = drawn_share(mask_BYX, sides[scale], softness)
-        known_BN = known_ids_BL[:, offsets[scale] : offsets[scale + 1]]
+        share_BN = drawn_share(mask_BYX, pyramid.sides[scale], softness)
+        known_BN = known_ids_BL[:, pyramid.offsets[scale] : pyramid.offsets[scale + 1]]
         share = share_BN[..., None]
         codes = share * codes_BNc + (1 - share) * codebook[known_BN]
         return jnp.where(share_BN > DRAWN_SHARE, ids_BN, known_BN), codes
@@ -114,12 +111,9 @@ def put_back(
     return replace
 
 
-@functools.partial(jax.jit, static_argnames=("model", "tokenizer", "options"))
+@functools.partial(jax.jit, static_argnames=("options",))
 def redraw(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    params,
-    tokenizer_params,
+    networks: Networks,
     known_ids_BL: jax.Array,
     mask_BYX: jax.Array,
     labels_B: jax.Array,
@@ -131,7 +125,7 @@ def redraw(
 
     mask_BYX: float32, 1 where to draw.
     """
-    logits_fn = guided_logits(model, params, labels_B, options.cfg)
-    replace = put_back(known_ids_BL, mask_BYX, tokenizer_params["codebook"], tokenizer.sides, softness)
-    ids_BL, f_hat, _ = sample_pyramid(logits_fn, tokenizer, tokenizer_params, keys_B, options, replace=replace)
+    logits_fn = guided_logits(networks, labels_B, options.cfg)
+    replace = put_back(networks, known_ids_BL, mask_BYX, softness)
+    ids_BL, f_hat, _ = sample_pyramid(logits_fn, networks, keys_B, options, replace=replace)
     return ids_BL, f_hat

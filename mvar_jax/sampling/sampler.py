@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mvar_jax.models.tokenizer import Tokenizer
-from mvar_jax.models.transformer import Transformer, modulate
+from mvar_jax.models.networks import Networks
+from mvar_jax.models.transformer import modulate
 from mvar_jax.ops.pixels import to_levels
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.quantize import next_input
@@ -54,8 +54,7 @@ class SampleOptions:
 
 def sample_pyramid(
     logits_fn: LogitsFn,
-    tokenizer: Tokenizer,
-    tokenizer_params,
+    networks: Networks,
     keys_B,
     options: SampleOptions,
     noise=gumbel_noise,
@@ -67,10 +66,11 @@ def sample_pyramid(
     other tokens in the place of drawn ones, as editing does. Returns (ids int32 [B, L], f_hat float32
     [B, Y, X, c], guided logits of each scale before the filters).
     """
-    sides, codebook = tokenizer.sides, tokenizer_params["codebook"]
+    sides, code_width = networks.tokenizer.sides, networks.tokenizer.code_width
+    codebook = networks.tokenizer_params["codebook"]
     B = keys_B.shape[0]
-    f_hat = jnp.zeros((B, sides[-1], sides[-1], tokenizer.code_width))
-    previous, carry = jnp.zeros((B, 0, tokenizer.code_width)), None
+    f_hat = jnp.zeros((B, sides[-1], sides[-1], code_width))
+    previous, carry = jnp.zeros((B, 0, code_width)), None
     ids, all_logits = [], []
     for scale in range(len(sides)):
         logits_BNV, carry = logits_fn(scale, previous, carry)
@@ -80,7 +80,7 @@ def sample_pyramid(
         if replace is not None:
             ids_BN, codes = replace(scale, ids_BN, codes)
         ids.append(ids_BN)
-        f_hat = tokenizer.apply({"params": tokenizer_params}, f_hat, codes, scale, method="add_codes")
+        f_hat = networks.apply_tokenizer(f_hat, codes, scale, method="add_codes")
         if scale + 1 < len(sides):
             previous = next_input(f_hat, scale, sides)
     return jnp.concatenate(ids, axis=1), f_hat, all_logits
@@ -103,12 +103,13 @@ def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int,
     return map_rows(draw_some, (logits_BNV, keys_B), max(1, DRAW_ELEMENTS // (N * V)))
 
 
-def guided_logits(model: Transformer, params, labels_B: jax.Array, cfg: float) -> LogitsFn:
-    """The model as a `LogitsFn`: (1 + t) * cond - t * uncond with t = cfg * l / (S - 1).
+def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float) -> LogitsFn:
+    """The transformer as a `LogitsFn`: (1 + t) * cond - t * uncond with t = cfg * l / (S - 1).
 
     Markov: cfg exactly 1 means conditional logits only, and a scale with t = 0 needs no second half. VAR is
     guided at 1 too and carries the keys and values of the coarser scales.
     """
+    model, params = networks.transformer, networks.params
     pyramid, is_var = model.pyramid, model.conditioning == "full"
     is_guided = cfg != 0 and (is_var or cfg != 1)
     parts = (modulate(model, params, labels_B),)
@@ -134,16 +135,16 @@ def guided_logits(model: Transformer, params, labels_B: jax.Array, cfg: float) -
     return logits_fn
 
 
-def decode_in_turns(tokenizer: Tokenizer, params, f_hat_BYXc: jax.Array) -> jax.Array:
+def decode_in_turns(networks: Networks, f_hat_BYXc: jax.Array) -> jax.Array:
     """float32 images in [-1, 1] of latent maps, some at a time on each device."""
-    decode = lambda f_hat: tokenizer.apply({"params": params}, f_hat, method="decode")
+    decode = functools.partial(networks.apply_tokenizer, method="decode")
     return map_rows(decode, f_hat_BYXc, DECODE_TOGETHER[current_platform()])
 
 
-@functools.partial(jax.jit, static_argnames=("tokenizer",))
-def decode_features(tokenizer: Tokenizer, params, f_hat_BYXc: jax.Array) -> jax.Array:
-    """float32 images in [-1, 1], some at a time."""
-    return decode_in_turns(tokenizer, params, f_hat_BYXc)
+@jax.jit
+def decode_features(networks: Networks, f_hat_BYXc: jax.Array) -> jax.Array:
+    """Decode latent maps to float32 images in [-1, 1], some at a time."""
+    return decode_in_turns(networks, f_hat_BYXc)
 
 
 def keys_of_samples(seed: int, index_B) -> jax.Array:
@@ -151,12 +152,9 @@ def keys_of_samples(seed: int, index_B) -> jax.Array:
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(index_B, jnp.uint32))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "tokenizer", "options", "outputs"))
+@functools.partial(jax.jit, static_argnames=("options", "outputs"))
 def sample(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    params,
-    tokenizer_params,
+    networks: Networks,
     labels_B,
     keys_B,
     options: SampleOptions,
@@ -168,11 +166,11 @@ def sample(
     floor_pixels uint8 [B, Y, X, 3], rounded to nearest and down. Weights may be sharded over a mesh, and the batch
     over its batch axes; nothing is worth donating.
     """
-    logits_fn = guided_logits(model, params, labels_B, options.cfg)
-    ids_BL, f_hat, _ = sample_pyramid(logits_fn, tokenizer, tokenizer_params, keys_B, options)
+    logits_fn = guided_logits(networks, labels_B, options.cfg)
+    ids_BL, f_hat, _ = sample_pyramid(logits_fn, networks, keys_B, options)
     values = {"ids": ids_BL, "f_hat": f_hat}
     if set(outputs) - set(values):
-        values["images"] = decode_in_turns(tokenizer, tokenizer_params, f_hat)
+        values["images"] = decode_in_turns(networks, f_hat)
         values["pixels"] = to_levels(values["images"])
         values["floor_pixels"] = to_levels(values["images"], truncate=True)
     return tuple(constrain(values[name], "batch", *(None,) * (values[name].ndim - 1)) for name in outputs)

@@ -8,13 +8,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from mvar_jax.api import Model
 from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.pipeline import DEFAULT_LOADING, LoadOptions
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.data.sources import SPLITS, Source
 from mvar_jax.errors import InputError
-from mvar_jax.models.networks import apply_tokenizer
+from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.sharding import make_mesh, put_batch, replicated
 from mvar_jax.tokens.cache_reader import META_NAME, read_meta
 from mvar_jax.tokens.cache_writer import CacheWriter
@@ -30,18 +29,18 @@ def view_rng(seed: int, view: int, index: int) -> np.random.Generator:
 class Encoder:
     """float32 images [B, Y, X, 3] -> ids int32 [B, L] on all devices of this process, `batch_size` at a time."""
 
-    def __init__(self, model: Model, batch_size: int):
+    def __init__(self, networks: Networks, batch_size: int):
         devices = jax.local_devices()
         self._mesh = make_mesh(devices=devices)
         self.batch_size = -(-batch_size // len(devices)) * len(devices)
-        self._tokenizer = model.tokenizer
-        self._params = jax.device_put(model.tokenizer_params, replicated(self._mesh))
+        params = jax.device_put(networks.tokenizer_params, replicated(self._mesh))
+        self._networks = Networks(networks.tokenizer, params)
 
     def __call__(self, images: list[np.ndarray]) -> jax.Array:
         """[batch_size, L], before the device is done; a short batch is padded, so that one program serves all."""
         padded = images + [images[-1]] * (self.batch_size - len(images))
         images = put_batch({"image": np.stack(padded)}, self._mesh)["image"]
-        return apply_tokenizer(self._tokenizer, self._params, images, "encode")
+        return apply_tokenizer(self._networks, images, "encode")
 
 
 def _load_views(source: Source, transform, num_views: int, seed: int, number: int):
@@ -140,7 +139,7 @@ def _write_split(writer: CacheWriter, encoder: Encoder, source: Source, transfor
 def write_cache(
     out: str | Path,
     tokenizer_path: str | Path,
-    model: Model,
+    networks: Networks,
     tokenizer_fingerprint: str,
     sources: dict[str, Source],
     transform,
@@ -170,11 +169,11 @@ def write_cache(
     if (out / META_NAME).exists():
         _check_same(out, tokenizer_fingerprint, descriptions)
         return False
-    encoder = Encoder(model, batch_size)
+    encoder = Encoder(networks, batch_size)
     with CacheWriter(
         out,
-        sides=model.tokenizer.sides,
-        vocab_size=model.tokenizer.vocab_size,
+        sides=networks.tokenizer.sides,
+        vocab_size=networks.tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer_fingerprint,
         tokenizer_path=str(tokenizer_path),
         label_names=sources["train"].label_names,

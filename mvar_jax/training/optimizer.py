@@ -69,7 +69,7 @@ def make_adam(options: OptimizerOptions, params) -> optax.GradientTransformation
 
 def clip_by_norm(grads, clip_norm: float):
     """(grads * min(1, clip / (norm + 1e-6)), norm before clipping). clip_norm 0 leaves them."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     if clip_norm == 0:
         return grads, norm
     factor = jnp.minimum(1.0, clip_norm / (norm + 1e-6))

@@ -76,22 +76,28 @@ def tokenizer_loss(model: Tokenizer, options: CodebookOptions, params, images_BY
     return loss, {"mse": clipped, "quantizer_loss": quantizer_loss, "hits": hits_SV}
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenizerRecipe:
+    """What is fixed for all steps of a run: hashable, so static in a compiled step.
+
+    num_parts: equal parts of a batch whose gradients are accumulated.
+    """
+
+    model: Tokenizer
+    optimizer: OptimizerOptions
+    options: CodebookOptions
+    num_parts: int = 1
+
+
 def train_step(
-    model: Tokenizer,
-    optimizer: OptimizerOptions,
-    options: CodebookOptions,
-    state: TrainState,
-    batch: dict,
-    learning_rate: jax.Array,
-    weight_decay: jax.Array,
-    num_parts: int = 1,
+    recipe: TokenizerRecipe, state: TrainState, batch: dict, learning_rate: jax.Array, weight_decay: jax.Array
 ):
-    """One optimizer step, gradients accumulated over `num_parts` parts of the batch. Jit with the first three and
-    the last static. `extra.hits` is the usage moving average [S, V]."""
+    """Take one optimizer step. Jit with the recipe static. `extra.hits` is the usage moving average [S, V]."""
+    model, options = recipe.model, recipe.options
     use_codes = state.step >= options.warmup_steps
     loss_fn = lambda params, part: tokenizer_loss(model, options, params, part["image"], use_codes)
     images = {"image": as_images(batch["image"])}
-    (loss, parts), grads = value_and_grad_over_parts(loss_fn, state.params, images, num_parts)
+    (loss, parts), grads = value_and_grad_over_parts(loss_fn, state.params, images, recipe.num_parts)
     if options.warmup_steps:  # before the codes are drawn nothing may move the codebook
         frozen = {"codebook": jnp.where(use_codes, grads["codebook"], 0.0)}
         grads = {**grads, **frozen}
@@ -100,7 +106,7 @@ def train_step(
     is_early = state.step < options.warmup_steps + options.usage_early_steps
     decay = jnp.where(is_early, options.usage_decay_early, options.usage_decay)
     hits_ema_SV = decay * state.extra["hits"] + (1 - decay) * hits_SV
-    state, metrics = apply_gradients(optimizer, state, grads, learning_rate, weight_decay)
+    state, metrics = apply_gradients(recipe.optimizer, state, grads, learning_rate, weight_decay)
     state = state.replace(extra={"hits": hits_ema_SV})
     usage_S = usage_percent(hits_ema_SV, B, model.sides[-1] ** 2)
     told = {"psnr_db": 10 * jnp.log10(4 / parts["mse"]), "quantizer_loss": parts["quantizer_loss"]}

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvar_jax.api import Model
 from mvar_jax.data.pipeline import LoadOptions, Transform, eval_batches
 from mvar_jax.data.sources import Source
 from mvar_jax.files.images import min_zoom, side_by_side, to_uint8
+from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.ops.metrics import perplexity
 from mvar_jax.ops.pixels import as_images
+from mvar_jax.sampling.sampler import decode_features
 from mvar_jax.sharding import use_mesh
 from mvar_jax.training import tokenizer_step
 from mvar_jax.training.task import NUM_PICTURES, RunOptions, Task
@@ -34,8 +35,8 @@ class TokenizerTask(Task):
         zeros = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
         super().__init__(run, tokenizer, data, transform, loading, zeros)
         self.tokenizer, self.options = tokenizer, options
-        static = (tokenizer, run.optimizer, options)
-        step = functools.partial(tokenizer_step.train_step, *static, num_parts=run.accumulate_steps)
+        recipe = tokenizer_step.TokenizerRecipe(tokenizer, run.optimizer, options, run.accumulate_steps)
+        step = functools.partial(tokenizer_step.train_step, recipe)
         placed = {"donate_argnums": 0, "out_shardings": (self.shardings, self._whole)}
         self._step = jax.jit(step, **placed)
         redraw = functools.partial(tokenizer_step.redraw_codes, tokenizer, options)
@@ -100,7 +101,8 @@ class TokenizerTask(Task):
         batches = eval_batches(data, self.transform, batch_size=min(NUM_PICTURES, len(data)), options=self.loading)
         images = as_images(jnp.asarray(next(batches)["image"]))
         batches.close()
-        model = Model({"tokenizer": self.tokenizer}, {"tokenizer": params})
-        reconstructions = np.asarray(model.decode(model.encode(images)))
+        networks = Networks(self.tokenizer, params)
+        f_hat = apply_tokenizer(networks, apply_tokenizer(networks, images, "encode"), "f_hats")[-1]
+        reconstructions = np.asarray(decode_features(networks, f_hat))
         zoom = min_zoom(images.shape[1])
         return {"reconstructions": side_by_side(to_uint8(images), to_uint8(reconstructions), 4, zoom=zoom)}

@@ -71,30 +71,39 @@ def draw_paths(model: Transformer, keys_B) -> jax.Array | None:
     return jnp.transpose((draws_BD2 < keep_D[:, None]) / keep_D[:, None], (1, 2, 0))
 
 
+@dataclasses.dataclass(frozen=True)
+class TransformerRecipe:
+    """What is fixed for all steps of a run: hashable, so static in a compiled step.
+
+    seed: of label dropout and drop-path. num_parts: equal parts of a batch whose gradients are accumulated.
+    """
+
+    model: Transformer
+    optimizer: OptimizerOptions
+    options: PhaseOptions
+    seed: int = 0
+    num_parts: int = 1
+
+
 def train_step(
-    model: Transformer,
-    teacher_forcing,
-    optimizer: OptimizerOptions,
-    options: PhaseOptions,
-    seed: int,
+    recipe: TransformerRecipe,
     phases: tuple[Phase, ...],
     state: TrainState,
     batch: dict,
     learning_rate: jax.Array,
     weight_decay: jax.Array,
-    num_parts: int = 1,
 ):
-    """One optimizer step over `phases`, gradients accumulated phase by phase and over `num_parts` parts of the
-    batch. Jit with the first six and the last static.
+    """Take one optimizer step over `phases`, gradients accumulated phase by phase. Jit with the first two static.
 
-    teacher_forcing: ids_BL -> previous_BMc. batch: `ids` [B, L], `label` [B], `index` [B], the samples' places
-    in the stream. Metrics hold NaN for scales outside the step's phases.
+    batch: `ids` int32 [B, L], `label` int32 [B], `previous` float32 [B, L - n_0, c] (the teacher-forcing input of
+    the ids), `index` uint32 [B] (the samples' places in the stream). Metrics hold NaN for scales outside `phases`.
     """
-    keys_B = sample_keys(seed, batch["index"])
+    model, options = recipe.model, recipe.options
+    keys_B = sample_keys(recipe.seed, batch["index"])
     batch = {
         "ids": batch["ids"],
         "label": drop_labels(batch["label"], keys_B, options.label_drop_rate, model.num_classes),
-        "previous": teacher_forcing(batch["ids"]),
+        "previous": batch["previous"],
         "path": draw_paths(model, keys_B),
     }
     total_loss, total_grads = 0.0, None
@@ -107,20 +116,22 @@ def train_step(
             loss, sums = phase_loss(model, params, part, phase, options.label_smoothing)
             return loss, jax.tree.map(lambda x_BS: x_BS.mean(0), sums)
 
-        (loss, (nll_s, hits_s)), grads = value_and_grad_over_parts(mean_loss, state.params, batch, num_parts)
+        (loss, (nll_s, hits_s)), grads = value_and_grad_over_parts(mean_loss, state.params, batch, recipe.num_parts)
         total_loss += loss
         total_grads = grads if total_grads is None else jax.tree.map(jnp.add, total_grads, grads)
         cut = slice(phase.first, phase.last + 1)
         nll_S = nll_S.at[cut].set(nll_s / areas[cut])
         hits_S = hits_S.at[cut].set(hits_s / areas[cut])
     trains_start = any(phase.trains_start for phase in phases)
-    state, metrics = apply_gradients(optimizer, state, total_grads, learning_rate, weight_decay, trains_start)
+    state, metrics = apply_gradients(recipe.optimizer, state, total_grads, learning_rate, weight_decay, trains_start)
     return state, {"loss": total_loss, "loss_per_scale": nll_S, "accuracy_per_scale": hits_S, **metrics}
 
 
-def eval_step(model: Transformer, teacher_forcing, params, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums over the batch's real rows: (nll [S], hits [S], rows). No dropout. batch adds `mask` float32 [B]."""
-    batch = {**batch, "previous": teacher_forcing(batch["ids"])}
+def eval_step(model: Transformer, params, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return sums over the batch's real rows: (nll [S], hits [S], rows). No dropout.
+
+    batch: as `train_step` takes it, without `index` and with `mask` float32 [B], 1 for real rows.
+    """
     parts = [phase_loss(model, params, batch, phase)[1] for phase in model.phases()]
     nll_BS, hits_BS = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
     mask = batch["mask"]

@@ -4,31 +4,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvar_jax.api import Model
 from mvar_jax.data.pipeline import LoadOptions, Transform
 from mvar_jax.data.sources import Source
 from mvar_jax.files.images import min_zoom, tile_grid, to_uint8
-from mvar_jax.models.tokenizer import Tokenizer, quantizer_params
+from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.cost import phase_macs
 from mvar_jax.ops.pixels import as_images
+from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample
 from mvar_jax.sharding import use_mesh
 from mvar_jax.training import transformer_step
 from mvar_jax.training.task import NUM_PICTURES, RunOptions, Task
 
 
-def with_ids(tokenizer: Tokenizer, params, batch: dict) -> dict:
-    """The batch with `ids` int32 [B, L]: its own or those of its images. In jit unused weights cost nothing."""
-    if "ids" in batch:
-        return batch
-    ids_BL = tokenizer.apply({"params": params}, as_images(batch["image"]), method="encode")
-    return {**{name: x for name, x in batch.items() if name != "image"}, "ids": ids_BL}
+def with_input(networks: Networks, batch: dict) -> dict:
+    """Return the batch with `ids` int32 [B, L] (its own, or those of its images) and their teacher-forcing input."""
+    if "ids" not in batch:
+        ids_BL = networks.apply_tokenizer(as_images(batch["image"]), method="encode")
+        batch = {**{name: x for name, x in batch.items() if name != "image"}, "ids": ids_BL}
+    return {**batch, "previous": networks.apply_tokenizer(batch["ids"], method="teacher_forcing")}
 
 
 class TransformerTask(Task):
     """Trains the transformer on token ids; the teacher-forcing input is recomputed from them on the device.
 
-    Where the data are images the tokenizer encodes them inside the same step program.
+    If the data are images, the tokenizer encodes them inside the same step program. tokenizer: the networks without
+    a transformer.
     """
 
     def __init__(
@@ -36,8 +37,7 @@ class TransformerTask(Task):
         run: RunOptions,
         transformer: Transformer,
         options: transformer_step.PhaseOptions,
-        tokenizer: Tokenizer,
-        tokenizer_params,
+        tokenizer: Networks,
         data: dict[str, Source],
         transform: Transform,
         loading: LoadOptions,
@@ -47,26 +47,22 @@ class TransformerTask(Task):
         super().__init__(run, transformer, data, transform, loading, {})
         self.initial_params = initial_params
         self.transformer, self.options = transformer, options
-        self.tokenizer = tokenizer
-        self.tokenizer_params = jax.tree.map(np.asarray, tokenizer_params)
-        quantizer = quantizer_params(self.tokenizer_params)
-        teacher_forcing = lambda ids_BL: tokenizer.apply(
-            {"params": jax.tree.map(jnp.asarray, quantizer)}, ids_BL, method="teacher_forcing"
+        self._tokenizer_on_host = jax.tree.map(np.asarray, tokenizer)
+        # one copy on each device, for the ids of images and the teacher-forcing input
+        self.tokenizer = jax.device_put(self._tokenizer_on_host, self._whole)
+        recipe = transformer_step.TransformerRecipe(
+            transformer, run.optimizer, options, run.seed, run.accumulate_steps
         )
-        static = (transformer, teacher_forcing, run.optimizer, options, run.seed)
 
-        def step(phases, state, batch, learning_rate, weight_decay, encoder_params):
-            batch = with_ids(tokenizer, encoder_params, batch)
-            rates = (learning_rate, weight_decay)
-            return transformer_step.train_step(*static, phases, state, batch, *rates, run.accumulate_steps)
+        def step(phases, state, batch, learning_rate, weight_decay, tokenizer):
+            batch = with_input(tokenizer, batch)
+            return transformer_step.train_step(recipe, phases, state, batch, learning_rate, weight_decay)
 
-        def evaluate(params, batch, encoder_params):
-            batch = with_ids(tokenizer, encoder_params, batch)
-            return transformer_step.eval_step(transformer, teacher_forcing, params, batch)
+        def evaluate(params, batch, tokenizer):
+            return transformer_step.eval_step(transformer, params, with_input(tokenizer, batch))
 
         self._step = jax.jit(step, static_argnums=0, donate_argnums=1, out_shardings=(self.shardings, self._whole))
         self._evaluate = jax.jit(evaluate, out_shardings=self._whole)
-        self._encoder_params = jax.device_put(self.tokenizer_params, self._whole)
 
     def train_step(self, state, batch, step: int):
         """One step over the phases that are due."""
@@ -74,7 +70,7 @@ class TransformerTask(Task):
         phases = self.options.phases_of_step(self.transformer, step)
         with use_mesh(self.run.mesh):
             batch = self.put(batch)
-            state, metrics = self._step(phases, state, batch, learning_rate, weight_decay, self._encoder_params)
+            state, metrics = self._step(phases, state, batch, learning_rate, weight_decay, self.tokenizer)
         return state, {**metrics, "learning_rate": learning_rate, "weight_decay": weight_decay}
 
     def flops_of_step(self, step: int) -> float:
@@ -88,7 +84,7 @@ class TransformerTask(Task):
         """True token-weighted means over the validation split (averaged weights, no dropout), nats a token."""
         with use_mesh(self.run.mesh):
             params = self.averaged(state)
-            parts = [self._evaluate(params, batch, self._encoder_params) for batch in self.eval_batches()]
+            parts = [self._evaluate(params, batch, self.tokenizer) for batch in self.eval_batches()]
         nll_S, hits_S, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(3))
         areas = np.asarray(self.transformer.pyramid.areas)
         return {
@@ -102,8 +98,8 @@ class TransformerTask(Task):
         params = self.weights_at_hand(state)
         if jax.process_index():
             return {}
-        modules = {"tokenizer": self.tokenizer, "transformer": self.transformer}
-        model = Model(modules, {"tokenizer": self.tokenizer_params, "transformer": params})
-        labels = np.arange(NUM_PICTURES) % self.transformer.num_classes
-        images, _ = model.sample(labels, seed=self.run.seed, cfg=1.5)
+        networks = self._tokenizer_on_host.replace(transformer=self.transformer, params=params)
+        labels = jnp.arange(NUM_PICTURES) % self.transformer.num_classes
+        keys = keys_of_samples(self.run.seed, np.arange(NUM_PICTURES))
+        (images,) = sample(networks, labels, keys, SampleOptions(cfg=1.5), ("images",))
         return {"samples": tile_grid(to_uint8(images), 8, zoom=min_zoom(images.shape[1]))}

@@ -18,7 +18,7 @@ from mvar_jax.__main__ import main
 from mvar_jax.checkpoints.manager import restore_weights
 from mvar_jax.errors import InputError
 from mvar_jax.sampling import sampler
-from mvar_jax.sampling.bulk import Order, draw_all, place_model
+from mvar_jax.sampling.bulk import Order, draw_all, place_networks
 from mvar_jax.sampling.sampler import SampleOptions
 from mvar_jax.sharding import make_mesh
 
@@ -87,7 +87,7 @@ def test_killed_in_the_middle_and_started_again_it_leaves_the_same_bytes(command
 
 def test_processes_share_the_batches(run, whole, tmp_path):
     mesh = make_mesh(devices=jax.local_devices())
-    model = place_model(mvar_jax.load(run.transformer), mesh)
+    model = place_networks(mvar_jax.load(run.transformer).networks, mesh)
     order = Order((0, 1, 2, 7), 3, SampleOptions(top_k=20), batch_size=5, saves_tokens=True)
     waited = []
 
@@ -151,7 +151,7 @@ def test_the_best_checkpoint_can_be_asked_for(run, tmp_path):
 
 def test_weights_are_kept_in_the_type_asked_for(run):
     model = mvar_jax.load(run.transformer)
-    placed = place_model(model, make_mesh(devices=jax.local_devices()), "bfloat16")
+    placed = place_networks(model.networks, make_mesh(devices=jax.local_devices()), "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(placed.params)} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in jax.tree.leaves(placed.tokenizer_params)} == {jnp.dtype("float32")}
     assert placed.transformer.dtype == placed.tokenizer.dtype == jnp.bfloat16

@@ -100,7 +100,7 @@ def test_every_backend_equals_the_oracle_forward_and_in_gradients(case):
     tolerance = WINDOW_ATTENTION if case.dtype == "float32" else BFLOAT16
     backends = set(BACKENDS) - {"reference" if case.dtype == "float32" else None}
     if case.height * case.width > 256 or (case.height > 12 and case.dtype == "float32"):
-        backends -= {"pallas_tpu"}  # the interpreter is slow there; tests/plan compiles it for a TPU
+        backends -= {"pallas_tpu"}  # the interpreter is slow there; tests/hardware compiles it for a TPU
     for backend in sorted(backends):
         results = attend_and_pull_back(*arrays, case.window, scale, backend)
         for name, ours, theirs in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):

@@ -4,6 +4,7 @@ import pytest
 import small_case
 from golden_case import quick_jit
 
+from mvar_jax.models.networks import Networks
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
 from mvar_jax.sampling.analysis import mix_classes, sample_swept, score_classes, teacher_forced_logits
 from mvar_jax.sampling.sampler import SampleOptions, guided_logits, keys_of_samples, sample_pyramid
@@ -13,16 +14,15 @@ PARAMS = small_case.seeded_params(MODEL)
 TOKENIZER_PARAMS = small_case.seeded_params(TOKENIZER, std=1.0)
 LABELS = np.array([0, 2])
 IDS = np.random.default_rng(0).integers(0, 16, (2, MODEL.pyramid.num_tokens))
-BOTH = (TOKENIZER, PARAMS, TOKENIZER_PARAMS)
+NETWORKS = Networks(TOKENIZER, TOKENIZER_PARAMS, MODEL, PARAMS)
 quick = {
-    name: quick_jit(fn.__wrapped__, static_argnums=(0, 1))
-    for name, fn in (("logits", teacher_forced_logits), ("scores", score_classes))
+    name: quick_jit(fn.__wrapped__) for name, fn in (("logits", teacher_forced_logits), ("scores", score_classes))
 }
 
 
 @pytest.mark.parametrize(("conditioning", "cfgs"), [("markov", (1.0, 3.0)), ("full", (1.0,))])
 def test_a_sweep_draws_what_each_guidance_draws_alone(conditioning, cfgs):
-    model, K = MODEL.clone(conditioning=conditioning), len(cfgs)
+    networks, K = NETWORKS.replace(transformer=MODEL.clone(conditioning=conditioning)), len(cfgs)
     options = SampleOptions(top_k=12)
 
     @quick_jit
@@ -30,11 +30,11 @@ def test_a_sweep_draws_what_each_guidance_draws_alone(conditioning, cfgs):
         keys, labels = keys_of_samples(0, np.arange(2)), jnp.asarray(LABELS)
         swept_keys = keys_of_samples(0, np.tile(np.arange(2), K))
         cfg_B = jnp.repeat(jnp.asarray(cfgs), 2)
-        swept, _ = sample_swept.__wrapped__(model, *BOTH, jnp.tile(labels, K), cfg_B, swept_keys, options)
+        swept, _ = sample_swept.__wrapped__(networks, jnp.tile(labels, K), cfg_B, swept_keys, options)
         alone = []
         for cfg in cfgs:
-            logits_fn = guided_logits(model, PARAMS, labels, cfg)
-            alone.append(sample_pyramid(logits_fn, TOKENIZER, TOKENIZER_PARAMS, keys, options)[0])
+            logits_fn = guided_logits(networks, labels, cfg)
+            alone.append(sample_pyramid(logits_fn, networks, keys, options)[0])
         return swept.reshape(K, 2, -1), jnp.stack(alone)
 
     swept, alone = run()
@@ -44,19 +44,20 @@ def test_a_sweep_draws_what_each_guidance_draws_alone(conditioning, cfgs):
 
 def test_mixed_classes_are_what_their_weights_say():
     weights = jnp.array([[0, 0, 1.0], [0.25, 0.75, 0], [1, 0, 0], [0, 1, 0]])
-    mixed, params = mix_classes(MODEL, PARAMS, weights)
-    assert mixed.num_classes == 4 and params["class_embed"].shape == (5, MODEL.width)
+    mixed = mix_classes(NETWORKS, weights)
+    params = mixed.params
+    assert mixed.transformer.num_classes == 4 and params["class_embed"].shape == (5, MODEL.width)
     old, new = PARAMS["class_embed"], params["class_embed"]
     np.testing.assert_allclose(new[1], 0.25 * old[0] + 0.75 * old[1], atol=1e-6)
     np.testing.assert_array_equal(new[-1], old[-1])  # no class
-    theirs = quick["logits"](mixed, TOKENIZER, params, TOKENIZER_PARAMS, IDS, jnp.array([2, 0]))
-    np.testing.assert_allclose(theirs, quick["logits"](MODEL, *BOTH, IDS, jnp.array([0, 2])), atol=1e-5)
+    theirs = quick["logits"](mixed, IDS, jnp.array([2, 0]))
+    np.testing.assert_allclose(theirs, quick["logits"](NETWORKS, IDS, jnp.array([0, 2])), atol=1e-5)
 
 
 def test_scores_of_classes_are_those_of_the_logits():
-    nats_BCS = quick["scores"](MODEL, *BOTH, IDS, jnp.array([2, 0, 1]))
+    nats_BCS = quick["scores"](NETWORKS, IDS, jnp.array([2, 0, 1]))
     assert nats_BCS.shape == (2, 3, 2)
     for place, label in enumerate((2, 0, 1)):
-        logits = quick["logits"](MODEL, *BOTH, IDS, jnp.full(2, label))
+        logits = quick["logits"](NETWORKS, IDS, jnp.full(2, label))
         expected = sum_per_scale(token_cross_entropy(logits, jnp.asarray(IDS)), MODEL.pyramid.areas)
         np.testing.assert_allclose(nats_BCS[:, place], expected, rtol=1e-5)

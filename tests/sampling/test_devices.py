@@ -11,7 +11,7 @@ LABELS, INDEX = [0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 2, 3, 40, 50, 0, 7]
 MESHES = {"one": {"data": 1}, "data": {"data": 4}, "fsdp and tensor": {"data": 1, "fsdp": 2, "tensor": 2}}
 
 # Runs in a process of its own: the number of CPU devices is fixed when jax starts.
-PROGRAM = """
+PROGRAM = r"""
 import json, math, re, sys
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from mvar_jax.sampling import sampler
 from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample
 from mvar_jax.sharding import make_mesh, replicated, shardings_of, spec_of, use_mesh
 from mvar_jax.models.init import abstract_params
+from mvar_jax.models.networks import Networks
 
 labels, index, meshes = json.loads(sys.argv[1])
 assert jax.device_count() == 4
@@ -37,12 +38,11 @@ def draw(axes):
     placed = jax.device_put(params, shardings_of(abstract_params(MODEL), mesh))
     with use_mesh(mesh):
         arrays = (
-            placed,
-            jax.device_put(tokenizer_params, replicated(mesh)),
+            Networks(TOKENIZER, jax.device_put(tokenizer_params, replicated(mesh)), MODEL, placed),
             jax.device_put(jnp.asarray(labels), by_batch),
             jax.device_put(keys_of_samples(0, index), by_batch),
         )
-        program = sample.lower(MODEL, TOKENIZER, *arrays, options, ("ids", "images")).compile()
+        program = sample.lower(*arrays, options, ("ids", "images")).compile()
         ids, images = program(*arrays)
     return {
         "collectives": re.findall(r"= \S+ (all-\w+|collective-permute|reduce-scatter)", program.as_text()),

@@ -5,6 +5,7 @@ import small_case
 from golden_case import quick_jit
 
 from mvar_jax.errors import InputError
+from mvar_jax.models.networks import Networks
 from mvar_jax.sampling.editing import (
     blend,
     check_border,
@@ -50,8 +51,8 @@ def run_redraw():
     def draw(keys):
         drawn = {}
         for softness in (0.0, 1.0):
-            arguments = (MODEL, TOKENIZER, PARAMS, TOKENIZER_PARAMS, known, mask, jnp.array([0, 2]), keys)
-            ids, f_hat = redraw.__wrapped__(*arguments, options, softness)
+            networks = Networks(TOKENIZER, TOKENIZER_PARAMS, MODEL, PARAMS)
+            ids, f_hat = redraw.__wrapped__(networks, known, mask, jnp.array([0, 2]), keys, options, softness)
             drawn[softness] = ids, f_hat, TOKENIZER.apply({"params": TOKENIZER_PARAMS}, ids, method="f_hats")[-1]
         return drawn
 

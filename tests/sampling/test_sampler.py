@@ -19,6 +19,7 @@ from golden_case import (
 )
 
 from mvar_jax.errors import InputError
+from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import modulate
 from mvar_jax.ops.pixels import to_levels
 from mvar_jax.ops.quantize import teacher_forcing_input
@@ -59,10 +60,7 @@ def test_the_compiled_program_draws_the_golden_ids(transformer_params, tokenizer
     golden = load("sample_cfg2.7")
     options = SampleOptions(cfg=2.7, top_k=1)
     ids, f_hat = sample(
-        MVAR,
-        TOKENIZER,
-        transformer_params,
-        tokenizer_params,
+        Networks(TOKENIZER, tokenizer_params, MVAR, transformer_params),
         jnp.asarray(golden["labels"]),
         keys_of_samples(5, np.arange(2)),
         options,
@@ -108,14 +106,15 @@ MODEL = small_case.MODEL.clone(sides=SMALL_SIDES)
 SMALL_TOKENIZER = small_case.TOKENIZER.clone(sides=SMALL_SIDES)
 PARAMS = small_case.seeded_params(MODEL)
 TOKENIZER_PARAMS = small_case.seeded_params(SMALL_TOKENIZER, std=1.0)
+NETWORKS = Networks(SMALL_TOKENIZER, TOKENIZER_PARAMS, MODEL, PARAMS)
 # as `sample`, but quicker to compile
-draw_quickly = quick_jit(sample.__wrapped__, static_argnames=("model", "tokenizer", "options", "outputs"))
+draw_quickly = quick_jit(sample.__wrapped__, static_argnames=("options", "outputs"))
 OPTIONS = SampleOptions(cfg=1.5, top_k=12, top_p=0.95)
 
 
 def draw_small(labels, index, seed=0, options=OPTIONS, model=MODEL) -> np.ndarray:
     keys_B = keys_of_samples(seed, index)
-    ids, _ = draw_quickly(model, SMALL_TOKENIZER, PARAMS, TOKENIZER_PARAMS, jnp.asarray(labels), keys_B, options)
+    ids, _ = draw_quickly(NETWORKS.replace(transformer=model), jnp.asarray(labels), keys_B, options)
     return np.asarray(ids)
 
 
@@ -151,7 +150,7 @@ def stub_draws():
     def run(options):
         seen.clear()
         keys_B = keys_of_samples(0, np.arange(2))
-        drawn, f_hat, _ = sample_pyramid(stub, SMALL_TOKENIZER, TOKENIZER_PARAMS, keys_B, options)
+        drawn, f_hat, _ = sample_pyramid(stub, NETWORKS, keys_B, options)
         return drawn, f_hat, list(seen)
 
     exact, smooth = quick_jit(lambda: (run(SampleOptions()), run(SampleOptions(smooth=True))))()
@@ -180,7 +179,7 @@ def test_each_scale_draws_its_own_noise():
     def run():
         flat = lambda scale, previous, carry: (jnp.zeros((2, SMALL_SIDES[scale] ** 2, 16)), None)
         keys_B = keys_of_samples(0, np.arange(2))
-        return sample_pyramid(flat, SMALL_TOKENIZER, TOKENIZER_PARAMS, keys_B, SampleOptions())[0]
+        return sample_pyramid(flat, NETWORKS, keys_B, SampleOptions())[0]
 
     _, second, third = np.split(np.asarray(run()), (1, 5), axis=1)
     assert (third[:, :4] != second).any(1).all()
@@ -206,16 +205,16 @@ def test_what_classes_decide_may_be_computed_before(is_shared):
 
 def test_bfloat16_weights_draw_too():
     kind, keys_B = jnp.bfloat16, keys_of_samples(0, np.arange(3))
-    modules = MODEL.clone(dtype=kind), SMALL_TOKENIZER.clone(dtype=kind)
-    weights = jax.tree.map(lambda x: x.astype(kind), PARAMS), TOKENIZER_PARAMS
-    ids, images = draw_quickly(*modules, *weights, jnp.arange(3), keys_B, OPTIONS, ("ids", "images"))
+    params = jax.tree.map(lambda x: x.astype(kind), PARAMS)
+    networks = Networks(SMALL_TOKENIZER.clone(dtype=kind), TOKENIZER_PARAMS, MODEL.clone(dtype=kind), params)
+    ids, images = draw_quickly(networks, jnp.arange(3), keys_B, OPTIONS, ("ids", "images"))
     assert images.dtype == jnp.float32 and np.isfinite(images).all()
     assert np.mean(np.asarray(ids) == draw_small(np.arange(3), np.arange(3))) > 0.5
 
 
 def test_the_outputs_of_one_program_agree():
     keys_B = keys_of_samples(0, np.arange(5))
-    arguments = (MODEL, SMALL_TOKENIZER, PARAMS, TOKENIZER_PARAMS, jnp.arange(5) % 3, keys_B, OPTIONS)
+    arguments = (NETWORKS, jnp.arange(5) % 3, keys_B, OPTIONS)
     names = ("pixels", "floor_pixels", "images", "f_hat", "ids")
     pixels, floor_pixels, images, f_hat, ids = map(np.asarray, draw_quickly(*arguments, names))
     np.testing.assert_array_equal(ids, draw_small(np.arange(5) % 3, np.arange(5)))

@@ -18,20 +18,20 @@ from small_case import MODEL, TOKENIZER, seeded_params
 
 from mvar_jax import build
 from mvar_jax.__main__ import main
-from mvar_jax.api import Model
 from mvar_jax.checkpoints.model_directory import module_to_dict, save_model
 from mvar_jax.data.pipeline import LoadOptions, train_batches
 from mvar_jax.data.sources import open_source
 from mvar_jax.data.transforms import PhotoTransform
 from mvar_jax.errors import InputError
+from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.tokens.cache_reader import TokenCache
 from mvar_jax.tokens.cache_writer import UNFINISHED
 from mvar_jax.tokens.encode import write_cache
 from mvar_jax.tokens.pick_view import PickView
-from mvar_jax.training.transformer_task import with_ids
+from mvar_jax.training.transformer_task import with_input
 
 FLIPS = PhotoTransform(TOKENIZER.image_size, flip=True)
-encode = jax.jit(with_ids, static_argnums=0)
+encode = jax.jit(with_input)
 SMALL = {**module_to_dict(MODEL), "num_classes": 0}
 
 
@@ -43,15 +43,15 @@ def parts(tmp_path_factory):
     (tree / "train/bee/1.jpg").write_bytes((tree / "train/bee/1.jpg").read_bytes()[:-100])
     params = seeded_params(TOKENIZER)
     save_model(root / "tokenizer", {"tokenizer": TOKENIZER}, {"tokenizer": params})
-    model = Model({"tokenizer": TOKENIZER}, {"tokenizer": params})
-    return SimpleNamespace(root=root, tree=tree, whole=whole, tokenizer=root / "tokenizer", model=model)
+    networks = Networks(TOKENIZER, params)
+    return SimpleNamespace(root=root, tree=tree, whole=whole, tokenizer=root / "tokenizer", networks=networks)
 
 
 def _write(parts, out, tree, source_of=lambda source: source, **options):
     sources = {split: source_of(open_source("folder", split, path=str(tree))) for split in ("train", "val")}
     options = {"num_views": 2, "seed": 0, "batch_size": 8, "images_per_shard": 4, **options}
     options.setdefault("loading", LoadOptions(max_bad_share=0.1))
-    write_cache(out, parts.tokenizer, parts.model, "abc", sources, FLIPS, {}, **options)
+    write_cache(out, parts.tokenizer, parts.networks, "abc", sources, FLIPS, {}, **options)
     return sources
 
 
@@ -75,9 +75,10 @@ def test_cache_holds_both_flips_and_skips_and_lists_what_is_bad(parts, tmp_path)
         item = sources["train"][number]
         straight = FLIPS(item["image"])
         pair = np.stack([straight, straight[:, ::-1]])
-        expected = parts.model.encode(np.concatenate([pair] * 4))[:2]  # the shape that is compiled already
+        # the shape that is compiled already
+        expected = apply_tokenizer(parts.networks, jnp.asarray(np.concatenate([pair] * 4)), "encode")[:2]
         assert np.array_equal(train[record]["ids"], expected) and train[record]["label"] == item["label"]
-    assert val[0]["ids"].shape == (1, parts.model.num_tokens)
+    assert val[0]["ids"].shape == (1, sum(side**2 for side in TOKENIZER.sides))
     entry = json.loads((tmp_path / "cache.json").read_text())["splits"]["train"]
     assert [(bad["number"], bad["name"]) for bad in entry["skipped"]] == [(6, "bee/1.jpg")]
     assert "truncated" in entry["skipped"][0]["reason"] and len(entry["shards"]) == 4
@@ -137,9 +138,9 @@ def test_training_batches_from_images_and_from_the_cache_are_identical(parts, ca
     images = train_batches(source, FLIPS, batch_size=8, seed=seed)
     tokens = train_batches(TokenCache(cache, "train"), PickView(), batch_size=8, seed=seed)
     for batch, expected in itertools.islice(zip(images, tokens, strict=True), 6):
-        found = encode(TOKENIZER, parts.model.tokenizer_params, {**batch, "index": batch["index"].astype(np.uint32)})
-        assert set(found) == {"ids", "label", "index"}
-        for name in found:
+        found = encode(parts.networks, {**batch, "index": batch["index"].astype(np.uint32)})
+        assert set(found) == {"ids", "label", "index", "previous"}
+        for name in ("ids", "label", "index"):
             assert np.array_equal(found[name], expected[name]), name
     images.close()
     tokens.close()
@@ -222,6 +223,6 @@ def test_number_of_classes_that_the_data_do_not_have_is_refused(parts):
         build.build_task(config)
 
 
-def test_ids_of_a_batch_that_has_them_are_left_alone():
-    batch = {"ids": jnp.zeros((2, 3)), "label": jnp.zeros(2)}
-    assert with_ids(TOKENIZER, {}, batch) is batch
+def test_ids_of_a_batch_that_has_them_are_left_alone(parts):
+    batch = {"ids": jnp.zeros((2, sum(side**2 for side in TOKENIZER.sides)), jnp.int32), "label": jnp.zeros(2)}
+    assert with_input(parts.networks, batch)["ids"] is batch["ids"]

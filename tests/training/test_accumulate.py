@@ -11,7 +11,7 @@ from mvar_jax.training import tokenizer_step
 from mvar_jax.training.accumulate import split_parts, value_and_grad_over_parts
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
-from mvar_jax.training.transformer_step import PhaseOptions, train_step
+from mvar_jax.training.transformer_step import PhaseOptions, TransformerRecipe, train_step
 
 OPTIMIZER = OptimizerOptions()
 
@@ -40,13 +40,22 @@ def transformer_case():
     batch = {name: x for name, x in seeded_batch(model, 4).items() if name != "previous"}
     embed = lambda ids_BL: jnp.sin(ids_BL[:, 1:, None] * jnp.arange(1.0, 5))
     options = PhaseOptions(schedule="joint", label_drop_rate=0.5)
-    return model, batch, functools.partial(train_step, model, embed, OPTIMIZER, options, 0, model.phases()), {}
+
+    def step(state, batch, *rates, num_parts):
+        recipe = TransformerRecipe(model, OPTIMIZER, options, num_parts=num_parts)
+        return train_step(recipe, model.phases(), state, {**batch, "previous": embed(batch["ids"])}, *rates)
+
+    return model, batch, step, {}
 
 
 def tokenizer_case():
     model = TOKENIZER.clone(sides=(2,), ch_mult=(1,), num_phi=1)
     batch = {"image": jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (4, 2, 2, 3)), jnp.float32)}
-    step = functools.partial(tokenizer_step.train_step, model, OPTIMIZER, tokenizer_step.CodebookOptions())
+
+    def step(state, batch, *rates, num_parts):
+        recipe = tokenizer_step.TokenizerRecipe(model, OPTIMIZER, tokenizer_step.CodebookOptions(), num_parts)
+        return tokenizer_step.train_step(recipe, state, batch, *rates)
+
     return model, batch, step, {"hits": jnp.zeros((1, model.vocab_size))}
 
 

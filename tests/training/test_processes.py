@@ -110,7 +110,7 @@ def test_two_processes_killed_and_resumed_as_one_equal_one_process(tmp_path, cac
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(tmp_path, number):
     address, environment = free_address(), os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "tests/training/toy_run.py", str(tmp_path), "100000", "0.02"]
+    command = [sys.executable, "tests/toy_run.py", str(tmp_path), "100000", "0.02"]
     pair = [
         subprocess.Popen(
             [*command, f"{address},2,{i}"],

@@ -13,6 +13,7 @@ from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
 from mvar_jax.training.tokenizer_step import (
     CodebookOptions,
+    TokenizerRecipe,
     count_hits,
     redraw_codes,
     tokenizer_loss,
@@ -30,7 +31,7 @@ HITS = jnp.asarray(np.random.default_rng(1).uniform(0, 0.5, (2, 16)), jnp.float3
 @pytest.fixture(scope="module")
 def history():
     """(state, metrics) before and after each of four steps: one unquantised, then two early ones, then a late one."""
-    step = quick_jit(functools.partial(train_step, MODEL, OPTIMIZER, OPTIONS))
+    step = quick_jit(functools.partial(train_step, TokenizerRecipe(MODEL, OPTIMIZER, OPTIONS)))
     params = seeded_params(MODEL)
     states = [(quick_jit(lambda: make_state(lambda: params, OPTIMIZER, {"hits": HITS}))(), None)]
     for _ in range(4):
@@ -149,7 +150,7 @@ def test_pixels_are_taken_for_the_images_that_they_are(history):
     state = jax.tree.map(jnp.asarray, history[1][0])
 
     def run(batch):
-        loss = train_step(MODEL, OPTIMIZER, OPTIONS, state, batch, 0.01, 0.0)[1]["loss"]
+        loss = train_step(TokenizerRecipe(MODEL, OPTIMIZER, OPTIONS), state, batch, 0.01, 0.0)[1]["loss"]
         return loss, redraw_codes(MODEL, OPTIONS, state, batch, jax.random.key(0)).params["codebook"]
 
     pixels = np.random.default_rng(0).integers(0, 256, (3, 2, 2, 3), np.uint8)

@@ -12,6 +12,7 @@ from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
 from mvar_jax.training.state import make_state, sample_keys
 from mvar_jax.training.transformer_step import (
     PhaseOptions,
+    TransformerRecipe,
     draw_paths,
     drop_labels,
     eval_step,
@@ -82,8 +83,8 @@ def test_start_position_steps_equal_golden(clip_norm, golden_steps):
 
 
 def test_evaluation_equals_golden(transformer_params, golden_batch):
-    batch = {"ids": golden_batch["ids"], "label": LABELS, "mask": jnp.ones(2)}
-    evaluate = quick_jit(functools.partial(eval_step, MVAR, lambda ids: golden_batch["previous"]))
+    batch = {**golden_batch, "label": LABELS, "mask": jnp.ones(2)}
+    evaluate = quick_jit(functools.partial(eval_step, MVAR))
     nll_S, hits_S, rows = (np.asarray(x, np.float64) for x in evaluate(transformer_params, batch))
     assert rows == 2
     areas = np.asarray(MVAR.pyramid.areas)
@@ -100,7 +101,7 @@ def test_evaluation_equals_golden(transformer_params, golden_batch):
     assert_close("eval tail accuracy", 100 * hits_S[-1] / rows / areas[-1], tail_accuracy, 1e-6)
     # a padded row counts for nothing
     both = jax.tree.map(lambda x: jnp.concatenate([x[:1], x[:1]]), batch) | {"mask": jnp.asarray([1.0, 0.0])}
-    one_S, _, rows = evaluate(transformer_params, {**both, "ids": batch["ids"], "label": LABELS})
+    one_S, _, rows = evaluate(transformer_params, {**batch, "mask": both["mask"]})
     assert rows == 1
     two_S, _, _ = evaluate(transformer_params, {**batch, "mask": jnp.asarray([0.0, 1.0])})
     np.testing.assert_allclose(one_S + two_S, nll_S, rtol=1e-5)
@@ -134,7 +135,12 @@ def loss_and_grads(params, phase, batch):
 def test_a_step_descends_the_sum_of_its_phases_losses(schedule, first):
     phases = SMALL.phases()[first:]
     options = PhaseOptions(schedule, label_drop_rate=0.5)
-    step = quick_jit(functools.partial(train_step, SMALL, embed_ids, NO_CLIP, options, 0, phases))
+    recipe = TransformerRecipe(SMALL, NO_CLIP, options)
+
+    @quick_jit
+    def step(state, batch, *rates):
+        return train_step(recipe, phases, state, {**batch, "previous": embed_ids(batch["ids"])}, *rates)
+
     state = new_state(PARAMS, NO_CLIP)
     # as if it had moved before: without a gradient only old moments could move the start position
     state = state.replace(opt_state=jax.tree.map(lambda x: 1 + np.asarray(x), state.opt_state))
