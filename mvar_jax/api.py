@@ -45,6 +45,10 @@ class Model:
     def params(self) -> dict | None:
         return self.networks.params
 
+    @params.setter
+    def params(self, params: dict) -> None:
+        self.networks = self.networks.replace(params=params)
+
     @property
     def num_classes(self) -> int:
         return self._transformer().num_classes

@@ -200,7 +200,7 @@ def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
     script = """
 import sys, numpy as np
 sys.path.insert(0, sys.argv[2])
-from test_checkpoint import Checkpoints, make_state
+from test_manager import Checkpoints, make_state
 checkpoints = Checkpoints(sys.argv[1], 3)
 checkpoints.save(make_state(1), {})
 checkpoints.wait()

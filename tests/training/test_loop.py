@@ -159,7 +159,7 @@ task = ToyTask()
 assert run(task, {str(tmp_path)!r}, make_settings(3), {CONFIG!r}).step == 3
 assert not task.num_inits and not {{"tensorflow", "clu"}} & set(sys.modules)
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests/training", "."])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests", "."])}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
