@@ -96,9 +96,8 @@ def test_links_to_headings_lead_to_one():
     for page in PAGES:
         for link, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", page.read_text()):
             target = (page.parent / link) if link else page
-            assert anchor in map(slug, re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)), (
-                f"{page}: {anchor}"
-            )
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{page}: {anchor}"
 
 
 @pytest.mark.parametrize("page, text", PYTHON_BLOCKS)
@@ -107,15 +106,12 @@ def test_python_uses_what_the_model_has(page, text):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.module == "mvar_jax":
             assert all(hasattr(mvar_jax, alias.name) for alias in node.names)
-        if (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id in ("m", "mvar_jax")
-        ):
-            assert hasattr(Model if node.value.id == "m" else mvar_jax, node.attr), node.attr
-        if not isinstance(node, ast.Call):
-            continue
-        match node.func:
+        match node:
+            case ast.Attribute(value=ast.Name(id="m"), attr=name):
+                assert hasattr(Model, name), name
+            case ast.Attribute(value=ast.Name(id="mvar_jax"), attr=name):
+                assert hasattr(mvar_jax, name), name
+        match getattr(node, "func", None):
             case ast.Attribute(value=ast.Name(id="m"), attr=name):
                 function, num_given = getattr(Model, name), 1 + len(node.args)
             case ast.Attribute(value=ast.Name(id="mvar_jax"), attr=name) | ast.Name(id=name):
