@@ -138,8 +138,8 @@ def config_sections() -> dict[str, list[Row]]:
 CONFIGURATION_INTRO = """# Configuration
 
 A config file is Python with a function `get_config()` that returns an `ml_collections.ConfigDict`; `configs/` holds
-examples, each with its command. `train`, `data` and `cache_tokens` read one by `--config`, and any key can be set on the
-command line: `--config.optimizer.weight_decay=0.1`. An unknown key is an error.
+examples, each with its command. `train`, `data` and `cache_tokens` read one by `--config`, and any key can be set on
+the command line: `--config.optimizer.weight_decay=0.1`. An unknown key is an error.
 
 A default is what a config without the key means. A key without a default must be in every config of its task.
 """
