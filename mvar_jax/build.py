@@ -51,7 +51,12 @@ def check_keys(where: str, values: dict, known) -> None:
 
 
 def check_config(config: dict) -> None:
-    """Raises InputError unless the config has every common key, its task's section and nothing else."""
+    """Raise InputError unless the config has every common key, its task's section and nothing else.
+
+    Keys that no options class holds:
+      task: what is trained: tokenizer or transformer.
+      init_from: initial weights of the transformer: a model directory, a workdir or a published file; "" for none.
+    """
     if config.get("task") not in TASK_KEYS:
         raise InputError("config.task", config.get("task"), f"one of {', '.join(TASK_KEYS)}")
     known = COMMON_KEYS | TASK_KEYS[config["task"]]

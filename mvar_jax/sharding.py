@@ -34,9 +34,16 @@ RULES = {
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what is left.
+    """Return a mesh over all devices; one axis may be -1 and takes the devices that are left.
 
-    Raises InputError when the product of the axes is not the number of devices.
+    Args:
+      data: devices that share a batch and each hold a copy of the state.
+      fsdp: devices that share a batch and split the state by width.
+      tensor: devices that split heads, the hidden layer, channels and the vocabulary.
+      devices: devices to use; None for all.
+
+    Raises:
+      InputError: the product of the axes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}

@@ -22,12 +22,12 @@ def add_arguments(parser) -> None:
     parser.add_argument("--label", required=True, metavar="L", help="class by number or name; several with commas")
     parser.add_argument("--num", type=int, default=4, metavar="N", help="results of each label (default 4)")
     add_sampling_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--border", type=int, metavar="PX", help="pixels of the fade (default: 1/32 of the side)")
     parser.add_argument(
         "--softness", type=float, metavar="S", help="0 to 1: how far the tokens of the mask's border are mixed"
     )
-    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
 
 
 def read_square(path: str, field: str, side: int):

@@ -13,7 +13,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="training workdir of the tokenizer")
     parser.add_argument("--samples", required=True, metavar="DIR", help="what `sample --save_tokens` wrote")
     parser.add_argument("--stages", required=True, metavar="FILE", help="the log of launch/stage.py")
-    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report")
 
 
 def run(args) -> int:

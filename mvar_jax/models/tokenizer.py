@@ -189,13 +189,22 @@ def quantizer_params(params: dict) -> dict:
 
 
 class Tokenizer(nn.Module):
-    """Images <-> pyramids of token ids.
+    """Multi-scale residual VQ autoencoder: images to pyramids of token ids and back.
 
-    sides: map sides, the last is the latent side; image side = sides[-1] * 2^(len(ch_mult) - 1).
-    ch, ch_mult, num_res_blocks: encoder width, its multiple per level, residual blocks per level.
-    num_groups or group_size: group normalisation (one of them None). num_phi, phi_ratio: shared residual
-    convolutions. znorm: nearest code on the unit sphere. beta: commitment weight. dtype: computation of
-    encoder and decoder; the quantizer is always float32.
+    Attributes:
+      sides: side of each token map, strictly increasing; the image side is the last times 2^(len(ch_mult) - 1).
+      vocab_size: number of codes.
+      code_width: width of a code.
+      ch: channels of the first level of the encoder and decoder.
+      ch_mult: channels of each level, as multiples of ch; between levels the map halves.
+      num_res_blocks: residual blocks a level (the decoder has one more).
+      num_groups: groups of the group normalisation; None if group_size is given.
+      group_size: channels a group, instead of num_groups.
+      num_phi: residual convolutions shared by the scales: 1, a few, or one for each scale.
+      phi_ratio: share of the convolution in phi(x) = (1 - r) x + r conv(x).
+      znorm: search the nearest code on the unit sphere.
+      beta: weight of the commitment loss.
+      dtype: computation of the encoder and decoder; the quantizer is always float32.
     """
 
     sides: tuple[int, ...]

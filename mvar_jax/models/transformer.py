@@ -29,13 +29,29 @@ class Modulation(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """Predicts the ids of a phase's tokens from the class and the previous scale's f_hat.
+    """Transformer that predicts the ids of a phase's tokens from the class and the previous scale.
 
-    sides, refine_step, kernel_size: see `Pyramid`. conditioning: "markov" (MVAR) or "full" (VAR).
-    drop_path_rate: rate of the last block, growing linearly from 0. class_init_std: std of the class table,
-    None for the common sqrt(1 / (3 D)). remat: what the backward pass computes again instead of keeping it: "dots"
-    all but the matrix products with weights, "full" all (attention twice), "none" nothing. dtype: computation;
-    parameters, norms, softmax and logits are float32.
+    Attributes:
+      sides: side of each token map, as the tokenizer's.
+      refine_step: first scale that attends to a local window; coarser scales attend to all of themselves.
+      kernel_size: odd side of the window, or one for each scale from refine_step on.
+      vocab_size: number of codes, as the tokenizer's.
+      code_width: width of a code, as the tokenizer's.
+      num_classes: number of classes; 0 takes it from the data.
+      depth: number of blocks.
+      width: width of a token; the published models use 64 * depth.
+      num_heads: attention heads, a divisor of width.
+      conditioning: markov (MVAR) or full (VAR: every coarser scale is attended to).
+      shared_aln: one adaptive linear for all blocks, with an offset a block, instead of one a block.
+      drop_path_rate: drop-path rate of the last block, growing linearly from 0 at the first.
+      init_adaptive: factor of the adaptive linears' initial weights (scale and shift parts).
+      init_gamma: factor of their initial weights in the two gamma parts.
+      init_head: factor of the head's initial weights.
+      class_init_std: standard deviation of the initial class table; None for sqrt(1 / (3 * width)).
+      window_backend: implementation of window attention; auto chooses by platform and size.
+      remat: what the backward pass recomputes: dots (all but products with weights), full (all) or none.
+      scan_unroll: blocks in one iteration of the scan over depth; more compile longer.
+      dtype: computation; parameters, norms, softmax and logits are float32.
     """
 
     sides: tuple[int, ...]

@@ -61,11 +61,18 @@ class Task(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-    """0 for the evaluation, picture and save intervals: only at the end (an evaluation also at the start);
-    -1 for the pictures: none, they need programs of their own.
+    """Options of the training loop.
 
-    keep_best: metric of the evaluation whose best checkpoint is kept too, as "loss" or "psnr_db:max"; "": none.
-    profile_steps: (first, end) of the steps that the profiler records in workdir/profile; (): none.
+    Attributes:
+      num_steps: optimizer steps of the whole run.
+      log_every_steps: steps between lines of metrics.jsonl.
+      eval_every_steps: steps between evaluations; 0 evaluates only at the start and at the end.
+      picture_every_steps: steps between image grids; 0 draws them only at the end, -1 never.
+      save_every_steps: steps between checkpoints; 0 saves only at the end.
+      keep_checkpoints: number of newest checkpoints to keep.
+      max_bad_steps: steps in a row without a finite loss after which the run stops.
+      keep_best: evaluation metric whose best checkpoint is kept too, as loss or psnr_db:max; "" keeps none.
+      profile_steps: (first, end) of the steps that the profiler records into WORKDIR/profile; () records none.
     """
 
     num_steps: int

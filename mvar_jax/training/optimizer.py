@@ -15,7 +15,22 @@ UNDECAYED += ("adaptive_offset", "codebook")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
-    """base_learning_rate is the peak for 256 images a step and grows with the batch; *_factor are multiples of it."""
+    """Options of AdamW and its schedules (docs/method.md, Training).
+
+    Attributes:
+      base_learning_rate: peak learning rate for a batch of 256; the peak is this times batch_size / 256.
+      schedule: shape after the warm-up: cos, lin, lin0, lin00, exp, or lin<T> such as lin0.3.
+      warmup_steps: steps of linear growth from warmup_factor to the peak.
+      warmup_factor: learning rate of the first step, relative to the peak.
+      final_factor: learning rate of the last step, relative to the peak.
+      weight_decay: decoupled weight decay of the matrices.
+      final_weight_decay: weight decay of the last step, reached along a cosine; None keeps it constant.
+      beta1: decay of the first moment.
+      beta2: decay of the second moment.
+      eps: added to the root of the second moment.
+      clip_norm: largest global norm of a gradient; 0 does not clip.
+      ema_decay: decay of the moving average of the weights, which evaluation and sampling then use; 0 keeps none.
+    """
 
     base_learning_rate: float = 1e-4
     schedule: str = "lin0"
@@ -23,12 +38,12 @@ class OptimizerOptions:
     warmup_factor: float = 0.005
     final_factor: float = 0.1
     weight_decay: float = 0.05
-    final_weight_decay: float | None = None  # None: constant
+    final_weight_decay: float | None = None
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    clip_norm: float = 2.0  # 0: off
-    ema_decay: float = 0.0  # 0: no moving average is kept
+    clip_norm: float = 2.0
+    ema_decay: float = 0.0
 
     def check(self, num_steps: int) -> None:
         """Raises InputError for values out of range."""

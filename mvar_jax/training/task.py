@@ -36,14 +36,23 @@ def sizes_of(module) -> dict[str, tuple[str, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """What both tasks share."""
+    """Options that both tasks share.
+
+    Attributes:
+      seed: seed of the initial weights, the order of samples, augmentation and dropout.
+      num_steps: optimizer steps of the whole run.
+      batch_size: images of an optimizer step, over all devices and processes.
+      optimizer: options of AdamW.
+      mesh: devices by axis.
+      accumulate_steps: equal parts of a batch whose gradients are added up, to save memory.
+    """
 
     seed: int
     num_steps: int
     batch_size: int
     optimizer: OptimizerOptions
     mesh: Mesh
-    accumulate_steps: int = 1  # parts of a batch whose gradients are added up
+    accumulate_steps: int = 1
 
     def check(self) -> None:
         """Raises InputError for values out of range."""

@@ -16,8 +16,19 @@ from mvar_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class CodebookOptions:
-    """warmup_steps: the decoder sees f itself, then codes are drawn from residuals. revive_every_steps (0: never),
-    until revive_until_step: codes with fewer than revive_below hits a step (moving average) are redrawn."""
+    """Options of the tokenizer's losses and codebook (docs/method.md, Training).
+
+    Attributes:
+      warmup_steps: first steps without quantization; at their end the codebook is drawn from residuals.
+      revive_every_steps: steps between replacements of unused codes; 0 replaces none.
+      revive_until_step: last step at which unused codes are replaced.
+      revive_below: hits a step (moving average) below which a code counts as unused.
+      l1_weight: weight of the mean absolute error of the reconstruction.
+      l2_weight: weight of the mean squared error of the reconstruction.
+      usage_decay: decay of the moving average of a code's hits.
+      usage_decay_early: the same in the first usage_early_steps after the warm-up.
+      usage_early_steps: number of those steps.
+    """
 
     warmup_steps: int = 0
     revive_every_steps: int = 0

@@ -16,7 +16,14 @@ from mvar_jax.training.state import TrainState, sample_keys
 
 @dataclasses.dataclass(frozen=True)
 class PhaseOptions:
-    """schedule: "paper" (one phase a step, `ratio` coarse steps a cycle) or "joint" (all phases, one step)."""
+    """Options of the transformer's training (docs/method.md, Training).
+
+    Attributes:
+      schedule: paper (each step trains one phase) or joint (each step trains every phase of the same batch).
+      ratio: steps of the coarse phase in a cycle of the paper schedule; each window phase gets one.
+      label_drop_rate: share of samples that train the "no class" row, which guidance needs.
+      label_smoothing: weight of the uniform part of the cross-entropy.
+    """
 
     schedule: str = "paper"
     ratio: int = 8
