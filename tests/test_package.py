@@ -3,11 +3,14 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -72,3 +75,49 @@ def test_everything_but_events_and_tfds_works_without_tensorflow(tiny_model, tmp
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("TensorBoard events are not written") == 1, result.stderr
     assert "mvar_jax[tensorboard]" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The wheel of a clean copy of the repository, installed into a folder of its own."""
+    root = tmp_path_factory.mktemp("package")
+    for folder in ("mvar_jax", "configs"):
+        shutil.copytree(ROOT / folder, root / "copy" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root / "copy")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", root, root / "copy"])
+    (wheel,) = root.glob("*.whl")
+    run([*pip, "install", "--no-deps", "--no-index", "--target", root / "installed", wheel])
+    return root / "installed"
+
+
+def run(command, **options) -> str:
+    """The standard output of a command that must succeed."""
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_wheel_holds_every_file_of_the_package_and_the_configs(installed):
+    def files_of(folder: Path) -> set[str]:
+        paths = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        return {str(path.relative_to(folder)) for path in paths}
+
+    configs = {f"configs/{name}" for name in files_of(ROOT / "configs")}
+    assert files_of(installed / "mvar_jax") == files_of(ROOT / "mvar_jax") | configs
+
+
+def test_one_package_is_installed(installed):
+    others = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
+    assert others == {"mvar_jax", "bin"}
+
+
+def test_installed_program_reads_shipped_and_own_configs_in_any_folder(installed, tmp_path):
+    (tmp_path / "my.py").write_text("from configs import imagenet256_d16 as d16\n\nget_config = d16.get_config\n")
+    code = "import mvar_jax; from mvar_jax.cli.configuration import read_config as read; print(mvar_jax.__file__)"
+    code += "; print(read('my.py', []) == read('imagenet256_d16', []) == read('configs/imagenet256_d16.py', []))"
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    there, is_same = run([sys.executable, "-c", code], cwd=tmp_path, env=environment).split()
+    assert Path(there).parent == installed / "mvar_jax" and is_same == "True"
+    assert "train" in run([installed / "bin" / "mvar", "--help"], cwd=tmp_path, env=environment)
