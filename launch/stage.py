@@ -1,13 +1,12 @@
-"""Runs one stage of a recipe once, and keeps account of what it cost. Standard library only.
+"""Run one stage of a recipe once and log its cost. Standard library only.
 
     python launch/stage.py --log runs/x/stages.json --name tokenizer --makes PATH [PATH ...] -- COMMAND ...
 
-A stage that finished earlier with the same command, and whose outputs still exist, is not run again. A stage
-that starts anew makes the later entries of the log out of date: they are removed, and those stages run again.
-The cost of an attempt that was interrupted or failed is added to that of the next one with the same command.
-Each entry holds `wall_s`, `cpu_s` (user and system, all processes the command waited for), `peak_rss_mib`
-(its largest single process), `num_attempts` and `finished`. The exit status is the command's; death by signal
-n is 128 + n.
+A stage is skipped if it finished with the same command and its outputs still exist. A stage that starts from the
+beginning makes the later entries of the log out of date: they are removed, and those stages run again. The cost of an
+interrupted or failed attempt is added to the next attempt with the same command. Each entry holds `wall_s`, `cpu_s`
+(user and system, all processes the command waited for), `peak_rss_mib` (its largest single process), `num_attempts`
+and `finished`. The exit status is the command's; death by signal n is 128 + n.
 """
 
 import argparse
@@ -33,7 +32,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--log", type=Path, required=True, help="JSON file with one entry for every stage")
     parser.add_argument("--name", required=True, help="the stage's entry in the log")
-    parser.add_argument("--makes", nargs="+", required=True, metavar="PATH", help="what the command leaves")
+    parser.add_argument("--makes", nargs="+", required=True, metavar="PATH", help="what the command writes")
     options = parser.parse_args(arguments[:split])
     if not arguments[split + 1 :]:
         parser.error("no command after --")
@@ -46,7 +45,7 @@ def read_log(path: Path) -> dict:
     except ValueError:
         log = None
     if not isinstance(log, dict):
-        fail(f"--log={path}: expected a log of this program; remove it to start over", 2)
+        fail(f"--log {path} is not a log of stages; remove it to start over", 2)
     return log
 
 
@@ -58,11 +57,11 @@ def write_log(path: Path, log: dict) -> None:
 
 
 def run_child(command: list[str]) -> int:
-    """The command's exit status, or 128 + n for a signal that ended it or that this program was sent.
+    """Return the command's exit status, or 128 + n if signal n ended it or was sent to this program.
 
-    Ctrl-C and hang-up reach the child through the process group, so they are not sent a second time, which
-    could cut its clean-up short. SIGTERM is commonly sent to one process only: it is passed on. The child is
-    always awaited, and what it did before counts as unfinished, whatever its exit status.
+    Ctrl-C and hang-up reach the child through the process group; sending them a second time could cut its clean-up
+    short. SIGTERM is commonly sent to one process only, so it is passed on. The child is always awaited; after a
+    signal its work counts as unfinished, whatever its exit status.
     """
     received, child = [], None
 
@@ -113,7 +112,7 @@ def main(arguments: list[str]) -> int:
     log[options.name] = entry
     write_log(options.log, log)
     if status == 0 and missing:
-        fail(f"{options.name} ended well but did not make {', '.join(missing)}", 1)
+        fail(f"{options.name} exited with status 0 but did not make {', '.join(missing)}", 1)
     outcome = "done" if status == 0 else f"stopped with status {status}"
     cost = f"{entry['wall_s']:.0f} s, CPU {entry['cpu_s']:.0f} s, peak {entry['peak_rss_mib']:.0f} MiB"
     print(f"{options.name}: {outcome}, {cost}", flush=True)

@@ -2,6 +2,7 @@
 # Check style and run all tests; set up the environment first if it is missing. Arguments go to pytest.
 #   bash launch/test.sh -k window
 #   PYTHON=3.11 bash launch/test.sh    with another Python, in an environment of its own
+# The tests always run on the CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compile the kernels, a d16 training step and a d16 sampler for an H100 and a TPU v5e that are not here: the tests marked
-# deviceless. The compilers of this jax (CUDA plugin, libtpu; 250 MB) go into VENV/compilers, seen by these tests alone.
+# Compile the kernels, a d16 training step and a d16 sampler for an H100 and a TPU v5e without either: the tests marked
+# deviceless. The compilers of this jax (CUDA plugin, libtpu; 250 MB) go into VENV/compilers; only these tests see them.
 #   PYTHON=3.12 bash launch/test_deviceless.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

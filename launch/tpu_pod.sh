@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains a config on all workers of a TPU VM slice. Run it on your own machine; started again the run goes on.
+# Train a config on all workers of a TPU VM slice. Run it on your own machine. Resumable: rerunning continues.
 #   TPU=my-slice ZONE=us-central2-b bash launch/tpu_pod.sh CONFIG WORKDIR [--config.key=value ...]
-# Each worker holds this checkout in ~/mvar_jax with .venv made by launch/setup.sh and jax[tpu] in it; WORKDIR and the
-# token cache lie on a file system that all workers mount.
+# Each worker needs this checkout in ~/mvar_jax, with `EXTRAS=tpu bash launch/setup.sh` run there. WORKDIR and the token
+# cache are on a file system that all workers mount.
 set -euo pipefail
 if [ $# -lt 2 ] || [ -z "${TPU:-}" ] || [ -z "${ZONE:-}" ]; then
-  echo "error: arguments=$#: expected TPU=NAME ZONE=ZONE and CONFIG WORKDIR [--config.key=value ...]" >&2
+  echo "error: CONFIG and WORKDIR are required, and TPU and ZONE in the environment: TPU=NAME ZONE=ZONE bash launch/tpu_pod.sh CONFIG WORKDIR" >&2
   exit 2
 fi
 config=$1 workdir=$2

@@ -1,13 +1,12 @@
 """Reading an ml_collections config file with `--config.key=value` overrides."""
 
-from pathlib import Path
-
+from mvar_jax.cli.config_files import find_config, importing_beside
 from mvar_jax.errors import InputError
 
 
 def add_config_argument(parser) -> None:
     """`--config FILE`; overrides are collected by the main parser."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="config file, as configs/digits.py")
+    parser.add_argument("--config", required=True, metavar="FILE", help="config file or shipped one, as digits")
     parser.epilog = "Any key of the config is set by --config.KEY=VALUE, as --config.optimizer.weight_decay=0.1"
 
 
@@ -19,10 +18,9 @@ def read_config(path: str, overrides: list[str]) -> dict:
     from absl import flags
     from ml_collections import config_flags
 
-    if not Path(path).is_file():
-        raise InputError("config", path, "an existing config file")
+    file = find_config(path)
     values = flags.FlagValues()
-    argv = ["mvar", f"--config={path}", *overrides]
+    argv = ["mvar", f"--config={file}", *overrides]
     config_flags.DEFINE_config_file(
         "config", flag_values=values, sys_argv=argv, lock_config=False, accept_new_attributes=True
     )
@@ -30,7 +28,8 @@ def read_config(path: str, overrides: list[str]) -> dict:
         if "=" not in override:
             raise InputError(override.removeprefix("--"), None, f"a value, as {override}=VALUE")
     try:
-        values(argv)
+        with importing_beside(file):
+            values(argv)
         return values.config.to_dict()
     except AttributeError as error:
         raise InputError("config", path, f"a config that has the keys given ({error})") from None

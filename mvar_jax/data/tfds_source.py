@@ -8,9 +8,12 @@ _VALIDATION_NAMES = ("validation", "val", "test")
 
 
 def _find_builder(name: str, data_dir: str):
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.registered import DatasetNotFoundError
-
+    try:
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.registered import DatasetNotFoundError
+    except ImportError as error:
+        message = f"config.data.source='tfds' needs TensorFlow Datasets ({error}); pip install 'mvar_jax[tfds]'"
+        raise InputError(message, field="data.source", given="tfds") from None
     if not name:
         raise InputError("data.name", name, "the name of a TFDS data set, as imagenet2012")
     try:
@@ -55,9 +58,9 @@ class TfdsSource:
     """
 
     def __init__(self, name: str, data_dir: str, split: str):
+        builder = _find_builder(name, data_dir)
         import tensorflow_datasets as tfds
 
-        builder = _find_builder(name, data_dir)
         self._image = _only_feature(builder, tfds.features.Image)
         self._label = _only_feature(builder, tfds.features.ClassLabel)
         self._name = f"{name} {split}"

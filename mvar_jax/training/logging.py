@@ -133,7 +133,8 @@ class _TensorBoard:
         self._thread.start()
 
     def add(self, method: str, step: int, values: dict[str, Any]) -> None:
-        self._queue.put((method, step, values))
+        if self._thread.is_alive():  # nobody would take it from the queue
+            self._queue.put((method, step, values))
 
     def close(self, wait: bool) -> None:
         self._queue.put(None)
@@ -149,6 +150,9 @@ class _TensorBoard:
                 getattr(writer, method)(step, values)
                 if self._queue.empty():
                     writer.flush()
+        except ImportError as error:
+            text = f"TensorBoard events are not written ({error}); pip install 'mvar_jax[tensorboard]' brings them"
+            print(text, file=sys.stderr, flush=True)
         except Exception as error:  # a full disk or a broken TensorFlow must not end the training
             print(f"TensorBoard events are no longer written: {error}", file=sys.stderr, flush=True)
         finally:

@@ -1,6 +1,7 @@
 """The real ImageNet builder of TFDS on tiny tars, and other sets; nothing is downloaded."""
 
 import io
+import sys
 import tarfile
 
 import numpy as np
@@ -92,3 +93,9 @@ def test_set_that_is_not_there_is_refused(tmp_path, name, message):
     with pytest.raises(InputError, match=message):
         open_source("tfds", "train", path=str(tmp_path), tfds_name=name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_tfds_is_refused_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'mvar_jax\[tfds\]'"):
+        open_source("tfds", "train", tfds_name="imagenet2012")

@@ -1,5 +1,6 @@
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ class Recipe:
         )
 
     def start(self, name, line):
-        """Starts a stage in its own process group and waits until its command has printed a line."""
+        """Start a stage in its own process group and wait until its command has printed a line."""
         process = subprocess.Popen(
             [sys.executable, "-c", HEED_CTRL_C, *self.arguments(name, line)],
             cwd=self.folder,
@@ -41,6 +42,7 @@ class Recipe:
             text=True,
             start_new_session=True,
         )
+        assert select.select([process.stdout], [], [], 20)[0], "the command printed nothing in 20 s"
         assert process.stdout.readline() == "ready\n"
         return process
 
@@ -167,7 +169,7 @@ def test_sigterm_to_the_stage_alone_is_passed_on(recipe):
 def test_unknown_program_and_broken_log_are_one_line_errors(recipe):
     arguments = recipe.arguments("a", LINE)
     arguments = arguments[: arguments.index("--") + 1] + ["no-such-program"]
-    missing = subprocess.run(arguments, cwd=recipe.folder, capture_output=True, text=True)
+    missing = subprocess.run(arguments, cwd=recipe.folder, capture_output=True, text=True, timeout=20)
     assert missing.returncode == 127 and missing.stderr.startswith("error: no-such-program")
     assert not recipe.log_path.exists()
     recipe.log_path.parent.mkdir()

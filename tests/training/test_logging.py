@@ -1,4 +1,5 @@
 import json
+import sys
 import threading
 
 import numpy as np
@@ -88,14 +89,24 @@ def test_events_wait_for_a_slow_writer_and_closing_waits_too(tmp_path, monkeypat
     assert len(writer.calls) == 1 and writer.is_closed
 
 
+def test_missing_tensorboard_is_reported_once_with_the_extra_that_brings_it(tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "clu", None)
+    with MetricLog(tmp_path, 0) as log:
+        for step in range(3):
+            log.write(step, "train", {"loss": 1.0})
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "pip install 'mvar_jax[tensorboard]'" in error
+    assert len(read_lines(tmp_path)) == 3
+
+
 def test_broken_tensorboard_is_reported_and_does_not_stop_the_run(tmp_path, monkeypatch, capfd):
     def fail(folder):
-        raise ImportError("no clu")
+        raise OSError("no room")
 
     monkeypatch.setattr(logging, "_open_summary_writer", fail)
     with MetricLog(tmp_path, 0) as log:
         log.write(1, "train", {"loss": 2.0})
-    assert "no longer written: no clu" in capfd.readouterr().err
+    assert "no longer written: no room" in capfd.readouterr().err
     assert len(read_lines(tmp_path)) == 1
 
 

@@ -1,0 +1,177 @@
+"""Which interpreter and platform the scripts choose, with stand-ins for everything that they start."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PYTHON = """#!/bin/sh
+if [ "$1" = -c ]; then echo {version}; fi
+"""
+CHOOSE = 'source launch/environment.sh; choose_environment; echo "$PYTHON $VENV"'
+
+
+def make_program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+class Machine:
+    """A copy of the scripts, and a PATH that holds the stand-in interpreters alone."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.copy, self.bin = folder, folder / "copy", folder / "bin"
+        for name in ("launch", ".ci"):
+            shutil.copytree(ROOT / name, self.copy / name)
+        self.bin.mkdir()
+        for tool in ("bash", "env", "dirname", "cat", "cut", "cksum", "mkdir"):
+            (self.bin / tool).symlink_to(shutil.which(tool))
+
+    def add_python(self, name: str, version: str) -> None:
+        """An interpreter on the PATH, or at a path below the home folder if the name has slashes."""
+        where = self.folder / "home" if "/" in name else self.bin
+        make_program(where / name, PYTHON.format(version=version))
+
+    def run(self, *command, **environment: str) -> subprocess.CompletedProcess:
+        """Run a command in the copy; nothing of the test's own environment reaches it."""
+        own = {"PATH": str(self.bin), "HOME": str(self.folder / "home")}
+        return subprocess.run(
+            command, cwd=self.copy, env=own | environment, capture_output=True, text=True, timeout=60
+        )
+
+    def choose(self, **environment: str) -> subprocess.CompletedProcess:
+        return self.run("bash", "-c", CHOOSE, **environment)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        ({}, "python3.12 .venv"),
+        ({"PYTHON": "3.12"}, "python3.12 .venv-3.12"),
+        ({"PYTHON": "3.13"}, "python3 .venv-3.13"),
+        ({"PYTHON": "mine"}, "mine .venv-3.11"),
+        ({"PYTHON": "3.12", "VENV": "there"}, "python3.12 there"),
+    ],
+)
+def test_interpreter_is_chosen_by_version_and_by_name(machine, wanted, chosen):
+    for name, version in {"python3.12": "3.12", "python3": "3.13", "mine": "3.11"}.items():
+        machine.add_python(name, version)
+    assert machine.choose(**wanted).stdout == f"{chosen}\n"
+
+
+@pytest.mark.parametrize("root", ["home/.pyenv", "elsewhere"])
+def test_interpreter_of_pyenv_is_found_if_none_is_on_the_path(machine, root):
+    machine.add_python("python3", "3.9")
+    machine.add_python(f"../{root}/versions/3.11.7/bin/python", "3.11")
+    result = machine.choose(PYENV_ROOT=str(machine.folder / root) if root == "elsewhere" else "")
+    assert result.stdout == f"{machine.folder / root}/versions/3.11.7/bin/python .venv\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({}, "no Python 3.12 3.11 3.13 on the PATH or in pyenv"),
+        ({"PYTHON": "3.10"}, "PYTHON=python3 is Python 3.10; supported are 3.12 3.11 3.13"),
+        ({"PYTHON": "3.12"}, "PYTHON=python3.12 does not run"),
+        ({"PYTHON": "nowhere"}, "PYTHON=nowhere does not run"),
+    ],
+)
+def test_unsupported_interpreter_is_one_line_and_status_2(machine, wanted, words):
+    machine.add_python("python3", "3.10")
+    result = machine.choose(**wanted)
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.count("\n") == 1 and words in result.stderr
+
+
+def stand_in(status: int = 0) -> str:
+    return f'#!/bin/sh\necho "$0 with $PYTHON: $@"\nexit {status}\n'
+
+
+@pytest.mark.parametrize(
+    ("versions", "status", "lines"),
+    [
+        (("3.11", "3.12"), 0, ["Python 3.11, the whole suite: passed", "Python 3.12, tests/ops"]),
+        (("3.12",), 0, ["Python 3.11: not found", "Python 3.12, installation: passed"]),
+        ((), 1, ["Python 3.11: not found", "Python 3.12: not found"]),
+    ],
+)
+def test_ci_says_which_interpreter_is_missing(machine, versions, status, lines):
+    for version in versions:
+        machine.add_python(f"python{version}", version)
+    for name in ("setup", "test", "test_deviceless"):
+        make_program(machine.copy / "launch" / f"{name}.sh", stand_in())
+    result = machine.run("bash", ".ci/run")
+    assert result.returncode == status, result.stderr
+    assert all(any(found.startswith(line) for found in result.stdout.splitlines()) for line in lines), result.stdout
+
+
+@pytest.mark.parametrize(("code", "status", "words"), [(3, 1, "FAILED with status 3"), (75, 0, "not run, see above")])
+def test_ci_fails_with_its_tests_and_not_with_what_could_not_be_installed(machine, code, status, words):
+    machine.add_python("python3.12", "3.12")
+    for name in ("setup", "test", "test_deviceless"):
+        make_program(machine.copy / "launch" / f"{name}.sh", stand_in(code if name == "test_deviceless" else 0))
+    result = machine.run("bash", ".ci/run")
+    assert result.returncode == status
+    assert f"Python 3.12, compiling without devices: {words}" in result.stdout
+
+
+# answers what jax would, keeps its environment and words, and makes what each command should
+MVAR = """#!/bin/sh
+[ "$1" = -c ] && echo $PLATFORM && exit
+echo "${{JAX_PLATFORMS-unset}} ${{XLA_FLAGS-unset}} $3" >> {log}
+while [ $# -gt 0 ]; do
+  case $1 in --workdir|--out) out=$2 ;; esac
+  shift
+done
+mkdir -p $out
+cd $out
+for name in model cache report; do echo > $name.json; done
+echo > samples.npz; echo > samples.png
+"""
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_quickstart_uses_the_accelerator_that_is_there_else_the_cpu(machine, platform):
+    for name in ("requirements.txt", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, machine.copy)
+    make_program(machine.copy / ".venv/bin/python", MVAR.format(log=machine.folder / "log"))
+    ready = 'echo "$(cat requirements.txt pyproject.toml setup.py | cksum) " > .venv/.ready'
+    assert machine.run("bash", "-c", ready).returncode == 0
+    result = machine.run("bash", "launch/quickstart.sh", PYTHON=sys.executable, VENV=".venv", PLATFORM=platform)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = (machine.folder / "log").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["train", "cache_tokens", "train", "sample", "report"]
+    cpu = "cpu --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1"
+    expected = cpu if platform == "cpu" else "unset unset"
+    assert all(line.startswith(expected) for line in lines), lines
+
+
+def test_extras_are_installed_with_jax_and_kept_by_later_calls(machine):
+    for name in ("requirements.txt", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, machine.copy)
+    log = machine.folder / "log"
+    make_program(machine.copy / ".venv/bin/python", f'#!/bin/sh\necho "$@" >> {log}\n')
+    machine.add_python("python3.12", "3.12")
+
+    def words_of_pip(**environment: str) -> str:
+        log.write_text("")
+        result = machine.run("bash", "launch/setup.sh", **environment)
+        assert result.returncode == 0, result.stderr
+        return log.read_text()
+
+    first = words_of_pip()
+    assert "-r requirements.txt\n" in first and "jax[" not in first
+    assert "-r requirements.txt jax[cuda12]\n" in words_of_pip(EXTRAS="cuda12")
+    assert words_of_pip() == ""  # up to date, with the extra
+    (machine.copy / "requirements.txt").open("a").write("# changed")
+    assert "-r requirements.txt jax[cuda12]\n" in words_of_pip()
+    assert "-r requirements.txt\n" in words_of_pip(EXTRAS="")
