@@ -94,7 +94,6 @@ class Model:
 
     def sample_features(self, labels_B, seed: int, options: SampleOptions, index=None):
         """(ids int32 [B, L], f_hat float32 [B, y, x, c]) of a draw, not decoded; see `sample`."""
-        options.check()
         labels = self._check_labels(labels_B)
         keys = keys_of_samples(seed, np.arange(len(labels)) if index is None else index)
         return sample(self._both(), labels, keys, options)
@@ -122,7 +121,6 @@ class Model:
         the mask is not seen; the rest as in `sample`. Raises InputError for sizes or options that do not fit.
         """
         options = SampleOptions(cfg, top_k, top_p, smooth, temperature)
-        options.check()
         labels, size = self._check_labels(labels_B), self.tokenizer.image_size
         border_px = editing.check_border(border_px, softness, size)
         mask_BYX = editing.check_mask(mask, size)
@@ -152,7 +150,7 @@ class Model:
         """
         labels = self._check_labels(labels_B)
         for cfg in cfgs:
-            SampleOptions(cfg, top_k, top_p, smooth, temperature).check()
+            SampleOptions(cfg, top_k, top_p, smooth, temperature)  # checks itself
         K, B = len(cfgs), len(labels)
         keys = keys_of_samples(seed, np.tile(np.arange(B) if index is None else index, K))
         cfg_KB = jnp.repeat(jnp.asarray(cfgs, jnp.float32), B)

@@ -104,9 +104,7 @@ def build_run(config: dict):
     optimizer = fill(OptimizerOptions, "optimizer", config["optimizer"])
     numbers = (config["seed"], config["num_steps"], config["batch_size"])
     parts = config.get("accumulate_steps", OPTIONAL_KEYS["accumulate_steps"])
-    run = RunOptions(*numbers, optimizer, make_mesh(**config["mesh"]), parts)
-    run.check()
-    return run
+    return RunOptions(*numbers, optimizer, make_mesh(**config["mesh"]), parts)
 
 
 def build_task(config: dict):

@@ -47,8 +47,7 @@ class SampleOptions:
     smooth: bool = False
     temperature: float = 1.0
 
-    def check(self) -> None:
-        """Raises InputError for values out of range."""
+    def __post_init__(self):
         check_sampling_options(self.cfg, self.top_k, self.top_p, self.temperature)
 
 

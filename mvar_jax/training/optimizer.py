@@ -15,7 +15,11 @@ UNDECAYED += ("adaptive_offset", "codebook")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
-    """base_learning_rate is the peak for 256 images a step and grows with the batch; *_factor are multiples of it."""
+    """Options of AdamW and its schedules, the `optimizer` section of a config.
+
+    base_learning_rate is the peak for 256 images a step and grows with the batch; *_factor are multiples of the peak.
+    Raises InputError for values out of range.
+    """
 
     base_learning_rate: float = 1e-4
     schedule: str = "lin0"
@@ -30,13 +34,14 @@ class OptimizerOptions:
     clip_norm: float = 2.0  # 0: off
     ema_decay: float = 0.0  # 0: no moving average is kept
 
-    def check(self, num_steps: int) -> None:
-        """Raises InputError for values out of range."""
+    def __post_init__(self):
         check_schedule(self.schedule)
         if not 0 <= self.ema_decay < 1:
-            raise InputError("ema_decay", self.ema_decay, "0 (off) to below 1")
-        if not 0 <= self.warmup_steps < max(num_steps, 1):
-            raise InputError("warmup_steps", self.warmup_steps, f"0 to below num_steps={num_steps}")
+            words = f"config.optimizer.ema_decay must be from 0 (off) to below 1, got {self.ema_decay}"
+            raise InputError(words, field="ema_decay", given=self.ema_decay, expected="0 to below 1")
+        if self.warmup_steps < 0:
+            words = f"config.optimizer.warmup_steps must be 0 or more, got {self.warmup_steps}"
+            raise InputError(words, field="warmup_steps", given=self.warmup_steps, expected="0 or more")
 
     def at(self, step: int, num_steps: int, batch_size: int) -> tuple[float, float]:
         """(learning rate, weight decay) of iteration `step`."""

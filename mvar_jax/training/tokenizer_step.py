@@ -16,8 +16,14 @@ from mvar_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class CodebookOptions:
-    """warmup_steps: the decoder sees f itself, then codes are drawn from residuals. revive_every_steps (0: never),
-    until revive_until_step: codes with fewer than revive_below hits a step (moving average) are redrawn."""
+    """Options of the codebook and of the tokenizer's loss, the `codebook` section of a config.
+
+    warmup_steps: the decoder sees f itself; afterwards all codes are drawn from residuals.
+    revive_every_steps: interval of redrawing codes with fewer than revive_below hits a step (moving average), up to
+      revive_until_step; 0: never.
+
+    Raises InputError for values out of range.
+    """
 
     warmup_steps: int = 0
     revive_every_steps: int = 0
@@ -29,15 +35,16 @@ class CodebookOptions:
     usage_decay_early: float = 0.9
     usage_early_steps: int = 100
 
-    def check(self) -> None:
-        """Raises InputError for values out of range."""
+    def __post_init__(self):
         for name in ("warmup_steps", "revive_every_steps", "revive_until_step"):
-            if getattr(self, name) < 0:
-                raise InputError(f"codebook.{name}", getattr(self, name), "0 or more")
-        if self.l1_weight < 0 or self.l2_weight < 0 or self.l1_weight + self.l2_weight == 0:
-            raise InputError(
-                "codebook.l2_weight", self.l2_weight, f"weights of 0 or more, not both 0 (l1_weight={self.l1_weight})"
-            )
+            value = getattr(self, name)
+            if value < 0:
+                words = f"config.codebook.{name} must be 0 or more, got {value}"
+                raise InputError(words, field=f"codebook.{name}", given=value, expected="0 or more")
+        l1, l2 = self.l1_weight, self.l2_weight
+        if l1 < 0 or l2 < 0 or l1 + l2 == 0:
+            words = f"config.codebook.l1_weight and l2_weight must be 0 or more and not both 0, got {l1} and {l2}"
+            raise InputError(words, field="codebook.l2_weight", given=l2, expected="0 or more, not both 0")
 
     def is_care_due(self, step: int) -> bool:
         """Whether codes are redrawn before iteration `step`."""

@@ -31,7 +31,6 @@ class TokenizerTask(Task):
         transform: Transform,
         loading: LoadOptions,
     ):
-        options.check()
         zeros = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
         super().__init__(run, tokenizer, data, transform, loading, zeros)
         self.tokenizer, self.options = tokenizer, options

@@ -16,27 +16,35 @@ from mvar_jax.training.state import TrainState, sample_keys
 
 @dataclasses.dataclass(frozen=True)
 class PhaseOptions:
-    """schedule: "paper" (one phase a step, `ratio` coarse steps a cycle) or "joint" (all phases, one step)."""
+    """Options of the training phases, the `phases` section of a config.
+
+    schedule: "paper" (one phase a step, `ratio` coarse steps a cycle) or "joint" (all phases in one step).
+    Raises InputError for an unknown schedule or values out of range.
+    """
 
     schedule: str = "paper"
     ratio: int = 8
     label_drop_rate: float = 0.1
     label_smoothing: float = 0.0
 
-    def check(self) -> None:
-        """Raises InputError for an unknown schedule or values out of range."""
+    def __post_init__(self):
         if self.schedule not in ("paper", "joint"):
-            raise InputError("phases.schedule", self.schedule, "paper or joint")
+            raise _out_of_range("schedule", self.schedule, "paper or joint")
         if self.ratio < 1:
-            raise InputError("phases.ratio", self.ratio, "1 or more coarse steps a cycle")
+            raise _out_of_range("ratio", self.ratio, "1 or more")
         for name in ("label_drop_rate", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"phases.{name}", getattr(self, name), "0 to below 1")
+                raise _out_of_range(name, getattr(self, name), "from 0 to below 1")
 
     def phases_of_step(self, model: Transformer, step: int) -> tuple[Phase, ...]:
         """The phases that iteration `step` trains."""
         phases = model.phases()
         return phases if self.schedule == "joint" else (phases[phase_of(step, len(phases), self.ratio)],)
+
+
+def _out_of_range(name: str, given, expected: str) -> InputError:
+    words = f"config.phases.{name} must be {expected}, got {given!r}"
+    return InputError(words, field=f"phases.{name}", given=given, expected=expected)
 
 
 def phase_loss(model, params, batch: dict, phase: Phase, label_smoothing: float = 0.0):

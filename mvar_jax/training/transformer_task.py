@@ -43,7 +43,6 @@ class TransformerTask(Task):
         loading: LoadOptions,
         initial_params=None,
     ):
-        options.check()
         super().__init__(run, transformer, data, transform, loading, {})
         self.initial_params = initial_params
         self.transformer, self.options = transformer, options
