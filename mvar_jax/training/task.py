@@ -38,8 +38,9 @@ def sizes_of(module) -> dict[str, tuple[str, int]]:
 class RunOptions:
     """Options of a run that both tasks share.
 
-    accumulate_steps: equal parts of a batch whose gradients are accumulated. Raises InputError for values out of range
-    or a batch that the mesh does not divide.
+    accumulate_steps: equal parts of a batch whose gradients are accumulated.
+
+    Raises InputError for values out of range or a batch that the mesh does not divide.
     """
 
     seed: int
