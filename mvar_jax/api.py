@@ -14,8 +14,9 @@ from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
+from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling import analysis, editing
-from mvar_jax.sampling.sampler import SampleOptions, decode_features, keys_of_samples, sample
+from mvar_jax.sampling.sampler import SampleOptions, decode_features, sample
 
 
 class Model:

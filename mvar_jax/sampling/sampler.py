@@ -146,11 +146,6 @@ def decode_features(networks: Networks, f_hat_BYXc: jax.Array) -> jax.Array:
     return decode_in_turns(networks, f_hat_BYXc)
 
 
-def keys_of_samples(seed: int, index_B) -> jax.Array:
-    """One key per sample: a function of (seed, sample index) alone, so of no batch, order or device."""
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(index_B, jnp.uint32))
-
-
 @functools.partial(jax.jit, static_argnames=("options", "outputs"))
 def sample(
     networks: Networks,

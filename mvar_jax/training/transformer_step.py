@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from mvar_jax.errors import InputError
 from mvar_jax.models.transformer import Transformer, previous_of
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
+from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.scales import Phase, phase_of
 from mvar_jax.training.accumulate import value_and_grad_over_parts
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
-from mvar_jax.training.state import TrainState, sample_keys
+from mvar_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ def train_step(
     the ids), `index` uint32 [B] (the samples' places in the stream). Metrics hold NaN for scales outside `phases`.
     """
     model, options = recipe.model, recipe.options
-    keys_B = sample_keys(recipe.seed, batch["index"])
+    keys_B = keys_of_samples(recipe.seed, batch["index"])
     batch = {
         "ids": batch["ids"],
         "label": drop_labels(batch["label"], keys_B, options.label_drop_rate, model.num_classes),

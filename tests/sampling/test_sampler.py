@@ -23,8 +23,9 @@ from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import modulate
 from mvar_jax.ops.pixels import to_levels
 from mvar_jax.ops.quantize import teacher_forcing_input
+from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.ops.sampling import filter_logits
-from mvar_jax.sampling.sampler import SampleOptions, draw_scale, keys_of_samples, sample, sample_pyramid
+from mvar_jax.sampling.sampler import SampleOptions, draw_scale, sample, sample_pyramid
 
 
 def assert_draw_close(what: str, draw, golden: dict, prefix: str = "") -> None:
