@@ -17,6 +17,7 @@ from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling import analysis, editing
 from mvar_jax.sampling.sampler import SampleOptions, decode_features, sample
+from mvar_jax.scales import areas_of
 
 
 class Model:
@@ -52,7 +53,7 @@ class Model:
 
     @property
     def num_tokens(self) -> int:
-        return sum(side * side for side in self.tokenizer.sides)
+        return sum(areas_of(self.tokenizer.sides))
 
     def labels(self, labels_B) -> np.ndarray:
         """Numbers or names of classes as int32 [B]. Raises InputError for unknown ones."""

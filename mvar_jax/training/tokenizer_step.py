@@ -1,14 +1,16 @@
 """Losses, updates and codebook care of the tokenizer."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mvar_jax.errors import InputError
 from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.ops.metrics import psnr_of_error
 from mvar_jax.ops.pixels import as_images
+from mvar_jax.scales import areas_of, offsets_of
 from mvar_jax.training.accumulate import value_and_grad_over_parts
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
 from mvar_jax.training.state import TrainState
@@ -56,8 +58,7 @@ class CodebookOptions:
 
 def count_hits(ids_BL: jax.Array, sides: tuple[int, ...], vocab_size: int) -> jax.Array:
     """float32 [S, V]: how often each scale of the batch chose each code."""
-    bounds = np.cumsum((0, *(side * side for side in sides)))
-    spans = zip(bounds[:-1], bounds[1:], strict=True)
+    spans = itertools.pairwise(offsets_of(areas_of(sides)))
     return jnp.stack(
         [jnp.bincount(ids_BL[:, a:b].reshape(-1), length=vocab_size).astype(jnp.float32) for a, b in spans]
     )
@@ -116,7 +117,7 @@ def train_step(
     state, metrics = apply_gradients(recipe.optimizer, state, grads, learning_rate, weight_decay)
     state = state.replace(extra={"hits": hits_ema_SV})
     usage_S = usage_percent(hits_ema_SV, B, model.sides[-1] ** 2)
-    told = {"psnr_db": 10 * jnp.log10(4 / parts["mse"]), "quantizer_loss": parts["quantizer_loss"]}
+    told = {"psnr_db": psnr_of_error(parts["mse"], 2), "quantizer_loss": parts["quantizer_loss"]}
     return state, {"loss": loss, **told, "usage_per_scale": usage_S, **metrics}
 
 
