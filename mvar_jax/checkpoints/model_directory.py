@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.checkpoints.best import best_step
-from mvar_jax.checkpoints.manager import load_tree, restore_weights, save_tree
+from mvar_jax.checkpoints.manager import restore_weights
+from mvar_jax.checkpoints.trees import load_tree, save_tree
 from mvar_jax.errors import InputError
 from mvar_jax.fields import from_dict, put_below
 from mvar_jax.models.init import abstract_params
