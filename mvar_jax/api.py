@@ -14,8 +14,10 @@ from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
+from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling import analysis, editing
-from mvar_jax.sampling.sampler import SampleOptions, decode_features, keys_of_samples, sample
+from mvar_jax.sampling.sampler import SampleOptions, decode_features, sample
+from mvar_jax.scales import areas_of
 
 
 class Model:
@@ -55,7 +57,7 @@ class Model:
 
     @property
     def num_tokens(self) -> int:
-        return sum(side * side for side in self.tokenizer.sides)
+        return sum(areas_of(self.tokenizer.sides))
 
     def labels(self, labels_B) -> np.ndarray:
         """Numbers or names of classes as int32 [B]. Raises InputError for unknown ones."""
@@ -98,7 +100,6 @@ class Model:
 
     def sample_features(self, labels_B, seed: int, options: SampleOptions, index=None):
         """(ids int32 [B, L], f_hat float32 [B, y, x, c]) of a draw, not decoded; see `sample`."""
-        options.check()
         labels = self._check_labels(labels_B)
         keys = keys_of_samples(seed, np.arange(len(labels)) if index is None else index)
         return sample(self._both(), labels, keys, options)
@@ -126,7 +127,6 @@ class Model:
         the mask is not seen; the rest as in `sample`. Raises InputError for sizes or options that do not fit.
         """
         options = SampleOptions(cfg, top_k, top_p, smooth, temperature)
-        options.check()
         labels, size = self._check_labels(labels_B), self.tokenizer.image_size
         border_px = editing.check_border(border_px, softness, size)
         mask_BYX = editing.check_mask(mask, size)
@@ -156,7 +156,7 @@ class Model:
         """
         labels = self._check_labels(labels_B)
         for cfg in cfgs:
-            SampleOptions(cfg, top_k, top_p, smooth, temperature).check()
+            SampleOptions(cfg, top_k, top_p, smooth, temperature)  # checks itself
         K, B = len(cfgs), len(labels)
         keys = keys_of_samples(seed, np.tile(np.arange(B) if index is None else index, K))
         cfg_KB = jnp.repeat(jnp.asarray(cfgs, jnp.float32), B)

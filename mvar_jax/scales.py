@@ -5,6 +5,8 @@ but small constant index tables.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -86,12 +88,12 @@ class Pyramid:
 
     @property
     def areas(self) -> tuple[int, ...]:
-        return tuple(side * side for side in self.sides)
+        return areas_of(self.sides)
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """S + 1 offsets: scale l holds tokens `offsets[l] : offsets[l + 1]`."""
-        return (0, *np.cumsum(self.areas).tolist())
+        return offsets_of(self.areas)
 
     @property
     def num_tokens(self) -> int:
@@ -117,6 +119,16 @@ class Pyramid:
             return (Phase(0, self.num_scales - 1, 0, self.num_tokens, BLOCK_CAUSAL),)
         coarse = Phase(0, self.refine_step - 1, 0, self.offsets[self.refine_step], BLOCK_DIAGONAL)
         return (coarse, *(self.scale_phase(l) for l in range(self.refine_step, self.num_scales)))
+
+
+def areas_of(sides: Sequence[int]) -> tuple[int, ...]:
+    """Return the number of tokens of each map."""
+    return tuple(side * side for side in sides)
+
+
+def offsets_of(areas: Sequence[int]) -> tuple[int, ...]:
+    """Return S + 1 offsets: map l holds tokens `offsets[l] : offsets[l + 1]`."""
+    return tuple(itertools.accumulate(areas, initial=0))
 
 
 def check_sides(sides: tuple[int, ...]) -> None:

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.checkpoints.best import best_step
-from mvar_jax.checkpoints.manager import load_tree, restore_weights, save_tree
+from mvar_jax.checkpoints.manager import restore_weights
+from mvar_jax.checkpoints.trees import load_tree, save_tree
 from mvar_jax.errors import InputError
+from mvar_jax.fields import from_dict, put_below
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
@@ -32,24 +34,21 @@ def module_to_dict(module: nn.Module) -> dict:
     return {name: jnp.dtype(value).name if name == "dtype" else value for name, value in fields.items()}
 
 
-def module_from_dict(kind: str, fields: dict) -> nn.Module:
-    """The module of kind "tokenizer" or "transformer" with these fields.
+def module_from_dict(kind: str, fields: dict, where: str | None = None) -> nn.Module:
+    """Return the module of kind "tokenizer" or "transformer" with these fields.
 
-    Raises InputError for an unknown or missing field, or fields that do not fit together.
+    where: what a user calls `fields`, such as "config.model"; None: they are those of model.json or of published
+    weights. Raises InputError for an unknown or missing field, or fields that do not fit together.
     """
-    cls = MODULES[kind]
-    known = {f.name: f for f in dataclasses.fields(cls) if f.name not in LINEN_FIELDS}
-    for name in fields:
-        if name not in known:
-            raise InputError(f"{kind}.{name}", fields[name], f"one of the fields {', '.join(sorted(known))}")
-    for name, field in known.items():
-        if field.default is dataclasses.MISSING and name not in fields:
-            raise InputError(f"{kind}.{name}", None, "a value: it has no default")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    if "dtype" in values:
-        values["dtype"] = jnp.dtype(values["dtype"]).type
-    module = cls(**values)
-    module.check()
+    if "dtype" in fields:
+        fields = fields | {"dtype": jnp.dtype(fields["dtype"]).type}
+    module = from_dict(MODULES[kind], fields, where or kind, hidden=LINEN_FIELDS)
+    try:
+        module.check()
+    except InputError as error:
+        if where is None:
+            raise
+        raise put_below(error, where) from None
     return module
 
 

@@ -75,8 +75,8 @@ def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) 
     classes; from now on every skipped file is listed there."""
     import jax
 
-    from mvar_jax.checkpoints.manager import save_tree
     from mvar_jax.checkpoints.model_directory import MODEL_FILE, write_model_file
+    from mvar_jax.checkpoints.trees import save_tree
 
     for split, skipped in task.skipped.items():
         skipped.keep_in(workdir / f"skipped_{split}{jax.process_index() or ''}.json")

@@ -8,7 +8,7 @@ import numpy as np
 
 from mvar_jax.convert.reader import Tensor, TorchFile
 from mvar_jax.errors import InputError
-from mvar_jax.scales import KNOWN_SIDES
+from mvar_jax.scales import KNOWN_SIDES, areas_of
 
 # The names under which the published trainers keep a state dict, at the top or under "trainer", and what the
 # transformers under them were trained as.
@@ -108,13 +108,13 @@ def read_sides(state: StateDict, patch_nums: tuple[int, ...] | None) -> tuple[in
     patch_nums = None if patch_nums is None else tuple(patch_nums)
     num_tokens, num_scales = state.sizes("pos_1LC", 3)[1], state.sizes("lvl_embed.weight", 2)[0]
     num_start = state.sizes("pos_start", 3)[1]
-    fits = lambda sides: (len(sides), sides[0] ** 2, sum(x * x for x in sides)) == (num_scales, num_start, num_tokens)
+    fits = lambda sides: (len(sides), sides[0] ** 2, sum(areas_of(sides))) == (num_scales, num_start, num_tokens)
     counted = f"{num_scales} sides, the first squared {num_start}, their squares adding up to {num_tokens}"
     if "lvl_1L" in state:
         levels = state["lvl_1L"].reshape(-1)
         areas = np.unique(levels, return_counts=True)[1]
         sides = tuple(round(side) for side in np.sqrt(areas).tolist())
-        if not fits(sides) or not np.array_equal(levels, np.repeat(np.arange(num_scales), np.square(sides))):
+        if not fits(sides) or not np.array_equal(levels, np.repeat(np.arange(num_scales), areas_of(sides))):
             raise state.refuse(f"lvl_1L to number the maps of {counted}")
     elif patch_nums is None:
         known = [sides for sides in KNOWN_SIDES.values() if fits(sides)]

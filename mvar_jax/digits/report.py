@@ -46,7 +46,7 @@ def measure_reconstructions(images_BYX3, reconstructions_BYX3) -> dict:
     pooled = np.mean(10 ** (-per_image / 10))
     return {
         "psnr_db": float(per_image.mean()),
-        "psnr_pooled_mse_db": float(-10 * np.log10(pooled)) if pooled else math.inf,
+        "psnr_pooled_mse_db": float(metrics.psnr_of_error(np.asarray(pooled), 1.0)),
         "ssim": float(metrics.ssim(images, reconstructions, 1.0).mean()),
     }
 

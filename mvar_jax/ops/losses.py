@@ -1,8 +1,11 @@
 """Cross-entropy over token ids and the quantizer's commitment loss."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from mvar_jax.scales import offsets_of
 
 
 def token_cross_entropy(logits_BNV: jax.Array, ids_BN: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
@@ -16,8 +19,7 @@ def token_cross_entropy(logits_BNV: jax.Array, ids_BN: jax.Array, label_smoothin
 
 def sum_per_scale(x_BN: jax.Array, areas: tuple[int, ...]) -> jax.Array:
     """[B, N] -> [B, scales]: sums over each map's tokens."""
-    bounds = np.cumsum((0, *areas))
-    spans = zip(bounds[:-1], bounds[1:], strict=True)
+    spans = itertools.pairwise(offsets_of(areas))
     return jnp.stack([jnp.sum(x_BN[:, a:b], axis=1) for a, b in spans], axis=1)
 
 

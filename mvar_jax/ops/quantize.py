@@ -5,6 +5,7 @@ hold no parameters. All of it is float32: codeword distances and f_hat decide wh
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.ops.resize import resize_area, resize_bicubic
+from mvar_jax.scales import areas_of, offsets_of
 
 Phi = Callable[[int, jax.Array], jax.Array]
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -78,12 +80,10 @@ def encode_residual(
 
 def decode_ids(ids_BL: jax.Array, codebook_Vc: jax.Array, phi: Phi, sides: tuple[int, ...]) -> tuple:
     """f_hat after each scale [B, Y, X, c], a tuple of S, from token ids alone."""
-    f_hat, f_hats, begin = 0.0, [], 0
-    for scale, side in enumerate(sides):
-        codes = codebook_Vc[ids_BL[:, begin : begin + side * side]]
-        f_hat = f_hat + upsample_codes(codes, scale, sides, phi)
+    f_hat, f_hats = 0.0, []
+    for scale, (begin, end) in enumerate(itertools.pairwise(offsets_of(areas_of(sides)))):
+        f_hat = f_hat + upsample_codes(codebook_Vc[ids_BL[:, begin:end]], scale, sides, phi)
         f_hats.append(f_hat)
-        begin += side * side
     return tuple(f_hats)
 
 

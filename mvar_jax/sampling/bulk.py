@@ -26,7 +26,8 @@ from mvar_jax.files.images import GRID_IMAGES, save_png, tile_grid
 from mvar_jax.files.npz import Pieces, save_npz
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.networks import Networks
-from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample
+from mvar_jax.ops.random import keys_of_samples
+from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import replicated, shardings_of, spec_of, use_mesh, ways_of
 
 IDENTITY_FILE = "samples.json"

@@ -47,8 +47,7 @@ class SampleOptions:
     smooth: bool = False
     temperature: float = 1.0
 
-    def check(self) -> None:
-        """Raises InputError for values out of range."""
+    def __post_init__(self):
         check_sampling_options(self.cfg, self.top_k, self.top_p, self.temperature)
 
 
@@ -145,11 +144,6 @@ def decode_in_turns(networks: Networks, f_hat_BYXc: jax.Array) -> jax.Array:
 def decode_features(networks: Networks, f_hat_BYXc: jax.Array) -> jax.Array:
     """Decode latent maps to float32 images in [-1, 1], some at a time."""
     return decode_in_turns(networks, f_hat_BYXc)
-
-
-def keys_of_samples(seed: int, index_B) -> jax.Array:
-    """One key per sample: a function of (seed, sample index) alone, so of no batch, order or device."""
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(index_B, jnp.uint32))
 
 
 @functools.partial(jax.jit, static_argnames=("options", "outputs"))

@@ -30,6 +30,8 @@ class OptimizerOptions:
       eps: added to the root of the second moment.
       clip_norm: largest global norm of a gradient; 0 does not clip.
       ema_decay: decay of the moving average of the weights, which evaluation and sampling then use; 0 keeps none.
+
+    Raises InputError for values out of range.
     """
 
     base_learning_rate: float = 1e-4
@@ -45,13 +47,14 @@ class OptimizerOptions:
     clip_norm: float = 2.0
     ema_decay: float = 0.0
 
-    def check(self, num_steps: int) -> None:
-        """Raises InputError for values out of range."""
+    def __post_init__(self):
         check_schedule(self.schedule)
         if not 0 <= self.ema_decay < 1:
-            raise InputError("ema_decay", self.ema_decay, "0 (off) to below 1")
-        if not 0 <= self.warmup_steps < max(num_steps, 1):
-            raise InputError("warmup_steps", self.warmup_steps, f"0 to below num_steps={num_steps}")
+            words = f"config.optimizer.ema_decay must be from 0 (off) to below 1, got {self.ema_decay}"
+            raise InputError(words, field="ema_decay", given=self.ema_decay, expected="0 to below 1")
+        if self.warmup_steps < 0:
+            words = f"config.optimizer.warmup_steps must be 0 or more, got {self.warmup_steps}"
+            raise InputError(words, field="warmup_steps", given=self.warmup_steps, expected="0 or more")
 
     def at(self, step: int, num_steps: int, batch_size: int) -> tuple[float, float]:
         """(learning rate, weight decay) of iteration `step`."""

@@ -9,9 +9,11 @@ FLAT_SHARES = {"lin0": 0.05, "lin": 0.15, "lin00": 0.0, "exp": 0.15}
 
 
 def check_schedule(name: str) -> None:
-    """Raises InputError for an unknown schedule name."""
+    """Raise InputError if the schedule is unknown."""
     if name != "cos" and name not in FLAT_SHARES and not _is_two_piece(name):
-        raise InputError("schedule", name, "cos, lin, lin0, lin00, exp, or lin<T> with 0 < T < 1 (as lin0.3)")
+        known = "cos, lin, lin0, lin00, exp, or lin<T> with 0 < T < 1 such as lin0.3"
+        words = f"config.optimizer.schedule must be one of {known}, got {name!r}"
+        raise InputError(words, field="schedule", given=name, expected=known)
 
 
 def _is_two_piece(name: str) -> bool:

@@ -69,9 +69,3 @@ def abstract_sharded(make_boxed_state, mesh: Mesh) -> TrainState:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
     )
-
-
-def sample_keys(seed: int, index_B: jax.Array) -> jax.Array:
-    """One key per sample: a function of the seed and the sample's place in the training stream alone."""
-    base = jax.random.key(seed)
-    return jax.vmap(lambda i: jax.random.fold_in(base, i))(index_B.astype(jnp.uint32))

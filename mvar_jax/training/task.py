@@ -45,6 +45,8 @@ class RunOptions:
       optimizer: options of AdamW.
       mesh: devices by axis.
       accumulate_steps: equal parts of a batch whose gradients are added up, to save memory.
+
+    Raises InputError for values out of range.
     """
 
     seed: int
@@ -54,12 +56,15 @@ class RunOptions:
     mesh: Mesh
     accumulate_steps: int = 1
 
-    def check(self) -> None:
-        """Raises InputError for values out of range."""
+    def __post_init__(self):
         if self.accumulate_steps < 1:
-            raise InputError("accumulate_steps", self.accumulate_steps, "1 or more parts of a batch")
+            words = f"config.accumulate_steps must be 1 or more, got {self.accumulate_steps}"
+            raise InputError(words, field="accumulate_steps", given=self.accumulate_steps, expected="1 or more")
         check_batch_size(self.batch_size, self.mesh, self.accumulate_steps)
-        self.optimizer.check(self.num_steps)
+        warmup, end = self.optimizer.warmup_steps, max(self.num_steps, 1)
+        if warmup >= end:
+            words = f"config.optimizer.warmup_steps must be below config.num_steps={self.num_steps}, got {warmup}"
+            raise InputError(words, field="warmup_steps", given=warmup, expected=f"0 to {end - 1}")
 
     def rates(self, step: int) -> tuple[np.float32, np.float32]:
         """(learning rate, weight decay) of a step."""
@@ -71,7 +76,6 @@ class Task:
     """State, batches and evaluation data: the part that does not depend on what is trained."""
 
     def __init__(self, run: RunOptions, module, data: dict[str, Source], transform: Transform, loading, extra):
-        run.check()
         check_sizes(sizes_of(module), run.mesh)
         self.run, self.module, self.data, self.transform = run, module, data, transform
         self.loading: LoadOptions = loading

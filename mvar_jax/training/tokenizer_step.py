@@ -1,14 +1,16 @@
 """Losses, updates and codebook care of the tokenizer."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mvar_jax.errors import InputError
 from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.ops.metrics import psnr_of_error
 from mvar_jax.ops.pixels import as_images
+from mvar_jax.scales import areas_of, offsets_of
 from mvar_jax.training.accumulate import value_and_grad_over_parts
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
 from mvar_jax.training.state import TrainState
@@ -28,6 +30,8 @@ class CodebookOptions:
       usage_decay: decay of the moving average of a code's hits.
       usage_decay_early: the same in the first usage_early_steps after the warm-up.
       usage_early_steps: number of those steps.
+
+    Raises InputError for values out of range.
     """
 
     warmup_steps: int = 0
@@ -40,15 +44,16 @@ class CodebookOptions:
     usage_decay_early: float = 0.9
     usage_early_steps: int = 100
 
-    def check(self) -> None:
-        """Raises InputError for values out of range."""
+    def __post_init__(self):
         for name in ("warmup_steps", "revive_every_steps", "revive_until_step"):
-            if getattr(self, name) < 0:
-                raise InputError(f"codebook.{name}", getattr(self, name), "0 or more")
-        if self.l1_weight < 0 or self.l2_weight < 0 or self.l1_weight + self.l2_weight == 0:
-            raise InputError(
-                "codebook.l2_weight", self.l2_weight, f"weights of 0 or more, not both 0 (l1_weight={self.l1_weight})"
-            )
+            value = getattr(self, name)
+            if value < 0:
+                words = f"config.codebook.{name} must be 0 or more, got {value}"
+                raise InputError(words, field=f"codebook.{name}", given=value, expected="0 or more")
+        l1, l2 = self.l1_weight, self.l2_weight
+        if l1 < 0 or l2 < 0 or l1 + l2 == 0:
+            words = f"config.codebook.l1_weight and l2_weight must be 0 or more and not both 0, got {l1} and {l2}"
+            raise InputError(words, field="codebook.l2_weight", given=l2, expected="0 or more, not both 0")
 
     def is_care_due(self, step: int) -> bool:
         """Whether codes are redrawn before iteration `step`."""
@@ -60,8 +65,7 @@ class CodebookOptions:
 
 def count_hits(ids_BL: jax.Array, sides: tuple[int, ...], vocab_size: int) -> jax.Array:
     """float32 [S, V]: how often each scale of the batch chose each code."""
-    bounds = np.cumsum((0, *(side * side for side in sides)))
-    spans = zip(bounds[:-1], bounds[1:], strict=True)
+    spans = itertools.pairwise(offsets_of(areas_of(sides)))
     return jnp.stack(
         [jnp.bincount(ids_BL[:, a:b].reshape(-1), length=vocab_size).astype(jnp.float32) for a, b in spans]
     )
@@ -120,7 +124,7 @@ def train_step(
     state, metrics = apply_gradients(recipe.optimizer, state, grads, learning_rate, weight_decay)
     state = state.replace(extra={"hits": hits_ema_SV})
     usage_S = usage_percent(hits_ema_SV, B, model.sides[-1] ** 2)
-    told = {"psnr_db": 10 * jnp.log10(4 / parts["mse"]), "quantizer_loss": parts["quantizer_loss"]}
+    told = {"psnr_db": psnr_of_error(parts["mse"], 2), "quantizer_loss": parts["quantizer_loss"]}
     return state, {"loss": loss, **told, "usage_per_scale": usage_S, **metrics}
 
 

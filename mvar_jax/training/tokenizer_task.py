@@ -11,7 +11,7 @@ from mvar_jax.data.sources import Source
 from mvar_jax.files.images import min_zoom, side_by_side, to_uint8
 from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.models.tokenizer import Tokenizer
-from mvar_jax.ops.metrics import perplexity
+from mvar_jax.ops.metrics import perplexity, psnr_of_error
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.sampling.sampler import decode_features
 from mvar_jax.sharding import use_mesh
@@ -31,7 +31,6 @@ class TokenizerTask(Task):
         transform: Transform,
         loading: LoadOptions,
     ):
-        options.check()
         zeros = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
         super().__init__(run, tokenizer, data, transform, loading, zeros)
         self.tokenizer, self.options = tokenizer, options
@@ -71,7 +70,7 @@ class TokenizerTask(Task):
         images = as_images(batch["image"])
         rec, _, encoded = self.tokenizer.apply({"params": params}, images)
         error_B = jnp.mean(jnp.square(jnp.clip(rec, -1, 1) - images), axis=(1, 2, 3))
-        psnr_B = 10 * jnp.log10(4 / error_B)
+        psnr_B = psnr_of_error(error_B, 2)
         mask = batch["mask"]
         V = self.tokenizer.vocab_size
         # a padding row's ids fall outside the codebook and are not counted

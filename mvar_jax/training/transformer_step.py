@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from mvar_jax.errors import InputError
 from mvar_jax.models.transformer import Transformer, previous_of
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
+from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.scales import Phase, phase_of
 from mvar_jax.training.accumulate import value_and_grad_over_parts
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
-from mvar_jax.training.state import TrainState, sample_keys
+from mvar_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class PhaseOptions:
       ratio: steps of the coarse phase in a cycle of the paper schedule; each window phase gets one.
       label_drop_rate: share of samples that train the "no class" row, which guidance needs.
       label_smoothing: weight of the uniform part of the cross-entropy.
+
+    Raises InputError for values out of range.
     """
 
     schedule: str = "paper"
@@ -30,20 +33,24 @@ class PhaseOptions:
     label_drop_rate: float = 0.1
     label_smoothing: float = 0.0
 
-    def check(self) -> None:
-        """Raises InputError for an unknown schedule or values out of range."""
+    def __post_init__(self):
         if self.schedule not in ("paper", "joint"):
-            raise InputError("phases.schedule", self.schedule, "paper or joint")
+            raise _out_of_range("schedule", self.schedule, "paper or joint")
         if self.ratio < 1:
-            raise InputError("phases.ratio", self.ratio, "1 or more coarse steps a cycle")
+            raise _out_of_range("ratio", self.ratio, "1 or more")
         for name in ("label_drop_rate", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"phases.{name}", getattr(self, name), "0 to below 1")
+                raise _out_of_range(name, getattr(self, name), "from 0 to below 1")
 
     def phases_of_step(self, model: Transformer, step: int) -> tuple[Phase, ...]:
         """The phases that iteration `step` trains."""
         phases = model.phases()
         return phases if self.schedule == "joint" else (phases[phase_of(step, len(phases), self.ratio)],)
+
+
+def _out_of_range(name: str, given, expected: str) -> InputError:
+    words = f"config.phases.{name} must be {expected}, got {given!r}"
+    return InputError(words, field=f"phases.{name}", given=given, expected=expected)
 
 
 def phase_loss(model, params, batch: dict, phase: Phase, label_smoothing: float = 0.0):
@@ -106,7 +113,7 @@ def train_step(
     the ids), `index` uint32 [B] (the samples' places in the stream). Metrics hold NaN for scales outside `phases`.
     """
     model, options = recipe.model, recipe.options
-    keys_B = sample_keys(recipe.seed, batch["index"])
+    keys_B = keys_of_samples(recipe.seed, batch["index"])
     batch = {
         "ids": batch["ids"],
         "label": drop_labels(batch["label"], keys_B, options.label_drop_rate, model.num_classes),

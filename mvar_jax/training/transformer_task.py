@@ -11,7 +11,8 @@ from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.cost import phase_macs
 from mvar_jax.ops.pixels import as_images
-from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample
+from mvar_jax.ops.random import keys_of_samples
+from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import use_mesh
 from mvar_jax.training import transformer_step
 from mvar_jax.training.task import NUM_PICTURES, RunOptions, Task
@@ -43,7 +44,6 @@ class TransformerTask(Task):
         loading: LoadOptions,
         initial_params=None,
     ):
-        options.check()
         super().__init__(run, transformer, data, transform, loading, {})
         self.initial_params = initial_params
         self.transformer, self.options = transformer, options

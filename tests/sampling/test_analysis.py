@@ -6,8 +6,9 @@ from golden_case import quick_jit
 
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
+from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.analysis import mix_classes, sample_swept, score_classes, teacher_forced_logits
-from mvar_jax.sampling.sampler import SampleOptions, guided_logits, keys_of_samples, sample_pyramid
+from mvar_jax.sampling.sampler import SampleOptions, guided_logits, sample_pyramid
 
 TOKENIZER, MODEL = small_case.TINY_MODULES["tokenizer"], small_case.TINY_MODULES["transformer"]
 PARAMS = small_case.seeded_params(MODEL)

@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 import small_case
 from mvar_jax.sampling import sampler
-from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample
+from mvar_jax.ops.random import keys_of_samples
+from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import make_mesh, replicated, shardings_of, spec_of, use_mesh
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.networks import Networks

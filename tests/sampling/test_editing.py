@@ -6,6 +6,7 @@ from golden_case import quick_jit
 
 from mvar_jax.errors import InputError
 from mvar_jax.models.networks import Networks
+from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.editing import (
     blend,
     check_border,
@@ -15,7 +16,7 @@ from mvar_jax.sampling.editing import (
     redraw,
     shrink_onto_canvas,
 )
-from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples
+from mvar_jax.sampling.sampler import SampleOptions
 
 SIDES = (1, 2, 3)
 SIDE = 6

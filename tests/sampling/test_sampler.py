@@ -23,8 +23,9 @@ from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import modulate
 from mvar_jax.ops.pixels import to_levels
 from mvar_jax.ops.quantize import teacher_forcing_input
+from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.ops.sampling import filter_logits
-from mvar_jax.sampling.sampler import SampleOptions, draw_scale, keys_of_samples, sample, sample_pyramid
+from mvar_jax.sampling.sampler import SampleOptions, draw_scale, sample, sample_pyramid
 
 
 def assert_draw_close(what: str, draw, golden: dict, prefix: str = "") -> None:
@@ -243,17 +244,17 @@ def test_temperature_divides_the_logits_before_the_filters(smooth):
 
 
 @pytest.mark.parametrize(
-    ("options", "field"),
+    ("changes", "field"),
     [
-        (SampleOptions(top_k=-1), "top_k"),
-        (SampleOptions(top_p=1.01), "top_p"),
-        (SampleOptions(top_p=-0.5), "top_p"),
-        (SampleOptions(cfg=-1.0), "cfg"),
-        (SampleOptions(temperature=0.0), "temperature"),
-        (SampleOptions(temperature=float("inf")), "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": -0.5}, "top_p"),
+        ({"cfg": -1.0}, "cfg"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
     ],
 )
-def test_options_out_of_range_are_refused(options, field):
-    SampleOptions().check()
-    with pytest.raises(InputError, match=f"^{field}="):
-        options.check()
+def test_options_out_of_range_are_refused(changes, field):
+    with pytest.raises(InputError) as caught:
+        SampleOptions(**changes)
+    assert caught.value.field == field
