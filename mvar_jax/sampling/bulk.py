@@ -28,7 +28,7 @@ from mvar_jax.models.init import abstract_params
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.sampler import SampleOptions, sample
-from mvar_jax.sharding import replicated, shardings_of, spec_of, use_mesh, ways_of
+from mvar_jax.sharding import num_shards_of, replicated, shardings_of, spec_of, use_mesh
 
 IDENTITY_FILE = "samples.json"
 SAMPLES_FILE = "samples.npz"
@@ -225,8 +225,8 @@ def _draw(networks: Networks, batches: _Batches, missing: list[int], mesh: Mesh)
 
 def _start(networks: Networks, order: Order, rows: range, size: int, mesh: Mesh) -> dict[str, jax.Array]:
     """Arrays of one batch that are being computed, at one shape for all batches: rows beyond the end are repeats."""
-    ways = ways_of("batch", mesh)
-    index = np.minimum(rows.start + np.arange(-(-size // ways) * ways), rows.stop - 1)
+    num_shards = num_shards_of("batch", mesh)
+    index = np.minimum(rows.start + np.arange(-(-size // num_shards) * num_shards), rows.stop - 1)
     outputs = ("floor_pixels" if order.truncates else "pixels",)
     outputs += ("ids", "f_hat") if order.saves_tokens else ()
     by_batch = NamedSharding(mesh, spec_of(("batch",)))

@@ -13,7 +13,6 @@ from mvar_jax.data.pipeline import LoadOptions, Transform, eval_batches, train_b
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.data.sources import Source
 from mvar_jax.errors import InputError
-from mvar_jax.models.init import initializer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import check_batch_size, check_sizes, put_batch, replicated, use_mesh
 from mvar_jax.training.optimizer import OptimizerOptions
@@ -83,7 +82,7 @@ class Task:
         self.skipped = {split: Skipped(split, len(source), loading.max_bad_share) for split, source in data.items()}
         self.examples_per_step = run.batch_size
         # rbg: compiling many threefry draws takes most of a small model's start-up
-        init = functools.partial(initializer(module), jax.random.key(run.seed, impl="rbg"))
+        init = functools.partial(module.init_params, jax.random.key(run.seed, impl="rbg"))
         self._make_state = functools.partial(make_state, init, run.optimizer, extra)
         self.initial_params = None
         # outputs are placed as the state is: left to itself the compiler may place them otherwise

@@ -113,5 +113,6 @@ def test_gumbel_noise_has_the_standard_moments():
 )
 def test_sampling_options_out_of_range_are_refused(cfg, top_k, top_p, field):
     check_sampling_options(0.0, 0, 1.0)
-    with pytest.raises(InputError, match=f"^{field}="):
+    with pytest.raises(InputError, match=f"^{field} must be ") as caught:
         check_sampling_options(cfg, top_k, top_p)
+    assert caught.value.field == field

@@ -103,8 +103,9 @@ def test_each_window_scale_may_have_its_own_window():
     ],
 )
 def test_pyramid_refuses_what_does_not_fit(arguments, field):
-    with pytest.raises(InputError, match=f"^{field}="):
+    with pytest.raises(InputError, match=f"^{field} must be ") as caught:
         Pyramid(*arguments)
+    assert caught.value.field == field and str(caught.value.given) in str(caught.value)
 
 
 def test_offsets_of_sides_are_those_of_their_pyramid():
