@@ -21,7 +21,7 @@ def current_platform() -> str:
     """cpu, gpu (CUDA or ROCm) or tpu: the target of `compiling_for`, else of jax's default device."""
     if _target.value is not None:
         return _target.value
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # missing from the stubs of jax 0.10
     platform = device if isinstance(device, str) else getattr(device, "platform", None)
     platform = platform or jax.default_backend()
     return "gpu" if platform in ("cuda", "rocm") else platform

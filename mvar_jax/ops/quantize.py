@@ -78,7 +78,8 @@ def encode_residual(
 
 def decode_ids(ids_BL: jax.Array, codebook_Vc: jax.Array, phi: Phi, sides: tuple[int, ...]) -> tuple:
     """f_hat after each scale [B, Y, X, c], a tuple of S, from token ids alone."""
-    f_hat, f_hats, begin = 0.0, [], 0
+    f_hat: jax.Array | float = 0.0
+    f_hats, begin = [], 0
     for scale, side in enumerate(sides):
         codes = codebook_Vc[ids_BL[:, begin : begin + side * side]]
         f_hat = f_hat + upsample_codes(codes, scale, sides, phi)

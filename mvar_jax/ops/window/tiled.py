@@ -99,7 +99,8 @@ class Tiling:
     def axes(self) -> tuple[AxisPlan, AxisPlan]:
         """Rows and columns."""
         sides = zip((self.height, self.width), self.tile, strict=True)
-        return tuple(plan_axis(side, tile, self.kernel_size) for side, tile in sides)
+        rows, columns = (plan_axis(side, tile, self.kernel_size) for side, tile in sides)
+        return rows, columns
 
     def attend(self, mask_QM, q_GQK, k_GMK, v_GMK):
         """One tile of some samples and heads; M counts the keys of its halo."""
