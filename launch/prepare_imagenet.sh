@@ -1,23 +1,27 @@
 #!/usr/bin/env bash
-# ImageNet (ILSVRC2012) as ArrayRecord by TensorFlow Datasets, once. No accelerator is needed, nor is anything trained.
+# Prepare ImageNet (ILSVRC2012) as ArrayRecord by TensorFlow Datasets, once. Needs no accelerator.
 #   bash launch/prepare_imagenet.sh TARS [DATA]
 # TARS holds ILSVRC2012_img_train.tar (138 GB) and ILSVRC2012_img_val.tar (6.3 GB), from https://image-net.org
-# after registration. DATA (default ~/tensorflow_datasets) gets the records: about 145 GB more; with TFDS's own
-# temporary copy have 300 GB free. TFDS reads the tars as they are, nothing is unpacked beside them. Expect hours:
-# the time is that of reading and writing 145 GB once and of 1.3 million small records; not measured here.
-# The tars may be deleted afterwards, and so may the records once cache_tokens has run (about 3.6 GB are left).
-# Started again after an interruption it begins anew; where the data are prepared it does nothing.
+# after registration. DATA (default ~/tensorflow_datasets) gets about 145 GB of records; have 300 GB free for TFDS's
+# temporary copy. TFDS reads the tars as they are and unpacks nothing. Expect hours: it reads and writes 145 GB once, as
+# 1.3 million small records; not measured here.
+# The tars may be deleted afterwards, and the records too once cache_tokens has run (its cache takes about 3.6 GB).
+# Not resumable: after an interruption it starts over. If the data are prepared, it does nothing.
 set -euo pipefail
-TARS=${1:?usage: bash launch/prepare_imagenet.sh TARS [DATA]}
-DATA=${2:-$HOME/tensorflow_datasets}
+if [ $# -lt 1 ]; then
+  echo "error: TARS is required: bash launch/prepare_imagenet.sh TARS [DATA]" >&2
+  exit 2
+fi
+TARS=$(realpath -m "$1")
+DATA=$(realpath -m "${2:-$HOME/tensorflow_datasets}")
 cd "$(dirname "$0")/.."
 for name in train val; do
   [ -f "$TARS/ILSVRC2012_img_$name.tar" ] || {
-    echo "error: $TARS/ILSVRC2012_img_$name.tar: expected the file that image-net.org hands out" >&2
+    echo "error: $TARS/ILSVRC2012_img_$name.tar is missing; download it from https://image-net.org" >&2
     exit 2
   }
 done
-.venv/bin/python - "$(realpath "$TARS")" "$DATA" <<'PYTHON'
+.venv/bin/python - "$TARS" "$DATA" <<'PYTHON'
 import sys
 
 import tensorflow_datasets as tfds

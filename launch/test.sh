@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check style and run all tests; set up the environment first if it is missing. Arguments go to pytest.
+# Check style and types and run all tests; set up the environment first if it is missing. Arguments go to pytest.
 #   bash launch/test.sh -k window
 #   PYTHON=3.11 bash launch/test.sh    with another Python, in an environment of its own
 # The tests always run on the CPU.
@@ -12,5 +12,6 @@ export JAX_PLATFORMS=cpu OPENBLAS_NUM_THREADS=1 # both cores already have a test
 unset PYTHONDONTWRITEBYTECODE                    # without compiled files each process would compile what it imports
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
+"$VENV/bin/python" -m mypy
 # two processes, each with whole files: the tests of a file share compiled programs; tests/conftest.py orders the files
 "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -11,6 +11,9 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
+
+import mvar_jax
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -121,3 +124,17 @@ def test_installed_program_reads_shipped_and_own_configs_in_any_folder(installed
     there, is_same = run([sys.executable, "-c", code], cwd=tmp_path, env=environment).split()
     assert Path(there).parent == installed / "mvar_jax" and is_same == "True"
     assert "train" in run([installed / "bin" / "mvar", "--help"], cwd=tmp_path, env=environment)
+
+
+def test_citation_and_module_have_the_version_of_the_project():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"] == mvar_jax.__version__
+    assert citation["license"] == PROJECT["license"]["text"]
+    assert "2505.12742" in citation["preferred-citation"]["doi"]
+
+
+def test_pre_commit_has_the_ruff_of_the_requirements():
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {wanted for hook in repository["hooks"] for wanted in hook["additional_dependencies"]} == {
+        f"ruff{bounds_of(EXTRAS['test'][1:])['ruff']}"
+    }

@@ -5,7 +5,7 @@ import functools
 import importlib.resources
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mvar_jax.checkpoints.model_directory import CLASSES_FILE, MODEL_FILE
@@ -20,7 +20,7 @@ class ClassNames:
     def __init__(self, spellings: Sequence[Sequence[str]] = ()):
         self.names = tuple(first for first, *_ in spellings)
         # from the strictest way of reading a name to the loosest
-        self._ways = [
+        self._ways: list[tuple[Callable[[str], str], dict[str, list[int]]]] = [
             (str, _number_by_name((name, i) for i, (name, *_) in enumerate(spellings))),
             (_simplify, _number_by_name((_simplify(name), i) for i, (name, *_) in enumerate(spellings))),
             (_simplify, _number_by_name((_simplify(name), i) for i, every in enumerate(spellings) for name in every)),
@@ -51,7 +51,7 @@ def _simplify(name: str) -> str:
 
 
 def _number_by_name(pairs) -> dict[str, list[int]]:
-    numbers = defaultdict(list)
+    numbers: defaultdict[str, list[int]] = defaultdict(list)
     for name, number in pairs:
         if number not in numbers[name]:
             numbers[name].append(number)

@@ -54,7 +54,7 @@ def module_from_dict(kind: str, fields: dict, where: str | None = None) -> nn.Mo
 
 def write_model_file(directory: Path, modules: dict[str, nn.Module], trains: str | None = None) -> None:
     """Writes `model.json` atomically. trains: the module whose weights lie in the workdir's checkpoints."""
-    content = {"format": FORMAT, "trains": trains}
+    content: dict[str, object] = {"format": FORMAT, "trains": trains}
     content |= {kind: module_to_dict(module) for kind, module in modules.items()}
     temporary = directory / (MODEL_FILE + ".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -14,7 +14,7 @@ GRID_IMAGES = 400  # a larger grid is of no use to an eye
 
 def to_uint8(images_BYX3, truncate: bool = False) -> np.ndarray:
     """Images in [-1, 1] as uint8 on the host; see `to_levels`."""
-    return to_levels(np.asarray(images_BYX3, np.float32), truncate)
+    return np.asarray(to_levels(np.asarray(images_BYX3, np.float32), truncate))
 
 
 def tile_grid(images_BYX3, columns: int, pad: int = 2, zoom: int = 1) -> np.ndarray:

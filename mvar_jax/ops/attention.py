@@ -50,7 +50,8 @@ def block_causal_mask(areas: tuple[int, ...]) -> np.ndarray:
 
 def group_scales(areas: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Split consecutive scales into groups of at most GROUP_TOKENS tokens (a larger scale stands alone)."""
-    groups, current = [], []
+    groups: list[tuple[int, ...]] = []
+    current: list[int] = []
     for area in areas:
         if current and sum(current) + area > GROUP_TOKENS:
             groups.append(tuple(current))

@@ -30,4 +30,4 @@ def commitment_loss(f_BYXc: jax.Array, f_hats: tuple[jax.Array, ...], beta: floa
         beta * jnp.mean(jnp.square(stop(f_hat) - f_BYXc)) + jnp.mean(jnp.square(f_hat - stop(f_BYXc)))
         for f_hat in f_hats
     ]
-    return sum(terms) / len(terms)
+    return sum(terms[1:], terms[0]) / len(terms)

@@ -24,7 +24,7 @@ def current_platform() -> str:
     """Return cpu, gpu (CUDA or ROCm) or tpu: of `compiling_for` if it is active, else of jax's default device."""
     if _target.value is not None:
         return _target.value
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # missing from the stubs of jax 0.10
     platform = device if isinstance(device, str) else getattr(device, "platform", None)
     platform = platform or jax.default_backend()
     return "gpu" if platform in ("cuda", "rocm") else platform

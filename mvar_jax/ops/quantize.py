@@ -86,7 +86,8 @@ def encode_residual(
 
 def decode_ids(ids_BL: jax.Array, codebook_Vc: jax.Array, phi: Phi, sides: tuple[int, ...]) -> tuple:
     """Return f_hat after each of the S scales, a tuple of `[B, Y, X, c] float32`, from token ids alone."""
-    f_hat, f_hats = 0.0, []
+    f_hat: jax.Array | float = 0.0
+    f_hats = []
     for scale, (begin, end) in enumerate(itertools.pairwise(offsets_of(areas_of(sides)))):
         f_hat = f_hat + upsample_codes(codebook_Vc[ids_BL[:, begin:end]], scale, sides, phi)
         f_hats.append(f_hat)

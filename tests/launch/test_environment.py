@@ -1,50 +1,15 @@
 """Which interpreter and platform the scripts choose, with stand-ins for everything that they start."""
 
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from stand_ins import Machine, make_program
 
-ROOT = Path(__file__).parents[2]
-PYTHON = """#!/bin/sh
-if [ "$1" = -c ]; then echo {version}; fi
-"""
 CHOOSE = 'source launch/environment.sh; choose_environment; echo "$PYTHON $VENV"'
 
 
-def make_program(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-
-
-class Machine:
-    """A copy of the scripts, and a PATH that holds the stand-in interpreters alone."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.copy, self.bin = folder, folder / "copy", folder / "bin"
-        for name in ("launch", ".ci"):
-            shutil.copytree(ROOT / name, self.copy / name)
-        self.bin.mkdir()
-        for tool in ("bash", "env", "dirname", "cat", "cut", "cksum", "mkdir"):
-            (self.bin / tool).symlink_to(shutil.which(tool))
-
-    def add_python(self, name: str, version: str) -> None:
-        """An interpreter on the PATH, or at a path below the home folder if the name has slashes."""
-        where = self.folder / "home" if "/" in name else self.bin
-        make_program(where / name, PYTHON.format(version=version))
-
-    def run(self, *command, **environment: str) -> subprocess.CompletedProcess:
-        """Run a command in the copy; nothing of the test's own environment reaches it."""
-        own = {"PATH": str(self.bin), "HOME": str(self.folder / "home")}
-        return subprocess.run(
-            command, cwd=self.copy, env=own | environment, capture_output=True, text=True, timeout=60
-        )
-
-    def choose(self, **environment: str) -> subprocess.CompletedProcess:
-        return self.run("bash", "-c", CHOOSE, **environment)
+def choose(machine: Machine, **environment: str):
+    return machine.run("bash", "-c", CHOOSE, **environment)
 
 
 @pytest.fixture
@@ -65,14 +30,14 @@ def machine(tmp_path):
 def test_interpreter_is_chosen_by_version_and_by_name(machine, wanted, chosen):
     for name, version in {"python3.12": "3.12", "python3": "3.13", "mine": "3.11"}.items():
         machine.add_python(name, version)
-    assert machine.choose(**wanted).stdout == f"{chosen}\n"
+    assert choose(machine, **wanted).stdout == f"{chosen}\n"
 
 
 @pytest.mark.parametrize("root", ["home/.pyenv", "elsewhere"])
 def test_interpreter_of_pyenv_is_found_if_none_is_on_the_path(machine, root):
     machine.add_python("python3", "3.9")
     machine.add_python(f"../{root}/versions/3.11.7/bin/python", "3.11")
-    result = machine.choose(PYENV_ROOT=str(machine.folder / root) if root == "elsewhere" else "")
+    result = choose(machine, PYENV_ROOT=str(machine.folder / root) if root == "elsewhere" else "")
     assert result.stdout == f"{machine.folder / root}/versions/3.11.7/bin/python .venv\n", result.stderr
 
 
@@ -87,7 +52,7 @@ def test_interpreter_of_pyenv_is_found_if_none_is_on_the_path(machine, root):
 )
 def test_unsupported_interpreter_is_one_line_and_status_2(machine, wanted, words):
     machine.add_python("python3", "3.10")
-    result = machine.choose(**wanted)
+    result = choose(machine, **wanted)
     assert result.returncode == 2 and not result.stdout
     assert result.stderr.count("\n") == 1 and words in result.stderr
 
@@ -141,8 +106,6 @@ echo > samples.npz; echo > samples.png
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_quickstart_uses_the_accelerator_that_is_there_else_the_cpu(machine, platform):
-    for name in ("requirements.txt", "pyproject.toml", "setup.py"):
-        shutil.copy(ROOT / name, machine.copy)
     make_program(machine.copy / ".venv/bin/python", MVAR.format(log=machine.folder / "log"))
     ready = 'echo "$(cat requirements.txt pyproject.toml setup.py | cksum) " > .venv/.ready'
     assert machine.run("bash", "-c", ready).returncode == 0
@@ -156,8 +119,6 @@ def test_quickstart_uses_the_accelerator_that_is_there_else_the_cpu(machine, pla
 
 
 def test_extras_are_installed_with_jax_and_kept_by_later_calls(machine):
-    for name in ("requirements.txt", "pyproject.toml", "setup.py"):
-        shutil.copy(ROOT / name, machine.copy)
     log = machine.folder / "log"
     make_program(machine.copy / ".venv/bin/python", f'#!/bin/sh\necho "$@" >> {log}\n')
     machine.add_python("python3.12", "3.12")

@@ -29,7 +29,6 @@ def attend(q_BYXHK: jax.Array, k_BYXHK: jax.Array, v_BYXHK: jax.Array, kernel_si
     # padded queries see every key, so that no row is empty; their outputs are cut off
     mask = jnp.pad(jnp.asarray(window_mask(Y, X, kernel_size)), ((0, 0), (0, padding)))
     mask = jnp.pad(mask, ((0, padding), (0, 0)), constant_values=True)
-    out = jax.nn.dot_product_attention(
-        *map(pad, (q_BYXHK, k_BYXHK, v_BYXHK)), mask=mask[None, None], scale=scale, implementation="cudnn"
-    )
+    q, k, v = map(pad, (q_BYXHK, k_BYXHK, v_BYXHK))
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask[None, None], scale=scale, implementation="cudnn")
     return out[:, :N].reshape(q_BYXHK.shape)

@@ -59,7 +59,8 @@ def operations(height: int, width: int, kernel_size: int, scale: float, interpre
 
     The backward pass runs the forward pass again, since the library does not expose its residuals.
     """
-    constants, structure = jax.tree.flatten(splash_kernel(height, width, kernel_size, interpret))
+    leaves, structure = jax.tree.flatten(splash_kernel(height, width, kernel_size, interpret))
+    constants = tuple(leaves)
 
     def forward(*arrays):
         kernel = jax.tree.unflatten(structure, arrays[: len(constants)])
@@ -70,7 +71,6 @@ def operations(height: int, width: int, kernel_size: int, scale: float, interpre
         *qkv, dout = arrays[len(constants) :]
         return jax.vjp(functools.partial(run_splash, kernel, scale), *qkv)[1](dout)
 
-    constants = tuple(constants)
     return per_device(forward, (4,) * 3, (4,), constants), per_device(backward, (4,) * 4, (4,) * 3, constants)
 
 

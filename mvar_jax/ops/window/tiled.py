@@ -104,7 +104,8 @@ class Tiling:
     def axes(self) -> tuple[AxisPlan, AxisPlan]:
         """Return the tiles of rows and of columns."""
         sides = zip((self.height, self.width), self.tile, strict=True)
-        return tuple(plan_axis(side, tile, self.kernel_size) for side, tile in sides)
+        rows, columns = (plan_axis(side, tile, self.kernel_size) for side, tile in sides)
+        return rows, columns
 
     def attend(self, mask_QM, q_GQK, k_GMK, v_GMK):
         """Attend in one tile of some samples and heads; M counts the keys of its halo."""
