@@ -78,7 +78,7 @@ class Attention(nn.Module):
         return y_BND, cache
 
     def extend_cache(self, cache, new, layer):
-        """Write the phase's keys and values; return the cache and the layer's keys and values up to the phase's end."""
+        """Write the phase's keys and values; return the cache and the layer's part of it up to the phase's end."""
         begin, end = self.phase.begin, self.phase.end
 
         def extend(past_DBHLK, new_BNHK):

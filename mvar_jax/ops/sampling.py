@@ -1,26 +1,9 @@
 """Logits to codes: guidance ramp, top-k, top-p, categorical draw, Gumbel average (docs/method.md, Sampling)."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from mvar_jax.errors import InputError
-
 REMOVED = -jnp.inf
-
-
-def check_sampling_options(cfg: float, top_k: int, top_p: float, temperature: float = 1.0) -> None:
-    """Raise InputError if guidance or top_k is negative, top_p outside [0, 1] or temperature not above 0."""
-    rules = {
-        "cfg": (cfg, cfg >= 0, "0 or more (0: no guidance)"),
-        "top_k": (top_k, top_k >= 0, "0 or more (0: off)"),
-        "top_p": (top_p, 0 <= top_p <= 1, "from 0 to 1 (0: off)"),
-        "temperature": (temperature, 0 < temperature < math.inf, "finite and above 0 (1: unchanged logits)"),
-    }
-    for field, (given, is_valid, expected) in rules.items():
-        if not is_valid:
-            raise InputError(f"{field} must be {expected}, got {given}", field=field, given=given, expected=expected)
 
 
 def guidance_strength(cfg: float, scale: int, num_scales: int) -> float:

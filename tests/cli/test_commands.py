@@ -24,7 +24,7 @@ def test_help_lists_every_command_without_heavy_imports():
         "heavy = {'jax', 'tensorflow', 'sklearn', 'matplotlib', 'grain', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert all(command in done.stdout for command in COMMANDS)
 

@@ -44,6 +44,10 @@ def test_a_sweep_draws_what_each_guidance_draws_alone(conditioning, cfgs):
 
 
 def test_mixed_classes_are_what_their_weights_say():
+    """Row m of the new class table is weights[m] @ table, "no class" is unchanged, and a one-hot row is that class.
+
+    The logits show that the mixed table is used as a class table: a shifted or transposed one changes them.
+    """
     weights = jnp.array([[0, 0, 1.0], [0.25, 0.75, 0], [1, 0, 0], [0, 1, 0]])
     mixed = mix_classes(NETWORKS, weights)
     params = mixed.params
