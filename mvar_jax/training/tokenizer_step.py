@@ -48,7 +48,7 @@ class CodebookOptions:
             words = f"config.codebook.l1_weight and l2_weight must be 0 or more and not both 0, got {l1} and {l2}"
             raise InputError(words, field="codebook.l2_weight", given=l2, expected="0 or more, not both 0")
 
-    def is_care_due(self, step: int) -> bool:
+    def is_redraw_due(self, step: int) -> bool:
         """Whether codes are redrawn before iteration `step`."""
         if step == self.warmup_steps and self.warmup_steps:
             return True
