@@ -17,8 +17,8 @@ def add_machine_arguments(parser) -> None:
         "--distributed",
         default=OFF,
         metavar="off|auto|HOST:PORT,NUM,INDEX",
-        help="join the other processes of the run: by Slurm, a TPU slice, Open MPI or the variables JAX_COORDINATOR_ADDRESS, "
-        "JAX_NUM_PROCESSES and JAX_PROCESS_ID (auto), or as given; off (default): one process",
+        help="join the other processes of the run: by Slurm, a TPU slice, Open MPI or the variables "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (auto), or as given; off: alone (default)",
     )
     parser.add_argument(
         "--compilation_cache",

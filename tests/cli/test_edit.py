@@ -68,7 +68,7 @@ def test_edit_draws_under_the_mask_alone(tiny_model, quick_programs, files):
         (["--mask", "mask.png", "--expand", "2"], ["one of --mask and --expand"]),
         ([], ["one of --mask and --expand"]),
         (["--expand", "0.5"], ["expand=0.5", "above 1"]),
-        (["--mask", "mask.png", "--label", "ten"], ["labels='ten'"]),
+        (["--mask", "mask.png", "--label", "ten"], ["labels", "'ten'"]),
         (["--mask", "mask.png", "--label", "10"], ["labels=10", "0 to 2"]),
         (["--mask", "mask.png", "--border", "-1"], ["border=-1"]),
         (["--mask", "mask.png", "--softness", "2"], ["softness=2.0"]),

@@ -89,7 +89,7 @@ def test_tokenizer_of_other_groups_is_refused(tmp_path):
 
 
 def test_no_model_or_a_taken_directory_is_refused(tmp_path):
-    with pytest.raises(InputError, match="checkpoint="):
+    with pytest.raises(InputError, match="^checkpoint "):
         to_torch(tmp_path / "nowhere", tmp_path / "torch")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").write_text("")
