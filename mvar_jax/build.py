@@ -104,6 +104,7 @@ def _given_fields(cls: type, config: dict) -> dict[str, Any]:
 
 def build_task(config: dict):
     """Return (task, modules of model.json, weights of the tokenizer under a transformer or None)."""
+    from mvar_jax.training.task import TaskData
     from mvar_jax.training.tokenizer_step import CodebookOptions
     from mvar_jax.training.tokenizer_task import TokenizerTask
     from mvar_jax.training.transformer_step import PhaseOptions
@@ -113,15 +114,14 @@ def build_task(config: dict):
     if config["task"] == "tokenizer":
         options = from_dict(CodebookOptions, config["codebook"], "config.codebook")
         sources = {split: data.open(split) for split in SPLITS}
-        task = TokenizerTask(run, module, options, sources, data.transform(), data.loading())
-        return task, {"tokenizer": module}, None
+        task_data = TaskData(sources, data.transform(), data.loading())
+        return TokenizerTask(run, module, options, task_data), {"tokenizer": module}, None
 
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
     module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
     initial = load_initial(config["init_from"], module)
-    data_parts = (sources, transform, data.loading())
-    task = TransformerTask(run, module, options, tokenizer, *data_parts, initial_params=initial)
+    task = TransformerTask(run, module, options, tokenizer, TaskData(sources, transform, data.loading()), initial)
     return task, {"tokenizer": tokenizer.tokenizer, "transformer": module}, tokenizer.tokenizer_params
 
 

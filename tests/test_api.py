@@ -85,5 +85,5 @@ def test_classes_are_ranked_by_bayes_rule_in_padded_batches(model):
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(model):
-    with pytest.raises(InputError, match="^labels='bea': expected a known class; 'bee', perhaps, which is 1"):
+    with pytest.raises(InputError, match="^labels: unknown class 'bea'. Did you mean bee .1.?"):
         model.sample(["bea"])

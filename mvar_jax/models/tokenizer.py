@@ -261,6 +261,17 @@ class Tokenizer(nn.Module):
         """Return the parameter tree, each leaf boxed with its logical axes; call under jit or eval_shape."""
         return self.init(key, jnp.zeros((1, self.image_size, self.image_size, 3)))["params"]
 
+    def init_params(self, key: jax.Array):
+        """Return the parameter tree, each leaf boxed with its logical axes. Call under jit or eval_shape."""
+        return self.init(key, jnp.zeros((1, self.image_size, self.image_size, 3)))["params"]
+
+    def mesh_sizes(self) -> dict[str, tuple[str, int]]:
+        """Return config key -> (logical axis, size) of the dimensions that a mesh cuts and must divide."""
+        widths = {f"ch * {mult}": self.ch * mult for mult in self.ch_mult}
+        named = {f"{key} (in)": ("channels_in", size) for key, size in widths.items()}
+        named |= {f"{key} (out)": ("channels_out", size) for key, size in widths.items()}
+        return {**named, "vocab_size": ("vocab", self.vocab_size)}
+
     def phi(self, scale: int, x_BYXc: jax.Array) -> jax.Array:
         """Return (1 - r) x + r conv3x3(x), with the convolution assigned to this scale."""
         index = quantize.phi_index(len(self.sides), self.num_phi)[scale]

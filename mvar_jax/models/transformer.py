@@ -209,6 +209,12 @@ class Transformer(nn.Module):
         previous = jnp.zeros((1, pyramid.num_tokens - pyramid.areas[0], self.code_width))
         return self.init(key, previous, jnp.zeros((1,), jnp.int32), everything)["params"]
 
+    def mesh_sizes(self) -> dict[str, tuple[str, int]]:
+        """Return config key -> (logical axis, size) of the dimensions that a mesh cuts and must divide."""
+        D = self.width
+        named = {"width": ("width", D), "num_heads": ("heads", self.num_heads), "width * 4": ("hidden", 4 * D)}
+        return {**named, "vocab_size": ("vocab", self.vocab_size)}
+
     def drop_path_rates(self) -> np.ndarray:
         """Return the probability of dropping each block's branches, `[depth] float32`."""
         return np.linspace(0, self.drop_path_rate, self.depth, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""AdamW with clipping as the published program applies it (SPEC: training), on optax's Adam."""
+"""AdamW with clipping as the published program applies it (docs/method.md, Training), on optax's Adam."""
 
 import dataclasses
 
@@ -57,7 +57,7 @@ class OptimizerOptions:
             raise InputError(words, field="warmup_steps", given=self.warmup_steps, expected="0 or more")
 
     def at(self, step: int, num_steps: int, batch_size: int) -> tuple[float, float]:
-        """(learning rate, weight decay) of iteration `step`."""
+        """Return (learning rate, weight decay) of iteration `step`."""
         factor = learning_rate_factor(
             self.schedule, step, num_steps, self.warmup_steps, self.warmup_factor, self.final_factor
         )
@@ -67,17 +67,17 @@ class OptimizerOptions:
 
 
 def path_name(path: tuple) -> str:
-    """Last key of a parameter's path."""
+    """Return the last key of a parameter's path."""
     return path[-1].key
 
 
 def decay_mask(params) -> dict:
-    """True for matrices; false for biases, positions, start, scale embedding, per-head scales, offsets, norms."""
+    """Return which parameters decay: matrices, not biases, norms, per-head scales, positions, embeddings, codes."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) not in UNDECAYED, params)
 
 
 def make_adam(options: OptimizerOptions, params) -> optax.GradientTransformation:
-    """Adam moments; the start position has a state of its own, so that it can stand still in window phases."""
+    """Return Adam; the start position has moments of its own, which window phases leave alone."""
     adam = lambda: optax.scale_by_adam(options.beta1, options.beta2, options.eps)
     labels = jax.tree_util.tree_map_with_path(
         lambda path, _: "start" if path_name(path) == "pos_start" else "rest", params
@@ -86,7 +86,7 @@ def make_adam(options: OptimizerOptions, params) -> optax.GradientTransformation
 
 
 def clip_by_norm(grads, clip_norm: float):
-    """(grads * min(1, clip / (norm + 1e-6)), norm before clipping). clip_norm 0 leaves them."""
+    """Return (grads * min(1, clip_norm / (norm + 1e-6)), norm before clipping); clip_norm 0 is off."""
     norm = optax.tree.norm(grads)
     if clip_norm == 0:
         return grads, norm
@@ -95,10 +95,16 @@ def clip_by_norm(grads, clip_norm: float):
 
 
 def apply_gradients(options: OptimizerOptions, state, grads, learning_rate, weight_decay, trains_start: bool = True):
-    """One AdamW step with decoupled decay. Returns (state, metrics grad_norm and is_bad).
+    """Take one AdamW step with decoupled decay; return (state, metrics grad_norm and is_bad).
 
-    trains_start False: the start position receives no gradient and neither decays nor moves its moments.
-    A non-finite gradient leaves the whole state (but its step) as it was and sets is_bad.
+    Args:
+      options: of the optimizer.
+      state: the TrainState.
+      grads: gradients, a tree like the parameters.
+      learning_rate, weight_decay: of this step.
+      trains_start: False leaves the start position and its moments alone.
+
+    A non-finite gradient changes nothing in the state except its step, and sets is_bad.
     """
     grads, norm = clip_by_norm(grads, options.clip_norm)
     updates, opt_state = make_adam(options, state.params).update(grads, state.opt_state, state.params)

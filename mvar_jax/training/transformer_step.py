@@ -1,4 +1,4 @@
-"""Losses, gradients and updates of the transformer: the paper's schedule of phases and the joint one (MVAR 3.3)."""
+"""Steps of the transformer: the paper's schedule of phases (MVAR section 3.3) and the joint one."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ class PhaseOptions:
                 raise _out_of_range(name, getattr(self, name), "from 0 to below 1")
 
     def phases_of_step(self, model: Transformer, step: int) -> tuple[Phase, ...]:
-        """The phases that iteration `step` trains."""
+        """Return the phases that iteration `step` trains."""
         phases = model.phases()
         return phases if self.schedule == "joint" else (phases[phase_of(step, len(phases), self.ratio)],)
 
@@ -54,10 +54,10 @@ def _out_of_range(name: str, given, expected: str) -> InputError:
 
 
 def phase_loss(model, params, batch: dict, phase: Phase, label_smoothing: float = 0.0):
-    """(loss, sums): weight 1/L a token, summed over the phase, mean over the batch; nll and hits [B, scales].
+    """Return (loss, (nll, hits)): the mean over the batch of 1/L a token, and sums over each scale, [B, scales].
 
-    batch: `ids` int32 [B, L], `label` int32 [B], `previous` float32 [B, L - n_0, c] and, in training,
-    `path` [depth, 2, B].
+    batch: `ids` int32 [B, L], `label` int32 [B], `previous` float32 [B, L - n_0, c] and in training the drop-path
+    factors `path` [depth, 2, B].
     """
     pyramid = model.pyramid
     previous = previous_of(batch["previous"], phase, pyramid.areas[0])
@@ -71,13 +71,13 @@ def phase_loss(model, params, batch: dict, phase: Phase, label_smoothing: float 
 
 
 def drop_labels(labels_B, keys_B, rate: float, no_class: int) -> jax.Array:
-    """Labels replaced by the "no class" row with this probability."""
+    """Return the labels, each replaced by `no_class` with probability `rate`."""
     draws_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(keys_B)
     return jnp.where(draws_B < rate, no_class, labels_B)
 
 
 def draw_paths(model: Transformer, keys_B) -> jax.Array | None:
-    """Drop-path factors [depth, 2, B]: 0 for a dropped branch, 1 / keep for a kept one; None without drop-path."""
+    """Return drop-path factors [depth, 2, B]: 0 drops a branch, 1 / keep keeps it; None without drop-path."""
     if model.drop_path_rate == 0:
         return None
     keep_D = 1 - jnp.asarray(model.drop_path_rates())
@@ -87,7 +87,7 @@ def draw_paths(model: Transformer, keys_B) -> jax.Array | None:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerRecipe:
-    """What is fixed for all steps of a run: hashable, so static in a compiled step.
+    """The constants of all steps of a run: hashable, so static in a compiled step.
 
     seed: of label dropout and drop-path. num_parts: equal parts of a batch whose gradients are accumulated.
     """
@@ -107,10 +107,17 @@ def train_step(
     learning_rate: jax.Array,
     weight_decay: jax.Array,
 ):
-    """Take one optimizer step over `phases`, gradients accumulated phase by phase. Jit with the first two static.
+    """Take one optimizer step over `phases`, gradients accumulated phase by phase; return (state, metrics).
 
-    batch: `ids` int32 [B, L], `label` int32 [B], `previous` float32 [B, L - n_0, c] (the teacher-forcing input of
-    the ids), `index` uint32 [B] (the samples' places in the stream). Metrics hold NaN for scales outside `phases`.
+    Jit with the first two arguments static. Metrics hold NaN for scales outside `phases`.
+
+    Args:
+      recipe: constants of the run.
+      phases: the phases to train.
+      state: the TrainState.
+      batch: `ids` int32 [B, L]; `label` int32 [B]; `previous` float32 [B, L - n_0, c], the teacher-forcing input of
+        the ids; `index` uint32 [B], the samples' places in the training stream.
+      learning_rate, weight_decay: of this step.
     """
     model, options = recipe.model, recipe.options
     keys_B = keys_of_samples(recipe.seed, batch["index"])
@@ -142,9 +149,9 @@ def train_step(
 
 
 def eval_step(model: Transformer, params, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return sums over the batch's real rows: (nll [S], hits [S], rows). No dropout.
+    """Return sums over the batch's real rows, without dropout: (nll [S], hits [S], rows).
 
-    batch: as `train_step` takes it, without `index` and with `mask` float32 [B], 1 for real rows.
+    batch: that of `train_step` without `index` and with `mask` float32 [B], 1 for real rows.
     """
     parts = [phase_loss(model, params, batch, phase)[1] for phase in model.phases()]
     nll_BS, hits_BS = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))

@@ -62,16 +62,16 @@ def test_unknown_command_is_refused(capfd):
     [
         (
             "--config.optimizer.wieght_decay=0.1",
-            ["config.optimizer.wieght_decay=0.1", "config.optimizer.weight_decay"],
+            ["unknown key config.optimizer.wieght_decay. Did you mean weight_decay?"],
         ),
-        ("--config.colour=red", ["config.colour", "'red'"]),
+        ("--config.colour=red", ["unknown key config.colour"]),
         ("--config.num_steps=many", ["many"]),
-        ("--config.num_steps=0", ["num_steps=0"]),
-        ("--config.batch_size=0", ["batch_size=0"]),
-        ("--config.model.vocab_size=64", ["config.model.vocab_size=64", "32"]),
-        ("--config.model.num_classes=9", ["config.model.num_classes=9", "10"]),
-        ("--config.optimizer.schedule=linear", ["schedule='linear'", "lin0"]),
-        ("--config.phases.schedule=both", ["phases.schedule='both'", "paper or joint"]),
+        ("--config.num_steps=0", ["config.num_steps", "got 0"]),
+        ("--config.batch_size=0", ["batch_size", "0"]),
+        ("--config.model.vocab_size=64", ["config.model.vocab_size must be 32", "got 64"]),
+        ("--config.model.num_classes=9", ["config.model.num_classes must be 10", "got 9"]),
+        ("--config.optimizer.schedule=linear", ["config.optimizer.schedule must be", "lin0", "got 'linear'"]),
+        ("--config.phases.schedule=both", ["config.phases.schedule must be paper or joint, got 'both'"]),
         ("--config.init_from=/nowhere", ["/nowhere"]),
         ("--config.mesh.data=3", ["mesh", "3", "1, the number of devices"]),
     ],
@@ -85,9 +85,9 @@ def test_config_value_out_of_range_is_refused(run, tmp_path, capfd, override, wo
 @pytest.mark.parametrize(
     "given, other, words",
     [
-        ("kernel_size=3", "kernel_size=4", ["config.model.kernel_size=4", "odd"]),
-        ("(1,2,3,6)", "(1,2,2,6)", ["config.model.sides", "(1, 2, 2, 6)", "increasing"]),
-        ("(1,2,3,6)", "(1,2,3,7)", ["config.model.sides=(1, 2, 3, 7)", "(1, 2, 3, 6)"]),
+        ("kernel_size=3", "kernel_size=4", ["config.model.kernel_size", "4", "odd"]),
+        ("(1,2,3,6)", "(1,2,2,6)", ["config.model.sides", "(1, 2, 2, 6)", "increas"]),
+        ("(1,2,3,6)", "(1,2,3,7)", ["config.model.sides must be (1, 2, 3, 6)", "got (1, 2, 3, 7)"]),
     ],
 )
 def test_impossible_tuple_is_refused(run, tmp_path, capfd, given, other, words):
@@ -101,7 +101,7 @@ def test_impossible_tuple_is_refused(run, tmp_path, capfd, given, other, words):
 def test_scales_that_do_not_end_at_the_latent_side_are_refused(run, tmp_path, capfd):
     workdir = tmp_path / "workdir"
     override = "--config.data.image_size=16"
-    words = ["config.model.sides=(1, 2, 3, 6)", "8", "image_size=16"]
+    words = ["config.model.sides", "8", "16"]
     refuse(capfd, [*run.train_tokenizer, override, "--workdir", str(workdir)], *words)
     assert not workdir.exists()
 
@@ -117,7 +117,7 @@ def test_missing_or_broken_config_file_is_refused(tmp_path, capfd):
 def test_workdir_of_another_config_is_refused(run, capfd):
     before = (Path(run.transformer) / "config.json").read_bytes()
     arguments = [*run.train_transformer, "--config.seed=7", "--workdir", run.transformer]
-    refuse(capfd, arguments, "config.seed=7", "0")
+    refuse(capfd, arguments, "config.seed is 7, but the run in", "has 0")
     assert (Path(run.transformer) / "config.json").read_bytes() == before
 
 
