@@ -7,7 +7,7 @@ from mvar_jax.errors import InputError
 def add_config_argument(parser) -> None:
     """Add `--config FILE`; the main parser collects the overrides."""
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="config file, or a shipped one such as digits"
+        "--config", required=True, metavar="FILE", help="config file or a shipped one, such as digits"
     )
     parser.epilog = "Any key of the config is set by --config.KEY=VALUE, such as --config.optimizer.weight_decay=0.1"
 

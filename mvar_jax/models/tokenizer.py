@@ -258,10 +258,6 @@ class Tokenizer(nn.Module):
             raise InputError(message, field="sides", given=self.sides, expected=expected)
 
     def init_params(self, key: jax.Array):
-        """Return the parameter tree, each leaf boxed with its logical axes; call under jit or eval_shape."""
-        return self.init(key, jnp.zeros((1, self.image_size, self.image_size, 3)))["params"]
-
-    def init_params(self, key: jax.Array):
         """Return the parameter tree, each leaf boxed with its logical axes. Call under jit or eval_shape."""
         return self.init(key, jnp.zeros((1, self.image_size, self.image_size, 3)))["params"]
 
