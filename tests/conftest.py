@@ -46,7 +46,7 @@ from mvar_jax.training.transformer_step import phase_loss
 gc.set_threshold(200_000, 20, 100)
 
 
-# Whole files go to one of two processes: the long ones first, or one of them runs alone at the end. The first one makes
+# Whole files go to one of two processes: the long ones first, or one of them runs alone at the end. The first makes
 # the run that later files need; a second process would wait for it.
 LONG_FILES = ["test_commands", "test_window", "test_sampler", "test_processes", "test_sharding", "test_loop"]
 LONG_FILES += ["test_default_flags", "test_notebooks", "test_sample", "test_transformer", "test_package"]
