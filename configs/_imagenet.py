@@ -1,4 +1,4 @@
-"""What the ImageNet configs share: sizes of the published models, steps counted in epochs, one recipe (SPEC 4)."""
+"""Common part of the ImageNet configs: model sizes and the published recipe (docs/method.md, Training)."""
 
 import ml_collections
 
@@ -7,7 +7,7 @@ SIDES = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18,
 
 
 def num_steps_of(epochs: int, batch_size: int) -> int:
-    """Optimizer steps of whole epochs, the last batch of each filled up."""
+    """Return the optimizer steps of whole epochs, the last batch of each filled up."""
     return epochs * -(-NUM_TRAIN_IMAGES // batch_size)
 
 
@@ -25,7 +25,7 @@ def make_config(
     final_weight_decay: float | None = None,
     is_sharded: bool = False,
 ) -> ml_collections.ConfigDict:
-    """A transformer of width 64 * depth on a token cache of ImageNet; warm-up over a fiftieth of the epochs."""
+    """Return the config of a transformer on a token cache of ImageNet; the warm-up is a fiftieth of the steps."""
     c = ml_collections.ConfigDict()
     c.task = "transformer"
     c.seed = 0
@@ -41,7 +41,7 @@ def make_config(
     c.max_bad_steps = 20
     c.profile_steps = ()
     c.init_from = init_from
-    # the cache holds each image and its mirror image, one of the two is drawn; pixels as the reference crops them
+    # the cache holds each image and its mirror image, of which a step draws one; cropped as by the reference
     c.data = dict(
         source="tfds",
         name="imagenet2012",
@@ -51,22 +51,7 @@ def make_config(
         num_views=2,
         cache=f"data/imagenet{image_size}_tokens",
     )
-    c.model = dict(
-        sides=SIDES[image_size],
-        refine_step=8,
-        kernel_size=7,
-        vocab_size=4096,
-        code_width=32,
-        num_classes=1000,
-        depth=depth,
-        width=64 * depth,
-        num_heads=depth,
-        conditioning=conditioning,
-        drop_path_rate=0.1 * depth / 24,
-        init_gamma=init_gamma,
-        remat="dots",
-        dtype="bfloat16",
-    )
+    c.model = make_model(depth, image_size, conditioning, init_gamma)
     c.phases = dict(schedule="paper", ratio=8, label_drop_rate=0.1, label_smoothing=0.0)
     c.optimizer = dict(
         base_learning_rate=base_learning_rate,
@@ -84,3 +69,23 @@ def make_config(
     # parameters, moments and batch all over the same axis, or the batch alone
     c.mesh = dict(data=1, fsdp=-1, tensor=1) if is_sharded else dict(data=-1, fsdp=1, tensor=1)
     return c
+
+
+def make_model(depth: int, image_size: int, conditioning: str, init_gamma: float) -> dict:
+    """Return the fields of a published transformer: width 64 * depth, heads of width 64."""
+    return dict(
+        sides=SIDES[image_size],
+        refine_step=8,
+        kernel_size=7,
+        vocab_size=4096,
+        code_width=32,
+        num_classes=1000,
+        depth=depth,
+        width=64 * depth,
+        num_heads=depth,
+        conditioning=conditioning,
+        drop_path_rate=0.1 * depth / 24,
+        init_gamma=init_gamma,
+        remat="dots",
+        dtype="bfloat16",
+    )

@@ -1,4 +1,4 @@
-"""A tiny tokenizer on generated images: does `train` run here at all, from the first step to the last picture?
+"""A tiny tokenizer on generated images: checks in seconds that `train` runs here, from first step to last image.
 
 Command:  python -m mvar_jax train --config configs/debug.py --workdir runs/debug
 Hardware: one CPU core, seconds.

@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.batch_size = 32
     c.log_every_steps = 10
     c.eval_every_steps = 150
-    c.picture_every_steps = -1  # the quickstart draws its own
+    c.picture_every_steps = -1  # the quickstart makes its own
     c.save_every_steps = 100
     c.keep_checkpoints = 1
     c.max_bad_steps = 10
@@ -42,14 +42,14 @@ def get_config() -> ml_collections.ConfigDict:
         num_res_blocks=1,
         num_groups=None,
         group_size=4,
-        beta=1.0,  # f close to its codes: less is left to tokens that are drawn independently
+        beta=1.0,  # keeps f close to its codes: independently drawn tokens have less to decide
     )
     c.codebook = dict(
         warmup_steps=30,
         revive_every_steps=15,
         revive_until_step=int(0.6 * NUM_STEPS),
         revive_below=1.0,
-        usage_decay=0.9,  # follows within tens of steps: a run is short
+        usage_decay=0.9,  # adapts within tens of steps: a run is short
         l1_weight=0.0,
         l2_weight=1.0,
     )

@@ -5,10 +5,11 @@ Command:  python -m mvar_jax data --config configs/folder.py --config.data.path=
               --tokenizer models/tokenizer --out runs/folder/tokens
           python -m mvar_jax train --config configs/folder.py --config.data.cache=runs/folder/tokens \\
               --workdir runs/folder/transformer
-          Without a cache, encoding as it goes: --config.data.path=DIR --config.data.tokenizer=models/tokenizer
-          instead of the cache. ImageNet: --config.data.source=tfds --config.data.name=imagenet2012, prepared by
-          launch/prepare_imagenet.sh, and --config.data.upright=False for the reference's pixels;
-          tars: --config.data.source=tars. models/tokenizer is what `convert` wrote.
+          Without a cache, encoding inside the training step: --config.data.path=DIR
+          --config.data.tokenizer=models/tokenizer instead of --config.data.cache. models/tokenizer is what `convert`
+          wrote.
+          ImageNet: --config.data.source=tfds --config.data.name=imagenet2012, prepared by launch/prepare_imagenet.sh,
+          and --config.data.upright=False for the reference's pixels. Tars: --config.data.source=tars.
 Hardware: one accelerator of 24 GB or more.
 Score:    not run yet.
 """
@@ -43,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_views=2,
         cache="",
         tokenizer="",
-        cache_memory_mib=256,  # 4096 holds all of ImageNet: six times the rate, half a minute more to start
+        cache_memory_mib=256,  # 4096 holds all of ImageNet: six times the rate, start-up half a minute longer
         num_threads=4,
         num_workers=0,
         max_bad_share=0.01,
@@ -54,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
         code_width=32,
         refine_step=8,
         kernel_size=7,
-        num_classes=0,  # as many as the data have
+        num_classes=0,  # the number of classes in the data
         depth=16,
         width=1024,
         num_heads=16,

@@ -67,8 +67,8 @@ def test_accumulated_step_equals_the_whole_one(make_case):
         quick_jit(functools.partial(step, num_parts=parts))(state, batch, np.float32(0.01), np.float32(0.05))
         for parts in (1, 2)
     ]
-    (whole, told), (accumulated, told_too) = results
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), told_too, told)
+    (whole, metrics), (accumulated, metrics_again) = results
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), metrics_again, metrics)
     # the moments and not the weights: Adam's first step is nearly the gradient's sign, and magnifies rounding
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     jax.tree.map(close, accumulated.opt_state, whole.opt_state)

@@ -39,7 +39,7 @@ def test_clipping_scales_by_the_norm_plus_a_millionth():
     np.testing.assert_allclose(clipped["b"], 4 * 2 / (5 + 1e-6), rtol=1e-6)
     np.testing.assert_array_equal(clip_by_norm(grads, 6.0)[0]["a"], grads["a"])
     np.testing.assert_array_equal(clip_by_norm(grads, 0)[0]["a"], grads["a"])
-    # where the norm is as small as that millionth it counts
+    # the millionth matters only for a norm as small
     clipped, _ = clip_by_norm(jax.tree.map(lambda g: g * 2e-7, grads), 1e-6)
     np.testing.assert_allclose(clipped["a"][0], 6e-7 / 2, rtol=1e-5)
 
@@ -88,7 +88,7 @@ def test_start_position_stands_still_in_window_phases():
     assert (second.params["word_embed"]["kernel"] != first.params["word_embed"]["kernel"]).any()
     before, after = (state.opt_state.inner_states for state in (first, second))
     jax.tree.map(np.testing.assert_array_equal, before["start"], after["start"])
-    # its own step count goes on from there
+    # its own step count continues from there
     third, _ = step(second, GRADS)
     skipped, _ = step(first, GRADS)
     np.testing.assert_array_equal(third.params["pos_start"], skipped.params["pos_start"])

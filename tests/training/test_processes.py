@@ -99,8 +99,8 @@ def test_two_processes_killed_and_resumed_as_one_equal_one_process(tmp_path, cac
             process.kill()
             process.communicate()
     assert not (tmp_path / "checkpoints" / "9").exists()
-    (told,) = finish(start(tmp_path, cache, 4))
-    assert "resuming from step" in told
+    (output,) = finish(start(tmp_path, cache, 4))
+    assert "resuming from step" in output
     ours, expected = read_losses(tmp_path), read_losses(one_process)
     assert ours.keys() == expected.keys() and ("train", 8) in ours
     for key, loss in expected.items():
@@ -126,10 +126,10 @@ def test_signal_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(tmp_
     try:
         wait_for(tmp_path / "checkpoints" / "4", pair)
         pair[1].send_signal(number)
-        told = finish(*pair)
+        outputs = finish(*pair)
     finally:
         for process in pair:
             process.kill()
-    ends = [output.split("result")[1].split()[:2] for output in told]
+    ends = [output.split("result")[1].split()[:2] for output in outputs]
     assert ends[0][0] == ends[1][0] and (tmp_path / "checkpoints" / ends[0][0]).is_dir()
     assert [int(end[1]) for end in ends] == [signal.SIGTERM, number]

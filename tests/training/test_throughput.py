@@ -56,22 +56,22 @@ def waiting_batches(clock, wait_s):
 
 
 @pytest.mark.parametrize("wait_s, num_warnings", [(3.0, 1), (0.5, 0)])
-def test_waits_for_batches_that_dominate_are_told_once_and_not_for_the_first_window(
+def test_waits_for_batches_that_dominate_are_reported_once_and_not_for_the_first_window(
     clock, capfd, wait_s, num_warnings
 ):
     rates, batches = Throughput(8), waiting_batches(clock, wait_s)
-    told = []
+    output = []
     for _ in range(3):
         for _ in range(4):
             rates.wait_for(batches)
             clock.now_s += 1
             rates.count_step()
         rates.take()
-        told.append(capfd.readouterr().err)
-    assert not told[0] and not told[2]
-    assert told[1].count("waiting for batches") == num_warnings
+        output.append(capfd.readouterr().err)
+    assert not output[0] and not output[2]
+    assert output[1].count("waiting for batches") == num_warnings
     if num_warnings:
-        assert "75%" in told[1] and told[1].count("\n") == 1
+        assert "75%" in output[1] and output[1].count("\n") == 1
 
 
 def test_phases_together_cost_what_the_model_costs():

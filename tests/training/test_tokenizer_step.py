@@ -146,7 +146,7 @@ def test_codebook_options_out_of_range_are_refused(changes, field):
 
 
 def test_pixels_are_taken_for_the_images_that_they_are(history):
-    """The loss of a step and the codes drawn anew; what else a step gives follows from its loss."""
+    """Compares the loss of a step and the redrawn codes; all else of a step follows from its loss."""
     state = jax.tree.map(jnp.asarray, history[1][0])
 
     def run(batch):
