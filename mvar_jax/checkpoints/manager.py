@@ -22,7 +22,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from mvar_jax.checkpoints.best import Scores
 from mvar_jax.errors import InputError, shorten
-from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.atomic import temporary_path, write_atomically
 
 CHECKPOINT_FOLDER = "checkpoints"
 CHECKSUM_FILE = "checksums.json"
@@ -159,7 +159,7 @@ def save_tree(path: str | os.PathLike, tree: Any) -> None:
         return
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old.tmp")
+    fresh, old = temporary_path(path), temporary_path(path.with_name(f"{path.name}.old"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="save_tree")

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import flax.linen as nn
@@ -14,6 +13,7 @@ import numpy as np
 from mvar_jax.checkpoints.best import best_step
 from mvar_jax.checkpoints.manager import load_tree, restore_weights, save_tree
 from mvar_jax.errors import InputError
+from mvar_jax.files.atomic import write_json
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
@@ -57,9 +57,7 @@ def write_model_file(directory: Path, modules: dict[str, nn.Module], trains: str
     """Writes `model.json` atomically. trains: the module whose weights lie in the workdir's checkpoints."""
     content = {"format": FORMAT, "trains": trains}
     content |= {kind: module_to_dict(module) for kind, module in modules.items()}
-    temporary = directory / (MODEL_FILE + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, directory / MODEL_FILE)
+    write_json(directory / MODEL_FILE, content)
 
 
 def save_model(directory: Path, modules: dict[str, nn.Module], params: dict[str, dict]) -> None:

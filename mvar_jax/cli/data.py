@@ -1,7 +1,5 @@
 """Walks the images of a config before training: counts, bad files, class balance, decode rate, a contact sheet."""
 
-import json
-import os
 from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
@@ -31,6 +29,7 @@ def run(args) -> int:
     sources = {split: data.open(split) for split in build.SPLITS}
 
     from mvar_jax.data.survey import survey
+    from mvar_jax.files.atomic import write_json
     from mvar_jax.files.directories import make_directory
     from mvar_jax.files.images import save_png, tile_grid, to_uint8
 
@@ -45,9 +44,7 @@ def run(args) -> int:
             save_png(out / f"{split}.png", tile_grid(to_uint8(walk.pictures_NYX3), columns))
         is_fine &= found[split]["num_bad"] <= loading.max_bad_share * found[split]["num_images"]
         print(describe(split, found[split], out))
-    temporary = out / "data.json.tmp"
-    temporary.write_text(json.dumps({"data": data.describe(), **found}, indent=1) + "\n")
-    os.replace(temporary, out / "data.json")
+    write_json(out / "data.json", {"data": data.describe(), **found})
     if not is_fine:
         print(f"too many bad images: training would stop (data.max_bad_share={loading.max_bad_share})")
     return 0 if is_fine else 1

@@ -3,11 +3,11 @@
 import contextlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from mvar_jax.errors import InputError
+from mvar_jax.files.atomic import write_json
 
 
 class Skipped:
@@ -54,7 +54,5 @@ class Skipped:
     def _write(self) -> None:
         if self._file is None or not self._entries:
             return
-        temporary = self._file.with_name(self._file.name + ".tmp")
         content = {"split": self.split, "num_images": self.num_images, "skipped": self.entries()}
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, self._file)
+        write_json(self._file, content)

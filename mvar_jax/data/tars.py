@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mvar_jax.data.decoding import SUFFIXES, BadImage
 from mvar_jax.data.names import Names
 from mvar_jax.errors import InputError
+from mvar_jax.files.npz import save_npz
 
 INDEX_SUFFIX = ".index.npz"
 CLASSES_FILE = "classes.txt"
@@ -68,11 +69,8 @@ def read_index(path: Path) -> dict[str, np.ndarray]:
         if np.array_equal(saved["stamp"], stamp):
             return {key: saved[key] for key in ("offset", "size", "label", "name")}
     index = _scan(path)
-    temporary = beside.with_name(f"{beside.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):  # a read-only place: the index is made again next time
-        with open(temporary, "wb") as file:
-            np.savez(file, stamp=stamp, **index)
-        os.replace(temporary, beside)
+    with contextlib.suppress(OSError):  # in a read-only folder every start scans the tar again
+        save_npz(beside, stamp=stamp, **index)
     return index
 
 

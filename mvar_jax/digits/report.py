@@ -13,6 +13,7 @@ import numpy as np
 from mvar_jax.digits import judge
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation import statistics
+from mvar_jax.files.atomic import write_atomically
 from mvar_jax.ops import metrics
 
 
@@ -236,7 +237,6 @@ def _markdown(figures: Mapping, rows: list[dict]) -> str:
 def write_report(out_dir: str | os.PathLike, figures: Mapping) -> bool:
     """Writes `report.json` and `report.md`, each atomically; True when every requirement is met."""
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     rows = check_requirements(figures)
     passed = all(row["passed"] for row in rows)
     content = _finite({"passed": passed, "requirements": rows, "figures": figures})
@@ -245,7 +245,5 @@ def write_report(out_dir: str | os.PathLike, figures: Mapping) -> bool:
         "report.md": _markdown(figures, rows),
     }
     for name, text in texts.items():
-        temporary = out_dir / (name + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, out_dir / name)
+        write_atomically(out_dir / name, text)
     return passed

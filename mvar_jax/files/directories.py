@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mvar_jax.errors import InputError, shorten
+from mvar_jax.files.atomic import temporary_path
 
 
 def check_new(field: str, path: Path) -> None:
@@ -25,7 +26,7 @@ def new_directory(field: str, path: Path) -> Iterator[Path]:
     """A sibling to write into, which becomes `path` if the block succeeds and is removed if it fails."""
     check_new(field, path)
     path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary

@@ -12,6 +12,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from mvar_jax.errors import InputError
+from mvar_jax.files.atomic import replacing, write_json
 from mvar_jax.tokens.cache_reader import FORMAT, META_NAME, read_meta
 
 UNFINISHED = "unfinished"  # the folder, inside the cache's, in which shards wait for the last one
@@ -103,8 +104,7 @@ class CacheWriter:
 
     def _write_shard(self, name: str, read_records: ReadRecords, begin: int, end: int, num_views: int) -> None:
         path, skipped, num_records = self._unfinished / name, [], 0
-        temporary = path.with_name(name + ".tmp")
-        try:
+        with replacing(path) as temporary:
             with contextlib.closing(ArrayRecordWriter(str(temporary), _WRITE_OPTIONS)) as writer:
                 for ids, label in self._checked(read_records(begin, end, skipped), num_views):
                     writer.write(np.array(label, "<i4").tobytes() + ids.astype(self._dtype).tobytes())
@@ -113,11 +113,8 @@ class CacheWriter:
                 raise InputError(
                     "num_images", end - begin, f"{num_records} records and {len(skipped)} skipped images"
                 )
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         entry = {"name": name, "num_records": num_records, "bytes": path.stat().st_size}
-        _write_json(self._entry_file(name), {"shard": entry, "skipped": skipped})
+        write_json(self._entry_file(name), {"shard": entry, "skipped": skipped})
 
     def _checked(self, records: Iterable[Record], num_views: int) -> Iterator[Record]:
         num_labels, vocab_size = len(self._meta["label_names"]), self._meta["vocab_size"]
@@ -161,7 +158,7 @@ class CacheWriter:
         if self._process_index == 0 and there != json.loads(json.dumps(identity)):
             for path in self._unfinished.glob(f"{split}-*"):
                 path.unlink()
-            _write_json(file, identity)
+            write_json(file, identity)
         self._wait()
 
     def __exit__(self, exception_type, exception, traceback) -> None:
@@ -193,7 +190,7 @@ class CacheWriter:
         self._remove_replaced()
         for name in [shard["name"] for split in splits.values() for shard in split["shards"]]:
             os.replace(self._unfinished / name, self._dir / name)
-        _write_json(self._dir / META_NAME, {**self._meta, "splits": splits})
+        write_json(self._dir / META_NAME, {**self._meta, "splits": splits})
         shutil.rmtree(self._unfinished)
 
     def _remove_replaced(self) -> None:
@@ -203,9 +200,3 @@ class CacheWriter:
             (self._dir / META_NAME).unlink()
             for shard in [shard for split in splits for shard in split["shards"]]:
                 (self._dir / shard["name"]).unlink(missing_ok=True)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
