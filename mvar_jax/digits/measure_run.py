@@ -35,7 +35,7 @@ def column(lines: list[dict], name: str) -> tuple[list[int], list]:
 
 
 def load_digits(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """split -> (images float32 [N, Y, X, 3], labels [N]) as the run saw them, not augmented."""
+    """split -> (images uint8 [N, Y, X, 3], labels [N]) as the run saw them, not augmented."""
     data = json.loads((workdir / "config.json").read_text())["data"]
     if data["source"] != "digits":
         raise InputError("transformer", str(workdir), f"a run on the digits, not on {data['source']}")
@@ -73,7 +73,7 @@ def report_digits(tokenizer_dir: Path, transformer_dir: Path, samples_dir: Path,
     save_png(out / "samples.png", draw_picture(model, seed=0))
     save_png(
         out / "reconstructions.png",
-        side_by_side(to_uint8(heldout[:40]), to_uint8(reconstructions[:40]), 8, zoom=2),
+        side_by_side(heldout[:40], to_uint8(reconstructions[:40]), 8, zoom=2),
     )
     curves = Curves(
         validation_loss=column(validation, "loss_per_scale"),

@@ -10,14 +10,19 @@ from mvar_jax.files.atomic import write_atomically
 from mvar_jax.files.images import GRID_IMAGES, save_png, side_by_side, to_uint8
 from mvar_jax.files.npz import save_npz
 from mvar_jax.ops.metrics import psnr, ssim
+from mvar_jax.ops.pixels import from_levels
 
 
-def reconstruct(model: Model, images_NYX3: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(reconstructions float32 [N, Y, X, 3] in [-1, 1], ids int32 [N, L]), batch by batch at one shape."""
-    N, parts = len(images_NYX3), []
+def reconstruct(model: Model, pixels_NYX3: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reconstruct pixels, uint8 [N, Y, X, 3], batch by batch at one shape.
+
+    Returns:
+      (float32 images [N, Y, X, 3] in [-1, 1], ids [N, L] int32).
+    """
+    N, parts = len(pixels_NYX3), []
     for begin in tqdm(range(0, N, batch_size), desc="reconstruct", unit="batch", mininterval=1):
         rows = np.minimum(np.arange(begin, begin + batch_size), N - 1)
-        ids = model.encode(images_NYX3[rows])
+        ids = model.encode(from_levels(pixels_NYX3[rows]))
         parts.append((np.asarray(model.decode(ids)), np.asarray(ids)))
     images, ids = (np.concatenate(part)[:N] for part in zip(*parts, strict=True))
     return images, ids
@@ -25,10 +30,9 @@ def reconstruct(model: Model, images_NYX3: np.ndarray, batch_size: int) -> tuple
 
 def write_reconstructions(model: Model, files: list[Path], load_one, out: Path, batch_size: int, saves_tokens: bool):
     """Writes a side-by-side PNG of each file, reconstructions.png and the table psnr.md, which it returns."""
-    images = np.stack([load_one(file) for file in files])
-    reconstructions, ids = reconstruct(model, images, min(batch_size, len(files)))
-    before, after = to_uint8(images), to_uint8(reconstructions)
-    zoom = max(1, 96 // images.shape[1])
+    before = np.stack([load_one(file) for file in files])
+    reconstructions, ids = reconstruct(model, before, min(batch_size, len(files)))
+    after, zoom = to_uint8(reconstructions), max(1, 96 // before.shape[1])
     for i, file in enumerate(files):
         # the number keeps photo.png and photo.jpg apart
         save_png(out / f"{i:06d}_{file.stem}.png", side_by_side(before[i : i + 1], after[i : i + 1], 1, zoom=zoom))

@@ -9,9 +9,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mvar_jax.data.pipeline import LoadOptions, Transform, eval_batches, train_batches
+from mvar_jax.data.options import LoadOptions
+from mvar_jax.data.pipeline import eval_batches, train_batches
+from mvar_jax.data.protocols import Source, Transform
 from mvar_jax.data.skipped import Skipped
-from mvar_jax.data.sources import Source
 from mvar_jax.errors import InputError
 from mvar_jax.models.init import initializer
 from mvar_jax.models.transformer import Transformer
@@ -61,7 +62,7 @@ class RunOptions:
 class Task:
     """State, batches and evaluation data: the part that does not depend on what is trained."""
 
-    def __init__(self, run: RunOptions, module, data: dict[str, Source], transform: Transform, loading, extra):
+    def __init__(self, run: RunOptions, module, data: dict[str, Source], transform: Transform | None, loading, extra):
         run.check()
         check_sizes(sizes_of(module), run.mesh)
         self.run, self.module, self.data, self.transform = run, module, data, transform

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvar_jax.data.pipeline import LoadOptions, Transform, eval_batches
-from mvar_jax.data.sources import Source
+from mvar_jax.data.options import LoadOptions
+from mvar_jax.data.pipeline import eval_batches
+from mvar_jax.data.protocols import Source, Transform
 from mvar_jax.files.images import min_zoom, side_by_side, to_uint8
 from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.models.tokenizer import Tokenizer
@@ -99,10 +100,12 @@ class TokenizerTask(Task):
             return {}
         data = self.data["val"]
         batches = eval_batches(data, self.transform, batch_size=min(NUM_PICTURES, len(data)), options=self.loading)
-        images = as_images(jnp.asarray(next(batches)["image"]))
+        pixels = next(batches)["image"]
         batches.close()
         networks = Networks(self.tokenizer, params)
-        f_hat = apply_tokenizer(networks, apply_tokenizer(networks, images, "encode"), "f_hats")[-1]
+        f_hat = apply_tokenizer(
+            networks, apply_tokenizer(networks, as_images(jnp.asarray(pixels)), "encode"), "f_hats"
+        )[-1]
         reconstructions = np.asarray(decode_features(networks, f_hat))
-        zoom = min_zoom(images.shape[1])
-        return {"reconstructions": side_by_side(to_uint8(images), to_uint8(reconstructions), 4, zoom=zoom)}
+        zoom = min_zoom(pixels.shape[1])
+        return {"reconstructions": side_by_side(pixels, to_uint8(reconstructions), 4, zoom=zoom)}

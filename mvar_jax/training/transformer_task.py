@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvar_jax.data.pipeline import LoadOptions, Transform
-from mvar_jax.data.sources import Source
+from mvar_jax.data.options import LoadOptions
+from mvar_jax.data.protocols import Source, Transform
 from mvar_jax.files.images import min_zoom, tile_grid, to_uint8
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import Transformer
@@ -39,7 +39,7 @@ class TransformerTask(Task):
         options: transformer_step.PhaseOptions,
         tokenizer: Networks,
         data: dict[str, Source],
-        transform: Transform,
+        transform: Transform | None,
         loading: LoadOptions,
         initial_params=None,
     ):

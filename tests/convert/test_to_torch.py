@@ -93,5 +93,5 @@ def test_no_model_or_a_taken_directory_is_refused(tmp_path):
         to_torch(tmp_path / "nowhere", tmp_path / "torch")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").write_text("")
-    with pytest.raises(InputError, match="to_torch="):
+    with pytest.raises(InputError, match="--to_torch must be a new or an empty directory"):
         to_torch(tmp_path / "nowhere", tmp_path)
