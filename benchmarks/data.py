@@ -23,13 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
 from mvar_jax.data.folder import FolderSource
-from mvar_jax.data.pipeline import LoadOptions, train_batches
+from mvar_jax.data.options import LoadOptions
+from mvar_jax.data.pipeline import train_batches
 from mvar_jax.data.sources import ArraySource
 from mvar_jax.data.transforms import PhotoTransform
 from mvar_jax.scales import KNOWN_SIDES
 from mvar_jax.tokens.cache_reader import TokenCache
 from mvar_jax.tokens.cache_writer import CacheWriter
-from mvar_jax.tokens.pick_view import PickView
 
 NUM_FILES = 192
 BATCH = 32
@@ -53,11 +53,11 @@ def decode_bare(root: str, num: int, seconds) -> None:
     """The transform alone in a plain loop; its seconds go into the queue."""
     source = FolderSource(root, "train")
     files = [source[i % NUM_FILES]["image"] for i in range(num)]
-    TRANSFORM.pixels(files[0])
+    TRANSFORM(files[0])
     rng = np.random.default_rng(0)
     began = time.perf_counter()
     for data in files:
-        TRANSFORM.pixels(data, rng)
+        TRANSFORM(data, rng)
     seconds.put(time.perf_counter() - began)
 
 
@@ -141,7 +141,7 @@ def measure_tokens(root: Path, rounds: int) -> dict:
         "reading 1.28M records into memory, s (scaled up)": loaded_s * NUM_IMAGENET / entry["num_records"],
     }
     for name, cache in caches.items():
-        rates = [batch_rate(cache, PickView(), 300, 1024, num_threads=2) for _ in range(rounds)]
+        rates = [batch_rate(cache, None, 300, 1024, num_threads=2) for _ in range(rounds)]
         found[f"images/s from {name}"] = max(rates)
     return found
 

@@ -31,11 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.data.pipeline import DEFAULT_LOADING
+from mvar_jax.data.protocols import TokenSource
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import make_mesh
-from mvar_jax.tokens.pick_view import PickView
 from mvar_jax.training import loop
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
@@ -46,24 +46,23 @@ from mvar_jax.training.transformer_task import TransformerTask
 SIDES = (1, 2, 3, 5, 8)
 
 
-class RandomIds:
-    """A source of random pyramids, read batch by batch as a token cache is."""
+class RandomIds(TokenSource):
+    """A source of random pyramids."""
 
     label_names = tuple("0123456789")
-    num_classes = 10
 
     def __init__(self):
         num_tokens = sum(side * side for side in SIDES)
-        self._ids = np.random.default_rng(0).integers(0, 128, (256, 1, num_tokens)).astype(np.int32)
+        self._ids = np.random.default_rng(0).integers(0, 128, (256, num_tokens)).astype(np.int32)
 
     def __len__(self):
         return len(self._ids)
 
-    def __getitem__(self, index):
-        return {"ids": self._ids[index], "label": index % 10}
+    def name_of(self, index):
+        return f"record {index}"
 
-    def read(self, numbers):
-        return self._ids[numbers], (numbers % 10).astype(np.int32)
+    def read(self, numbers_B, seed, index_B):
+        return self._ids[numbers_B], (numbers_B % 10).astype(np.int32)
 
 
 def make_task() -> TransformerTask:
@@ -72,7 +71,7 @@ def make_task() -> TransformerTask:
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), nn.meta.unbox(abstract_params(tokenizer)))
     model = Transformer(SIDES, 3, (3, 5), 128, 16, 10, depth=4, width=96, num_heads=3, remat="none")
     run = RunOptions(0, 1000, 32, OptimizerOptions(ema_decay=0.99), make_mesh())
-    data = TaskData({"train": RandomIds(), "val": RandomIds()}, PickView(), DEFAULT_LOADING)
+    data = TaskData({"train": RandomIds(), "val": RandomIds()}, None, DEFAULT_LOADING)
     return TransformerTask(run, model, PhaseOptions(schedule="joint"), Networks(tokenizer, params), data)
 
 

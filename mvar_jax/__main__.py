@@ -6,6 +6,7 @@ import gc
 import importlib
 import sys
 
+from mvar_jax.data.pillow_warnings import ignore_pillow_warnings
 from mvar_jax.errors import InputError
 
 COMMANDS = ("train", "data", "cache_tokens", "sample", "edit", "reconstruct", "convert", "report")
@@ -58,6 +59,7 @@ def start() -> int:
     # tracing creates many objects that stay alive; collecting them often, and at exit, takes a tenth of a short run
     gc.set_threshold(200_000, 20, 100)
     atexit.register(gc.freeze)
+    ignore_pillow_warnings()
     return main()
 
 

@@ -126,13 +126,12 @@ def build_task(config: dict):
 
 
 def open_tokens(data: DataOptions, transformer):
-    """Return (tokenizer with its weights, sources by split, transform) of a token cache, or of images to encode.
+    """Return (tokenizer with its weights, sources by split, transform or None) of a token cache or of images.
 
     Raises InputError unless the config names exactly one of the two and tokenizer, transformer and data fit together.
     """
     from mvar_jax.checkpoints.model_directory import fingerprint
     from mvar_jax.tokens.cache_reader import TokenCache, read_meta
-    from mvar_jax.tokens.pick_view import PickView
 
     if bool(data.cache) == bool(data.tokenizer):
         both = f"cache={data.cache!r} and tokenizer={data.tokenizer!r}"
@@ -156,7 +155,7 @@ def open_tokens(data: DataOptions, transformer):
         "expect_vocab_size": tokenizer.vocab_size,
         "max_memory_bytes": data.cache_memory_mib * 2**20,
     }
-    return networks, {split: TokenCache(data.cache, split, **expected) for split in SPLITS}, PickView()
+    return networks, {split: TokenCache(data.cache, split, **expected) for split in SPLITS}, None
 
 
 def with_classes_of(transformer, source, name: str):

@@ -45,7 +45,7 @@ def make_cases() -> dict:
     for phase in TRANSFORMER.phases():
         step = functools.partial(embedded_step, embed, (phase,))
         cases[phase.attention] = (TRANSFORMER, batch, step, {})
-    images = {"image": rng.uniform(-1, 1, (8, 6, 6, 3)).astype(np.float32)}
+    images = {"image": rng.integers(0, 256, (8, 6, 6, 3), np.uint8)}
     step = functools.partial(
         tokenizer_step.train_step, tokenizer_step.TokenizerRecipe(AUTOENCODER, OPTIMIZER, CODEBOOK)
     )

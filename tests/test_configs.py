@@ -121,6 +121,6 @@ def test_missing_key_is_named():
     [("digits", "crop", "random"), ("digits", "flip", True), ("folder", "degrees", 5.0), ("tars", "name", "mnist")],
 )
 def test_data_field_without_a_meaning_for_the_source_is_refused(source, field, value):
-    data = build.DataOptions(source=source, image_size=32, **{field: value})
-    with pytest.raises(InputError, match=f"config.data.{field}=.*no meaning for source='{source}'"):
-        data.transform()
+    with pytest.raises(InputError, match=f"config.data.{field} has no meaning for data.source={source}") as caught:
+        build.DataOptions(source=source, image_size=32, **{field: value})
+    assert caught.value.field == f"config.data.{field}" and caught.value.given == value

@@ -15,7 +15,7 @@ from mvar_jax.checkpoints.manager import restore_weights
 from mvar_jax.checkpoints.trees import load_tree, save_tree
 from mvar_jax.errors import InputError
 from mvar_jax.fields import from_dict, put_below
-from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.atomic import write_json
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
@@ -56,7 +56,7 @@ def write_model_file(directory: Path, modules: dict[str, nn.Module], trains: str
     """Write `model.json` atomically. trains: the module whose weights are in the workdir's checkpoints."""
     content: dict[str, object] = {"format": FORMAT, "trains": trains}
     content |= {kind: module_to_dict(module) for kind, module in modules.items()}
-    write_atomically(directory / MODEL_FILE, json.dumps(content, indent=1) + "\n")
+    write_json(directory / MODEL_FILE, content)
 
 
 def save_model(directory: Path, modules: dict[str, nn.Module], params: dict[str, dict]) -> None:

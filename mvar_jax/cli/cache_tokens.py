@@ -1,4 +1,7 @@
-"""Encodes a data set with a tokenizer into a token cache, from which a transformer trains."""
+"""Encode a data set with a tokenizer into a token cache, from which a transformer trains.
+
+Resumable: rerunning the command continues with the first unfinished shard and leaves the same files.
+"""
 
 from pathlib import Path
 
@@ -14,25 +17,27 @@ def add_arguments(parser) -> None:
     add_config_argument(parser)
     add_machine_arguments(parser)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="model directory or training workdir")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the cache is written")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory of the cache")
     parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="images at a time (default 64)")
     parser.add_argument(
-        "--images_per_shard", type=int, default=4096, metavar="N", help="what an interruption may lose (default 4096)"
+        "--images_per_shard",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="images of a file; an interruption loses at most one (default 4096)",
     )
 
 
 def run(args) -> int:
-    """Writes both splits of the config's data; an existing cache of the same tokenizer and views is kept.
-
-    Interrupted and started again it goes on, and leaves the same files.
-    """
+    """Write both splits of the config's data. A finished cache of the same tokenizer and data is kept."""
     config = read_config(args.config, args.overrides)
     from mvar_jax import build
 
     data = build.build_data(config)
     for name in ("batch_size", "images_per_shard"):
-        if getattr(args, name) < 1:
-            raise InputError(name, getattr(args, name), "1 or more")
+        if (given := getattr(args, name)) < 1:
+            message = f"--{name} must be 1 or more, got {given}"
+            raise InputError(message, field=name, given=given, expected="1 or more")
     data.transform().check_views(data.num_views)
     set_up_machine(args.distributed, args.compilation_cache)
 

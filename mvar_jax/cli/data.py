@@ -1,37 +1,45 @@
-"""Walks the images of a config before training: counts, bad files, class balance, decode rate, a contact sheet."""
+"""Check the images of a config before training: counts, bad files, class balance, decoding rate, contact sheets."""
 
-import json
-import os
 from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
 from mvar_jax.errors import InputError
 
-SUMMARY = "walk a data set and report what is in it"
+SUMMARY = "check a data set and report what is in it"
 MAX_BAD_SHOWN = 20
 
 
 def add_arguments(parser) -> None:
     """--config FILE --out DIR [--num_pictures N]."""
     add_config_argument(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="data.json and a contact sheet of each split")
-    parser.add_argument("--num_pictures", type=int, default=64, metavar="N", help="on a contact sheet (default 64)")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of data.json and of a contact sheet for each split"
+    )
+    parser.add_argument(
+        "--num_pictures", type=int, default=64, metavar="N", help="images on a contact sheet (default 64)"
+    )
 
 
 def run(args) -> int:
-    """Writes data.json, train.png and val.png; status 1 where more images are bad than `data.max_bad_share`."""
+    """Write data.json, train.png and val.png. Returns 1 if more images are bad than `data.max_bad_share` allows."""
     config = read_config(args.config, args.overrides)
     from mvar_jax import build
 
     data = build.build_data(config)
     if not 0 <= args.num_pictures <= 10_000:
-        raise InputError("num_pictures", args.num_pictures, "from 0 to 10000")
+        raise InputError(
+            f"--num_pictures must be from 0 to 10000, got {args.num_pictures}",
+            field="num_pictures",
+            given=args.num_pictures,
+            expected="0 to 10000",
+        )
     transform, loading = data.transform(), data.loading()
     sources = {split: data.open(split) for split in build.SPLITS}
 
     from mvar_jax.data.survey import survey
+    from mvar_jax.files.atomic import write_json
     from mvar_jax.files.directories import make_directory
-    from mvar_jax.files.images import save_png, tile_grid, to_uint8
+    from mvar_jax.files.images import save_png, tile_grid
 
     out = Path(args.out)
     make_directory(out)
@@ -41,19 +49,17 @@ def run(args) -> int:
         found[split] = walk.summary()
         if len(walk.pictures_NYX3):
             columns = max(1, round(len(walk.pictures_NYX3) ** 0.5))
-            save_png(out / f"{split}.png", tile_grid(to_uint8(walk.pictures_NYX3), columns))
+            save_png(out / f"{split}.png", tile_grid(walk.pictures_NYX3, columns))
         is_fine &= found[split]["num_bad"] <= loading.max_bad_share * found[split]["num_images"]
         print(describe(split, found[split], out))
-    temporary = out / "data.json.tmp"
-    temporary.write_text(json.dumps({"data": data.describe(), **found}, indent=1) + "\n")
-    os.replace(temporary, out / "data.json")
+    write_json(out / "data.json", {"data": data.describe(), **found})
     if not is_fine:
-        print(f"too many bad images: training would stop (data.max_bad_share={loading.max_bad_share})")
+        print(f"too many bad images: training would stop; data.max_bad_share is {loading.max_bad_share}")
     return 0 if is_fine else 1
 
 
 def describe(split: str, found: dict, out: Path) -> str:
-    """The findings of one split in a few lines."""
+    """Return the findings of one split in a few lines."""
     balance = lambda names: ", ".join(f"{name} {count}" for name, count in names.items())
     lines = [
         f"{split}: {found['num_images']} images, {found['num_bad']} bad; "

@@ -42,11 +42,10 @@ def read_square(path: str, field: str, side: int):
     from mvar_jax.data.decoding import BadImage, read_image
     from mvar_jax.data.transforms import PhotoTransform
     from mvar_jax.errors import InputError
-    from mvar_jax.files.images import to_uint8
 
     image_YX3 = read_image(path, field)
     try:
-        return to_uint8(PhotoTransform(side, flip=False)(image_YX3)), image_YX3.shape[:2]
+        return PhotoTransform(side, flip=False)(image_YX3), image_YX3.shape[:2]
     except BadImage as error:
         message = f"--{field}={path} cannot be used: {error}; choose an image nearer to a square"
         raise InputError(message, field=field, given=path, expected="an image nearer to a square") from None
@@ -101,6 +100,7 @@ def run(args) -> int:
     from mvar_jax.api import check_labels, load
     from mvar_jax.files.directories import make_directory
     from mvar_jax.files.images import to_uint8
+    from mvar_jax.ops.pixels import from_levels
     from mvar_jax.sampling.editing import SOFTNESS, check_border, check_mask
 
     use_compilation_cache(AUTO)
@@ -113,7 +113,7 @@ def run(args) -> int:
     check_mask(mask_YX, side)
     make_directory(Path(args.out))
     after, _ = model.edit(
-        image_YX3[None] / 127.5 - 1,
+        from_levels(image_YX3[None]),
         mask_YX,
         labels.repeat(args.num),
         seed=args.seed,

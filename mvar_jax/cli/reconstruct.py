@@ -1,4 +1,4 @@
-"""Encodes and decodes images: originals beside reconstructions, PSNR and SSIM of each, and the tokens."""
+"""Encode and decode images: originals next to reconstructions, PSNR and SSIM of each, and the tokens."""
 
 from pathlib import Path
 
@@ -16,24 +16,27 @@ def add_arguments(parser) -> None:
 
 
 def find_images(path: Path) -> list[Path]:
-    """The file itself, or a folder's images by name. Raises InputError where there is none."""
+    """Return the file itself, or a folder's images by name. Raises InputError if there are none."""
     from mvar_jax.errors import InputError
 
     files = [path] if path.is_file() else []
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
-        raise InputError("images", str(path), f"an image file or a folder of {', '.join(SUFFIXES)} files")
+        expected = f"an image file or a folder of {', '.join(SUFFIXES)} files"
+        message = f"--images must be {expected}, got {str(path)!r}"
+        raise InputError(message, field="images", given=str(path), expected=expected)
     return files
 
 
 def run(args) -> int:
-    """Checks the model and every image before the first file is written."""
+    """Check the model and every image, then write the results."""
     from mvar_jax.errors import InputError
 
     files = find_images(Path(args.images))
     if args.batch_size < 1:
-        raise InputError("batch_size", args.batch_size, "1 or more")
+        message = f"--batch_size must be 1 or more, got {args.batch_size}"
+        raise InputError(message, field="batch_size", given=args.batch_size, expected="1 or more")
 
     from mvar_jax.api import load
     from mvar_jax.data.decoding import read_image
@@ -43,7 +46,7 @@ def run(args) -> int:
 
     model = load(args.checkpoint)
     transform = PhotoTransform(model.tokenizer.image_size, flip=False)
-    for file in files:
+    for file in files:  # so that nothing is written if one cannot be read
         read_image(file)
     make_directory(Path(args.out))
     load_one = lambda file: transform(read_image(file))

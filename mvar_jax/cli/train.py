@@ -52,14 +52,14 @@ def keep_classes(workdir: Path, names: list[str]) -> None:
     Raises InputError if the run began with other classes, or the workdir cannot be written.
     """
     from mvar_jax.checkpoints.model_directory import CLASSES_FILE
-    from mvar_jax.files.atomic import write_atomically
+    from mvar_jax.files.atomic import write_json
 
     path = workdir / CLASSES_FILE
     try:
         there = json.loads(path.read_text()) if path.exists() else names
         if there == names:
             workdir.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(names, indent=1) + "\n")
+            write_json(path, names)
             return
     except OSError as error:
         words = f"workdir {workdir} cannot be written: {error.strerror}"

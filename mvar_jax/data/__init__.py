@@ -1,1 +1,1 @@
-"""Labelled images and token caches: where they come from, how they are transformed, how they are batched."""
+"""Labelled images: sources, transforms, batches."""

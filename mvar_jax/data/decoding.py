@@ -1,8 +1,7 @@
-"""Bytes of image files to RGB pictures. Whatever cannot be one is a BadImage, which the pipeline skips and lists."""
+"""From bytes of an image file to RGB pixels. What cannot be decoded is a BadImage, which the pipeline skips."""
 
 import io
 import os
-import warnings
 
 import numpy as np
 from PIL import Image, ImageOps, WebPImagePlugin  # noqa: F401 (importing it registers the format)
@@ -14,10 +13,6 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 2**26  # of a file, and of a crop before it is cut: 200 MB as RGB
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L")
 
-# sizes are checked below, before anything is decoded, and odd tags do no harm
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
 
 class BadImage(Exception):
     """An image that cannot be used; the message is the reason, in one line."""
@@ -27,19 +22,21 @@ class BadImage(Exception):
 
 
 def open_rgb(data: bytes, *, upright: bool = True) -> Image.Image:
-    """The RGB picture that the bytes of a JPEG, PNG or WebP file hold.
+    """Decode the bytes of a JPEG, PNG or WebP file to an RGB image.
 
-    Grey, palette and CMYK pixels become RGB, transparency is dropped, 16 bits are scaled to 8. With `upright`
-    the camera's orientation tag is obeyed; without it pixels stay as they lie in the file, as in ADM.
+    Grey, palette and CMYK pixels become RGB, transparency is dropped, 16 bits are scaled to 8.
+
+    Args:
+      upright: obey the camera's orientation tag. If False, pixels keep the order of the file, as in ADM.
 
     Raises:
-      BadImage: no such file, cut short, damaged, without pixels, or more than MAX_PIXELS of them.
+      BadImage: the bytes are no such file, cut short or damaged, or hold no pixels or more than MAX_PIXELS.
     """
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        if not 0 < picture.width * picture.height <= MAX_PIXELS:
-            raise BadImage(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
-        picture.load()
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if not 0 < image.width * image.height <= MAX_PIXELS:
+            raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+        image.load()
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
@@ -47,30 +44,39 @@ def open_rgb(data: bytes, *, upright: bool = True) -> Image.Image:
     except Exception as error:  # Pillow's readers raise anything at all on damaged bytes
         raise BadImage(f"{type(error).__name__}: {error}") from None
     if upright:
-        picture = _turn_upright(picture)
-    return _to_rgb(picture)
+        image = _turn_upright(image)
+    return _to_rgb(image)
 
 
-def _turn_upright(picture: Image.Image) -> Image.Image:
+def _turn_upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # a broken tag says nothing about the pixels
-        return picture
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a broken tag does not mean broken pixels
+        return image
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode in _SIXTEEN_BITS:  # Pillow's own conversion clips at 255
-        pixels_YX = np.asarray(picture).astype(np.int64)
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BITS:  # Pillow's own conversion clips at 255
+        pixels_YX = np.asarray(image).astype(np.int64)
         return Image.fromarray(((pixels_YX * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # the same colours, without a warning
-    return picture.convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours, without a warning
+    return image.convert("RGB")
 
 
 def read_image(path: str | os.PathLike, field: str = "images") -> np.ndarray:
-    """An image file as uint8 [Y, X, 3], upright. Raises InputError where it is none, or too large to be honest."""
+    """Return an image file as uint8 [Y, X, 3], upright.
+
+    Args:
+      field: name of the option that gave the path, for the error.
+
+    Raises:
+      InputError: the file is missing, is not an image or exceeds MAX_PIXELS.
+    """
     try:
         with open(path, "rb") as file:
             return np.asarray(open_rgb(file.read()))
     except (OSError, BadImage) as error:
-        raise InputError(field, str(path), f"a readable image ({error})") from None
+        expected = "a readable image"
+        message = f"--{field} must be {expected}, got {str(path)!r} ({error})"
+        raise InputError(message, field=field, given=str(path), expected=expected) from None

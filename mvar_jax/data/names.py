@@ -1,4 +1,4 @@
-"""Millions of short names in one block of bytes: small in memory, and quick to hand to worker processes."""
+"""Millions of short names in one block of bytes: little memory, and quick to send to worker processes."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ class Names:
     """A sequence of strings."""
 
     def __init__(self, names: Iterable[str]):
-        encoded = [name.encode("utf-8", "surrogateescape") for name in names]  # as the file system gives them
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]  # file names need not be UTF-8
         self._bytes = b"".join(encoded)
         self._ends = np.cumsum([0, *map(len, encoded)])
 

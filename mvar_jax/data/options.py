@@ -1,8 +1,38 @@
-"""The `data` section of a config: which images, what happens to them, and how they are loaded."""
+"""Options of the images: the `data` section of a config, and those of loading batches."""
 
 import dataclasses
+import math
 
+from mvar_jax.data.protocols import ImageSource, Transform
 from mvar_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadOptions:
+    """Options of the loading of batches.
+
+    Attributes:
+      num_threads: threads that prepare batches in the background; 0 prepares a batch when it is asked for.
+      num_workers: processes that do it instead, each with `num_threads` threads; 0 for none.
+      max_bad_share: largest share of a split's images that may be unusable.
+
+    Raises:
+      InputError: a value is out of range.
+    """
+
+    num_threads: int = 1
+    num_workers: int = 0
+    max_bad_share: float = 0.01
+
+    def __post_init__(self):
+        for name, highest in (("num_threads", 1024), ("num_workers", 1024), ("max_bad_share", 1)):
+            _check_range(name, getattr(self, name), highest)
+
+
+def _check_range(name: str, value: float, highest: float = math.inf) -> None:
+    if not 0 <= value <= highest:
+        field, allowed = f"data.{name}", "0 or more" if highest == math.inf else f"0 to {highest}"
+        raise InputError(f"{field} must be {allowed}, got {value}", field=field, given=value, expected=allowed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +64,9 @@ class DataOptions:
       num_threads: threads that prepare batches, in each worker process if there are any.
       num_workers: worker processes that prepare batches; 0 for threads alone.
       max_bad_share: share of a split's images that may be unreadable before the run stops.
+
+    Raises:
+      InputError: a value is out of range or has no meaning for the source.
     """
 
     source: str
@@ -59,50 +92,48 @@ class DataOptions:
     num_workers: int = 0
     max_bad_share: float = 0.01
 
-    def loading(self):
-        """How batches are made. Raises InputError for values out of range."""
-        from mvar_jax.data.pipeline import LoadOptions
+    def __post_init__(self):
+        self.loading()
+        _check_range("cache_memory_mib", self.cache_memory_mib)
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in self.idle_fields():
+            given, default = getattr(self, name), defaults[name]
+            if given != default:
+                field = f"config.data.{name}"
+                message = (
+                    f"{field} has no meaning for data.source={self.source}; leave it at {default!r}, got {given!r}"
+                )
+                raise InputError(message, field=field, given=given, expected=repr(default))
 
-        options = LoadOptions(self.num_threads, self.num_workers, self.max_bad_share)
-        options.check()
-        if self.cache_memory_mib < 0:
-            raise InputError("data.cache_memory_mib", self.cache_memory_mib, "0 or more")
-        return options
+    def loading(self) -> LoadOptions:
+        """Return the options of the loading of batches."""
+        return LoadOptions(self.num_threads, self.num_workers, self.max_bad_share)
 
     def describe(self) -> dict:
-        """What decides on the pixels, of what applies to the source: it is kept with a cache of their tokens."""
+        """Return the fields that decide on the pixels, which are stored with a cache of their tokens."""
         left_out = {"num_views", "cache", "cache_memory_mib", "tokenizer"}
         left_out |= {"num_threads", "num_workers", "max_bad_share"}
         left_out |= set(self.idle_fields()) - {"flip"}  # caches of digits have always listed it
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     def idle_fields(self) -> tuple[str, ...]:
-        """Fields that have no meaning for the source."""
+        """Return the fields that have no meaning for the source."""
         if self.source == "digits":
             return ("path", "name", "flip", "crop", "min_crop", "upright")
         of_digits = ("degrees", "shift_px", "scale", "shear")
         others = {"synthetic": ("path", "name"), "folder": ("name",), "tars": ("name",)}
         return of_digits + others.get(self.source, ())
 
-    def check(self) -> None:
-        """Raises InputError where a field is set that has no meaning for the source."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in self.idle_fields():
-            if getattr(self, name) != defaults[name]:
-                wanted = f"{defaults[name]!r}: it has no meaning for source={self.source!r}"
-                raise InputError(f"config.data.{name}", getattr(self, name), wanted)
-
-    def transform(self):
-        """(array or file bytes, rng or None) -> float32 image in [-1, 1]."""
+    def transform(self) -> Transform:
+        """Return the transform of the source's images."""
         from mvar_jax.data.transforms import DigitTransform, PhotoTransform
 
-        self.check()
         if self.source == "digits":
             return DigitTransform(self.image_size, self.degrees, self.shift_px, self.scale, self.shear)
         return PhotoTransform(self.image_size, self.flip, self.crop, self.min_crop, self.upright)
 
-    def open(self, split: str):
-        """The source of a split. Raises InputError for an unknown name."""
+    def open(self, split: str) -> ImageSource:
+        """Return the source of a split. Raises InputError if it cannot be opened."""
         from mvar_jax.data.sources import open_source
 
         return open_source(

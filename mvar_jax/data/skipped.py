@@ -1,24 +1,25 @@
-"""Images that could not be used: skipped, listed by name, and too many of them end the work."""
+"""Images that cannot be used: they are skipped and listed by name, and too many of them end the run."""
 
 import contextlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from mvar_jax.errors import InputError
+from mvar_jax.files.atomic import write_json
 
 
 class Skipped:
     """The bad images of one split, by their numbers.
 
-    num_images: of the split. max_bad_share: the largest share of them that may be bad.
+    Args:
+      split: name of the split.
+      num_images: number of images in it.
+      max_bad_share: largest share of them that may be bad.
     """
 
     def __init__(self, split: str, num_images: int, max_bad_share: float):
-        if not 0 <= max_bad_share <= 1:
-            raise InputError("data.max_bad_share", max_bad_share, "a share from 0 to 1")
         self.split, self.num_images, self.max_bad_share = split, num_images, max_bad_share
         self.max_bad = math.floor(max_bad_share * num_images)
         self._entries: dict[int, dict[str, Any]] = {}
@@ -28,13 +29,13 @@ class Skipped:
         return len(self._entries)
 
     def entries(self) -> list[dict[str, Any]]:
-        """`{"number", "name", "reason"}` of every bad image so far, by number."""
+        """Return `{"number", "name", "reason"}` of every bad image so far, by number."""
         return [self._entries[number] for number in sorted(self._entries)]
 
     def keep_in(self, file: Path) -> None:
-        """Goes on with the list in `file`, if it is there, and keeps it up to date from now on.
+        """Continue the list in `file`, if it exists, and keep the file up to date from now on.
 
-        Nothing is written before there is a bad image.
+        The file is not made before the first bad image.
         """
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             for entry in json.loads(file.read_text())["skipped"]:
@@ -42,19 +43,22 @@ class Skipped:
         self._file = file
 
     def add(self, number: int, name: str, reason: str) -> None:
-        """Raises InputError at the first bad image above the allowed share."""
+        """List an image. Raises InputError if more images are bad than allowed."""
         if number in self._entries:
             return
         self._entries[number] = {"number": number, "name": name, "reason": reason}
         self._write()
         if len(self) > self.max_bad:
-            of = f"{self.num_images} {self.split} images by data.max_bad_share={self.max_bad_share}"
-            raise InputError("bad images", len(self), f"at most {self.max_bad} of {of}; the last is {name}: {reason}")
+            allowed = f"at most {self.max_bad} of {self.num_images} {self.split} images"
+            raise InputError(
+                f"{len(self)} bad images, but data.max_bad_share={self.max_bad_share} allows {allowed}; "
+                f"the last is {name}: {reason}",
+                field="bad images",
+                given=len(self),
+                expected=allowed,
+            )
 
     def _write(self) -> None:
-        if self._file is None or not self._entries:
-            return
-        temporary = self._file.with_name(self._file.name + ".tmp")
-        content = {"split": self.split, "num_images": self.num_images, "skipped": self.entries()}
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, self._file)
+        if self._file is not None:
+            content = {"split": self.split, "num_images": self.num_images, "skipped": self.entries()}
+            write_json(self._file, content)

@@ -1,62 +1,38 @@
-"""Labelled images by random access. `open_source` is the one place that knows the data sets by name."""
+"""Data sets in memory and the registry: `open_source` is the one place that knows the data sets by name."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from mvar_jax.data.protocols import ImageSource
 from mvar_jax.errors import InputError
 
 SOURCE_NAMES = ("digits", "synthetic", "folder", "tfds", "tars")
 SPLITS = ("train", "val")
 
 
-class Source(Protocol):
-    """Random access to labelled items.
-
-    An item is `{"image": array or the bytes of an image file, "label": int}`; from a token cache
-    `{"ids": int32 [views, L], "label": int}`. Bytes are decoded by the transform. An item that cannot be read
-    raises BadImage. Items may be read from several threads at once, and a source may be sent to other processes.
-    """
-
-    label_names: tuple[str, ...]
-
-    @property
-    def num_classes(self) -> int: ...
-
-    def __len__(self) -> int: ...
-
-    def name_of(self, index: int) -> str:
-        """What a person can find the item by."""
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-
-class ArraySource:
+class ArraySource(ImageSource):
     """Images [N, ...] and integer labels [N] that are already in memory."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, label_names: tuple[str, ...]):
         assert len(images) == len(labels)
         self._images, self._labels, self.label_names = images, labels, label_names
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.label_names)
-
     def __len__(self) -> int:
         return len(self._labels)
 
     def name_of(self, index: int) -> str:
-        """Its number."""
+        """Return the item's number."""
         return f"image {index}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self._images[index], "label": int(self._labels[index])}
 
 
-class SyntheticSource:
-    """Striped uint8 images [64, 64, 3], drawn on access, with `label = index % 10`.
+class SyntheticSource(ImageSource):
+    """Striped uint8 images [64, 64, 3], generated on access, with `label = index % 10`.
 
-    Direction and colour tell the class, phase and noise the image. The splits hold different images.
+    Direction and colour depend on the class, phase and noise on the image. The splits hold different images.
     """
 
     _SIDE = 64
@@ -67,15 +43,11 @@ class SyntheticSource:
         self._size = size
         self.label_names = tuple(f"stripes_{label}" for label in range(self._NUM_CLASSES))
 
-    @property
-    def num_classes(self) -> int:
-        return self._NUM_CLASSES
-
     def __len__(self) -> int:
         return self._size
 
     def name_of(self, index: int) -> str:
-        """Its number."""
+        """Return the item's number."""
         return f"image {index}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -91,31 +63,36 @@ class SyntheticSource:
         return {"image": (255 * np.clip(image_YX3, 0, 1)).round().astype(np.uint8), "label": label}
 
 
-class SubsetSource:
+class SubsetSource(ImageSource):
     """Items of another source, by their numbers there."""
 
-    def __init__(self, source: Source, numbers: np.ndarray):
+    def __init__(self, source: ImageSource, numbers: np.ndarray):
         self._source, self._numbers, self.label_names = source, numbers, source.label_names
-
-    @property
-    def num_classes(self) -> int:
-        return self._source.num_classes
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def name_of(self, index: int) -> str:
-        """As the other source names it."""
+        """Return the name that the other source gives the item."""
         return self._source.name_of(int(self._numbers[index]))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._source[int(self._numbers[index])]
 
 
-def _keep(source: Source, size: int) -> Source:
-    """`size` items spread evenly over the source, so that one sorted by class keeps its classes; 0 keeps all."""
-    if size > len(source):
-        raise InputError("size", size, f"at most {len(source)}, the number of images")
+def _check_size(size: int, num_images: int, split: str) -> None:
+    if size > num_images:
+        raise InputError(
+            f"data.size must be at most {num_images}, the number of {split} images, got {size}",
+            field="size",
+            given=size,
+            expected=f"at most {num_images}",
+        )
+
+
+def _keep(source: ImageSource, size: int, split: str) -> ImageSource:
+    """Return `size` items spread evenly over the source, so that one sorted by class keeps its classes; 0 for all."""
+    _check_size(size, len(source), split)
     return SubsetSource(source, np.arange(size) * len(source) // size) if size else source
 
 
@@ -128,15 +105,14 @@ def _open_digits(split: str, split_seed: int, val_fraction: float, size: int) ->
         np.arange(len(data.target)), test_size=val_fraction, random_state=split_seed, stratify=data.target
     )
     chosen = np.sort(parts[SPLITS.index(split)])
-    if size > len(chosen):
-        raise InputError("size", size, f"at most {len(chosen)}, the number of {split} images of digits")
+    _check_size(size, len(chosen), split)
     chosen = chosen[: size or None]
     images_NYX = (data.images[chosen] / 16).astype(np.float32)
     return ArraySource(images_NYX, data.target[chosen], tuple(str(digit) for digit in range(10)))
 
 
-def _open_tfds(name: str, path: str, split: str, split_seed: int, val_fraction: float) -> Source:
-    """The set's own validation or test split as "val"; where it has neither, part of its train split."""
+def _open_tfds(name: str, path: str, split: str, split_seed: int, val_fraction: float) -> ImageSource:
+    """Return the set's own validation or test split as "val", or part of its train split if it has neither."""
     from mvar_jax.data.tfds_source import TfdsSource, tfds_split
 
     known = tfds_split(name, path, "val")
@@ -159,7 +135,7 @@ def open_source(
     split_seed: int = 0,
     val_fraction: float = 0.2,
     size: int = 0,
-) -> Source:
+) -> ImageSource:
     """Open one split of a data set.
 
     `digits`: the 1,797 images bundled with scikit-learn, float32 [8, 8] in [0, 1]; `val_fraction` of them is
@@ -168,37 +144,48 @@ def open_source(
     `split_seed`, so `val_fraction` does not apply.
     `folder`, `tars`: files below `path`; see data/folder.py and data/tars.py.
     `tfds`: the set `tfds_name` of TensorFlow Datasets, prepared in `path` ("": TFDS's default); `val_fraction` of
-    its train split is held out by `split_seed` where it has no validation and no test split.
+    its train split is held out by `split_seed` if it has no validation and no test split.
 
     Args:
       split: "train" or "val".
       size: number of images of the split to keep; 0 keeps all (`synthetic` has no "all").
 
     Raises:
-      InputError: an unknown name or split, a number out of range, or a data set that is not there.
+      InputError: a name or split is unknown, a number is out of range, or the data set is missing.
     """
-    if name not in SOURCE_NAMES:
-        raise InputError("source", name, f"one of {', '.join(SOURCE_NAMES)}")
-    if split not in SPLITS:
-        raise InputError("split", split, f"one of {', '.join(SPLITS)}")
-    if not 0 <= split_seed < 2**32:
-        raise InputError("split_seed", split_seed, "an integer from 0 to 2**32 - 1")
-    if not 0 < val_fraction < 1:
-        raise InputError("val_fraction", val_fraction, "a number between 0 and 1, both excluded")
-    if size < 0 or (name == "synthetic" and size == 0):
-        raise InputError("size", size, "at least 1 for synthetic, at least 0 otherwise")
-    if name in ("folder", "tars") and not path:
-        raise InputError("data.path", path, f"where the {name} source lies, as --config.data.path=DIR")
+    _check(name, split, path, split_seed, val_fraction, size)
     if name == "digits":
         return _open_digits(split, split_seed, val_fraction, size)
     if name == "synthetic":
         return SyntheticSource(split, seed=split_seed, size=size)
     if name == "tfds":
-        return _keep(_open_tfds(tfds_name, path, split, split_seed, val_fraction), size)
+        return _keep(_open_tfds(tfds_name, path, split, split_seed, val_fraction), size, split)
     if name == "folder":
         from mvar_jax.data.folder import FolderSource
 
-        return _keep(FolderSource(path, split), size)
+        return _keep(FolderSource(path, split), size, split)
     from mvar_jax.data.tars import TarSource
 
-    return _keep(TarSource(path, split), size)
+    return _keep(TarSource(path, split), size, split)
+
+
+def _check(name: str, split: str, path: str, split_seed: int, val_fraction: float, size: int) -> None:
+    smallest = 1 if name == "synthetic" else 0
+    checks = (
+        (name in SOURCE_NAMES, "source", name, f"one of {', '.join(SOURCE_NAMES)}"),
+        (split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}"),
+        (0 <= split_seed < 2**32, "split_seed", split_seed, "from 0 to 2**32 - 1"),
+        (0 < val_fraction < 1, "val_fraction", val_fraction, "above 0 and below 1"),
+        (size >= smallest, "size", size, f"{smallest} or more for source={name}"),
+    )
+    for is_right, field, given, allowed in checks:
+        if not is_right:
+            key = field if field == "split" else f"data.{field}"
+            raise InputError(f"{key} must be {allowed}, got {given!r}", field=field, given=given, expected=allowed)
+    if name in ("folder", "tars") and not path:
+        raise InputError(
+            f"data.path is empty; set it to the folder of the images with --config.data.path=DIR (source={name})",
+            field="data.path",
+            given=path,
+            expected="the folder of the images",
+        )

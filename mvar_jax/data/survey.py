@@ -1,4 +1,4 @@
-"""A walk through a whole source before anyone pays for a machine: bad images, classes, rates, a contact sheet."""
+"""A walk through a whole source before training: bad images, class counts, decoding rate, a contact sheet."""
 
 import time
 from dataclasses import dataclass
@@ -10,16 +10,19 @@ from tqdm import tqdm
 
 from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.pipeline import load
+from mvar_jax.data.protocols import ImageSource, Transform
 from mvar_jax.data.skipped import Skipped
-from mvar_jax.data.sources import Source
 
 
 @dataclass
 class Survey:
     """What a walk found in one split.
 
-    counts_C: int64, good images of each class. seconds: of the whole walk. pictures_NYX3: float32 in [-1, 1], good
-    ones spread evenly over the split, at most as many as asked for.
+    Attributes:
+      counts_C: good images of each class, [C] int64.
+      bad: `{"number", "name", "reason"}` of each bad image.
+      seconds: duration of the walk.
+      pictures_NYX3: pixels of good images spread evenly over the split, [N, Y, X, 3] uint8.
     """
 
     split: str
@@ -31,7 +34,7 @@ class Survey:
     pictures_NYX3: np.ndarray
 
     def summary(self) -> dict[str, Any]:
-        """The findings as JSON values."""
+        """Return the findings as JSON values."""
         num_good, counts = int(self.counts_C.sum()), self.counts_C
         order = np.argsort(counts, kind="stable")
         return {
@@ -50,8 +53,8 @@ class Survey:
         }
 
 
-def survey(source: Source, transform, split: str, *, num_pictures: int, num_threads: int) -> Survey:
-    """Loads, decodes and transforms every image once, with progress; bad ones are listed, never fatal."""
+def survey(source: ImageSource, transform: Transform, split: str, *, num_pictures: int, num_threads: int) -> Survey:
+    """Load and transform every image once, with a progress bar. Any number of bad images is listed, none raises."""
     num_threads = max(1, num_threads)
     wanted = set(np.linspace(0, len(source) - 1, num_pictures).round().astype(int).tolist())
 
@@ -60,10 +63,10 @@ def survey(source: Source, transform, split: str, *, num_pictures: int, num_thre
 
     def visit(number: int):
         try:
-            _, value, label = load(source, transform, number)
+            pixels, label = load(source, transform, number)
         except BadImage as error:
             return str(error)
-        return label, value if number in wanted else None
+        return label, pixels if number in wanted else None
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=16 * num_threads)
     began = time.monotonic()
@@ -76,5 +79,5 @@ def survey(source: Source, transform, split: str, *, num_pictures: int, num_thre
         if found[1] is not None:
             pictures.append(found[1])
     seconds = time.monotonic() - began
-    pictures_NYX3 = np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.float32)
+    pictures_NYX3 = np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
     return Survey(split, source.label_names, counts_C, skipped.entries(), seconds, num_threads, pictures_NYX3)

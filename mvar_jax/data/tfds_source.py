@@ -2,9 +2,16 @@
 
 from typing import Any
 
-from mvar_jax.errors import InputError
+from mvar_jax.data.protocols import ImageSource
+from mvar_jax.errors import InputError, shorten
 
 _VALIDATION_NAMES = ("validation", "val", "test")
+
+
+def _refuse(name: str, reason: str, expected: str) -> InputError:
+    return InputError(
+        f"data.name must be {expected}, got {name!r}{reason}", field="data.name", given=name, expected=expected
+    )
 
 
 def _find_builder(name: str, data_dir: str):
@@ -14,47 +21,50 @@ def _find_builder(name: str, data_dir: str):
     except ImportError as error:
         message = f"config.data.source='tfds' needs TensorFlow Datasets ({error}); pip install 'mvar_jax[tfds]'"
         raise InputError(message, field="data.source", given="tfds") from None
+    expected = "the name of a TFDS data set, such as imagenet2012"
     if not name:
-        raise InputError("data.name", name, "the name of a TFDS data set, as imagenet2012")
+        raise _refuse(name, "; set it with --config.data.name=NAME", expected)
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
     except DatasetNotFoundError:
-        raise InputError("data.name", name, "the name of a TFDS data set, as imagenet2012") from None
-    except Exception as error:  # of the set's own code
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError("data.name", name, f"a TFDS data set that can be opened ({reason[0]})") from None
+        raise _refuse(name, "", expected) from None
+    except Exception as error:  # raised by the set's own code
+        raise _refuse(name, f" ({shorten(error)})", "a TFDS data set that can be opened") from None
     if not builder.info.splits:
-        where = f"a data set prepared as ArrayRecord in {builder.data_dir} (see launch/prepare_imagenet.sh)"
-        raise InputError("data.name", name, where)
+        prepare = f", which is not in {builder.data_dir}; prepare it (see launch/prepare_imagenet.sh)"
+        raise _refuse(name, prepare, "a data set prepared as ArrayRecord")
     return builder
 
 
 def _only_feature(builder, kind: type) -> str:
     found = [key for key, feature in builder.info.features.items() if isinstance(feature, kind)]
     if len(found) != 1:
-        wanted = f"a data set whose examples have one {kind.__name__}, not {len(found)}"
-        raise InputError("data.name", builder.name, wanted)
+        expected = f"a data set whose examples have one {kind.__name__}"
+        raise _refuse(builder.name, f", whose examples have {len(found)}", expected)
     return found[0]
 
 
 def tfds_split(name: str, data_dir: str, split: str) -> str | None:
-    """What the set calls "train" or "val" ("validation", "val" or else "test"); None where it has no such split.
+    """Return the set's name of "train" or "val" ("validation", "val" or else "test"), None if it has no such split.
 
-    Raises InputError for an unknown or unprepared set.
+    Raises InputError if the set is unknown or not prepared.
     """
     splits = _find_builder(name, data_dir).info.splits
     wanted = ("train",) if split == "train" else _VALIDATION_NAMES
     return next((known for known in wanted if known in splits), None)
 
 
-class TfdsSource:
-    """One split by its TFDS name; items hold the bytes as they were stored.
+class TfdsSource(ImageSource):
+    """One split by its TFDS name; items hold the bytes of an image file as they were stored.
 
-    data_dir: where the set was prepared, "" for TFDS's own default. Nothing is downloaded.
+    Args:
+      name: name of the data set.
+      data_dir: where the set was prepared; "" for TFDS's own default. Nothing is downloaded.
+      split: the split by its TFDS name.
 
     Raises:
-      InputError: an unknown set, one that was not prepared as ArrayRecord, or one without exactly one image and
-        one label.
+      InputError: the set is unknown, was not prepared as ArrayRecord, or does not have exactly one image and one
+        label.
     """
 
     def __init__(self, name: str, data_dir: str, split: str):
@@ -69,18 +79,14 @@ class TfdsSource:
         try:
             self._data = builder.as_data_source(split, decoders=decoders)
         except (NotImplementedError, ValueError):
-            wanted = f"a data set prepared with file_format=array_record in {builder.data_dir}"
-            raise InputError("data.name", name, wanted) from None
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.label_names)
+            reason = f", which has another format in {builder.data_dir}"
+            raise _refuse(name, reason, "a data set prepared with file_format=array_record") from None
 
     def __len__(self) -> int:
         return len(self._data)
 
     def name_of(self, index: int) -> str:
-        """The file's name where the set keeps it, with its number in the split."""
+        """Return the item's number in the split, followed by its file name if the set keeps it."""
         file_name = self._data[index].get("file_name", b"")
         file_name = file_name.decode() if isinstance(file_name, bytes) else str(file_name)
         return f"{self._name} {index} {file_name}".rstrip()

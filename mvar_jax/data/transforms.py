@@ -1,4 +1,4 @@
-"""What happens to one item before it is batched: pure functions of (item, rng); no rng, no randomness."""
+"""From the image of an item to uint8 pixels: pure functions of (image, rng), deterministic without an rng."""
 
 import dataclasses
 import functools
@@ -10,23 +10,22 @@ from scipy import ndimage
 
 from mvar_jax.data.decoding import MAX_PIXELS, BadImage, open_rgb
 from mvar_jax.errors import InputError
-from mvar_jax.ops.pixels import from_levels
 
 _PAD_PX = 4  # of background around a digit: keeps the spline's border effects and every warp inside the array
 
 
 @functools.lru_cache(maxsize=8)
 def _centred_grid(out_side: int, in_side: int) -> np.ndarray:
-    """Output pixel centres in input pixels from the image centre: [2, out_side**2], rows then columns."""
+    """Return output pixel centres in input pixels from the image centre: [2, out_side**2], rows then columns."""
     centres = (np.arange(out_side) + 0.5) * in_side / out_side - in_side / 2
     return np.stack(np.meshgrid(centres, centres, indexing="ij")).reshape(2, -1)
 
 
 @dataclasses.dataclass(frozen=True)
 class DigitTransform:
-    """Warp a small grey image in [0, 1] to float32 [image_size, image_size, 3] in [-1, 1].
+    """Warps a small grey image in [0, 1] to uint8 [image_size, image_size, 3].
 
-    One resampling, by cubic splines, with half-pixel centres; the background is 0. With an rng: rotation up
+    One resampling by cubic splines with half-pixel centres; the background is 0. With an rng: rotation up
     to +-`degrees`, shift up to +-`shift_px` input pixels per axis, magnification 1 +- `scale`,
     horizontal shear +- `shear`, each uniform, all about the image centre.
     """
@@ -38,8 +37,14 @@ class DigitTransform:
     shear: float = 0.04
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Return the warped image. Raises InputError unless `image` is square and grey."""
         if image.ndim != 2 or image.shape[0] != image.shape[1]:
-            raise InputError("image", image.shape, "the shape of a square grey image, (side, side)")
+            raise InputError(
+                f"image must be a square grey image of shape (side, side), got shape {image.shape}",
+                field="image",
+                given=image.shape,
+                expected="(side, side)",
+            )
         side = image.shape[0]
         coordinates = _centred_grid(self.image_size, side)
         if rng is not None:
@@ -51,17 +56,22 @@ class DigitTransform:
         warped = ndimage.map_coordinates(
             np.pad(image, _PAD_PX), coordinates + ((side - 1) / 2 + _PAD_PX), order=3, output=np.float32
         )
-        grey_YX1 = 2 * np.clip(warped, 0, 1).reshape(self.image_size, self.image_size, 1) - 1
-        return np.repeat(grey_YX1, 3, axis=-1)
+        levels_YX1 = np.rint(255 * np.clip(warped, 0, 1)).reshape(self.image_size, self.image_size, 1)
+        return np.repeat(levels_YX1.astype(np.uint8), 3, axis=-1)
 
     def view(self, image: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
-        """View `view` of a token cache: the first is the image itself, the others are augmented."""
+        """Return view `view` of a token cache: view 0 is the image itself, the others are augmented."""
         return self(image, None if view == 0 else rng)
 
     def check_views(self, num_views: int) -> None:
-        """Raises InputError for fewer than one view."""
+        """Raise InputError if a cache would hold no view."""
         if num_views < 1:
-            raise InputError("data.num_views", num_views, "1 or more")
+            raise InputError(
+                f"data.num_views must be 1 or more, got {num_views}",
+                field="data.num_views",
+                given=num_views,
+                expected="1 or more",
+            )
 
 
 CROPS = ("centre", "random", "resized")
@@ -69,14 +79,23 @@ CROPS = ("centre", "random", "resized")
 
 @dataclasses.dataclass(frozen=True)
 class PhotoTransform:
-    """A photograph, encoded bytes or uint8 pixels, to float32 [image_size, image_size, 3] in [-1, 1].
+    """Cuts a photograph, encoded bytes or uint8 pixels, to uint8 [image_size, image_size, 3].
 
-    crop "centre": as in ADM (arXiv 2105.05233), to the last byte: box halving while the shorter side is at least
+    crop "centre": as in ADM (arXiv 2105.05233), bit for bit: box halving while the shorter side is at least
     twice `image_size`, bicubic resize of the shorter side, centre crop. With an rng, "random" is ADM's other crop:
     the shorter side is resized to a whole number from image_size to image_size / min_crop, then cut anywhere;
     "resized" cuts a share of the area from min_crop to 1 with sides 3:4 to 4:3, resized to the square. Without
-    an rng both are the centre crop. Then, with an rng and `flip`, a mirror image with probability 1/2.
-    upright: obey the camera's orientation tag. Raises BadImage for bytes that hold no usable image.
+    an rng both are the centre crop. Then, with an rng and `flip`, the image is mirrored with probability 1/2.
+
+    Attributes:
+      image_size: side of the result in pixels.
+      flip: whether images are mirrored.
+      crop: one of CROPS.
+      min_crop: smallest share of the side ("random") or of the area ("resized") that a crop keeps.
+      upright: obey the camera's orientation tag.
+
+    Raises:
+      InputError: a field is out of range.
     """
 
     image_size: int
@@ -87,74 +106,90 @@ class PhotoTransform:
 
     def __post_init__(self):
         if self.crop not in CROPS:
-            raise InputError("data.crop", self.crop, f"one of {', '.join(CROPS)}")
+            allowed = ", ".join(CROPS)
+            raise InputError(
+                f"data.crop must be one of {allowed}, got {self.crop!r}",
+                field="data.crop",
+                given=self.crop,
+                expected=allowed,
+            )
         if not 0 < self.min_crop <= 1:
-            raise InputError("data.min_crop", self.min_crop, "a share above 0, at most 1")
+            raise InputError(
+                f"data.min_crop must be above 0 and at most 1, got {self.min_crop}",
+                field="data.min_crop",
+                given=self.min_crop,
+                expected="above 0, at most 1",
+            )
 
     def __call__(self, image: np.ndarray | bytes, rng: np.random.Generator | None = None) -> np.ndarray:
-        return from_levels(self.pixels(image, rng))
-
-    def pixels(self, image: np.ndarray | bytes, rng: np.random.Generator | None = None) -> np.ndarray:
-        """The same as uint8: a quarter of the bytes, for the way from a worker process."""
-        # drawn first, and as PickView draws: training from images and from the cache of both flips then agree
+        """Return the cropped image. Raises BadImage if the bytes hold no usable image."""
+        # drawn first, like the view of a token cache: images and the cache of both flips then give equal batches
         is_mirrored = self.flip and rng is not None and rng.integers(2) == 1
-        return self._pixels(image, rng, is_mirrored)
+        return self._cut(image, rng, is_mirrored)
 
     def view(self, image: np.ndarray | bytes, view: int, rng: np.random.Generator) -> np.ndarray:
-        """View `view` of a token cache: with `flip` odd ones are mirrored; the first of each is a centre crop."""
+        """Return view `view` of a token cache: with `flip` odd ones are mirrored; the first of each is centred."""
         num_kinds = 2 if self.flip else 1
-        return from_levels(self._pixels(image, rng if view >= num_kinds else None, view % num_kinds == 1))
+        return self._cut(image, rng if view >= num_kinds else None, view % num_kinds == 1)
 
     def check_views(self, num_views: int) -> None:
-        """Raises InputError where a cache of so many views would repeat itself or leave the flip out."""
+        """Raise InputError if a cache of `num_views` views would repeat a view or lack the mirrored one."""
         num_kinds = 2 if self.flip else 1
         is_right = num_views == num_kinds if self.crop == "centre" else num_views % num_kinds == 0
         if num_views < 1 or not is_right:
-            many = "" if self.crop == "centre" else "a multiple of "
-            raise InputError("data.num_views", num_views, f"{many}{num_kinds} (flip={self.flip}, crop={self.crop})")
+            allowed = str(num_kinds) if self.crop == "centre" else f"a multiple of {num_kinds}"
+            raise InputError(
+                f"data.num_views must be {allowed} with data.flip={self.flip} and data.crop={self.crop}, "
+                f"got {num_views}",
+                field="data.num_views",
+                given=num_views,
+                expected=allowed,
+            )
 
-    def _pixels(self, image, rng: np.random.Generator | None, is_mirrored: bool) -> np.ndarray:
+    def _cut(self, image, rng: np.random.Generator | None, is_mirrored: bool) -> np.ndarray:
         if isinstance(image, bytes):
-            picture = open_rgb(image, upright=self.upright)
+            photo = open_rgb(image, upright=self.upright)
         elif image.dtype != np.uint8:
-            raise InputError("image", image.dtype, "uint8 pixels")
+            raise InputError(
+                f"image must have dtype uint8, got {image.dtype}", field="image", given=image.dtype, expected="uint8"
+            )
         else:
-            picture = Image.fromarray(image).convert("RGB")
+            photo = Image.fromarray(image).convert("RGB")
         if rng is None or self.crop == "centre":
-            picture = _cut(*_shrink(picture, self.image_size), self.image_size)
+            photo = _cut_square(*_shrink(photo, self.image_size), self.image_size)
         elif self.crop == "random":
             short_side = rng.integers(self.image_size, math.ceil(self.image_size / self.min_crop), endpoint=True)
-            picture = _cut(*_shrink(picture, int(short_side)), self.image_size, rng)
+            photo = _cut_square(*_shrink(photo, int(short_side)), self.image_size, rng)
         else:
-            picture = _cut_resized(picture, self.image_size, self.min_crop, rng)
-        pixels_YX3 = np.asarray(picture)
+            photo = _cut_resized(photo, self.image_size, self.min_crop, rng)
+        pixels_YX3 = np.asarray(photo)
         return np.ascontiguousarray(pixels_YX3[:, ::-1]) if is_mirrored else pixels_YX3
 
 
-def _shrink(picture: Image.Image, short_side: int) -> tuple[Image.Image, tuple[int, int]]:
-    """(picture after box halving, the size to which it is still to be resized), as in ADM."""
-    while min(picture.size) >= 2 * short_side:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    ratio = short_side / min(picture.size)
-    return picture, (round(picture.width * ratio), round(picture.height * ratio))
+def _shrink(photo: Image.Image, short_side: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Return the image after ADM's box halving, and the size to which it is still to be resized."""
+    while min(photo.size) >= 2 * short_side:
+        photo = photo.resize((photo.width // 2, photo.height // 2), Image.Resampling.BOX)
+    ratio = short_side / min(photo.size)
+    return photo, (round(photo.width * ratio), round(photo.height * ratio))
 
 
-def _cut(picture, new_size: tuple[int, int], side: int, rng: np.random.Generator | None = None) -> Image.Image:
-    """Bicubic resize, then the square at the centre, or anywhere with an rng."""
+def _cut_square(photo, new_size: tuple[int, int], side: int, rng: np.random.Generator | None = None) -> Image.Image:
+    """Return the square at the centre, or anywhere with an rng, of the image resized to `new_size`."""
     if new_size[0] * new_size[1] > MAX_PIXELS:
-        raise BadImage(f"{picture.width} x {picture.height} pixels: too long and thin to cut a square from")
+        raise BadImage(f"{photo.width} x {photo.height} pixels: too long and thin to cut a square from")
     spare_x, spare_y = new_size[0] - side, new_size[1] - side
     left, top = (spare_x // 2, spare_y // 2) if rng is None else rng.integers((spare_x + 1, spare_y + 1)).tolist()
-    picture = picture.resize(new_size, Image.Resampling.BICUBIC)
-    return picture.crop((left, top, left + side, top + side))
+    photo = photo.resize(new_size, Image.Resampling.BICUBIC)
+    return photo.crop((left, top, left + side, top + side))
 
 
-def _cut_resized(picture: Image.Image, side: int, min_area: float, rng: np.random.Generator) -> Image.Image:
-    """A random share of the area, resized to the square; a side longer than the picture's is cut to it."""
-    area = rng.uniform(min_area, 1) * picture.width * picture.height
+def _cut_resized(photo: Image.Image, side: int, min_area: float, rng: np.random.Generator) -> Image.Image:
+    """Return a random share of the area as a square. A crop longer than the image is cut to the image."""
+    area = rng.uniform(min_area, 1) * photo.width * photo.height
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    width = min(picture.width, max(1, round(math.sqrt(area * aspect))))
-    height = min(picture.height, max(1, round(math.sqrt(area / aspect))))
-    left, top = rng.integers((picture.width - width + 1, picture.height - height + 1)).tolist()
+    width = min(photo.width, max(1, round(math.sqrt(area * aspect))))
+    height = min(photo.height, max(1, round(math.sqrt(area / aspect))))
+    left, top = rng.integers((photo.width - width + 1, photo.height - height + 1)).tolist()
     box = (left, top, left + width, top + height)
-    return picture.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    return photo.resize((side, side), Image.Resampling.BICUBIC, box=box)

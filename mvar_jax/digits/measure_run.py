@@ -35,7 +35,7 @@ def column(lines: list[dict], name: str) -> tuple[list[int], list]:
 
 
 def load_digits(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the run's data by split, not augmented: (images `[N, Y, X, 3] float32`, labels `[N]`).
+    """Return the run's data by split, not augmented: (images `[N, Y, X, 3] uint8`, labels `[N]`).
 
     Raises InputError if the run did not train on the digits.
     """
@@ -83,7 +83,7 @@ def report_digits(tokenizer_dir: Path, transformer_dir: Path, samples_dir: Path,
     save_png(out / "samples.png", sample_grid(model, seed=0))
     save_png(
         out / "reconstructions.png",
-        side_by_side(to_uint8(heldout[:40]), to_uint8(reconstructions[:40]), 8, zoom=2),
+        side_by_side(heldout[:40], to_uint8(reconstructions[:40]), 8, zoom=2),
     )
     curves = Curves(
         validation_loss=column(validation, "loss_per_scale"),

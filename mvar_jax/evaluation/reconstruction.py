@@ -10,17 +10,18 @@ from mvar_jax.files.atomic import write_atomically
 from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, side_by_side, to_uint8
 from mvar_jax.files.npz import save_npz
 from mvar_jax.ops.metrics import psnr, ssim
+from mvar_jax.ops.pixels import from_levels
 
 
-def reconstruct(model: Model, images_NYX3: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Encode and decode images in batches of one shape.
+def reconstruct(model: Model, pixels_NYX3: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Encode and decode pixels `[N, Y, X, 3] uint8` in batches of one shape.
 
     Returns (reconstructions `[N, Y, X, 3] float32` in [-1, 1], ids `[N, L] int32`).
     """
-    N, parts = len(images_NYX3), []
+    N, parts = len(pixels_NYX3), []
     for begin in tqdm(range(0, N, batch_size), desc="reconstruct", unit="batch", mininterval=1):
         rows = np.minimum(np.arange(begin, begin + batch_size), N - 1)
-        ids = model.encode(images_NYX3[rows])
+        ids = model.encode(from_levels(pixels_NYX3[rows]))
         parts.append((np.asarray(model.decode(ids)), np.asarray(ids)))
     images, ids = (np.concatenate(part)[:N] for part in zip(*parts, strict=True))
     return images, ids
@@ -30,13 +31,12 @@ def write_reconstructions(model: Model, files: list[Path], load_one, out: Path, 
     """Write a side-by-side PNG of each file, reconstructions.png and the table psnr.md; return the table.
 
     Args:
-      load_one: path -> float image `[Y, X, 3]` in [-1, 1].
+      load_one: path -> pixels `[Y, X, 3] uint8`.
       saves_tokens: also write tokens.npz, ids `[N, L] int32`.
     """
-    images = np.stack([load_one(file) for file in files])
-    reconstructions, ids = reconstruct(model, images, min(batch_size, len(files)))
-    before, after = to_uint8(images), to_uint8(reconstructions)
-    zoom = min_zoom(images.shape[1])
+    before = np.stack([load_one(file) for file in files])
+    reconstructions, ids = reconstruct(model, before, min(batch_size, len(files)))
+    after, zoom = to_uint8(reconstructions), min_zoom(before.shape[1])
     for i, file in enumerate(files):
         # numbered, so that photo.png and photo.jpg get different names
         save_png(out / f"{i:06d}_{file.stem}.png", side_by_side(before[i : i + 1], after[i : i + 1], 1, zoom=zoom))

@@ -1,1 +1,1 @@
-"""Files that appear complete or not at all: text, images, arrays, directories."""
+"""Atomic writes of text, images, arrays and directories."""

@@ -1,26 +1,40 @@
-"""Files that appear complete or not at all."""
+"""Atomic writes: readers see the old file or the whole new one, never a part."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Readers see the old file or the new one, never a part."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fresh.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(fresh, path)
+def temporary_path(path: Path) -> Path:
+    """Return the name under which `path` is written first: hidden, in the same folder, with the process id."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside `path`: takes its place when the block ends well, is removed otherwise."""
+    """Yield a temporary path. It replaces `path` if the block succeeds and is removed if the block raises.
+
+    Missing parent folders are made.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a whole file. Text is encoded as UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write `content` as indented JSON that ends with a newline."""
+    write_atomically(path, json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Pictures for people: image grids, originals beside reconstructions, training curves. Written atomically."""
+"""Grids of images for people: contact sheets, originals next to reconstructions."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from mvar_jax.errors import InputError
 from mvar_jax.files.atomic import replacing
 from mvar_jax.ops.pixels import to_levels
 
-GRID_IMAGES = 400  # a larger grid is of no use to an eye
+GRID_IMAGES = 400  # a larger grid is too large to look at
 
 
 def to_uint8(images_BYX3, truncate: bool = False) -> np.ndarray:
@@ -18,17 +18,24 @@ def to_uint8(images_BYX3, truncate: bool = False) -> np.ndarray:
 
 
 def tile_grid(images_BYX3, columns: int, pad: int = 2, zoom: int = 1) -> np.ndarray:
-    """One uint8 picture [rows, columns, 3] of uint8 images, row by row, on white.
+    """Return one image, uint8 [rows, columns, 3], that shows all images row by row on white.
 
-    `pad` white pixels separate the images and frame the picture; `zoom` repeats every pixel of an image
-    `zoom` times each way, so that tiny images can be seen. Raises InputError for anything but uint8 RGB.
+    Args:
+      images_BYX3: [B, Y, X, 3] uint8.
+      columns: images in a row.
+      pad: white pixels between the images and around them.
+      zoom: repetitions of every pixel in each direction, so that tiny images can be seen.
+
+    Raises:
+      InputError: the images are not uint8 RGB, or there is none, or `columns` or `zoom` is below 1.
     """
     images_BYX3 = np.asarray(images_BYX3)
     if images_BYX3.dtype != np.uint8 or images_BYX3.ndim != 4 or images_BYX3.shape[3] != 3:
-        raise InputError("images", f"{images_BYX3.dtype} {images_BYX3.shape}", "uint8 [B, Y, X, 3]")
+        given = f"{images_BYX3.dtype} {list(images_BYX3.shape)}"
+        raise _refuse("images", given, "uint8 [B, Y, X, 3]")
     if len(images_BYX3) == 0 or min(columns, zoom) < 1:
         given = f"{len(images_BYX3)} images, columns={columns}, zoom={zoom}"
-        raise InputError("grid", given, "at least 1 of each")
+        raise _refuse("grid", given, "at least 1 of each of images, columns and zoom")
     images_BYX3 = images_BYX3.repeat(zoom, axis=1).repeat(zoom, axis=2)
     height, width = images_BYX3.shape[1:3]
     columns = min(columns, len(images_BYX3))
@@ -41,15 +48,24 @@ def tile_grid(images_BYX3, columns: int, pad: int = 2, zoom: int = 1) -> np.ndar
 
 
 def side_by_side(originals_BYX3, reconstructions_BYX3, columns: int, pad: int = 2, zoom: int = 1) -> np.ndarray:
-    """A grid of `columns` pairs a row, each an original and, touching its right edge, its reconstruction."""
+    """Return a grid with `columns` pairs in a row: an original and, touching its right edge, its reconstruction.
+
+    Raises InputError if the shapes differ; the rest as `tile_grid`.
+    """
     originals_BYX3, reconstructions_BYX3 = np.asarray(originals_BYX3), np.asarray(reconstructions_BYX3)
     if originals_BYX3.shape != reconstructions_BYX3.shape:
-        raise InputError("reconstructions", reconstructions_BYX3.shape, f"shape {originals_BYX3.shape}")
+        raise _refuse(
+            "reconstructions", reconstructions_BYX3.shape, f"of the originals' shape {originals_BYX3.shape}"
+        )
     return tile_grid(np.concatenate([originals_BYX3, reconstructions_BYX3], axis=2), columns, pad, zoom)
 
 
+def _refuse(field: str, given: object, expected: str) -> InputError:
+    return InputError(f"{field} must be {expected}, got {given}", field=field, given=given, expected=expected)
+
+
 def save_png(path: str | os.PathLike, image_YX3: np.ndarray) -> None:
-    """Writes a uint8 RGB picture; folders are made, and a reader never sees half a file."""
+    """Write a uint8 RGB image atomically, making missing folders."""
     from PIL import Image
 
     with replacing(path) as temporary:
@@ -57,5 +73,5 @@ def save_png(path: str | os.PathLike, image_YX3: np.ndarray) -> None:
 
 
 def min_zoom(side: int) -> int:
-    """Pixel repetition that makes small images visible."""
+    """Return the zoom that makes images of this side at least 96 pixels large."""
     return max(1, 96 // side)

@@ -1,4 +1,4 @@
-"""Uncompressed .npz files, written atomically: of whole arrays, or piece by piece so that none is whole in memory."""
+"""Uncompressed .npz files, written atomically: whole arrays, or arrays in pieces that never fit in memory at once."""
 
 import zipfile
 from collections.abc import Iterable
@@ -19,12 +19,12 @@ class Pieces(NamedTuple):
 
 
 def whole(array: np.ndarray) -> Pieces:
-    """An array that is in memory anyway."""
+    """Return an array as a single piece."""
     return Pieces(array.shape, array.dtype, (array,))
 
 
 def save_npz(path: Path, **arrays: np.ndarray | Pieces) -> None:
-    """The bytes that `np.savez` writes. Raises ValueError where pieces do not add up to their shape."""
+    """Write the bytes that `np.savez` writes. Raises ValueError if pieces do not add up to their shape."""
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
         for name, array in arrays.items():
             pieces = array if isinstance(array, Pieces) else whole(np.asarray(array))
@@ -38,8 +38,8 @@ def _write_pieces(file, name: str, pieces: Pieces) -> None:
     np.lib.format.write_array_header_1_0(file, header)
     for part in pieces.parts:
         if part.dtype != dtype or part.shape[1:] != tuple(pieces.shape[1:]):
-            raise ValueError(f"{name}: a piece {part.dtype}{part.shape} of {dtype}{pieces.shape}")
+            raise ValueError(f"{name}: a piece must fit {dtype}{pieces.shape}, got {part.dtype}{part.shape}")
         file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
         num_rows += len(part)
     if num_rows != pieces.shape[0]:
-        raise ValueError(f"{name}: {num_rows} rows in the pieces of {dtype}{pieces.shape}")
+        raise ValueError(f"{name}: the pieces must have {pieces.shape[0]} rows together, got {num_rows}")

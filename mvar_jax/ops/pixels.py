@@ -1,4 +1,7 @@
-"""Between images in [-1, 1] and the 256 levels of a file."""
+"""Conversion between float images in [-1, 1] and the 256 levels of uint8 pixels.
+
+Images are uint8 from the transform to the device; the program that uses them normalises them with `as_images`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +9,11 @@ import numpy as np
 
 
 def to_levels(images: jax.Array | np.ndarray, truncate: bool = False) -> jax.Array | np.ndarray:
-    """Float32 images in [-1, 1] (clipped to it) as uint8 of the same kind of array, on the host or in a program.
+    """Return float32 images as uint8 of the same kind of array, on the host or in a program.
 
-    Rounded to nearest; `truncate` rounds down, as the published programs do: for scores compared with theirs.
+    Args:
+      images: float32, any shape; values are clipped to [-1, 1].
+      truncate: round down instead of to nearest, like the published programs, for scores compared with theirs.
     """
     xp = images.__array_namespace__()
     levels = (xp.clip(images, -1, 1) + 1) * 127.5
@@ -16,19 +21,17 @@ def to_levels(images: jax.Array | np.ndarray, truncate: bool = False) -> jax.Arr
 
 
 def from_levels(pixels: np.ndarray) -> np.ndarray:
-    """uint8 pixels as float32 in [-1, 1]."""
+    """Return uint8 pixels as float32 in [-1, 1], on the host."""
     images = np.divide(pixels, np.float32(127.5), dtype=np.float32)
-    images -= 1  # in place: at this size it is memory that takes the time
+    images -= 1  # in place: memory traffic dominates at this size
     return images
 
 
-def as_images(images: jax.Array) -> jax.Array:
-    """In a program: uint8 pixels as `from_levels` gives them, to the last bit; images in [-1, 1] as they are.
+def as_images(pixels: jax.Array) -> jax.Array:
+    """Return uint8 pixels as float32 in [-1, 1], in a program, equal to `from_levels` in every bit.
 
-    Images travel to the device as pixels: a quarter of the bytes.
+    A table, because XLA rounds `pixels / 127.5 - 1` differently from program to program: it multiplies by the
+    reciprocal and may contract the subtraction. An image would then get different tokens in different programs.
     """
-    if images.dtype != jnp.uint8:
-        return images
-    # looked up: XLA would multiply by the reciprocal and fuse the subtraction, which rounds otherwise
     table = jnp.asarray(from_levels(np.arange(256, dtype=np.uint8)))
-    return table.at[images].get(mode="promise_in_bounds")
+    return table.at[pixels].get(mode="promise_in_bounds")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mvar_jax.checkpoints.model_directory import fingerprint
 from mvar_jax.errors import InputError, shorten
-from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.atomic import write_json
 from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, tile_grid
 from mvar_jax.files.npz import Pieces, save_npz
 from mvar_jax.models.init import abstract_params
@@ -214,7 +214,7 @@ def _draw_missing(networks, batches: _Batches, own: range, mesh: Mesh, identity:
             if not (
                 batches.out / IDENTITY_FILE
             ).exists():  # not earlier, so that a failure in the first batch leaves no file
-                write_atomically(batches.out / IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
+                write_json(batches.out / IDENTITY_FILE, identity)
             writing.append(pool.submit(batches.write, batch, arrays))
             while len(writing) > 2 * NUM_WRITERS:  # otherwise a slow disk would fill the memory
                 writing.popleft().result()

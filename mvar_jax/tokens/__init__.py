@@ -1,1 +1,1 @@
-"""Images to token ids, and caches of them."""
+"""Encoding images to token ids, and token caches."""

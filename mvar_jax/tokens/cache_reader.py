@@ -1,7 +1,7 @@
-"""Token pyramids of a data set, encoded once: ArrayRecord shards beside a `cache.json`; here they are read.
+"""Reading a token cache: the token pyramids of a data set, as ArrayRecord shards and a `cache.json`.
 
 A record is one image: its label (little-endian int32), then its token pyramids [views, L] row-major
-(little-endian uint16; int32 when the codebook has more than 65,536 entries). `cache.json` is written last, so
+(little-endian uint16; int32 if the codebook has more than 65,536 entries). `cache.json` is written last, so
 a directory without it is not a cache. See cache_writer.py.
 """
 
@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from mvar_jax.data.protocols import TokenSource
 from mvar_jax.errors import InputError
 from mvar_jax.scales import areas_of
+from mvar_jax.tokens.philox import first_draws_below
 
 META_NAME = "cache.json"
 FORMAT = 1
@@ -27,10 +29,10 @@ _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # with group size 1
 
 
 def read_meta(path: str | os.PathLike) -> dict[str, Any]:
-    """The contents of a cache's `cache.json`.
+    """Return the contents of a cache's `cache.json`.
 
     Raises:
-      InputError: no finished cache at `path`, or its `cache.json` cannot be understood.
+      InputError: there is no finished cache at `path`, or its `cache.json` is unreadable.
     """
     reason = f"its {META_NAME} lacks keys or is not of format {FORMAT}"
     try:
@@ -40,27 +42,35 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
             is_complete &= split.keys() >= _SPLIT_KEYS
             is_complete &= all(shard.keys() >= _SHARD_KEYS for shard in split["shards"])
     except OSError:
-        is_complete, reason = False, f"there is no readable {META_NAME}, as after an interrupted writing"
+        is_complete = False
+        reason = f"it has no readable {META_NAME}; if cache_tokens was interrupted, run it again to finish the cache"
     except ValueError:
         is_complete, reason = False, f"its {META_NAME} is not valid JSON"
     except (TypeError, KeyError, AttributeError):
         is_complete = False
     if not is_complete:
-        raise InputError("cache", str(path), f"a finished token cache; {reason}")
+        raise _refuse(path, "a finished token cache", reason)
     return meta
 
 
-class TokenCache:
-    """One split of a token cache as a source: `cache[i] -> {"ids": int32 [views, L], "label": int}`.
+def _refuse(path: str | os.PathLike, expected: str, reason: str) -> InputError:
+    return InputError(f"{path} must be {expected}: {reason}", field="cache", given=str(path), expected=expected)
 
-    A split of up to `max_memory_bytes` is held in memory; a larger one is read from its files on access.
+
+class TokenCache(TokenSource):
+    """One split of a token cache. `cache[i]` is `{"ids": int32 [views, L], "label": int}`.
 
     Args:
-      expect_fingerprint, expect_sides, expect_vocab_size: what the tokenizer in use has; None: not compared.
+      path: directory of the cache.
+      split: "train" or "val".
+      expect_fingerprint: fingerprint of the tokenizer in use; None compares nothing.
+      expect_sides: its sides; None compares nothing.
+      expect_vocab_size: its codebook's size; None compares nothing.
+      max_memory_bytes: a split of up to this size is held in memory; a larger one is read from its files on access.
 
     Raises:
       InputError: the cache is unfinished, damaged or incomplete, has no such split, or was made by another
-        tokenizer. Damage inside a split too large for memory shows only when the record is read.
+        tokenizer. Damage inside a split too large for memory raises only when the record is read.
     """
 
     def __init__(
@@ -79,13 +89,15 @@ class TokenCache:
         self.vocab_size: int = self.meta["vocab_size"]
         self.label_names = tuple(self.meta["label_names"])
         self.tokenizer_path: str = self.meta["tokenizer_path"]
-        who = "as the tokenizer in use has; encode the images again with it"
+        other = "the tokenizer in use; encode the images again with cache_tokens"
         fingerprint = self.meta["tokenizer_fingerprint"]
-        self._expect("tokenizer_fingerprint", fingerprint, expect_fingerprint, who)
-        self._expect("sides", self.sides, None if expect_sides is None else tuple(expect_sides), who)
-        self._expect("vocab_size", self.vocab_size, expect_vocab_size, who)
+        self._expect("tokenizer_fingerprint", fingerprint, expect_fingerprint, other)
+        self._expect("sides", self.sides, None if expect_sides is None else tuple(expect_sides), other)
+        self._expect("vocab_size", self.vocab_size, expect_vocab_size, other)
         if split not in self.meta["splits"]:
-            raise InputError("split", split, f"one of {', '.join(self.meta['splits'])}, the splits of {path}")
+            allowed = f"one of {', '.join(self.meta['splits'])}"
+            message = f"split must be {allowed}, the splits of {path}, got {split!r}"
+            raise InputError(message, field="split", given=split, expected=allowed)
         entry = self.meta["splits"][split]
         self._dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         self._shape = (entry["num_views"], sum(areas_of(self.sides)))
@@ -97,7 +109,9 @@ class TokenCache:
         self._readers = [self._open_shard(shard) for shard in self._shards]
         self._memory: np.ndarray | None = None
         if self._num_records * self._record_bytes <= max_memory_bytes:
-            self._memory = np.concatenate([self._as_bytes(self._read(reader, None)) for reader in self._readers])
+            self._memory = np.concatenate(
+                [self._as_bytes(self._read_shard(reader, None)) for reader in self._readers]
+            )
 
     def __getstate__(self):
         return {**self.__dict__, "_readers": None}  # of the C++ library: every process opens its own
@@ -106,61 +120,73 @@ class TokenCache:
         self.__dict__.update(state)
         self._readers = [self._open_shard(shard) for shard in self._shards]
 
-    def _expect(self, field: str, given: Any, expected: Any, why: str) -> None:
+    def _expect(self, field: str, given: Any, expected: Any, whose: str) -> None:
         if expected is not None and given != expected:
-            raise InputError(field, given, f"{expected!r}, {why} (token cache {self._dir})")
+            message = f"token cache {self._dir} has {field} {given!r}, not {expected!r} like {whose}"
+            raise InputError(message, field=field, given=given, expected=repr(expected))
 
     def _open_shard(self, shard: dict[str, Any]) -> ArrayRecordReader:
-        name, why = shard["name"], f"as {META_NAME} says"
+        name = shard["name"]
         path = self._dir / name
         if not path.is_file():
-            raise InputError("cache", str(self._dir), f"a complete token cache; {name} is missing")
-        self._expect(f"bytes of {name}", path.stat().st_size, shard["bytes"], why)
+            raise _refuse(self._dir, "a complete token cache", f"{name} is missing")
+        self._expect(f"bytes of {name}", path.stat().st_size, shard["bytes"], META_NAME)
         reader = ArrayRecordReader(str(path), _READ_OPTIONS)
-        self._expect(f"records of {name}", reader.num_records(), shard["num_records"], why)
+        self._expect(f"records of {name}", reader.num_records(), shard["num_records"], META_NAME)
         return reader
 
-    def _read(self, reader: ArrayRecordReader, positions: list[int] | None) -> list[bytes]:
-        """The records at these positions of a shard; None reads all."""
+    def _read_shard(self, reader: ArrayRecordReader, positions: list[int] | None) -> list[bytes]:
+        """Return the records at these positions of a shard, or all of them for None."""
         try:
             records = reader.read_all() if positions is None else reader.read(positions)
         except RuntimeError as error:
-            reason = str(error).split(";")[0]
-            raise InputError("cache", str(self._dir), f"undamaged records; {reason}") from None
+            reason = f"a record is damaged ({str(error).split(';')[0]})"
+            raise _refuse(self._dir, "an undamaged token cache", reason) from None
         for record in records:
-            self._expect("bytes of a record", len(record), self._record_bytes, f"as {META_NAME} says")
+            self._expect("bytes of a record", len(record), self._record_bytes, META_NAME)
         return records
 
     def _as_bytes(self, records: list[bytes]) -> np.ndarray:
         return np.frombuffer(b"".join(records), np.uint8).reshape(-1, self._record_bytes)
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.label_names)
-
     def __len__(self) -> int:
         return self._num_records
 
     def name_of(self, index: int) -> str:
-        """Its number."""
+        """Return the record's number."""
         return f"record {index}"
 
-    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int32 [B, views, L], labels int32 [B]) of the records at these numbers, each from 0 to len - 1."""
+    def read(self, numbers_B: np.ndarray, seed: int, index_B: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Read a batch, one view of each record; see `TokenSource.read`."""
+        ids_BvL, labels_B = self._read_views(numbers_B)
+        return pick_views(ids_BvL, seed, index_B), labels_B
+
+    def _read_views(self, numbers_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ids [B, views, L] int32, labels [B] int32) of the records at these numbers."""
         if self._memory is not None:
-            bytes_Br = self._memory[numbers]
+            bytes_Br = self._memory[numbers_B]
         else:
-            bytes_Br = np.empty((len(numbers), self._record_bytes), np.uint8)
-            shard_B = np.searchsorted(self._starts, numbers, side="right") - 1
+            bytes_Br = np.empty((len(numbers_B), self._record_bytes), np.uint8)
+            shard_B = np.searchsorted(self._starts, numbers_B, side="right") - 1
             for shard in np.unique(shard_B).tolist():
                 rows = np.flatnonzero(shard_B == shard)
-                positions = (numbers[rows] - self._starts[shard]).tolist()
-                bytes_Br[rows] = self._as_bytes(self._read(self._readers[shard], positions))
+                positions = (numbers_B[rows] - self._starts[shard]).tolist()
+                bytes_Br[rows] = self._as_bytes(self._read_shard(self._readers[shard], positions))
         labels_B = np.ascontiguousarray(bytes_Br[:, :LABEL_BYTES]).view("<i4")[:, 0]
         ids = np.ascontiguousarray(bytes_Br[:, LABEL_BYTES:]).view(self._dtype)
         return ids.reshape(-1, *self._shape).astype(np.int32), labels_B.astype(np.int32)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(self._num_records)[index]  # negative and out-of-range indices as in a sequence
-        ids, labels = self.read(np.array([index]))
+        ids, labels = self._read_views(np.array([index]))
         return {"ids": ids[0], "label": int(labels[0])}
+
+
+def pick_views(ids_BvL: np.ndarray, seed: int, index_B: np.ndarray | None) -> np.ndarray:
+    """Return one view of each image, [B, L]: drawn uniformly by (seed, index), or the first if there is no index.
+
+    The draw is `Generator(Philox(key=[seed, index])).integers(views)`, like the flip of `PhotoTransform`.
+    """
+    if index_B is None:
+        return ids_BvL[:, 0]
+    return ids_BvL[np.arange(len(index_B)), first_draws_below(ids_BvL.shape[1], seed, index_B)]

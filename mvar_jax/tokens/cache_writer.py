@@ -1,4 +1,4 @@
-"""Writes a token cache shard by shard. Killed and started again it goes on, and leaves the same files."""
+"""Writing a token cache shard by shard. Resumable: an interrupted and restarted writer leaves the same files."""
 
 import contextlib
 import json
@@ -12,29 +12,38 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from mvar_jax.errors import InputError
+from mvar_jax.files.atomic import replacing, write_json
 from mvar_jax.scales import areas_of
 from mvar_jax.tokens.cache_reader import FORMAT, META_NAME, read_meta
 
-UNFINISHED = "unfinished"  # the folder, inside the cache's, in which shards wait for the last one
+UNFINISHED = "unfinished"  # folder inside the cache's that holds the shards until the last one is finished
 _IDENTITY_NAME = "identity.json"
 _WRITE_OPTIONS = "group_size:1"
 
 Record = tuple[np.ndarray, int]
-# (begin, end, skipped) -> the records of images begin to end; what is bad is appended to `skipped` instead
+# (begin, end, skipped) -> the records of images begin to end; bad ones are appended to `skipped` instead
 ReadRecords = Callable[[int, int, list[dict[str, Any]]], Iterable[Record]]
 
 
 class CacheWriter:
     """Writes a token cache split by split; the cache appears when the `with` block ends without an exception.
 
-    Until then everything lies in the folder `unfinished` of `out_dir`: whole shards, which the next writer of the
-    same cache keeps, and which another's removes. A cache that was there before stays as it was until a complete
-    one takes its place. Several processes share the work: shard i belongs to process `i % process_count`, and
-    process 0 puts the cache together once `wait()` says that all are done.
+    Until then its shards are in the folder `unfinished` of `out_dir`. The next writer of the same cache keeps
+    them, a writer of another cache removes them. An older cache in `out_dir` stays until the new one is complete.
+    Several processes share the work: shard i belongs to process `i % process_count`, and process 0 puts the cache
+    together.
 
         with CacheWriter(out_dir, ...) as writer:
             writer.write_split("train", read_records, num_images=1437, num_views=2, transform={...})
             writer.write_split("val", ...)
+
+    Args:
+      out_dir: directory of the cache.
+      sides, vocab_size: of the tokenizer.
+      tokenizer_fingerprint, tokenizer_path: stored for the reader.
+      label_names: display name of each class, in the order of the labels.
+      process_index, process_count: of this process.
+      wait: returns once all processes have called it.
     """
 
     def __init__(
@@ -80,19 +89,24 @@ class CacheWriter:
         transform: dict[str, Any],
         num_shards: int = 1,
     ) -> None:
-        """Write this process's shards of one split; those that are there already are kept.
+        """Write this process's shards of one split; finished ones are kept.
 
         Args:
-          read_records: (integer ids [num_views, L], label) of every good image of a range, in order.
-          transform: what was done to the images before encoding; kept for the reader, not interpreted.
+          split: name of the split.
+          read_records: returns (integer ids [num_views, L], label) of every good image of a range, in order.
+          num_images: number of images, bad ones included.
+          num_views: views of each image.
+          transform: how the images were transformed before encoding; stored, not interpreted.
           num_shards: files over which the images are spread in order.
 
         Raises:
-          InputError: ids or labels out of range, ids of another shape or not integers, or another number of
-            records than images that are not skipped. The shards finished before stay.
+          InputError: ids or labels are out of range, ids have another shape or are no integers, or records and
+            skipped images do not add up. Shards finished before stay.
         """
         if not 1 <= num_shards <= num_images:
-            raise InputError("num_shards", num_shards, f"from 1 to the number of images, {num_images}")
+            allowed = f"1 to {num_images}, the number of images"
+            message = f"num_shards must be from {allowed}, got {num_shards}"
+            raise InputError(message, field="num_shards", given=num_shards, expected=allowed)
         bounds = [shard * num_images // num_shards for shard in range(num_shards + 1)]
         names = [f"{split}-{shard:05d}-of-{num_shards:05d}.array_record" for shard in range(num_shards)]
         plan = {"num_images": num_images, "num_views": num_views, "transform": transform, "names": names}
@@ -104,21 +118,17 @@ class CacheWriter:
 
     def _write_shard(self, name: str, read_records: ReadRecords, begin: int, end: int, num_views: int) -> None:
         path, skipped, num_records = self._unfinished / name, [], 0
-        temporary = path.with_name(name + ".tmp")
-        try:
+        with replacing(path) as temporary:
             with contextlib.closing(ArrayRecordWriter(str(temporary), _WRITE_OPTIONS)) as writer:
                 for ids, label in self._checked(read_records(begin, end, skipped), num_views):
                     writer.write(np.array(label, "<i4").tobytes() + ids.astype(self._dtype).tobytes())
                     num_records += 1
             if num_records + len(skipped) != end - begin:
-                raise InputError(
-                    "num_images", end - begin, f"{num_records} records and {len(skipped)} skipped images"
-                )
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+                found = f"{num_records} records and {len(skipped)} skipped images"
+                message = f"num_images {end - begin} must be the sum of {found} of {name}"
+                raise InputError(message, field="num_images", given=end - begin, expected=found)
         entry = {"name": name, "num_records": num_records, "bytes": path.stat().st_size}
-        _write_json(self._entry_file(name), {"shard": entry, "skipped": skipped})
+        write_json(self._entry_file(name), {"shard": entry, "skipped": skipped})
 
     def _checked(self, records: Iterable[Record], num_views: int) -> Iterator[Record]:
         num_labels, vocab_size = len(self._meta["label_names"]), self._meta["vocab_size"]
@@ -126,15 +136,15 @@ class CacheWriter:
         for ids, label in records:
             ids = np.asarray(ids)
             if ids.shape != shape or not np.issubdtype(ids.dtype, np.integer):
-                raise InputError("ids", f"{ids.dtype}{list(ids.shape)}", f"integers {list(shape)}, views by tokens")
+                raise _refuse("ids", f"{ids.dtype}{list(ids.shape)}", f"integers {list(shape)}, views by tokens")
             if ids.min() < 0 or ids.max() >= vocab_size:
-                raise InputError("ids", f"{ids.min()}..{ids.max()}", f"token ids from 0 to {vocab_size - 1}")
+                raise _refuse("ids", f"{ids.min()} to {ids.max()}", f"from 0 to {vocab_size - 1}")
             if not 0 <= label < num_labels:
-                raise InputError("label", int(label), f"a class from 0 to {num_labels - 1}")
+                raise _refuse("label", int(label), f"a class from 0 to {num_labels - 1}")
             yield ids, label
 
     def skipped(self) -> dict[str, list[dict[str, Any]]]:
-        """`{"number", "name", "reason"}` of the bad images of every split's finished shards."""
+        """Return `{"number", "name", "reason"}` of the bad images of every split's finished shards."""
         return {
             split: [bad for name in plan["names"] for bad in (self._finished(name) or {"skipped": []})["skipped"]]
             for split, plan in self._meta["splits"].items()
@@ -144,7 +154,7 @@ class CacheWriter:
         return self._unfinished / f"{name}.json"
 
     def _finished(self, name: str) -> dict[str, Any] | None:
-        """What a finished shard's own JSON says; None where the shard is still to be written."""
+        """Return the content of a finished shard's own JSON, or None if the shard is still to be written."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             entry = json.loads(self._entry_file(name).read_text())
             if (self._unfinished / name).stat().st_size == entry["shard"]["bytes"]:
@@ -152,7 +162,7 @@ class CacheWriter:
         return None
 
     def _forget_other_work(self, split: str) -> None:
-        """Removes a split's shards that an interrupted writer of another cache left."""
+        """Remove a split's shards that an interrupted writer of another cache left."""
         file = self._unfinished / f"{split}-{_IDENTITY_NAME}"
         shared = {key: value for key, value in self._meta.items() if key not in ("splits", "tokenizer_path")}
         identity = {**shared, "split": self._meta["splits"][split]}
@@ -162,7 +172,7 @@ class CacheWriter:
         if self._process_index == 0 and there != json.loads(json.dumps(identity)):
             for path in self._unfinished.glob(f"{split}-*"):
                 path.unlink()
-            _write_json(file, identity)
+            write_json(file, identity)
         self._wait()
 
     def __exit__(self, exception_type, exception, traceback) -> None:
@@ -181,7 +191,8 @@ class CacheWriter:
             entries = [self._finished(name) for name in plan["names"]]
             missing = [name for name, entry in zip(plan["names"], entries, strict=True) if entry is None]
             if missing:
-                raise InputError("shards", missing[0], f"a finished shard in {self._unfinished}")
+                message = f"shard {missing[0]} is not finished in {self._unfinished}; run the command again"
+                raise InputError(message, field="shards", given=missing[0], expected="a finished shard")
             shards = [entry["shard"] for entry in entries]
             splits[split] = {
                 "num_records": sum(shard["num_records"] for shard in shards),
@@ -194,11 +205,11 @@ class CacheWriter:
         self._remove_replaced()
         for name in [shard["name"] for split in splits.values() for shard in split["shards"]]:
             os.replace(self._unfinished / name, self._dir / name)
-        _write_json(self._dir / META_NAME, {**self._meta, "splits": splits})
+        write_json(self._dir / META_NAME, {**self._meta, "splits": splits})
         shutil.rmtree(self._unfinished)
 
     def _remove_replaced(self) -> None:
-        """Take away a cache that was here before, its `cache.json` first."""
+        """Remove the older cache, its `cache.json` first."""
         with contextlib.suppress(InputError):
             splits = read_meta(self._dir)["splits"].values()
             (self._dir / META_NAME).unlink()
@@ -206,7 +217,5 @@ class CacheWriter:
                 (self._dir / shard["name"]).unlink(missing_ok=True)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+def _refuse(field: str, given: object, expected: str) -> InputError:
+    return InputError(f"{field} must be {expected}, got {given}", field=field, given=given, expected=expected)

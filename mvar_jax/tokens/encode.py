@@ -1,6 +1,7 @@
-"""Images to token ids with a tokenizer, and whole data sets to a token cache."""
+"""Encoding images to token ids, and whole data sets to a token cache."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import grain
@@ -9,25 +10,39 @@ import numpy as np
 from tqdm import tqdm
 
 from mvar_jax.data.decoding import BadImage
-from mvar_jax.data.pipeline import DEFAULT_LOADING, LoadOptions
+from mvar_jax.data.options import LoadOptions
+from mvar_jax.data.pipeline import DEFAULT_LOADING
+from mvar_jax.data.protocols import ImageSource, Transform
 from mvar_jax.data.skipped import Skipped
-from mvar_jax.data.sources import SPLITS, Source
+from mvar_jax.data.sources import SPLITS
 from mvar_jax.errors import InputError
-from mvar_jax.models.networks import Networks, apply_tokenizer
+from mvar_jax.models.networks import Networks
+from mvar_jax.ops.pixels import as_images
 from mvar_jax.sharding import make_mesh, put_batch, replicated
 from mvar_jax.tokens.cache_reader import META_NAME, read_meta
 from mvar_jax.tokens.cache_writer import CacheWriter
 
-IMAGES_PER_SHARD = 4096  # what a killed run may lose
+IMAGES_PER_SHARD = 4096  # an interruption loses at most so much work
 
 
 def view_rng(seed: int, view: int, index: int) -> np.random.Generator:
-    """Every view of every image has its own numbers."""
+    """Return the generator of one view of one image."""
     return np.random.Generator(np.random.Philox(key=[seed * 2**16 + view, index]))
 
 
+@jax.jit
+def encode_pixels(networks: Networks, pixels_BYX3: jax.Array) -> jax.Array:
+    """Return the token ids [B, L] int32 of pixels [B, Y, X, 3] uint8."""
+    return networks.apply_tokenizer(as_images(pixels_BYX3), method="encode")
+
+
 class Encoder:
-    """float32 images [B, Y, X, 3] -> ids int32 [B, L] on all devices of this process, `batch_size` at a time."""
+    """From pixels, uint8 [Y, X, 3] each, to ids [B, L] int32, on all devices of this process.
+
+    Args:
+      networks: the tokenizer and its weights.
+      batch_size: images at a time, rounded up to a multiple of the number of devices.
+    """
 
     def __init__(self, networks: Networks, batch_size: int):
         devices = jax.local_devices()
@@ -36,15 +51,14 @@ class Encoder:
         params = jax.device_put(networks.tokenizer_params, replicated(self._mesh))
         self._networks = Networks(networks.tokenizer, params)
 
-    def __call__(self, images: list[np.ndarray]) -> jax.Array:
-        """[batch_size, L], before the device is done; a short batch is padded, so that one program serves all."""
-        padded = images + [images[-1]] * (self.batch_size - len(images))
-        images = put_batch({"image": np.stack(padded)}, self._mesh)["image"]
-        return apply_tokenizer(self._networks, images, "encode")
+    def __call__(self, pixels: list[np.ndarray]) -> jax.Array:
+        """Return ids [batch_size, L] without waiting for the device. A short batch is padded to one shape."""
+        padded = pixels + [pixels[-1]] * (self.batch_size - len(pixels))
+        return encode_pixels(self._networks, put_batch({"image": np.stack(padded)}, self._mesh)["image"])
 
 
-def _load_views(source: Source, transform, num_views: int, seed: int, number: int):
-    """(views, label) of an image, or the reason why it is bad."""
+def _load_views(source: ImageSource, transform: Transform, num_views: int, seed: int, number: int):
+    """Return (views, label) of an image, or the reason why it is bad."""
     try:
         item = source[number]
         views = [transform.view(item["image"], view, view_rng(seed, view, number)) for view in range(num_views)]
@@ -54,7 +68,7 @@ def _load_views(source: Source, transform, num_views: int, seed: int, number: in
 
 
 def _ids_of(encoder: Encoder, views: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """ids [L] of every view in order; one batch is on the device while the next is loaded."""
+    """Yield the ids [L] of every view in order; one batch is on the device while the next is loaded."""
     waiting: jax.Array | None = None
     batch: list[np.ndarray] = []
     for view in views:
@@ -68,8 +82,8 @@ def _ids_of(encoder: Encoder, views: Iterator[np.ndarray]) -> Iterator[np.ndarra
 
 def encode_range(
     encoder: Encoder,
-    source: Source,
-    transform,
+    source: ImageSource,
+    transform: Transform,
     begin: int,
     end: int,
     *,
@@ -78,11 +92,12 @@ def encode_range(
     num_threads: int,
     skip: Callable[[int, str], None],
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields (ids [views, L], label) of every good image from `begin` to `end`, in order.
+    """Yield (ids [views, L], label) of every good image from `begin` to `end`, in order.
 
-    transform: has `view(image, view, rng)`. skip: called with the number of a bad image and the reason.
+    Args:
+      skip: called with the number of a bad image and the reason.
     """
-    load = lambda number: _load_views(source, transform, num_views, seed, number)
+    load = partial(_load_views, source, transform, num_views, seed)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * encoder.batch_size * num_threads)
     loaded = iter(grain.MapDataset.range(begin, end).map(load).to_iter_dataset(options))
     labels: list[int] = []
@@ -106,8 +121,10 @@ def encode_range(
         loaded.close()
 
 
-def _write_split(writer: CacheWriter, encoder: Encoder, source: Source, transform, skipped: Skipped, **options):
-    """One split; options: num_views, seed, transform (its description), num_shards, num_threads."""
+def _write_split(
+    writer: CacheWriter, encoder: Encoder, source: ImageSource, transform: Transform, skipped: Skipped, **options
+):
+    """Write one split; options: num_views, seed, description, images_per_shard, num_threads."""
     split, num_views, seed = skipped.split, options["num_views"], options["seed"]
     with tqdm(total=len(source), desc=f"encode {split}", unit="image", mininterval=1) as progress:
 
@@ -118,7 +135,7 @@ def _write_split(writer: CacheWriter, encoder: Encoder, source: Source, transfor
                 skipped.add(number, name, reason)
                 progress.update()
 
-            progress.update(begin - progress.n)  # what an earlier run has done
+            progress.update(begin - progress.n)  # shards of an earlier run
             numbers = {"num_views": num_views, "seed": seed, "num_threads": options["num_threads"]}
             for record in encode_range(encoder, source, transform, begin, end, skip=skip, **numbers):
                 yield record
@@ -141,8 +158,8 @@ def write_cache(
     tokenizer_path: str | Path,
     networks: Networks,
     tokenizer_fingerprint: str,
-    sources: dict[str, Source],
-    transform,
+    sources: dict[str, ImageSource],
+    transform: Transform,
     description: dict,
     *,
     num_views: int,
@@ -154,11 +171,22 @@ def write_cache(
     process_count: int = 1,
     wait: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Writes the cache; False where `out` already holds the same one.
+    """Write a token cache. Resumable: after an interruption it continues with the first unfinished shard.
 
-    Training images get `num_views` views, as `transform.view` makes them; validation images the first alone.
-    Started again after it was killed it goes on with the first unfinished shard. process_index, process_count,
-    wait: see `CacheWriter`.
+    Args:
+      out: directory of the cache.
+      tokenizer_path: where the tokenizer was loaded from; stored with the cache.
+      networks: the tokenizer and its weights.
+      tokenizer_fingerprint: of the tokenizer; stored with the cache.
+      sources: image source of each split.
+      transform: makes the views of an image.
+      description: what decides on the pixels; stored with the cache.
+      num_views: views of each training image; a validation image has the first alone.
+      seed: of the augmentation of views.
+      process_index, process_count, wait: see `CacheWriter`.
+
+    Returns:
+      False if `out` already holds the same cache.
 
     Raises:
       InputError: `out` holds a cache of another tokenizer or of other images, or too many images are bad.
@@ -199,7 +227,7 @@ def write_cache(
 
 
 def _check_same(out: Path, tokenizer_fingerprint: str, descriptions: dict) -> None:
-    """Raises InputError unless the cache in `out` was made by this tokenizer of these images."""
+    """Raise InputError unless the cache in `out` was made of these images by this tokenizer."""
     meta = read_meta(out)
     found = {split: entry["transform"] for split, entry in meta["splits"].items()}
     for name, given, there in (
@@ -207,4 +235,5 @@ def _check_same(out: Path, tokenizer_fingerprint: str, descriptions: dict) -> No
         ("data", descriptions, found),
     ):
         if given != there:
-            raise InputError(name, given, f"{there}, that of the cache in {out} (or another --out)")
+            message = f"{out} holds a token cache of another {name}: {there}, not {given}; choose another --out"
+            raise InputError(message, field=name, given=given, expected=str(there))

@@ -1,4 +1,4 @@
-"""Numpy's Philox generator for a whole batch of keys at once: one generator object a sample costs 25 us."""
+"""Numpy's Philox generator for a whole batch of keys at once: one generator object per sample costs 25 us."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ _HALF = np.uint64(32)
 
 
 def _multiply(factor: int, x_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(high, low) 64 bits of the 128-bit products."""
+    """Return the (high, low) 64 bits of the 128-bit products."""
     a, b = np.uint64(factor >> 32), np.uint64(factor & 0xFFFFFFFF)
     high, low = x_B >> _HALF, x_B & _LOW
     middle = a * low + ((b * low) >> _HALF)
@@ -19,7 +19,7 @@ def _multiply(factor: int, x_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first_words(seed: int, index_B: np.ndarray) -> np.ndarray:
-    """uint64 [B]: the first word that `np.random.Philox(key=[seed, index])` gives, for every index."""
+    """Return the first word of `np.random.Philox(key=[seed, index])` for every index, [B] uint64."""
     key0, key1 = seed, index_B.astype(np.uint64)
     zeros = np.zeros_like(key1)
     words = [zeros + np.uint64(1), zeros, zeros, zeros]  # numpy counts before it draws
@@ -33,10 +33,10 @@ def first_words(seed: int, index_B: np.ndarray) -> np.ndarray:
 
 
 def first_draws_below(bound: int, seed: int, index_B: np.ndarray) -> np.ndarray:
-    """int64 [B]: `Generator(Philox(key=[seed, index])).integers(bound)` for every index; bound below 2**32."""
-    scaled_B = (first_words(seed, index_B) & _LOW) * np.uint64(bound)  # Lemire's method, as numpy's
+    """Return `Generator(Philox(key=[seed, index])).integers(bound)` for every index, [B] int64; bound below 2**32."""
+    scaled_B = (first_words(seed, index_B) & _LOW) * np.uint64(bound)  # Lemire's method, as in numpy
     draws_B = (scaled_B >> _HALF).astype(np.int64)
-    for row in np.flatnonzero((scaled_B & _LOW) < (2**32 - bound) % bound):  # the few that numpy draws again
+    for row in np.flatnonzero((scaled_B & _LOW) < (2**32 - bound) % bound):  # the few that numpy rejects
         key = [seed, int(index_B[row])]
         draws_B[row] = np.random.Generator(np.random.Philox(key=key)).integers(bound)
     return draws_B

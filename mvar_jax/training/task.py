@@ -10,9 +10,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mvar_jax.data.pipeline import LoadOptions, Transform, eval_batches, train_batches
+from mvar_jax.data.options import LoadOptions
+from mvar_jax.data.pipeline import eval_batches, train_batches
+from mvar_jax.data.protocols import Source, Transform
 from mvar_jax.data.skipped import Skipped
-from mvar_jax.data.sources import Source
 from mvar_jax.errors import InputError
 from mvar_jax.sharding import check_batch_size, check_sizes, put_batch, replicated, use_mesh
 from mvar_jax.training.optimizer import OptimizerOptions
@@ -65,7 +66,7 @@ class TaskData:
     """The data of a task: sources by split, the transform of their samples, and how batches are loaded."""
 
     sources: dict[str, Source]
-    transform: Transform
+    transform: Transform | None
     loading: LoadOptions
 
 

@@ -91,10 +91,12 @@ class TokenizerTask(DataTask):
             return {}
         data = self.data["val"]
         batches = eval_batches(data, self.transform, batch_size=min(NUM_PICTURES, len(data)), options=self.loading)
-        images = as_images(jnp.asarray(next(batches)["image"]))
+        pixels = next(batches)["image"]
         batches.close()
         networks = Networks(self.tokenizer, params)
-        f_hat = apply_tokenizer(networks, apply_tokenizer(networks, images, "encode"), "f_hats")[-1]
+        f_hat = apply_tokenizer(
+            networks, apply_tokenizer(networks, as_images(jnp.asarray(pixels)), "encode"), "f_hats"
+        )[-1]
         reconstructions = np.asarray(decode_features(networks, f_hat))
-        zoom = min_zoom(images.shape[1])
-        return {"reconstructions": side_by_side(to_uint8(images), to_uint8(reconstructions), 4, zoom=zoom)}
+        zoom = min_zoom(pixels.shape[1])
+        return {"reconstructions": side_by_side(pixels, to_uint8(reconstructions), 4, zoom=zoom)}

@@ -126,7 +126,7 @@ def test_cache_of_another_tokenizer_is_refused(run, tmp_path, capfd):
     shutil.copytree(run.tokenizer, other)
     shutil.rmtree(other / "checkpoints" / "3")  # its weights are now those of step 2
     arguments = [argument if argument != run.tokenizer else str(other) for argument in run.cache]
-    refuse(capfd, [*arguments, "--out", run.tokens], "tokenizer=", run.tokens)
+    refuse(capfd, [*arguments, "--out", run.tokens], "token cache of another tokenizer", run.tokens)
 
 
 @pytest.mark.parametrize("name", ["none", "file", "empty", "damaged", "half"])

@@ -6,12 +6,14 @@ import pytest
 from image_files import bomb, encode, noise
 from PIL import Image
 
-from mvar_jax.data import decoding
+import mvar_jax.__main__ as command_line
+from mvar_jax.data import decoding, pillow_warnings
 from mvar_jax.data.decoding import BadImage, open_rgb, read_image
 from mvar_jax.data.transforms import PhotoTransform
 from mvar_jax.errors import InputError
 
 COLOUR = noise(30, 20)
+BROKEN_EXIF = b"Exif\0\0MM\0*garbage"
 JPEG = encode(Image.fromarray(COLOUR), "JPEG", quality=95)
 
 
@@ -66,10 +68,12 @@ def test_orientation_tag_turns_the_picture_upright_where_asked(orientation):
     assert np.array_equal(_pixels(data, upright=False), COLOUR)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_broken_orientation_tag_leaves_the_pixels_alone():
-    assert np.array_equal(_pixels(encode(Image.fromarray(COLOUR), exif=b"Exif\0\0MM\0*garbage")), COLOUR)
+    assert np.array_equal(_pixels(encode(Image.fromarray(COLOUR), exif=BROKEN_EXIF)), COLOUR)
 
 
+@pytest.mark.filterwarnings("ignore:Image size")  # Pillow's own limit
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -102,6 +106,32 @@ def test_damage_anywhere_is_bad_or_harmless_but_never_another_error():
                 assert open_rgb(damaged.tobytes()).mode == "RGB"
 
 
+def test_warnings_of_pillow_are_hidden_only_on_request():
+    files = encode(Image.fromarray(COLOUR), exif=BROKEN_EXIF), bomb(12_000, 12_000)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.resetwarnings()
+        warnings.simplefilter("always")
+        for num_seen in (2, 0):
+            for data in files:
+                with contextlib.suppress(BadImage):
+                    open_rgb(data)
+            assert len(seen) == num_seen
+            seen.clear()
+            pillow_warnings.ignore_pillow_warnings()
+
+
+def test_start_hides_the_warnings_of_pillow(monkeypatch):
+    monkeypatch.setattr(command_line, "main", lambda: 0)
+    monkeypatch.setattr(command_line.gc, "set_threshold", lambda *numbers: None)
+    monkeypatch.setattr(command_line.atexit, "register", lambda function: None)
+    with warnings.catch_warnings():
+        assert command_line.start() == 0
+        assert any(
+            action == "ignore" and module and module.match("PIL.Image")
+            for action, _, _, module, _ in warnings.filters
+        )
+
+
 def test_any_exception_of_a_reader_makes_the_image_bad(monkeypatch):
     def fail(*args, **options):
         raise KeyError("deep inside")
@@ -113,7 +143,7 @@ def test_any_exception_of_a_reader_makes_the_image_bad(monkeypatch):
 
 def test_one_pixel_becomes_a_flat_picture_and_a_thread_is_bad():
     pixels = PhotoTransform(16, flip=False)(encode(Image.new("RGB", (1, 1), (255, 0, 0))))
-    assert np.array_equal(pixels, np.broadcast_to(np.float32([1, -1, -1]), (16, 16, 3)))
+    assert np.array_equal(pixels, np.broadcast_to(np.uint8([255, 0, 0]), (16, 16, 3)))
     with pytest.raises(BadImage, match="1 x 9000 pixels: too long and thin"):
         PhotoTransform(256, flip=False)(encode(Image.new("RGB", (1, 9000))))
 
@@ -123,5 +153,5 @@ def test_read_image_names_the_file_it_refuses(tmp_path):
     assert np.array_equal(read_image(tmp_path / "a.jpg"), _pixels(JPEG))
     (tmp_path / "b.jpg").write_bytes(JPEG[:100])
     for name in ("b.jpg", "none.jpg"):
-        with pytest.raises(InputError, match=f"images=.*{name}"):
+        with pytest.raises(InputError, match=f"--images must be a readable image.*{name}"):
             read_image(tmp_path / name)

@@ -5,7 +5,6 @@ import os
 import pickle
 import tarfile
 
-import numpy as np
 import pytest
 from image_files import write_tree
 
@@ -65,7 +64,6 @@ def test_folder_gives_every_file_once_with_the_label_of_its_class_by_name(tree):
     for name, data, label in items:
         assert data == (tree / "train" / name).read_bytes()
         assert source.label_names[label] == name.split("/")[0]
-    assert np.array_equal(source.labels, [label for _, _, label in items])
 
 
 def test_folder_of_validation_has_the_labels_of_train_even_where_a_class_is_missing(tree):
@@ -88,20 +86,20 @@ def test_size_keeps_images_of_every_class(tree):
     source = open_source("folder", "train", path=str(tree), size=6)
     assert [label for _, _, label in _items(source)] == [0, 0, 1, 1, 2, 2]
     assert source.label_names == ("ant", "bee", "cat")
-    with pytest.raises(InputError, match="size=16.*15"):
+    with pytest.raises(InputError, match="data.size must be at most 15.*got 16"):
         open_source("folder", "train", path=str(tree), size=16)
 
 
 def test_folder_that_is_none_is_refused_with_its_path(tree, tmp_path):
-    for path, message in ((tmp_path / "none", "none.*train/CLASS/"), ("", "--config.data.path")):
-        with pytest.raises(InputError, match=f"data.path=.*{message}"):
+    for path, message in ((tmp_path / "none", "train/CLASS/.*none"), ("", "--config.data.path")):
+        with pytest.raises(InputError, match=f"data.path .*{message}"):
             open_source("folder", "train", path=str(path))
     (tree / "val/dog").mkdir()
     with pytest.raises(InputError, match="val/dog.*one of the classes"):
         open_source("folder", "val", path=str(tree))
     for path in tree.glob("train/*/*"):
         path.unlink()
-    with pytest.raises(InputError, match="train'.*.webp files"):
+    with pytest.raises(InputError, match="train must hold.*.webp files"):
         open_source("folder", "train", path=str(tree))
     (tmp_path / "flat/train").mkdir(parents=True)
     with pytest.raises(InputError, match="no class folders"):
@@ -137,16 +135,16 @@ def test_tars_take_class_names_from_their_file(tar_folder):
     (tar_folder / "classes.txt").write_text("ant\nbee\ncat\ndog\neel\n")
     assert open_source("tars", "val", path=str(tar_folder)).label_names == ("ant", "bee", "cat", "dog", "eel")
     (tar_folder / "classes.txt").write_text("ant\nbee")
-    with pytest.raises(InputError, match="label=2.*0 to 1"):
+    with pytest.raises(InputError, match="label must be from 0 to 1.*got 2"):
         open_source("tars", "val", path=str(tar_folder))
 
 
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("a.jpg", b"x")], "train.tar:a.jpg.*a .cls file"),
+        ([("a.jpg", b"x")], "train.tar:a.jpg has no label; add a .cls file"),
         ([("a.jpg", b"x"), ("a.cls", b"cat")], "train.tar.*labels in .cls files"),
-        ([("a.jpg", b"x"), ("a.cls", b"-1")], "label=-1"),
+        ([("a.jpg", b"x"), ("a.cls", b"-1")], "label must be .*got -1"),
         ([], "files in its train tars"),
         (None, "train.tar.*readable tar"),
     ],
@@ -158,5 +156,5 @@ def test_tar_that_cannot_be_used_is_refused(tmp_path, members, message):
         _write_tar(tmp_path / "train.tar", members)
     with pytest.raises(InputError, match=message):
         open_source("tars", "train", path=str(tmp_path))
-    with pytest.raises(InputError, match="data.path=.*val"):
+    with pytest.raises(InputError, match="data.path must be .*val"):
         open_source("tars", "val", path=str(tmp_path))

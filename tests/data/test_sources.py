@@ -52,7 +52,7 @@ def test_digits_images_are_float32_in_unit_range_with_labels_of_the_named_classe
 
 def test_size_keeps_that_many_images(digits):
     assert len(open_source("digits", "val", size=7)) == 7
-    with pytest.raises(InputError, match="size=361.*360"):
+    with pytest.raises(InputError, match="data.size must be at most 360.*got 361"):
         open_source("digits", "val", size=361)
 
 
@@ -78,15 +78,18 @@ def test_synthetic_label_can_be_told_from_the_mean_colour():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "field"),
+    ("arguments", "message"),
     [
-        ({"name": "digit", "split": "train"}, "source='digit'"),
-        ({"name": "digits", "split": "test"}, "split='test'"),
-        ({"name": "digits", "split": "val", "val_fraction": 1.0}, "val_fraction=1.0"),
-        ({"name": "digits", "split": "val", "split_seed": -1}, "split_seed=-1"),
-        ({"name": "synthetic", "split": "train"}, "size=0"),
+        ({"name": "digit", "split": "train"}, "data.source must be one of digits.*'digit'"),
+        ({"name": "digits", "split": "test"}, "split must be one of train, val, got 'test'"),
+        (
+            {"name": "digits", "split": "val", "val_fraction": 1.0},
+            "data.val_fraction must be above 0 and below 1, got 1.0",
+        ),
+        ({"name": "digits", "split": "val", "split_seed": -1}, "data.split_seed must be from 0.*got -1"),
+        ({"name": "synthetic", "split": "train"}, "data.size must be 1 or more.*got 0"),
     ],
 )
-def test_open_source_names_the_field_it_refuses(arguments, field):
-    with pytest.raises(InputError, match=field):
+def test_open_source_names_the_field_it_refuses(arguments, message):
+    with pytest.raises(InputError, match=message):
         open_source(**arguments)

@@ -84,8 +84,8 @@ def test_imagenet_feeds_training_and_validation(imagenet):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "data.name=''.*imagenet2012"),
-        ("imagenet2021", "data.name='imagenet2021'"),
+        ("", "data.name must be .*imagenet2012.*--config.data.name"),
+        ("imagenet2021", "data.name must be .*got 'imagenet2021'"),
         ("mnist", "prepared as Array"),
     ],
 )

@@ -9,7 +9,7 @@ from PIL import Image
 from mvar_jax.data.sources import open_source
 from mvar_jax.data.transforms import DigitTransform, PhotoTransform
 from mvar_jax.errors import InputError
-from mvar_jax.tokens.pick_view import PickView
+from mvar_jax.tokens.cache_reader import pick_views
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def digits():
 
 
 def _grey(pixels_YX3):
-    return (pixels_YX3[..., 0] + 1) / 2
+    return pixels_YX3[..., 0] / 255
 
 
 def _centroid(grey_YX):
@@ -36,12 +36,18 @@ def _blob(row=3.5, column=3.5, height=1.2, width=1.2):
 def test_digit_without_rng_keeps_mean_and_boxes_back_to_the_original(digits):
     for image in digits:
         pixels = DigitTransform()(image)
-        assert pixels.shape == (32, 32, 3) and pixels.dtype == np.float32
+        assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
         assert np.array_equal(pixels[..., 0], pixels[..., 2])
         grey = _grey(pixels)
         assert grey.mean() == pytest.approx(image.mean(), abs=0.01)
         boxed = grey.reshape(8, 4, 8, 4).mean((1, 3))
         assert np.sqrt(np.mean((boxed - image) ** 2)) < 0.09
+
+
+def test_digit_is_rounded_to_the_nearest_level(digits):
+    """At its own size without an rng the spline meets every pixel."""
+    pixels = DigitTransform(image_size=8)(digits[0])
+    np.testing.assert_array_equal(pixels[..., 0], np.rint(255 * digits[0]))
 
 
 def test_digit_without_rng_has_half_pixel_centres():
@@ -50,16 +56,15 @@ def test_digit_without_rng_has_half_pixel_centres():
     assert np.allclose(centroid_px, [2, -2], atol=0.1)
 
 
-def test_digit_stays_in_range_and_varies_with_the_rng(digits):
+def test_digit_is_a_function_of_the_rng(digits):
     pixels = [DigitTransform()(digits[0], np.random.default_rng(seed)) for seed in range(20)]
-    assert min(p.min() for p in pixels) >= -1 and max(p.max() for p in pixels) <= 1
     assert len({p.tobytes() for p in pixels}) == 20
     assert np.array_equal(pixels[4], DigitTransform()(digits[0], np.random.default_rng(4)))
 
 
 def test_digit_with_zero_amplitudes_ignores_the_rng(digits):
     still = DigitTransform(degrees=0, shift_px=0, scale=0, shear=0)
-    assert np.allclose(still(digits[1], np.random.default_rng(0)), still(digits[1]), atol=1e-6)
+    assert np.array_equal(still(digits[1], np.random.default_rng(0)), still(digits[1]))
 
 
 def test_digit_shift_is_bounded_in_input_pixels_and_reaches_both_sides():
@@ -92,12 +97,13 @@ def test_digit_scale_changes_area_and_shear_keeps_it(field, value):
         assert 0.62 < ratios.min() < 0.7 and 1.36 < ratios.max() < 1.46
     else:
         assert np.allclose(ratios, 1, atol=0.02)
-        assert not np.allclose(transform(_blob(), np.random.default_rng(0)), plain, atol=0.05)
+        assert not np.allclose(transform(_blob(), np.random.default_rng(0)), plain, atol=6)
 
 
 def test_digit_refuses_a_colour_image():
-    with pytest.raises(InputError, match="image="):
+    with pytest.raises(InputError, match="square grey image") as error:
         DigitTransform()(np.zeros((8, 8, 3), np.float32))
+    assert error.value.field == "image" and error.value.given == (8, 8, 3)
 
 
 def _plain_adm_crop(image, side):
@@ -117,8 +123,7 @@ def _plain_adm_crop(image, side):
 def test_photo_crop_equals_a_plain_implementation(shape):
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     pixels = PhotoTransform(image_size=24, flip=True)(image)
-    assert pixels.shape == (24, 24, 3) and pixels.dtype == np.float32
-    assert np.array_equal(pixels, _plain_adm_crop(image, 24).astype(np.float32) / 127.5 - 1)
+    np.testing.assert_array_equal(pixels, _plain_adm_crop(image, 24), strict=True)
 
 
 def test_photo_crop_of_a_file_equals_the_reference_step_by_step():
@@ -128,9 +133,7 @@ def test_photo_crop_of_a_file_equals_the_reference_step_by_step():
     picture = picture.resize((160, 106), Image.Resampling.BOX)
     picture = picture.resize((97, 64), Image.Resampling.BICUBIC)  # 160 x 64 / 106 = 96.6
     expected_YX3 = np.asarray(picture)[:, 16 : 16 + 64]  # (97 - 64) // 2
-    pixels = PhotoTransform(64, flip=True)(data)
-    assert np.array_equal(pixels, expected_YX3.astype(np.float32) / 127.5 - 1)
-    assert np.array_equal(np.rint((pixels + 1) * 127.5), expected_YX3)
+    np.testing.assert_array_equal(PhotoTransform(64, flip=True)(data), expected_YX3, strict=True)
 
 
 def test_random_crop_cuts_anywhere_from_every_allowed_size():
@@ -140,7 +143,7 @@ def test_random_crop_cuts_anywhere_from_every_allowed_size():
     assert np.array_equal(transform(image), PhotoTransform(side, flip=False)(image))
     spans, tops = [], []
     for seed in range(80):
-        pixels = (transform(image, np.random.default_rng(seed)) + 1) * 127.5
+        pixels = transform(image, np.random.default_rng(seed)).astype(float)
         spans.append((pixels[-1, 0, 0] - pixels[0, 0, 0]) / (ramp[-1] - ramp[0]))  # share of the shorter side
         tops.append(pixels[0, 0, 0] / 255)
     assert 0.45 < min(spans) < 0.55 and 0.9 < max(spans) <= 1
@@ -153,7 +156,7 @@ def test_resized_crop_keeps_the_allowed_share_of_the_area_and_shape():
     transform = PhotoTransform(32, flip=False, crop="resized", min_crop=0.25)
     sizes = []
     for seed in range(80):
-        pixels = (transform(image, np.random.default_rng(seed)) + 1) * 127.5
+        pixels = transform(image, np.random.default_rng(seed)).astype(float)
         slopes = pixels[20, 16, 0] - pixels[12, 16, 0], pixels[16, 20, 1] - pixels[16, 12, 1]
         sizes.append(np.array(slopes) / 8 * 32 / 256)  # height and width as shares of the picture
     areas, aspects = np.prod(sizes, axis=1), np.divide(*np.transpose(sizes))
@@ -188,15 +191,16 @@ def test_numbers_of_views_that_repeat_or_leave_out_are_refused(options, good, ba
     for num_views in good:
         transform.check_views(num_views)
     for num_views in bad:
-        with pytest.raises(InputError, match=f"data.num_views={num_views}"):
+        with pytest.raises(InputError, match=f"data.num_views must .*, got {num_views}"):
             transform.check_views(num_views)
 
 
 @pytest.mark.parametrize(
-    ("options", "field"), [({"crop": "middle"}, "crop='middle'"), ({"min_crop": 0}, "min_crop=0")]
+    ("options", "message"),
+    [({"crop": "middle"}, "data.crop must be one of centre.*'middle'"), ({"min_crop": 0}, "data.min_crop .* 0")],
 )
-def test_photo_options_out_of_range_are_refused(options, field):
-    with pytest.raises(InputError, match=f"data.{field}"):
+def test_photo_options_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
         PhotoTransform(16, flip=False, **options)
 
 
@@ -205,8 +209,8 @@ def test_mirror_draw_of_a_photo_is_the_view_that_is_picked_of_both():
     transform = PhotoTransform(16, flip=True)
     views = np.stack([transform.view(image, view, None) for view in range(2)]).reshape(2, -1)
     for index in range(30):
-        rng = lambda index=index: np.random.Generator(np.random.Philox(key=[5, index]))
-        assert np.array_equal(transform(image, rng()).ravel(), PickView()(views, rng()))
+        rng = np.random.Generator(np.random.Philox(key=[5, index]))
+        assert np.array_equal(transform(image, rng).ravel(), pick_views(views[None], 5, np.array([index]))[0])
 
 
 def test_photo_flip_mirrors_about_half_of_the_draws_and_none_without_flip_or_rng():
@@ -222,23 +226,6 @@ def test_photo_flip_mirrors_about_half_of_the_draws_and_none_without_flip_or_rng
 
 def test_photo_maps_full_range_gives_grey_three_channels_and_refuses_floats():
     pixels = PhotoTransform(8, flip=False)(np.array([[0] * 8] * 4 + [[255] * 8] * 4, np.uint8))
-    assert pixels.shape == (8, 8, 3) and pixels.min() == -1 and pixels.max() == 1
-    with pytest.raises(InputError, match="image=.*float32.*uint8"):
+    assert pixels.shape == (8, 8, 3) and pixels.min() == 0 and pixels.max() == 255
+    with pytest.raises(InputError, match="image must have dtype uint8, got float32"):
         PhotoTransform(8, flip=False)(np.zeros((8, 8, 3), np.float32))
-
-
-def test_pick_view_takes_the_first_without_rng_and_every_view_with_it():
-    ids = np.arange(12).reshape(3, 4)
-    assert np.array_equal(PickView()(ids), ids[0])
-    picked = {tuple(PickView()(ids, np.random.default_rng(seed))) for seed in range(40)}
-    assert picked == {tuple(row) for row in ids}
-
-
-@pytest.mark.parametrize("num_views", [1, 2, 3])
-def test_pick_of_a_batch_is_the_pick_of_every_row(num_views):
-    ids_BvL = np.arange(50 * num_views * 4).reshape(50, num_views, 4)
-    index_B = np.arange(50) + 10**6
-    rngs = [np.random.Generator(np.random.Philox(key=[7, index])) for index in index_B.tolist()]
-    expected = np.stack([PickView()(ids, rng) for ids, rng in zip(ids_BvL, rngs, strict=True)])
-    assert np.array_equal(PickView().pick(ids_BvL, 7, index_B), expected)
-    assert np.array_equal(PickView().pick(ids_BvL, 7, None), ids_BvL[:, 0])

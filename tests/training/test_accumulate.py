@@ -50,7 +50,7 @@ def transformer_case():
 
 def tokenizer_case():
     model = TOKENIZER.clone(sides=(2,), ch_mult=(1,), num_phi=1)
-    batch = {"image": jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (4, 2, 2, 3)), jnp.float32)}
+    batch = {"image": jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 2, 2, 3), np.uint8))}
 
     def step(state, batch, *rates, num_parts):
         recipe = tokenizer_step.TokenizerRecipe(model, OPTIMIZER, tokenizer_step.CodebookOptions(), num_parts)

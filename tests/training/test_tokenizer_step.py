@@ -24,7 +24,8 @@ from mvar_jax.training.tokenizer_step import (
 MODEL = TOKENIZER.clone(sides=(1, 2), num_phi=1, ch_mult=(1,))
 OPTIMIZER = OptimizerOptions(weight_decay=0.0, ema_decay=0.5)
 OPTIONS = CodebookOptions(warmup_steps=1, usage_early_steps=2, l1_weight=0.3, revive_below=0.4)
-IMAGES = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (3, 2, 2, 3)), jnp.float32)
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 2, 2, 3), np.uint8)
+IMAGES = jnp.asarray(from_levels(PIXELS))
 HITS = jnp.asarray(np.random.default_rng(1).uniform(0, 0.5, (2, 16)), jnp.float32)
 
 
@@ -35,7 +36,7 @@ def history():
     params = seeded_params(MODEL)
     states = [(quick_jit(lambda: make_state(lambda: params, OPTIMIZER, {"hits": HITS}))(), None)]
     for _ in range(4):
-        states.append(jax.device_get(step(states[-1][0], {"image": IMAGES}, 0.01, 0.0)))
+        states.append(jax.device_get(step(states[-1][0], {"image": PIXELS}, 0.01, 0.0)))
     return states
 
 
@@ -100,7 +101,7 @@ def test_redrawn_codes_are_residuals_of_the_batch(step, history, encode):
     state = history[step][0]
     key = jax.random.key(4)
     redraw = quick_jit(functools.partial(redraw_codes, MODEL, OPTIONS))
-    new = redraw(state, {"image": IMAGES}, key)
+    new = redraw(state, {"image": PIXELS}, key)
     hits_V = np.asarray(state.extra["hits"]).sum(0)
     is_redrawn = np.ones(16, bool) if step == 1 else hits_V < 0.4
     assert is_redrawn.any() and (step == 1 or not is_redrawn.all())

@@ -1,0 +1,39 @@
+import os
+
+import pytest
+
+from mvar_jax.files.atomic import replacing, temporary_path, write_atomically, write_json
+
+
+def test_temporary_name_is_hidden_in_the_same_folder_and_belongs_to_the_process(tmp_path):
+    assert temporary_path(tmp_path / "a.json") == tmp_path / f".a.json.{os.getpid()}.tmp"
+
+
+def test_file_takes_its_place_only_after_the_block(tmp_path):
+    path = tmp_path / "folder/a.txt"
+    write_atomically(path, "old")
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
+
+
+def test_block_that_raises_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    write_atomically(path, b"old")
+    with pytest.raises(KeyError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_json_is_indented_and_ends_with_a_newline(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [1]})
+    assert (tmp_path / "a.json").read_text() == '{\n "a": [\n  1\n ]\n}\n'
+
+
+def test_json_that_cannot_be_written_keeps_the_old_file(tmp_path):
+    write_json(tmp_path / "a.json", 1)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {1, 2})
+    assert (tmp_path / "a.json").read_text() == "1\n"
