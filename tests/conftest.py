@@ -47,9 +47,10 @@ gc.set_threshold(200_000, 20, 100)
 
 
 # Whole files go to one of two processes: the long ones first, or one of them runs alone at the end. The first makes
-# the run that those after the others need, and that a second process would wait for.
+# the run that later files need; a second process would wait for it.
 LONG_FILES = ["test_commands", "test_window", "test_sampler", "test_processes", "test_sharding", "test_loop"]
-LONG_FILES += ["test_notebooks", "test_sample", "test_transformer", "test_tokenizer", "test_weights", "test_folder"]
+LONG_FILES += ["test_default_flags", "test_notebooks", "test_sample", "test_transformer", "test_package"]
+LONG_FILES += ["test_tokenizer", "test_weights", "test_folder"]
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,7 @@
 """A whole tiny run on the digits, made once through the commands themselves."""
 
 import fcntl
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,8 +52,19 @@ def run(shared_folder):
     Test processes share it: the first one makes it, the others wait.
     """
     with (shared_folder / "run.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for_lock(lock, time.monotonic() + 300)
         return make_run(shared_folder / "run")
+
+
+def wait_for_lock(lock, deadline_s: float) -> None:
+    """Lock a file for this process alone. Raises BlockingIOError if another one still holds it at the deadline."""
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline_s:
+                raise
+        time.sleep(0.1)
 
 
 def make_run(root: Path):
