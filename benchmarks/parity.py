@@ -31,10 +31,10 @@ from benchmarks.comparison import (
 from benchmarks.published import compare_published
 from mvar_jax.errors import InputError
 from mvar_jax.ops.losses import token_cross_entropy
+from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.sampler import (
     SampleOptions,
     guided_logits,
-    keys_of_samples,
     sample_pyramid,
 )
 

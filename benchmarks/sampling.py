@@ -31,7 +31,8 @@ from benchmarks.memory import OPTIONS, array, compile_sampler, keys_like, make_m
 from benchmarks.published import make_published
 from mvar_jax.errors import InputError
 from mvar_jax.hardware.compiling import MIB
-from mvar_jax.sampling.sampler import keys_of_samples, sample
+from mvar_jax.ops.random import keys_of_samples
+from mvar_jax.sampling.sampler import sample
 
 CPU_BATCH = 4
 BFLOAT16 = jnp.dtype("bfloat16")

@@ -39,7 +39,7 @@ from mvar_jax.tokens.pick_view import PickView
 from mvar_jax.training import loop
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
-from mvar_jax.training.task import RunOptions
+from mvar_jax.training.task import RunOptions, TaskData
 from mvar_jax.training.transformer_step import PhaseOptions, TransformerRecipe, train_step
 from mvar_jax.training.transformer_task import TransformerTask
 
@@ -72,10 +72,8 @@ def make_task() -> TransformerTask:
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), nn.meta.unbox(abstract_params(tokenizer)))
     model = Transformer(SIDES, 3, (3, 5), 128, 16, 10, depth=4, width=96, num_heads=3, remat="none")
     run = RunOptions(0, 1000, 32, OptimizerOptions(ema_decay=0.99), make_mesh())
-    data = {"train": RandomIds(), "val": RandomIds()}
-    return TransformerTask(
-        run, model, PhaseOptions(schedule="joint"), Networks(tokenizer, params), data, PickView(), DEFAULT_LOADING
-    )
+    data = TaskData({"train": RandomIds(), "val": RandomIds()}, PickView(), DEFAULT_LOADING)
+    return TransformerTask(run, model, PhaseOptions(schedule="joint"), Networks(tokenizer, params), data)
 
 
 class Quiet(TransformerTask):

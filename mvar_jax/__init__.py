@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """`load` and `local_window_attention`, imported on first use so that the command line starts fast."""
+    """Import `load` or `local_window_attention` on first use, so that the command line starts fast."""
     if name == "load":
         from mvar_jax.api import load
 

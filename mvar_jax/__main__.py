@@ -12,15 +12,15 @@ COMMANDS = ("train", "data", "cache_tokens", "sample", "edit", "reconstruct", "c
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage text."""
+    """A parser that reports errors in one line, without the usage text."""
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All commands with their arguments; imports no heavy library."""
-    parser = Parser(prog="mvar", description="MVAR in JAX: train, sample and look.")
+    """Return a parser of all commands and their arguments; imports no heavy library."""
+    parser = Parser(prog="mvar", description="MVAR in JAX: train, sample, edit, evaluate.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f"mvar_jax.cli.{name}")
@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 2 for bad input, in one line."""
+    """Run one command and return its exit status; bad input is reported in one line, with status 2."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     if not argv:
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def start() -> int:
-    """`main` as a process of its own."""
-    # tracing leaves many objects that live on; walking them all often, and at the exit, takes a tenth of a short run
+    """Run `main` as the entry point of a process."""
+    # tracing creates many objects that stay alive; collecting them often, and at exit, takes a tenth of a short run
     gc.set_threshold(200_000, 20, 100)
     atexit.register(gc.freeze)
     return main()

@@ -1,4 +1,4 @@
-"""`mvar_jax.load`: one object that encodes, decodes, scores and samples, for notebooks and other people's code."""
+"""`mvar_jax.load` and `Model`, the object that encodes, decodes, scores, samples and edits."""
 
 from pathlib import Path
 
@@ -14,15 +14,23 @@ from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
+from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling import analysis, editing
-from mvar_jax.sampling.sampler import SampleOptions, decode_features, keys_of_samples, sample
+from mvar_jax.sampling.sampler import SampleOptions, decode_features, sample
+from mvar_jax.scales import areas_of
 
 
 class Model:
-    """A tokenizer and, where the directory holds one, a transformer, with their weights.
+    """A tokenizer and, unless it stands alone, a transformer, with their weights.
 
-    Attributes: tokenizer, transformer (linen modules; transformer may be None), tokenizer_params, params, networks
-    (all four as one pytree), classes (their names; labels may be given by name wherever a method takes them).
+    Methods take labels as class numbers or names. They raise InputError if an argument has another shape or type, or
+    is out of range, or if there is no transformer and they need one.
+
+    Attributes:
+      networks: both modules and their weights as one pytree.
+      tokenizer, transformer: linen modules; transformer may be None.
+      tokenizer_params, params: their weights.
+      classes: names of the classes.
     """
 
     def __init__(self, networks: Networks, classes: ClassNames | None = None):
@@ -45,56 +53,65 @@ class Model:
     def params(self) -> dict | None:
         return self.networks.params
 
+    @params.setter
+    def params(self, params: dict) -> None:
+        self.networks = self.networks.replace(params=params)
+
     @property
     def num_classes(self) -> int:
         return self._transformer().num_classes
 
     @property
     def num_tokens(self) -> int:
-        return sum(side * side for side in self.tokenizer.sides)
+        """Return L, the number of tokens of a pyramid."""
+        return sum(areas_of(self.tokenizer.sides))
 
     def labels(self, labels_B) -> np.ndarray:
-        """Numbers or names of classes as int32 [B]. Raises InputError for unknown ones."""
+        """Return class numbers or names as `[B] int32`. Raises InputError for an unknown one."""
         return np.asarray(self._check_labels(labels_B))
 
     def encode(self, images_BYX3) -> jax.Array:
-        """Float images in [-1, 1] -> token ids int32 [B, L]. Raises InputError for another image size."""
+        """Encode float images in [-1, 1] to token ids `[B, L] int32`."""
         images = jnp.asarray(self._check_images(images_BYX3))
         return apply_tokenizer(self.networks, images, "encode")
 
     def decode(self, ids_BL) -> jax.Array:
-        """Token ids [B, L] -> float32 images [B, Y, X, 3] in [-1, 1]."""
+        """Decode token ids `[B, L]` to images `[B, Y, X, 3] float32` in [-1, 1]."""
         ids = self._check_ids(ids_BL)
         f_hat = apply_tokenizer(self.networks, ids, "f_hats")[-1]
         return self.decode_features(f_hat)
 
     def decode_features(self, f_hat_BYXc) -> jax.Array:
-        """Latent maps float32 [B, y, x, c] -> float32 images in [-1, 1]."""
+        """Decode latent maps `[B, y, x, c] float32` to images `[B, Y, X, 3] float32` in [-1, 1]."""
         return decode_features(self.networks, f_hat_BYXc)
 
     def logits(self, ids_BL, labels_B) -> jax.Array:
-        """Teacher-forced logits of every scale, no dropout: float32 [B, L, V]."""
+        """Return the logits of every scale given the true tokens of the coarser ones, `[B, L, V] float32`."""
         ids, labels = self._check_ids(ids_BL), self._check_labels(labels_B)
         return analysis.teacher_forced_logits(self._both(), ids, labels)
 
     def score(self, ids_BL, labels_B) -> jax.Array:
-        """Negative log-likelihood in nats, summed over each map's tokens: float32 [B, S]."""
+        """Return the negative log-likelihood of each map in nats, summed over its tokens, `[B, S] float32`."""
         nll = token_cross_entropy(self.logits(ids_BL, labels_B), self._check_ids(ids_BL))
         return sum_per_scale(nll, self._transformer().pyramid.areas)
 
     def sample(self, labels_B, seed=0, cfg=1.5, top_k=0, top_p=0.0, smooth=False, index=None, temperature=1.0):
-        """Draws one image for each label: (float32 images in [-1, 1], ids int32 [B, L]).
+        """Sample one image for each label; a function of (weights, label, seed, index, options).
 
-        index: the samples' numbers, 0 .. B-1 if None. A picture is a function of (weights, label, seed, its
-        number, options). Raises InputError for labels or options out of range.
+        Args:
+          labels_B: B class numbers or names.
+          seed: 0 to 2**32 - 1.
+          cfg, top_k, top_p, smooth, temperature: see `SampleOptions`.
+          index: number of each sample, by default 0 .. B-1; samples of one seed with other indices differ.
+
+        Returns (images `[B, Y, X, 3] float32` in [-1, 1], ids `[B, L] int32`).
         """
         options = SampleOptions(cfg, top_k, top_p, smooth, temperature)
         ids, f_hat = self.sample_features(labels_B, seed, options, index)
         return self.decode_features(f_hat), ids
 
     def sample_features(self, labels_B, seed: int, options: SampleOptions, index=None):
-        """(ids int32 [B, L], f_hat float32 [B, y, x, c]) of a draw, not decoded; see `sample`."""
-        options.check()
+        """Sample without decoding; return (ids `[B, L] int32`, f_hat `[B, y, x, c] float32`). See `sample`."""
         labels = self._check_labels(labels_B)
         keys = keys_of_samples(seed, np.arange(len(labels)) if index is None else index)
         return sample(self._both(), labels, keys, options)
@@ -114,68 +131,76 @@ class Model:
         index=None,
         temperature=1.0,
     ):
-        """Draws the masked part anew as the given classes: (float32 images in [-1, 1], ids int32 [B, L]).
+        """Replace the masked part of images by samples of the given classes.
 
-        images: float in [-1, 1], one for each label or one [1, Y, X, 3] for all. mask [Y, X] or one for each: True or
-        above 0 where to draw; pixels outside it come back to the bit. border_px: how far into the mask the drawn
-        pixels fade in (None: 1/32 of the side); softness: of the tokens' border, see `drawn_share`. What lies under
-        the mask is not seen; the rest as in `sample`. Raises InputError for sizes or options that do not fit.
+        Pixels outside the mask are returned bit for bit; those under it do not reach the model.
+
+        Args:
+          images_BYX3: float in [-1, 1], one image for each label or one `[1, Y, X, 3]` for all.
+          mask: `[Y, X]` or one for each image; True or above 0 where to draw.
+          labels_B, seed, cfg, top_k, top_p, smooth, index, temperature: as in `sample`.
+          border_px: width of the fade inside the mask; by default 1/32 of the side.
+          softness: 0 to 1, how far tokens at the mask's border are mixed, see `editing.drawn_share`.
+
+        Returns (images `[B, Y, X, 3] float32` in [-1, 1], ids `[B, L] int32`).
         """
         options = SampleOptions(cfg, top_k, top_p, smooth, temperature)
-        options.check()
         labels, size = self._check_labels(labels_B), self.tokenizer.image_size
         border_px = editing.check_border(border_px, softness, size)
         mask_BYX = editing.check_mask(mask, size)
         images = self._check_images(images_BYX3)
         num = max(len(images), len(mask_BYX))
         if not {len(images), len(mask_BYX)} <= {1, num} or num not in (1, len(labels)):
-            given = f"{len(images)} images, {len(mask_BYX)} masks"
-            raise InputError("images", given, f"1 of each, or as many as labels: {len(labels)}")
+            given, expected = f"{len(images)} and {len(mask_BYX)}", f"1 or {len(labels)} (as many as labels)"
+            message = f"the numbers of images and masks must each be {expected}, got {given}"
+            raise InputError(message, field="images", given=given, expected=expected)
         mask_BYX = np.broadcast_to(mask_BYX, (num, size, size))
         before = editing.hide_masked(np.broadcast_to(images, (num, size, size, 3)), mask_BYX)
         for_all = lambda x: jnp.broadcast_to(x, (len(labels), *x.shape[1:]))
-        known = for_all(self.encode(before)), for_all(jnp.asarray(mask_BYX, jnp.float32))
+        known_ids, masks = for_all(self.encode(before)), for_all(jnp.asarray(mask_BYX, jnp.float32))
         keys = keys_of_samples(seed, np.arange(len(labels)) if index is None else index)
-        ids, f_hat = editing.redraw(self._both(), *known, labels, keys, options, softness)
+        ids, f_hat = editing.redraw(self._both(), known_ids, masks, labels, keys, options, softness)
         return editing.blend(before, np.asarray(self.decode_features(f_hat)), mask_BYX, border_px), ids
 
     def progress(self, ids_BL) -> jax.Array:
-        """The pictures after each scale, coarse to fine: float32 [S, B, Y, X, 3] in [-1, 1]."""
+        """Return the images decoded after each scale, coarse to fine, `[S, B, Y, X, 3] float32` in [-1, 1]."""
         f_hats = apply_tokenizer(self.networks, self._check_ids(ids_BL), "f_hats")
         images = self.decode_features(jnp.concatenate(f_hats))
         return images.reshape(len(f_hats), -1, *images.shape[1:])
 
     def sweep(self, labels_B, cfgs, seed=0, top_k=0, top_p=0.0, smooth=False, index=None, temperature=1.0):
-        """The same draws at each guidance of `cfgs`: (images float32 [K, B, Y, X, 3], ids int32 [K, B, L]).
+        """Sample with the same noise at each guidance of `cfgs`, in one batch and one program for all values.
 
-        All in one batch and one program, whatever the values. Raises InputError as `sample` does.
+        Returns (images `[K, B, Y, X, 3] float32`, ids `[K, B, L] int32`). Other arguments are those of `sample`.
         """
         labels = self._check_labels(labels_B)
         for cfg in cfgs:
-            SampleOptions(cfg, top_k, top_p, smooth, temperature).check()
+            SampleOptions(cfg)  # raises InputError if it is out of range
         K, B = len(cfgs), len(labels)
         keys = keys_of_samples(seed, np.tile(np.arange(B) if index is None else index, K))
         cfg_KB = jnp.repeat(jnp.asarray(cfgs, jnp.float32), B)
-        # cfg 0: `cfgs` take its place, and the program is the same for all
+        # placeholder cfg=0 keeps the static options equal, so that every sweep uses one program
         options = SampleOptions(0.0, top_k, top_p, smooth, temperature)
         ids, f_hat = analysis.sample_swept(self._both(), jnp.tile(labels, K), cfg_KB, keys, options)
         images = self.decode_features(f_hat)
         return images.reshape(K, B, *images.shape[1:]), ids.reshape(K, B, -1)
 
     def mix_classes(self, weights_MC) -> "Model":
-        """The same model with M classes in place of its C, each a mixture of their embeddings.
+        """Return the model with M classes that are mixtures of its C classes' embeddings.
 
-        weights: [M, C]; a row of one 1 is a class as it was. Raises InputError for another width.
+        weights_MC: `[M, C]`; a one-hot row is an unchanged class.
         """
         weights = np.asarray(weights_MC, np.float32)
         if weights.ndim != 2 or weights.shape[1] != self.num_classes or not np.isfinite(weights).all():
-            raise InputError("weights", tuple(weights.shape), f"finite numbers [M, {self.num_classes}]")
+            given, expected = list(weights.shape), f"[M, {self.num_classes}]"
+            message = f"weights must be finite numbers of shape {expected}, got shape {given}"
+            raise InputError(message, field="weights", given=given, expected=expected)
         return Model(analysis.mix_classes(self._both(), jnp.asarray(weights)))
 
     def interpolate(self, first, last, num=8, index=0, **options):
-        """`num` pictures from one class to another, all with the same noise: (images, ids) as `sample` gives them.
+        """Sample `num` images from one class to another by linearly mixed embeddings, all with the same noise.
 
-        Embeddings are mixed linearly. options: those of `sample`.
+        Returns (images, ids) and takes the options of `sample`.
         """
         ends = np.eye(self.num_classes)[np.asarray(self._check_labels([first, last]))]
         share = np.linspace(0, 1, num)[:, None]
@@ -183,17 +208,18 @@ class Model:
         return mixed.sample(np.arange(num), index=np.full(num, index), **options)
 
     def score_classes(self, ids_BL, classes_C=None, batch_size=32) -> np.ndarray:
-        """`score` under each of some classes (None: all): nats, float32 [B, C, S]. Padded batches, one program."""
+        """Return `score` under each of some classes, by default all, `[B, C, S] float32`."""
         ids = np.asarray(self._check_ids(ids_BL))
         classes = self._check_labels(np.arange(self.num_classes) if classes_C is None else classes_C)
         batch_size, parts = min(batch_size, len(ids)), []
         for begin in range(0, len(ids), batch_size):
+            # repeated rows fill the last batch, so that all batches use one program
             rows = np.minimum(np.arange(begin, begin + batch_size), len(ids) - 1)
             parts.append(np.asarray(analysis.score_classes(self._both(), jnp.asarray(ids[rows]), classes)))
         return np.concatenate(parts)[: len(ids)]
 
     def classify(self, ids_BL, classes_C=None, batch_size=32) -> np.ndarray:
-        """Probability of each of some classes (None: all) by Bayes' rule, all as likely before: float32 [B, C]."""
+        """Return the probability of each of some classes, by default all, given equal priors, `[B, C] float32`."""
         log_p_BC = -self.score_classes(ids_BL, classes_C, batch_size).sum(axis=2, dtype=np.float64)
         return softmax(log_p_BC, axis=1).astype(np.float32)
 
@@ -204,21 +230,27 @@ class Model:
 
     def _transformer(self) -> Transformer:
         if self.transformer is None:
-            raise InputError("checkpoint", "a tokenizer alone", "a directory that holds a transformer too")
+            message = "checkpoint holds a tokenizer alone; load a directory that also holds a transformer"
+            raise InputError(message, field="checkpoint", given="a tokenizer", expected="a transformer")
         return self.transformer
 
     def _check_images(self, images_BYX3) -> np.ndarray:
         images, size = np.asarray(images_BYX3, np.float32), self.tokenizer.image_size
         if images.ndim != 4 or images.shape[1:] != (size, size, 3):
-            raise InputError("images", tuple(images.shape), f"shape [B, {size}, {size}, 3]")
+            given, expected = list(images.shape), f"[B, {size}, {size}, 3]"
+            message = f"images must have shape {expected}, got {given}"
+            raise InputError(message, field="images", given=given, expected=expected)
         return images
 
     def _check_ids(self, ids_BL) -> jax.Array:
         ids, V = np.asarray(ids_BL), self.tokenizer.vocab_size
         if ids.ndim != 2 or ids.shape[1] != self.num_tokens or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError("ids", f"{ids.dtype}{ids.shape}", f"integers of shape [B, {self.num_tokens}]")
+            given, expected = f"{list(ids.shape)} {ids.dtype}", f"[B, {self.num_tokens}]"
+            message = f"ids must be integers of shape {expected}, got {given}"
+            raise InputError(message, field="ids", given=given, expected=expected)
         if ids.size and not (ids.min() >= 0 and ids.max() < V):
-            raise InputError("ids", f"{ids.min()} to {ids.max()}", f"ids from 0 to {V - 1}")
+            given, expected = f"{ids.min()} to {ids.max()}", f"0 to {V - 1}"
+            raise InputError(f"ids must be from {expected}, got {given}", field="ids", given=given, expected=expected)
         return jnp.asarray(ids, jnp.int32)
 
     def _check_labels(self, labels_B) -> jax.Array:
@@ -228,22 +260,26 @@ class Model:
 
 
 def check_labels(labels_B, num_classes: int) -> np.ndarray:
-    """int32 [B]. Raises InputError naming the first label outside 0 .. num_classes - 1."""
+    """Return class numbers as `[B] int32`. Raises InputError for the first outside 0 .. num_classes - 1."""
     labels = np.asarray(labels_B)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise InputError("labels", labels.tolist(), "a list of integers, or of names of classes")
+        given, expected = labels.tolist(), "a list of class numbers or class names"
+        raise InputError(f"labels must be {expected}, got {given}", field="labels", given=given, expected=expected)
     bad = labels[(labels < 0) | (labels >= num_classes)]
     if len(bad):
-        raise InputError("labels", int(bad[0]), f"class labels from 0 to {num_classes - 1}")
+        given, expected = int(bad[0]), f"0 to {num_classes - 1}"
+        message = f"labels must be class numbers from {expected}, got {given}"
+        raise InputError(message, field="labels", given=given, expected=expected)
     return labels.astype(np.int32)
 
 
 def load(path: str | Path, which: str = "last") -> Model:
-    """A `Model` from a model directory or a training workdir, of which it takes the "last" or the "best" checkpoint.
+    """Load a `Model` from a model directory or from the "last" or "best" checkpoint of a training workdir.
 
-    Raises InputError where it is neither.
+    Raises InputError if path is neither, or holds no such checkpoint or no tokenizer.
     """
     modules, params = load_model(Path(path), which)
     if "tokenizer" not in modules:
-        raise InputError("checkpoint", str(path), "a directory that holds a tokenizer")
+        message = f"checkpoint={path} holds no tokenizer; choose a model directory or workdir that does"
+        raise InputError(message, field="checkpoint", given=str(path), expected="a tokenizer")
     return Model(Networks.of(modules, params), class_names_of(Path(path)))

@@ -1,12 +1,12 @@
-"""The one door from an ml_collections config to modules, data and tasks. No ConfigDict goes below this file."""
+"""From a config to modules, data and tasks. No ml_collections.ConfigDict goes below this file."""
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
 from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError
+from mvar_jax.fields import check_keys, from_dict, put_below
 
 # key -> whether it is a section; every config has exactly these
 COMMON_KEYS = {
@@ -26,125 +26,122 @@ COMMON_KEYS = {
     "mesh": True,
 }
 SPLITS = ("train", "val")
-# what a config without the key means
-OPTIONAL_KEYS = {"accumulate_steps": 1, "keep_best": "", "profile_steps": ()}
+# keys that a config may leave out: their defaults are those of RunOptions and LoopSettings
+OPTIONAL_KEYS = ("accumulate_steps", "keep_best", "profile_steps")
 TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "init_from": False}}
 
 
-def fill(cls: type, section: str, values: dict) -> Any:
-    """A frozen dataclass from a config section. Raises InputError for an unknown or missing key."""
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    check_keys(f"config.{section}", values, known)
-    for name, field in known.items():
-        if field.default is dataclasses.MISSING and name not in values:
-            raise InputError(f"config.{section}.{name}", None, "a value: it has no default")
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-
-
-def check_keys(where: str, values: dict, known) -> None:
-    """Raises InputError naming the first key that is not known, and the nearest one that is."""
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, list(known), n=1)
-            hint = f"{where}.{near[0]}, perhaps" if near else f"one of {', '.join(sorted(known))}"
-            raise InputError(f"{where}.{name}", values[name], f"a known key: {hint}")
-
-
 def check_config(config: dict) -> None:
-    """Raises InputError unless the config has every common key, its task's section and nothing else."""
-    if config.get("task") not in TASK_KEYS:
-        raise InputError("config.task", config.get("task"), f"one of {', '.join(TASK_KEYS)}")
-    known = COMMON_KEYS | TASK_KEYS[config["task"]]
-    check_keys("config", config, known | OPTIONAL_KEYS)
+    """Raise InputError unless the config has every common key, its task's section and nothing else.
+
+    Keys that no options class holds:
+      task: what is trained: tokenizer or transformer.
+      init_from: initial weights of the transformer: a model directory, a workdir or a published file; "" for none.
+    """
+    task = config.get("task")
+    if task not in TASK_KEYS:
+        expected = " or ".join(TASK_KEYS)
+        raise InputError(
+            f"config.task must be {expected}, got {task!r}", field="config.task", given=task, expected=expected
+        )
+    known = COMMON_KEYS | TASK_KEYS[task]
+    check_keys(config, (*known, *OPTIONAL_KEYS), "config")
     for name, is_section in known.items():
+        field = f"config.{name}"
         if name not in config:
-            raise InputError(f"config.{name}", None, "a value: every config has it")
+            raise InputError(f"{field} is missing; every config of a {task} has it", field=field)
         if is_section != isinstance(config[name], dict):
-            raise InputError(f"config.{name}", config[name], "a section of keys" if is_section else "a plain value")
+            expected = "a section of keys" if is_section else "a plain value"
+            words = f"{field} must be {expected}, got {config[name]!r}"
+            raise InputError(words, field=field, given=config[name], expected=expected)
+
+
+def build_data(config: dict) -> DataOptions:
+    """Return the options of the config's data."""
+    check_config(config)
+    return from_dict(DataOptions, config["data"], "config.data")
 
 
 def build_module(config: dict):
-    """The linen module that a config describes, checked against its image side."""
+    """Return the linen module that a config describes. Raises InputError if it does not fit the images."""
     from mvar_jax.checkpoints.model_directory import module_from_dict
 
-    check_config(config)
-    kind, fields = config["task"], dict(config["model"])
-    try:
-        module = module_from_dict(kind, fields)
-    except InputError as error:  # say it in the config's words
-        raise InputError(
-            f"config.model.{error.field.removeprefix(kind + '.')}", error.given, error.expected
-        ) from None
+    data, kind = build_data(config), config["task"]
+    module = module_from_dict(kind, config["model"], "config.model")
     if kind == "tokenizer":
-        data = fill(DataOptions, "data", config["data"])
         try:
             module.check(data.image_size)
         except InputError as error:
-            raise InputError(f"config.model.{error.field}", error.given, error.expected) from None
+            raise put_below(error, "config.model") from None
     return module
 
 
 def build_settings(config: dict):
-    """The loop's settings."""
+    """Return the `LoopSettings` of a config."""
     from mvar_jax.training.loop import LoopSettings
 
     check_config(config)
-    names = [field.name for field in dataclasses.fields(LoopSettings)]
-    values = OPTIONAL_KEYS | config
-    return LoopSettings(**{name: values[name] for name in names})
+    return LoopSettings(**_given_fields(LoopSettings, config))
 
 
 def build_run(config: dict):
-    """What both tasks share: seed, steps, batch, optimizer, mesh."""
+    """Return the `RunOptions` of a config: seed, steps, batch, optimizer, mesh."""
     from mvar_jax.sharding import MESH_AXES, make_mesh
     from mvar_jax.training.optimizer import OptimizerOptions
     from mvar_jax.training.task import RunOptions
 
-    check_keys("config.mesh", config["mesh"], MESH_AXES)
-    optimizer = fill(OptimizerOptions, "optimizer", config["optimizer"])
-    numbers = (config["seed"], config["num_steps"], config["batch_size"])
-    parts = config.get("accumulate_steps", OPTIONAL_KEYS["accumulate_steps"])
-    run = RunOptions(*numbers, optimizer, make_mesh(**config["mesh"]), parts)
-    run.check()
-    return run
+    check_keys(config["mesh"], MESH_AXES, "config.mesh")
+    sections = {
+        "optimizer": from_dict(OptimizerOptions, config["optimizer"], "config.optimizer"),
+        "mesh": make_mesh(**config["mesh"]),
+    }
+    return RunOptions(**_given_fields(RunOptions, config | sections))
+
+
+def _given_fields(cls: type, config: dict) -> dict[str, Any]:
+    return {field.name: config[field.name] for field in dataclasses.fields(cls) if field.name in config}
 
 
 def build_task(config: dict):
-    """Return (task, modules to describe in model.json, tokenizer weights to store beside it or None)."""
+    """Return (task, modules of model.json, weights of the tokenizer under a transformer or None)."""
+    from mvar_jax.training.task import TaskData
     from mvar_jax.training.tokenizer_step import CodebookOptions
     from mvar_jax.training.tokenizer_task import TokenizerTask
     from mvar_jax.training.transformer_step import PhaseOptions
     from mvar_jax.training.transformer_task import TransformerTask
 
-    module, run = build_module(config), build_run(config)
-    data = fill(DataOptions, "data", config["data"])
+    data, module, run = build_data(config), build_module(config), build_run(config)
     if config["task"] == "tokenizer":
-        options = fill(CodebookOptions, "codebook", config["codebook"])
+        options = from_dict(CodebookOptions, config["codebook"], "config.codebook")
         sources = {split: data.open(split) for split in SPLITS}
-        task = TokenizerTask(run, module, options, sources, data.transform(), data.loading())
-        return task, {"tokenizer": module}, None
+        task_data = TaskData(sources, data.transform(), data.loading())
+        return TokenizerTask(run, module, options, task_data), {"tokenizer": module}, None
 
-    options = fill(PhaseOptions, "phases", config["phases"])
+    options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
     module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
     initial = load_initial(config["init_from"], module)
-    data_parts = (sources, transform, data.loading())
-    task = TransformerTask(run, module, options, tokenizer, *data_parts, initial_params=initial)
+    task = TransformerTask(run, module, options, tokenizer, TaskData(sources, transform, data.loading()), initial)
     return task, {"tokenizer": tokenizer.tokenizer, "transformer": module}, tokenizer.tokenizer_params
 
 
 def open_tokens(data: DataOptions, transformer):
     """Return (tokenizer with its weights, sources by split, transform) of a token cache, or of images to encode.
 
-    Raises InputError unless the config names one of the two, and they fit the tokenizer and it the transformer.
+    Raises InputError unless the config names exactly one of the two and tokenizer, transformer and data fit together.
     """
     from mvar_jax.checkpoints.model_directory import fingerprint
     from mvar_jax.tokens.cache_reader import TokenCache, read_meta
     from mvar_jax.tokens.pick_view import PickView
 
     if bool(data.cache) == bool(data.tokenizer):
-        both = f"cache={data.cache!r}, tokenizer={data.tokenizer!r}"
-        raise InputError("config.data", both, "one of them: a token cache, or a tokenizer that encodes images")
+        both = f"cache={data.cache!r} and tokenizer={data.tokenizer!r}"
+        raise InputError(
+            f"config.data must name either a token cache or a tokenizer that encodes images, got {both}",
+            field="config.data",
+            given=both,
+            expected="exactly one of cache and tokenizer",
+        )
     if data.tokenizer:
         networks = load_tokenizer(data.tokenizer)
         check_transformer_fits(transformer, networks.tokenizer)
@@ -163,19 +160,28 @@ def open_tokens(data: DataOptions, transformer):
 
 
 def with_classes_of(transformer, source, name: str):
-    """The transformer with the source's number of classes where it has 0. Raises InputError where it has another."""
-    if transformer.num_classes == 0:
-        return transformer.clone(num_classes=source.num_classes)
-    if transformer.num_classes != source.num_classes:
-        found = f"{source.num_classes}, those of {name} (0 takes them from there)"
-        raise InputError("config.model.num_classes", transformer.num_classes, found)
+    """Return the transformer with the number of classes of its data, if it has 0 classes.
+
+    Raises InputError if it has another number. name: what the error calls the data.
+    """
+    given, expected = transformer.num_classes, source.num_classes
+    if given == 0:
+        return transformer.clone(num_classes=expected)
+    if given != expected:
+        raise InputError(
+            f"config.model.num_classes must be {expected}, the number of classes of {name}, got {given}; "
+            "0 takes the number from the data",
+            field="config.model.num_classes",
+            given=given,
+            expected=str(expected),
+        )
     return transformer
 
 
 def load_initial(path: str, transformer):
-    """Weights to start from, of a model directory, a workdir or a published file (MVAR or VAR); None for "".
+    """Load the weights to start from: a model directory, a workdir or a published file (MVAR or VAR); None for "".
 
-    Raises InputError naming the first parameter of another shape.
+    Raises InputError if a parameter has another shape than the transformer's.
     """
     from mvar_jax.checkpoints.model_directory import check_shapes, load_model
 
@@ -184,7 +190,12 @@ def load_initial(path: str, transformer):
     if Path(path).is_dir():
         params = load_model(Path(path))[1].get("transformer")
         if params is None:
-            raise InputError("config.init_from", path, "a directory that holds a transformer")
+            raise InputError(
+                f"config.init_from={path} holds no transformer",
+                field="config.init_from",
+                given=path,
+                expected="a directory with a transformer",
+            )
     else:
         from mvar_jax.convert.weights import load_published
 
@@ -194,20 +205,22 @@ def load_initial(path: str, transformer):
 
 
 def load_tokenizer(directory: str):
-    """Load the tokenizer of a model directory or a training workdir, as `Networks` without a transformer."""
+    """Load the tokenizer of a model directory or a workdir, as `Networks` without a transformer."""
     from mvar_jax.checkpoints.model_directory import load_model
     from mvar_jax.models.networks import Networks
 
     path = Path(directory)
     modules, params = load_model(path)
     if "tokenizer" not in modules:
-        raise InputError("tokenizer", str(path), "a directory that holds a tokenizer")
+        words = f"{path} holds no tokenizer"
+        raise InputError(words, field="tokenizer", given=str(path), expected="a directory with a tokenizer")
     return Networks(modules["tokenizer"], params["tokenizer"])
 
 
 def check_transformer_fits(transformer, tokenizer) -> None:
-    """Raises InputError unless both have the same scales and codebook sizes."""
+    """Raise InputError unless both have the same scales and codebook sizes."""
     for name in ("sides", "vocab_size", "code_width"):
         ours, theirs = getattr(transformer, name), getattr(tokenizer, name)
         if ours != theirs:
-            raise InputError(f"config.model.{name}", ours, f"{theirs}, that of the tokenizer")
+            words = f"config.model.{name} must be {theirs} as in the tokenizer, got {ours}"
+            raise InputError(words, field=f"config.model.{name}", given=ours, expected=str(theirs))

@@ -1,4 +1,4 @@
-"""The mesh and the one table from logical axis names to mesh axes. No other file names a mesh axis."""
+"""The device mesh, and the one table from logical axis names to mesh axes; no other file names a mesh axis."""
 
 import contextlib
 import functools
@@ -34,9 +34,16 @@ RULES = {
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what is left.
+    """Return a mesh over all devices; one axis may be -1 and takes the devices that are left.
 
-    Raises InputError when the product of the axes is not the number of devices.
+    Args:
+      data: devices that share a batch and each hold a copy of the state.
+      fsdp: devices that share a batch and split the state by width.
+      tensor: devices that split heads, the hidden layer, channels and the vocabulary.
+      devices: devices to use; None for all.
+
+    Raises:
+      InputError: the product of the axes is not the number of devices, or `tensor` crosses processes.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -44,20 +51,22 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
     given = math.prod(size for size in sizes.values() if size != -1)
     fits = given > 0 and len(devices) % given == 0 if free else given == len(devices)
     if len(free) > 1 or not fits:
-        raise InputError(
-            "mesh", sizes, f"axes whose product is {len(devices)}, the number of devices (one may be -1)"
-        )
+        expected = f"axes whose product is {len(devices)}, the number of devices (one axis may be -1)"
+        raise InputError(f"mesh must have {expected}, got {sizes}", field="mesh", given=sizes, expected=expected)
     if free:
         sizes[free[0]] = len(devices) // given
     if jax.process_count() > 1 and jax.local_device_count() % sizes["tensor"]:
-        raise InputError(
-            "mesh.tensor", sizes["tensor"], f"a divisor of {jax.local_device_count()}, the devices of one process"
-        )
+        expected = f"a divisor of {jax.local_device_count()}, the number of devices of one process"
+        message = f"mesh.tensor must be {expected}, got {sizes['tensor']}"
+        raise InputError(message, field="mesh.tensor", given=sizes["tensor"], expected=expected)
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def spec_of(logical_axes: tuple[str | None, ...]) -> PartitionSpec:
-    """The mesh axes of each dimension. Raises KeyError for an unknown name, ValueError for a mesh axis used twice."""
+    """Return the mesh axes of each dimension.
+
+    Raises KeyError for an unknown name, ValueError if two dimensions share a mesh axis.
+    """
     mesh_axes = [None if name is None else RULES[name] for name in logical_axes]
     flat = [axis for entry in mesh_axes if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
     if len(flat) != len(set(flat)):
@@ -66,8 +75,8 @@ def spec_of(logical_axes: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Pins an activation's sharding inside jit; the identity where no mesh is set."""
-    spec = spec_of(logical_axes)  # a misspelt name must fail on one device too
+    """Constrain an activation's sharding inside jit; return it unchanged if no mesh is set."""
+    spec = spec_of(logical_axes)  # before the return, so that a misspelt name fails on one device too
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
@@ -75,23 +84,23 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 @flax.struct.dataclass
 class Named(nn.Partitioned):
-    """A parameter that carries logical axis names. Placement is decided once, by `shardings_of`."""
+    """A parameter with logical axis names; `shardings_of` alone decides its placement."""
 
     def unbox(self, apply_constraint: bool = True):
-        """The bare array; flax's own would read the names as mesh axes."""
+        """Return the bare array; flax's own method would read the names as mesh axes."""
         return self.value
 
 
 def named_axes(init, *logical_axes: str | None):
-    """An initializer whose parameter carries logical axis names."""
+    """Return an initializer whose parameter carries logical axis names."""
     spec_of(logical_axes)
     return functools.wraps(init)(lambda *args, **kwargs: Named(init(*args, **kwargs), names=logical_axes))
 
 
 def shardings_of(abstract_boxed_params, mesh: Mesh):
-    """NamedShardings of a tree of parameters boxed by `named_axes`; unboxed leaves are replicated.
+    """Return the NamedShardings of a tree of parameters boxed by `named_axes`.
 
-    A dimension that the mesh does not divide stays whole.
+    Unboxed leaves are replicated. A dimension that the mesh does not divide is not sharded.
     """
 
     def sharding(leaf):
@@ -108,83 +117,81 @@ def shardings_of(abstract_boxed_params, mesh: Mesh):
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """One whole copy on each device."""
+    """Return the sharding that keeps one whole copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def ways_of(logical_axis: str, mesh: Mesh) -> int:
-    """Into how many pieces the mesh cuts a dimension of this name. Raises KeyError for an unknown name."""
+def num_shards_of(logical_axis: str, mesh: Mesh) -> int:
+    """Return the number of shards of a dimension of this name. Raises KeyError for an unknown name."""
     entry = RULES[logical_axis]
     axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, num_parts: int = 1) -> None:
-    """Raises InputError unless the batch divides over the mesh's batch axes, in each of `num_parts` parts."""
-    ways = ways_of("batch", mesh)
-    if batch_size < 1 or batch_size % (ways * num_parts):
-        parts = f" times {num_parts}, the parts of accumulate_steps" if num_parts > 1 else ""
-        raise InputError(
-            "batch_size",
-            batch_size,
-            f"a multiple of {ways * num_parts}: {ways}, the devices that share a batch{parts}",
-        )
+    """Raise InputError unless each of `num_parts` equal parts of the batch divides over the mesh's batch axes."""
+    num_shards = num_shards_of("batch", mesh)
+    divisor = num_shards * num_parts
+    if batch_size < 1 or batch_size % divisor:
+        parts = f" times {num_parts} accumulate_steps" if num_parts > 1 else ""
+        expected = f"a multiple of {divisor} ({num_shards} devices share a batch{parts})"
+        message = f"batch_size must be {expected}, got {batch_size}"
+        raise InputError(message, field="batch_size", given=batch_size, expected=expected)
 
 
 def check_sizes(sizes: dict[str, tuple[str, int]], mesh: Mesh) -> None:
-    """sizes: what the config calls a dimension -> (logical axis, size).
+    """Raise InputError if the mesh does not divide one of the dimensions; the message says what would fit.
 
-    Raises InputError naming the first that the mesh does not divide, and the axis sizes and sizes that would fit.
+    sizes: name of a dimension in the config -> (logical axis, size).
     """
     for name, (logical_axis, size) in sizes.items():
-        ways = ways_of(logical_axis, mesh)
-        if size % ways:
+        num_shards, field = num_shards_of(logical_axis, mesh), f"mesh.{RULES[logical_axis]}"
+        if size % num_shards:
             fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-            raise InputError(
-                f"mesh.{RULES[logical_axis]}",
-                ways,
-                f"a divisor of {name}={size} ({fits}), or a {name} such as {size - size % ways or ways}",
-            )
+            expected = f"a divisor of {name}={size} ({fits})"
+            instead = size - size % num_shards or num_shards
+            message = f"{field} must be {expected}, got {num_shards}; or set {name} to a multiple such as {instead}"
+            raise InputError(message, field=field, given=num_shards, expected=expected)
 
 
 def map_rows(fn, rows, num_together: int):
-    """fn over the rows of a tree of arrays [B, ...], `num_together` or fewer at a time on each device.
+    """Apply fn to the rows of a tree of arrays `[B, ...]` in chunks of at most `num_together` rows on each device.
 
-    The devices that share a batch each go through their own rows. Rows are repeated to fill the last turn.
+    Each device that shares the batch works on its own rows. The last row is repeated to fill the last chunk.
     """
     mesh = jax.sharding.get_abstract_mesh()
     B = jax.tree.leaves(rows)[0].shape[0]
-    ways = 1 if mesh.empty else ways_of("batch", mesh)
-    ways = ways if B % ways == 0 else 1
-    num_own = B // ways
+    num_shards = 1 if mesh.empty else num_shards_of("batch", mesh)
+    num_shards = num_shards if B % num_shards == 0 else 1
+    num_own = B // num_shards
     if num_together >= num_own:
         return fn(rows)
-    num_turns = -(-num_own // num_together)
-    each = -(-num_own // num_turns)
+    num_chunks = -(-num_own // num_together)
+    each = -(-num_own // num_chunks)
 
     def split(x):
-        x = x.reshape(ways, num_own, *x.shape[1:])
-        x = jnp.concatenate([x, *[x[:, -1:]] * (num_turns * each - num_own)], axis=1)
-        x = x.reshape(ways, num_turns, each, *x.shape[2:]).swapaxes(0, 1)
-        return constrain(x, None, "batch", *(None,) * (x.ndim - 2)) if ways > 1 else x
+        x = x.reshape(num_shards, num_own, *x.shape[1:])
+        x = jnp.concatenate([x, *[x[:, -1:]] * (num_chunks * each - num_own)], axis=1)
+        x = x.reshape(num_shards, num_chunks, each, *x.shape[2:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 2)) if num_shards > 1 else x
 
-    def take_turn(part):
-        part = jax.tree.map(lambda x: x.reshape(ways * each, *x.shape[2:]), part)
-        return jax.tree.map(lambda x: x.reshape(ways, each, *x.shape[1:]), fn(part))
+    def run_chunk(chunk):
+        chunk = jax.tree.map(lambda x: x.reshape(num_shards * each, *x.shape[2:]), chunk)
+        return jax.tree.map(lambda x: x.reshape(num_shards, each, *x.shape[1:]), fn(chunk))
 
     def join(x):
-        x = x.swapaxes(0, 1).reshape(ways, num_turns * each, *x.shape[3:])
+        x = x.swapaxes(0, 1).reshape(num_shards, num_chunks * each, *x.shape[3:])
         return x[:, :num_own].reshape(B, *x.shape[2:])
 
-    return jax.tree.map(join, jax.lax.map(take_turn, jax.tree.map(split, rows)))
+    return jax.tree.map(join, jax.lax.map(run_chunk, jax.tree.map(split, rows)))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows -> global arrays sharded over the batch axes."""
+    """Return this process's rows as global arrays sharded over the batch axes."""
     sharding = NamedSharding(mesh, spec_of(("batch",)))
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 
 def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """Context in which `constrain` applies."""
+    """Return a context in which `constrain` applies."""
     return jax.set_mesh(mesh)

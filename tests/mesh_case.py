@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from small_case import MODEL, TOKENIZER, seeded_batch, seeded_params
 
-from mvar_jax.models.init import initializer
 from mvar_jax.sharding import make_mesh, put_batch, use_mesh
 from mvar_jax.training import tokenizer_step
 from mvar_jax.training.optimizer import OptimizerOptions
@@ -88,7 +87,7 @@ def main():
         params = seeded_params(module, std=0.1)
         state = jax.jit(lambda params=params, extra=extra: make_state(lambda: params, OPTIMIZER, extra))()
         expected = run(jax.jit(step), state, batch)
-        boxed = lambda: make_state(lambda: initializer(module)(jax.random.key(0)), OPTIMIZER, extra)  # noqa: B023
+        boxed = lambda: make_state(lambda: module.init_params(jax.random.key(0)), OPTIMIZER, extra)  # noqa: B023
         for sizes in MESHES if "all" in sys.argv else TESTED[name]:
             mesh = make_mesh(*sizes)
             shardings = jax.tree.map(lambda x: x.sharding, abstract_sharded(boxed, mesh))

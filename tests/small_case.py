@@ -30,23 +30,18 @@ TINY_MODULES = {"tokenizer": TOKENIZER.clone(sides=(1, 3)), "transformer": MODEL
 
 
 def shapes_of(module):
-    """The parameter tree as shapes; nothing is compiled."""
-    if isinstance(module, Transformer):
-        boxed = jax.eval_shape(module.init_params, jax.random.key(0))
-    else:
-        image = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, 3), jnp.float32)
-        boxed = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
-    return nn.meta.unbox(boxed)
+    """Return the parameter tree as shapes; nothing is compiled."""
+    return nn.meta.unbox(jax.eval_shape(module.init_params, jax.random.key(0)))
 
 
 def seeded_params(module, seed: int = 0, std: float = 0.3):
-    """Normal parameters: every part of the module then matters, unlike after its own damped initialisation."""
+    """Return normal parameters, with which every part of the module affects its output, unlike after its own init."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(std * rng.normal(size=x.shape), jnp.float32), shapes_of(module))
 
 
 def tiny_params() -> dict:
-    """Of TINY_MODULES."""
+    """Return parameters of TINY_MODULES."""
     return {kind: seeded_params(module, std=0.5) for kind, module in TINY_MODULES.items()}
 
 

@@ -1,5 +1,6 @@
 """Every config in configs/ builds its model abstractly and carries a docstring with its command."""
 
+import dataclasses
 import importlib
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from mvar_jax import build
 from mvar_jax.errors import InputError
 from mvar_jax.models.init import abstract_params
+from mvar_jax.training.loop import LoopSettings
+from mvar_jax.training.task import RunOptions
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
 
@@ -39,7 +42,7 @@ def test_config_docstring_states_command_and_hardware(name):
 def test_misspelt_key_is_refused_with_the_nearest_one():
     config = load("digits")
     config["optimizer"]["wieght_decay"] = 0.1
-    with pytest.raises(InputError, match="config.optimizer.wieght_decay=0.1.*config.optimizer.weight_decay"):
+    with pytest.raises(InputError, match="unknown key config.optimizer.wieght_decay. Did you mean weight_decay"):
         build.build_run(config)
 
 
@@ -62,16 +65,55 @@ def test_key_of_the_other_task_is_refused():
 def test_model_value_out_of_range_names_its_field(change, field):
     config = load("digits")
     config["model"] |= change
-    with pytest.raises(InputError, match=field):
+    with pytest.raises(InputError, match=field) as caught:
         build.build_module(config)
+    assert caught.value.field == field
 
 
 def test_scales_that_do_not_end_at_the_latent_side_are_refused_with_both():
     config = load("digits_tokenizer")
     config["model"]["sides"] = (1, 2, 3, 5, 7)
-    words = r"config.model.sides=\(1, 2, 3, 5, 7\).*last side of 8.*image_size=32 / 4"
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=r"config.model.sides.*\b8\b.*32") as caught:
         build.build_module(config)
+    assert caught.value.field == "config.model.sides" and caught.value.given == (1, 2, 3, 5, 7)
+
+
+def test_optional_keys_are_the_fields_with_a_default():
+    plain = [field for cls in (LoopSettings, RunOptions) for field in dataclasses.fields(cls)]
+    assert set(build.OPTIONAL_KEYS) == {field.name for field in plain if field.default is not dataclasses.MISSING}
+
+
+def test_optional_keys_mean_their_defaults_unless_given():
+    config = {name: value for name, value in load("debug").items() if name not in build.OPTIONAL_KEYS}
+    assert build.build_run(config) == build.build_run(config | {"accumulate_steps": 1})
+    assert build.build_run(config | {"accumulate_steps": 2}).accumulate_steps == 2
+    assert build.build_settings(config) == build.build_settings(config | {"keep_best": "", "profile_steps": ()})
+    assert build.build_settings(config | {"keep_best": "loss"}).keep_best == "loss"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task": "vae"}, "config.task must be tokenizer or transformer, got 'vae'"),
+        ({"model": 3}, "config.model must be a section of keys, got 3"),
+        ({"num_steps": {}}, "config.num_steps must be a plain value, got {}"),
+        ({"num_step": 3}, "unknown key config.num_step. Did you mean num_steps"),
+        ({"zzz": 3}, "unknown key config.zzz; known keys are accumulate_steps, batch_size, "),
+    ],
+)
+def test_config_of_another_form_is_refused(change, words):
+    with pytest.raises(InputError, match=words) as caught:
+        build.check_config(load("digits") | change)
+    assert caught.value.field == f"config.{next(iter(change))}"
+
+
+def test_missing_key_is_named():
+    config = load("digits")
+    del config["seed"], config["model"]["width"]
+    with pytest.raises(InputError, match=r"^config\.seed is missing"):
+        build.check_config(config)
+    with pytest.raises(InputError, match=r"^config\.model\.width is missing and has no default"):
+        build.build_module(config | {"seed": 0})
 
 
 @pytest.mark.parametrize(

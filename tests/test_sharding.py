@@ -55,7 +55,7 @@ def test_constrain_is_the_identity_without_a_mesh():
 
 
 @pytest.mark.parametrize("num_together", [1, 2, 3, 4, 7, 9])
-def test_rows_in_turns_give_what_they_give_together(num_together):
+def test_rows_in_chunks_give_what_they_give_together(num_together):
     seen = []
 
     def double(rows):
@@ -72,7 +72,7 @@ def test_rows_in_turns_give_what_they_give_together(num_together):
     "sizes", [{"data": 2}, {"data": 3, "fsdp": 2, "tensor": 2}, {"fsdp": 3}, {"fsdp": -1}, {"data": 0}, {"fsdp": 0}]
 )
 def test_mesh_refuses_axes_that_do_not_fit_the_devices(sizes):
-    with pytest.raises(InputError, match="^mesh=.*8, the number of devices"):
+    with pytest.raises(InputError, match="^mesh must have axes whose product is 8, the number of devices"):
         sharding.make_mesh(**sizes, devices=jax.devices()[:1] * 8)
 
 
@@ -83,7 +83,7 @@ def test_free_mesh_axis_takes_what_is_left():
 def test_batch_must_divide_over_the_batch_axes():
     sharding.check_batch_size(12, FakeMesh)
     for batch_size in (0, 4, 13):
-        with pytest.raises(InputError, match="batch_size=.*multiple of 6"):
+        with pytest.raises(InputError, match=f"^batch_size must be a multiple of 6 .*, got {batch_size}$"):
             sharding.check_batch_size(batch_size, FakeMesh)
 
 
@@ -92,7 +92,8 @@ def run_on_eight_devices(*arguments):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    command = [sys.executable, *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -126,8 +127,11 @@ def test_no_whole_activation_is_gathered(mesh_runs):
 @pytest.mark.parametrize(
     "sizes, words",
     [
-        ({"num_heads": ("heads", 3)}, r"mesh.tensor=2: expected a divisor of num_heads=3 \(1, 3\), or a num_heads"),
-        ({"width": ("width", 16)}, r"mesh.fsdp=3: expected a divisor of width=16 .* such as 15"),
+        (
+            {"num_heads": ("heads", 3)},
+            r"^mesh.tensor must be a divisor of num_heads=3 \(1, 3\), got 2; or",
+        ),
+        ({"width": ("width", 16)}, r"^mesh.fsdp must be a divisor of width=16 .*, got 3; .* such as 15"),
     ],
 )
 def test_size_that_the_mesh_does_not_divide_is_named_with_what_would_fit(sizes, words):
@@ -138,7 +142,7 @@ def test_size_that_the_mesh_does_not_divide_is_named_with_what_would_fit(sizes, 
 
 def test_parts_of_a_batch_must_divide_over_the_batch_axes():
     sharding.check_batch_size(24, FakeMesh, num_parts=4)
-    with pytest.raises(InputError, match="batch_size=12: expected a multiple of 24"):
+    with pytest.raises(InputError, match="^batch_size must be a multiple of 24 .*, got 12$"):
         sharding.check_batch_size(12, FakeMesh, num_parts=4)
 
 

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from mvar_jax.cli.machine import start_distributed
 from mvar_jax.training import logging
 from mvar_jax.training.loop import LoopSettings, run
+from mvar_jax.training.protocol import Task
 
 OPTIMIZER = optax.adamw(1e-2)
 
@@ -49,7 +50,7 @@ def update(state, x_BD, step):
     return State(state.step + 1, params, ema, opt_state, extra), metrics
 
 
-class ToyTask:
+class ToyTask(Task):
     examples_per_step = 4
 
     def __init__(self, step_s=0.0, bad_steps=(), num_batches=10**6, on_step=None):
@@ -83,6 +84,9 @@ class ToyTask:
         self._on_step(step)
         x_BD = batch["x_BD"] * (np.nan if step in self._bad_steps else 1)
         return self._update(state, x_BD, np.int32(step))
+
+    def flops_of_step(self, step):
+        return 1e6
 
     def evaluate(self, state):
         self.evaluated_steps.append(int(state.step))

@@ -29,8 +29,7 @@ def run(args) -> int:
     config = read_config(args.config, args.overrides)
     from mvar_jax import build
 
-    build.check_config(config)
-    data = build.fill(build.DataOptions, "data", config["data"])
+    data = build.build_data(config)
     for name in ("batch_size", "images_per_shard"):
         if getattr(args, name) < 1:
             raise InputError(name, getattr(args, name), "1 or more")

@@ -1,19 +1,21 @@
-"""Reading an ml_collections config file with `--config.key=value` overrides."""
+"""Config files of ml_collections with `--config.KEY=VALUE` overrides."""
 
 from mvar_jax.cli.config_files import find_config, importing_beside
 from mvar_jax.errors import InputError
 
 
 def add_config_argument(parser) -> None:
-    """`--config FILE`; overrides are collected by the main parser."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="config file or shipped one, as digits")
-    parser.epilog = "Any key of the config is set by --config.KEY=VALUE, as --config.optimizer.weight_decay=0.1"
+    """Add `--config FILE`; the main parser collects the overrides."""
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="config file or a shipped one, such as digits"
+    )
+    parser.epilog = "Any key of the config is set by --config.KEY=VALUE, such as --config.optimizer.weight_decay=0.1"
 
 
 def read_config(path: str, overrides: list[str]) -> dict:
-    """The config as nested dicts, overrides applied; whether its keys are known is for `build` to say.
+    """Load a config as nested dicts, with overrides applied; `build` checks its keys.
 
-    Raises InputError for a missing or broken file, or a value of another type than the file has.
+    Raises InputError if the file is missing or broken, or a value has another type than in the file.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -26,13 +28,18 @@ def read_config(path: str, overrides: list[str]) -> dict:
     )
     for override in overrides:
         if "=" not in override:
-            raise InputError(override.removeprefix("--"), None, f"a value, as {override}=VALUE")
+            raise InputError(f"{override} needs a value: {override}=VALUE", field=override.removeprefix("--"))
     try:
         with importing_beside(file):
             values(argv)
         return values.config.to_dict()
     except AttributeError as error:
-        raise InputError("config", path, f"a config that has the keys given ({error})") from None
+        raise _refuse(path, f"config file {path} does not have all keys given: {error}") from None
     except (flags.Error, TypeError, ValueError, SyntaxError, ImportError) as error:
         reason = str(error).strip().splitlines()
-        raise InputError("config", path, f"a readable config and values of its types ({reason[-1]})") from None
+        words = f"config file {path} cannot be read with the values given: {reason[-1]}"
+        raise _refuse(path, words) from None
+
+
+def _refuse(path: str, words: str) -> InputError:
+    return InputError(words, field="config", given=path, expected="a config file and values of its types")

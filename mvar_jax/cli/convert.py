@@ -1,11 +1,11 @@
-"""`convert`: published PyTorch weights to a model directory, and back."""
+"""Convert published PyTorch weights to a model directory, or back."""
 
 import argparse
 import sys
 
 from mvar_jax.errors import InputError
 
-SUMMARY = "published PyTorch weights to a model directory, and back"
+SUMMARY = "convert published PyTorch weights, or convert back"
 
 TO_TORCH_OPTIONS = ("checkpoint", "to_torch")
 FROM_TORCH_OPTIONS = (
@@ -21,34 +21,36 @@ FROM_TORCH_OPTIONS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    there = parser.add_argument_group("to a model directory")
-    there.add_argument("--tokenizer", metavar="FILE", help="published tokenizer, as vae_ch160v4096z32.pth")
-    there.add_argument(
+    """Add the command's arguments."""
+    forward = parser.add_argument_group("to a model directory")
+    forward.add_argument("--tokenizer", metavar="FILE", help="published tokenizer, such as vae_ch160v4096z32.pth")
+    forward.add_argument(
         "--transformer", metavar="FILE", help="published MVAR or VAR transformer, or a trainer's state"
     )
-    there.add_argument("--out", metavar="DIR", help="model directory to write; new or empty")
-    there.add_argument(
+    forward.add_argument("--out", metavar="DIR", help="model directory to write; new or empty")
+    forward.add_argument(
         "--from_hub",
         metavar="REPO",
         nargs="+",
         help="take the files from this Hugging Face repository; two: the tokenizer's, then the transformer's",
     )
-    there.add_argument("--patch_nums", metavar="N,N,...", help="side of each token map, where the file does not say")
-    there.add_argument("--kernel_size", metavar="K", help="window side, or one for each scale from refine_step on")
-    there.add_argument("--refine_step", metavar="N", help="first scale that attends to a local window")
-    there.add_argument("--conditioning", metavar="C", help="markov (MVAR) or full (VAR)")
+    forward.add_argument("--patch_nums", metavar="N,N,...", help="side of each token map (default: from the file)")
+    forward.add_argument("--kernel_size", metavar="K", help="window side, or one per scale from refine_step on")
+    forward.add_argument("--refine_step", metavar="N", help="first scale that attends to a local window")
+    forward.add_argument("--conditioning", metavar="C", help="markov (MVAR) or full (VAR)")
     back = parser.add_argument_group("back to PyTorch")
     back.add_argument("--checkpoint", metavar="DIR", help="model directory or training workdir")
     back.add_argument("--to_torch", metavar="DIR", help="where to write vae.pth and mvar.pth; new or empty")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the command in the direction that its options choose."""
     if args.checkpoint is not None or args.to_torch is not None:
         return _run_to_torch(args)
     from mvar_jax.convert.weights import MisfitError, convert
 
     if args.out is None:
-        raise InputError("out", None, "--out, the directory to write")
+        raise InputError("give --out, the directory to write", field="out", given=None, expected="a directory")
     options = {
         "patch_nums": _parse_integers("patch_nums", args.patch_nums),
         "kernel_size": _one_or_all(_parse_integers("kernel_size", args.kernel_size)),
@@ -72,10 +74,12 @@ def _run_to_torch(args: argparse.Namespace) -> int:
 
     for name in TO_TORCH_OPTIONS:
         if getattr(args, name) is None:
-            raise InputError(name, None, "a directory: --checkpoint and --to_torch go together")
+            message = f"give --{name} too: --checkpoint and --to_torch must be used together"
+            raise InputError(message, field=name, given=None, expected="a directory")
     for name in FROM_TORCH_OPTIONS:
         if getattr(args, name) is not None:
-            raise InputError(name, getattr(args, name), "nothing: it has no meaning with --to_torch")
+            message = f"--{name} cannot be combined with --to_torch"
+            raise InputError(message, field=name, given=getattr(args, name), expected="not with --to_torch")
     for path in to_torch(args.checkpoint, args.to_torch):
         print(f"wrote {path}")
     return 0
@@ -85,11 +89,12 @@ def _download(repos: list[str], filenames: dict[str, str | None]) -> dict[str, s
     from mvar_jax.convert.hub import download
 
     if len(repos) > 2:
-        raise InputError("from_hub", repos, "one repository, or the tokenizer's and then the transformer's")
+        expected = "one repository, or the tokenizer's and then the transformer's"
+        message = f"--from_hub must be {expected}, got {len(repos)}"
+        raise InputError(message, field="from_hub", given=repos, expected=expected)
     if not any(filenames.values()):
-        raise InputError(
-            "tokenizer", None, "the name of a file in the repository, for --tokenizer, --transformer or both"
-        )
+        message = "with --from_hub give --tokenizer, --transformer or both, as names of files in the repository"
+        raise InputError(message, field="tokenizer", given=None, expected="a file name")
     repo_of = {"tokenizer": repos[0], "transformer": repos[-1]}
     return {kind: name and str(download(repo_of[kind], name)) for kind, name in filenames.items()}
 
@@ -100,13 +105,16 @@ def _parse_integers(field: str, text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
-        raise InputError(field, text, "whole numbers with commas between them") from None
+        expected = "whole numbers separated by commas"
+        message = f"--{field} must be {expected}, got {text!r}"
+        raise InputError(message, field=field, given=text, expected=expected) from None
 
 
 def _parse_integer(field: str, text: str | None) -> int | None:
     numbers = _parse_integers(field, text)
     if numbers is not None and len(numbers) != 1:
-        raise InputError(field, text, "one whole number")
+        expected = "one whole number"
+        raise InputError(f"--{field} must be {expected}, got {text!r}", field=field, given=text, expected=expected)
     return numbers and numbers[0]
 
 

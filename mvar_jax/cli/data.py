@@ -23,8 +23,7 @@ def run(args) -> int:
     config = read_config(args.config, args.overrides)
     from mvar_jax import build
 
-    build.check_config(config)
-    data = build.fill(build.DataOptions, "data", config["data"])
+    data = build.build_data(config)
     if not 0 <= args.num_pictures <= 10_000:
         raise InputError("num_pictures", args.num_pictures, "from 0 to 10000")
     transform, loading = data.transform(), data.loading()

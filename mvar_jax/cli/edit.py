@@ -1,37 +1,44 @@
-"""Draws part of a picture anew: in-painting and change of class by a mask, out-painting by --expand.
+"""Edit part of an image: in-painting or another class by --mask, out-painting by --expand.
 
-The picture is cut to the model's square. Pixels outside the mask stay as they are; drawn ones fade in over --border
-pixels inside it. Writes grid.png (before, mask, after; a row for each label) and one PNG of each result.
+The image is cropped to the model's square. Pixels outside the mask stay unchanged; sampled ones fade in over --border
+pixels inside it. Writes grid.png (before, mask, after; one row per label) and one PNG per result.
 """
 
+import dataclasses
 from pathlib import Path
 
-from mvar_jax.cli.sampling import add_sampling_arguments
+from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, check_seed, sampling_options
 
-SUMMARY = "draw part of a picture anew, as a class"
+SUMMARY = "edit part of an image"
 
 
 def add_arguments(parser) -> None:
-    """See --help."""
+    """Add the command's arguments."""
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model directory or training workdir")
-    parser.add_argument("--image", required=True, metavar="FILE", help="the picture")
-    parser.add_argument("--mask", metavar="FILE", help="of the picture's size, white where to draw")
+    parser.add_argument("--image", required=True, metavar="FILE", help="the image to edit")
+    parser.add_argument("--mask", metavar="FILE", help="mask of the image's size: white is replaced, black is kept")
     parser.add_argument(
-        "--expand", type=float, metavar="F", help="instead of a mask: shrink the picture F times and draw around it"
+        "--expand", type=float, metavar="F", help="instead of a mask: shrink the image F times and paint around it"
     )
     parser.add_argument("--label", required=True, metavar="L", help="class by number or name; several with commas")
     parser.add_argument("--num", type=int, default=4, metavar="N", help="results of each label (default 4)")
     add_sampling_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--border", type=int, metavar="PX", help="pixels of the fade (default: 1/32 of the side)")
     parser.add_argument(
-        "--softness", type=float, metavar="S", help="0 to 1: how far the tokens of the mask's border are mixed"
+        "--softness",
+        type=float,
+        metavar="S",
+        help="0 to 1: how far tokens at the mask's border are mixed",
     )
-    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
 
 
 def read_square(path: str, field: str, side: int):
-    """(uint8 image cut to the model's square, height and width of the file). Raises InputError for none."""
+    """Return (uint8 image cropped to the model's square, height and width of the file).
+
+    Raises InputError if the file is not an image, or is too long and thin to crop.
+    """
     from mvar_jax.data.decoding import BadImage, read_image
     from mvar_jax.data.transforms import PhotoTransform
     from mvar_jax.errors import InputError
@@ -41,11 +48,12 @@ def read_square(path: str, field: str, side: int):
     try:
         return to_uint8(PhotoTransform(side, flip=False)(image_YX3)), image_YX3.shape[:2]
     except BadImage as error:
-        raise InputError(field, path, f"a picture of another shape ({error})") from None
+        message = f"--{field}={path} cannot be used: {error}; choose an image nearer to a square"
+        raise InputError(message, field=field, given=path, expected="an image nearer to a square") from None
 
 
 def read_image_and_mask(args, side: int):
-    """(uint8 image, bool mask [Y, X]) as the options say. Raises InputError unless they go together."""
+    """Return (uint8 image, bool mask `[Y, X]`). Raises InputError if --mask and --image differ in size."""
     from mvar_jax.errors import InputError
     from mvar_jax.sampling.editing import shrink_onto_canvas
 
@@ -54,40 +62,40 @@ def read_image_and_mask(args, side: int):
         return shrink_onto_canvas(image_YX3, args.expand)
     mask_YX3, mask_size = read_square(args.mask, "mask", side)
     if mask_size != size:
-        sizes = [f"{width} x {height} pixels" for height, width in (mask_size, size)]
-        raise InputError("mask", sizes[0], f"{sizes[1]}, as the image has")
+        given, expected = (f"{width} x {height} pixels" for height, width in (mask_size, size))
+        message = f"--mask must have the image's size, {expected}, got {given}"
+        raise InputError(message, field="mask", given=given, expected=expected)
     return image_YX3, mask_YX3.mean(axis=-1) > 127.5
 
 
 def write_edits(before_YX3, mask_YX, after_BYX3, num: int, out: Path) -> None:
-    """NNNNNN.png, and grid.png with a row of before, mask and `num` results for each label."""
+    """Write NNNNNN.png, and grid.png with a row of before, mask and `num` results for each label."""
     import numpy as np
 
-    from mvar_jax.files.images import save_png, tile_grid
+    from mvar_jax.files.images import min_zoom, save_png, tile_grid
 
     mask_YX3 = np.repeat(mask_YX[..., None].astype(np.uint8) * 255, 3, axis=-1)
     cells = []
     for number, after_YX3 in enumerate(after_BYX3):
         save_png(out / f"{number:06d}.png", after_YX3)
         cells += [after_YX3] if number % num else [before_YX3, mask_YX3, after_YX3]
-    save_png(out / "grid.png", tile_grid(np.stack(cells), num + 2, zoom=max(1, 96 // before_YX3.shape[0])))
+    save_png(out / "grid.png", tile_grid(np.stack(cells), num + 2, zoom=min_zoom(before_YX3.shape[0])))
 
 
 def run(args) -> int:
-    """Checks everything before the first file is written."""
+    """Run the command; everything is checked before the first file is written."""
     from mvar_jax.checkpoints.class_names import class_names_of
     from mvar_jax.cli.labels import parse_labels
     from mvar_jax.cli.machine import AUTO, use_compilation_cache
     from mvar_jax.errors import InputError
-    from mvar_jax.ops.sampling import check_sampling_options
 
-    check_sampling_options(args.cfg, args.top_k, args.top_p, args.temperature)
+    options = sampling_options(args)
     if (args.mask is None) == (args.expand is None):
-        raise InputError("mask", args.mask, f"one of --mask and --expand, which is {args.expand}")
-    if args.num < 1:
-        raise InputError("num", args.num, "1 or more")
-    if not 0 <= args.seed < 2**32:
-        raise InputError("seed", args.seed, "an integer from 0 to 2**32 - 1")
+        given = "neither" if args.mask is None else "both"
+        message = f"exactly one of --mask and --expand is needed, got {given}"
+        raise InputError(message, field="mask", given=args.mask, expected="one of --mask and --expand")
+    check_positive(args, "num")
+    check_seed(args.seed)
     labels = parse_labels(args.label, class_names_of(Path(args.checkpoint)))
 
     from mvar_jax.api import check_labels, load
@@ -109,13 +117,9 @@ def run(args) -> int:
         mask_YX,
         labels.repeat(args.num),
         seed=args.seed,
-        cfg=args.cfg,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        smooth=args.smooth,
         border_px=args.border,
         softness=softness,
-        temperature=args.temperature,
+        **dataclasses.asdict(options),
     )
     write_edits(image_YX3, mask_YX, to_uint8(after), args.num, Path(args.out))
     return 0

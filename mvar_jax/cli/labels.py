@@ -1,4 +1,4 @@
-"""Class labels as people write them."""
+"""Class labels on the command line."""
 
 import re
 
@@ -9,9 +9,9 @@ from mvar_jax.errors import InputError
 
 
 def parse_labels(text: str, names: ClassNames) -> np.ndarray:
-    """ "207,360", "0-9", "golden retriever" or a list of them, as int32 [N]. A number is never a name.
+    """Return the labels of a list such as "207,golden retriever,0-9" as int32 [N]; a number is never a name.
 
-    Raises InputError for a name that is not one of `names`, or a range that shrinks.
+    Raises InputError for a name that is not one of `names`, or a range that decreases.
     """
     labels: list[int] = []
     for part in text.split(","):
@@ -22,6 +22,7 @@ def parse_labels(text: str, names: ClassNames) -> np.ndarray:
         first = int(match[1])
         last = first if match[2] is None else int(match[2])
         if last < first:
-            raise InputError("labels", part, "a range that grows, as 0-9")
+            words = f"labels: a range must increase, such as 0-9, got {part.strip()}"
+            raise InputError(words, field="labels", given=part, expected="an increasing range")
         labels.extend(range(first, last + 1))
     return np.asarray(labels, np.int32)

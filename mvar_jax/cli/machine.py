@@ -1,4 +1,4 @@
-"""What a process sets up before JAX starts: the other processes of its run, the cache of compiled programs."""
+"""Set-up of a process before JAX starts: the other processes of its run, the cache of compiled programs."""
 
 import hashlib
 import os
@@ -12,31 +12,31 @@ AUTO = "auto"
 
 
 def add_machine_arguments(parser) -> None:
-    """--distributed and --compilation_cache."""
+    """Add --distributed and --compilation_cache."""
     parser.add_argument(
         "--distributed",
         default=OFF,
         metavar="off|auto|HOST:PORT,NUM,INDEX",
-        help="join the other processes of the run: as Slurm, a TPU slice, Open MPI or the JAX_COORDINATOR_ADDRESS, "
-        "JAX_NUM_PROCESSES and JAX_PROCESS_ID variables say (auto), or as given; off (default): one process",
+        help="join the other processes of the run: by Slurm, a TPU slice, Open MPI or the variables "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (auto), or as given; off: alone (default)",
     )
     parser.add_argument(
         "--compilation_cache",
         default=AUTO,
         metavar="auto|off|DIR",
-        help="where compiled programs are kept between runs (auto: ~/.cache/mvar_jax, by version and machine; "
-        "JAX_COMPILATION_CACHE_DIR wins where it is set)",
+        help="folder that keeps compiled programs between runs (auto: JAX_COMPILATION_CACHE_DIR if set, else "
+        "~/.cache/mvar_jax, by version and machine)",
     )
 
 
 def set_up_machine(distributed: str, compilation_cache: str) -> None:
-    """Call before anything touches a device. Raises InputError for options that cannot be meant."""
+    """Set up processes and cache; call before anything touches a device. Raises InputError for unusable options."""
     start_distributed(distributed)
     use_compilation_cache(compilation_cache)
 
 
 def start_distributed(option: str) -> None:
-    """`jax.distributed.initialize` as `--distributed` asks. Raises InputError where that fails."""
+    """Join the other processes as `--distributed` says. Raises InputError if that fails."""
     if option == OFF:
         return
     import jax
@@ -47,11 +47,12 @@ def start_distributed(option: str) -> None:
         if isinstance(error, InputError):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise InputError("distributed", option, f"a run whose processes can meet ({reason})") from None
+        words = f"--distributed={option}: the processes of the run did not meet: {reason}"
+        raise InputError(words, field="distributed", given=option, expected="processes that can meet") from None
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process of the run has come here."""
+    """Return when every process of the run has called this with the same name."""
     import jax
 
     if jax.process_count() > 1:
@@ -61,7 +62,7 @@ def wait_for_all(name: str) -> None:
 
 
 def parse_distributed(option: str, environment) -> dict:
-    """Arguments of `jax.distributed.initialize`; {} leaves them to JAX's own detection of the cluster."""
+    """Return the arguments of `jax.distributed.initialize`; {} lets JAX detect the cluster itself."""
     if option == AUTO:
         names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         given = [environment.get(name) for name in names]
@@ -71,12 +72,14 @@ def parse_distributed(option: str, environment) -> dict:
     parts = option.split(",")
     is_complete = len(parts) == 3 and ":" in parts[0] and parts[1].isdecimal() and parts[2].isdecimal()
     if not is_complete or int(parts[2]) >= int(parts[1]):
-        raise InputError("distributed", option, "off, auto, or HOST:PORT,NUM,INDEX as 10.0.0.1:1234,2,0")
+        expected = "off, auto, or HOST:PORT,NUM,INDEX such as 10.0.0.1:1234,2,0"
+        words = f"--distributed must be {expected}, got {option}"
+        raise InputError(words, field="distributed", given=option, expected=expected)
     return {"coordinator_address": parts[0], "num_processes": int(parts[1]), "process_id": int(parts[2])}
 
 
 def use_compilation_cache(option: str) -> None:
-    """Sets JAX's persistent cache. A folder that cannot be made is reported by JAX and does not stop a run."""
+    """Set JAX's persistent cache. If the folder cannot be made, JAX warns and the run continues."""
     import jax
 
     if option == OFF:
@@ -88,7 +91,7 @@ def use_compilation_cache(option: str) -> None:
 
 
 def default_cache_folder(environment) -> Path:
-    """Its own for each version of JAX and each kind of processor: CPU programs run only where they were made."""
+    """Return a folder for this version of JAX and kind of processor: CPU programs do not run on other kinds."""
     import jaxlib
 
     base = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")

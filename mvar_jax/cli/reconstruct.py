@@ -10,7 +10,7 @@ def add_arguments(parser) -> None:
     """--checkpoint DIR --images PATH --out DIR."""
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model directory or training workdir")
     parser.add_argument("--images", required=True, metavar="PATH", help="an image file or a folder of them")
-    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--batch_size", type=int, default=16, metavar="B", help="images at a time (default 16)")
     parser.add_argument("--save_tokens", action="store_true", help="also write tokens.npz: ids int32 [N, L]")
 

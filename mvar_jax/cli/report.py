@@ -1,5 +1,4 @@
-"""Measures a digits run (reconstructions, samples, copies, codebook, curves) and writes report.md, report.json
-and the pictures beside them."""
+"""Measure a digits run (reconstructions, samples, copies, codebook, curves) and write its report and figures."""
 
 import json
 from pathlib import Path
@@ -8,27 +7,29 @@ SUMMARY = "measure a digits run and write its report"
 
 
 def add_arguments(parser) -> None:
-    """--tokenizer DIR --transformer DIR --samples DIR --stages FILE --out DIR."""
+    """Add the command's arguments."""
     parser.add_argument("--transformer", required=True, metavar="DIR", help="training workdir of the transformer")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="training workdir of the tokenizer")
-    parser.add_argument("--samples", required=True, metavar="DIR", help="what `sample --save_tokens` wrote")
+    parser.add_argument("--samples", required=True, metavar="DIR", help="output of `sample --save_tokens`")
     parser.add_argument("--stages", required=True, metavar="FILE", help="the log of launch/stage.py")
-    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report")
 
 
 def run(args) -> int:
-    """Exit status 0 also where a figure misses its bound: the report says so."""
+    """Run the command; the exit status is 0 even if a figure misses its bound, which the report states."""
     from mvar_jax.digits.measure_run import report_digits
     from mvar_jax.errors import InputError
 
     for name in ("transformer", "tokenizer", "samples", "stages"):
         if not Path(getattr(args, name)).exists():
-            raise InputError(name, getattr(args, name), "an existing file or directory")
+            given = getattr(args, name)
+            raise InputError(f"--{name}={given} does not exist", field=name, given=given, expected="an existing path")
     try:
         stages = json.loads(Path(args.stages).read_text())
     except ValueError:
-        raise InputError("stages", args.stages, "the JSON log that launch/stage.py writes") from None
+        message = f"--stages={args.stages} must be the JSON log that launch/stage.py writes"
+        raise InputError(message, field="stages", given=args.stages, expected="a JSON log") from None
     passed = report_digits(Path(args.tokenizer), Path(args.transformer), Path(args.samples), stages, Path(args.out))
     print((Path(args.out) / "report.md").read_text())
-    print("every bound is met" if passed else "some bounds are missed: see the table")
+    print("all requirements passed" if passed else "some requirements failed, see the table")
     return 0

@@ -1,19 +1,43 @@
-"""The options of a draw, the same for every command that draws."""
+"""The sampling options that all commands share."""
+
+from mvar_jax.errors import InputError
 
 
 def add_sampling_arguments(parser) -> None:
-    """--cfg, --top_k, --top_p, --temperature and --smooth."""
+    """Add --cfg, --top_k, --top_p, --temperature and --smooth."""
     parser.add_argument("--cfg", type=float, default=1.5, help="guidance (default 1.5)")
-    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest codes; 0: all (default)")
+    parser.add_argument("--top_k", type=int, default=0, help="keep the k most likely codes; 0: all (default)")
     parser.add_argument(
-        "--top_p", type=float, default=0.0, help="keep the likeliest codes of mass p; 0: all (default)"
+        "--top_p", type=float, default=0.0, help="keep the most likely codes of mass p; 0: all (default)"
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=1.0,
-        help="above 1: more varied draws, below 1: likelier (default 1)",
+        help="above 1: more varied samples, below 1: more likely ones (default 1)",
     )
-    parser.add_argument(
-        "--smooth", action="store_true", help="Gumbel-average mode: smoother pictures, for looking at"
-    )
+    parser.add_argument("--smooth", action="store_true", help="Gumbel-average mode: smoother images, for display")
+
+
+def sampling_options(args):
+    """Return the `SampleOptions` of parsed arguments. Raises InputError if a value is out of range."""
+    from mvar_jax.sampling.sampler import SampleOptions
+
+    return SampleOptions(args.cfg, args.top_k, args.top_p, args.smooth, args.temperature)
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError unless the seed is an unsigned 32-bit integer."""
+    if not 0 <= seed < 2**32:
+        message = f"--seed must be from 0 to 2**32 - 1, got {seed}"
+        raise InputError(message, field="seed", given=seed, expected="0 to 2**32 - 1")
+
+
+def check_positive(args, *names: str) -> None:
+    """Raise InputError for the first of these arguments that is below 1."""
+    for name in names:
+        given = getattr(args, name)
+        if given < 1:
+            raise InputError(
+                f"--{name} must be 1 or more, got {given}", field=name, given=given, expected="1 or more"
+            )

@@ -1,4 +1,4 @@
-"""Trains what a config describes, a tokenizer or a transformer; resumes by itself what WORKDIR holds."""
+"""Train a tokenizer or a transformer from a config; resumes the run that WORKDIR holds."""
 
 import errno
 import functools
@@ -15,14 +15,14 @@ SUMMARY = "train a tokenizer or a transformer from a config"
 
 
 def add_arguments(parser) -> None:
-    """--config FILE --workdir DIR, and how the process starts."""
+    """Add --config, --workdir and the options of the machine."""
     add_config_argument(parser)
     add_machine_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics and pictures go here")
 
 
 def run(args) -> int:
-    """Exit status 0 when the run is complete or was asked to stop by SIGTERM, 130 after Ctrl-C."""
+    """Return 0 if the run is complete or SIGTERM stopped it, 1 if it failed, 130 after Ctrl-C."""
     config = read_config(args.config, args.overrides)
     set_up_machine(args.distributed, args.compilation_cache)
 
@@ -47,9 +47,9 @@ def run(args) -> int:
 
 
 def keep_classes(workdir: Path, names: list[str]) -> None:
-    """Writes the class names in the order of their labels; one that is there already must be the same.
+    """Write the class names in the order of their labels.
 
-    Raises InputError where the data have other classes than the run began with, or the workdir cannot be written.
+    Raises InputError if the run began with other classes, or the workdir cannot be written.
     """
     from mvar_jax.checkpoints.model_directory import CLASSES_FILE
     from mvar_jax.files.atomic import write_atomically
@@ -62,21 +62,30 @@ def keep_classes(workdir: Path, names: list[str]) -> None:
             write_atomically(path, json.dumps(names, indent=1) + "\n")
             return
     except OSError as error:
-        raise InputError("workdir", str(workdir), f"a writable directory ({error.strerror})") from None
+        words = f"workdir {workdir} cannot be written: {error.strerror}"
+        raise InputError(words, field="workdir", given=str(workdir), expected="a writable directory") from None
     except ValueError:
-        raise InputError("workdir", str(workdir), f"a readable {CLASSES_FILE}") from None
-    changed = sorted(set(there) ^ set(names)) or ["their order"]
-    found = f"the {len(there)} that {workdir} was trained on; different: {', '.join(changed[:5])}"
-    raise InputError("classes", len(names), found)
+        words = f"workdir {workdir} has no readable {CLASSES_FILE}"
+        raise InputError(words, field="workdir", given=str(workdir), expected=f"a readable {CLASSES_FILE}") from None
+    changed = ", ".join(sorted(set(there) ^ set(names))[:5]) or "their order"
+    words = f"classes must be the {len(there)} that {workdir} was trained on, got {len(names)}; different: {changed}"
+    raise InputError(words, field="classes", given=len(names), expected=f"the {len(there)} of {workdir}")
 
 
 def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) -> None:
-    """Makes the workdir a whole model on its own: what the modules are, the tokenizer under a transformer, the
-    classes; from now on every skipped file is listed there."""
+    """Make the workdir a whole model on its own, and the place of the lists of skipped files.
+
+    Args:
+      workdir: the run's folder, held by this run.
+      modules: what model.json describes.
+      tokenizer_params: weights of the tokenizer under a transformer, None for a tokenizer.
+      trains: the module whose weights are in the checkpoints.
+      task: the task; it knows classes and skipped files.
+    """
     import jax
 
-    from mvar_jax.checkpoints.manager import save_tree
     from mvar_jax.checkpoints.model_directory import MODEL_FILE, write_model_file
+    from mvar_jax.checkpoints.trees import save_tree
 
     for split, skipped in task.skipped.items():
         skipped.keep_in(workdir / f"skipped_{split}{jax.process_index() or ''}.json")

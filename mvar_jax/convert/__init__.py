@@ -1,1 +1,1 @@
-"""Published PyTorch checkpoints to this project's parameter trees and back."""
+"""Conversion of published PyTorch checkpoints to this project's parameter trees and back."""

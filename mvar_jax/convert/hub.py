@@ -1,30 +1,31 @@
-"""Files from the Hugging Face hub; the package is imported only when it is asked for."""
+"""Files from the Hugging Face hub; its package is imported only if it is needed."""
 
 import logging
 from pathlib import Path
 
 from mvar_jax.errors import InputError, shorten
 
-BY_HAND = "or the file downloaded by hand and given by its path without --from_hub"
+BY_HAND = "download the file by hand and give its path without --from_hub"
 
 
 def download(repo: str, filename: str) -> Path:
-    """Local path of a file of a hub repository, from the cache where it is there.
+    """Return the local path of a file of a hub repository, downloading it unless it is cached.
 
-    Raises InputError, saying what to do, without the package, a network, or such a file.
+    Raises InputError if the package, the network or the file is missing.
     """
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise InputError("from_hub", repo, f"`pip install huggingface_hub` first, {BY_HAND}") from None
-    logger = logging.getLogger("huggingface_hub")  # it reports every retry; the last failure says it all
+        message = f"--from_hub {repo} needs a package: run `pip install huggingface_hub`, or {BY_HAND}"
+        raise InputError(message, field="from_hub", given=repo, expected="huggingface_hub installed") from None
+    logger = logging.getLogger("huggingface_hub")  # silenced, since it logs every retry before the error
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         return Path(hf_hub_download(repo_id=repo, filename=filename))
-    except Exception as error:  # its own errors and those of whatever it talks HTTP with
-        given = f"{repo} {filename}"
-        expected = f"a file that this machine can download, {BY_HAND} ({type(error).__name__}: {shorten(error)})"
-        raise InputError("from_hub", given, expected) from None
+    except Exception as error:  # the package raises its own errors and those of its HTTP library
+        given, reason = f"{repo} {filename}", f"{type(error).__name__}: {shorten(error)}"
+        message = f"--from_hub cannot download {given} ({reason}); {BY_HAND}"
+        raise InputError(message, field="from_hub", given=given, expected="a file of the repository") from None
     finally:
         logger.setLevel(level)

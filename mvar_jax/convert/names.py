@@ -1,4 +1,4 @@
-"""The one table between the published tensors' names and layouts and ours (numpy only)."""
+"""The table between the names and layouts of published tensors and ours (numpy only)."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one published tensor is laid out here, and the way back; `sizes` is (heads,) or what the pair needs."""
+    """The conversion of one published tensor to our layout, and its inverse."""
 
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_published: Callable[[np.ndarray], np.ndarray]
@@ -16,7 +16,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One parameter: its path here, and one published name, or one for each layer (stacked here)."""
+    """One parameter: its path in our tree, and its published name, or one name per layer if it is stacked."""
 
     path: tuple[str, ...]
     published: tuple[str, ...]
@@ -33,7 +33,7 @@ PUBLISHED_BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "quantize
 
 
 def attention_layouts(num_heads: int) -> dict[str, Layout]:
-    """Layouts that know the heads: qkv [3HK, D] <-> [D, 3, H, K], biases, per-head scale, output projection."""
+    """Return the layouts with heads: qkv `[3HK, D]` <-> `[D, 3, H, K]`, biases, per-head scale, output projection."""
     H = num_heads
     return {
         "qkv": Layout(lambda x: x.T.reshape(x.shape[1], 3, H, -1), lambda x: x.reshape(x.shape[0], -1).T),
@@ -44,14 +44,14 @@ def attention_layouts(num_heads: int) -> dict[str, Layout]:
 
 
 def adaptive_layouts(num_vectors: int) -> tuple[Layout, Layout]:
-    """Weight [nD, D] <-> [D, n, D] and bias [nD] <-> [n, D] of an adaptive linear."""
+    """Return the layouts of an adaptive linear: weight `[nD, D]` <-> `[D, n, D]`, bias `[nD]` <-> `[n, D]`."""
     n = num_vectors
     weight = Layout(lambda x: x.T.reshape(x.shape[1], n, -1), lambda x: x.reshape(x.shape[0], -1).T)
     return weight, Layout(lambda x: x.reshape(n, -1), lambda x: x.reshape(-1))
 
 
 def transformer_entries(depth: int, num_heads: int, shared_aln: bool) -> list[Entry]:
-    """Every parameter of the transformer; buffers (masks, levels, the zero k-bias) are derived, never listed."""
+    """List every parameter of the transformer; buffers (masks, levels, the zero k-bias) are derived, not listed."""
     heads, (weight6, bias6), (weight2, bias2) = attention_layouts(num_heads), adaptive_layouts(6), adaptive_layouts(2)
 
     def one(path: str, published: str, layout: Layout = SAME) -> Entry:
@@ -97,7 +97,7 @@ def transformer_entries(depth: int, num_heads: int, shared_aln: bool) -> list[En
 
 
 def tokenizer_entries(ch_mult: tuple[int, ...], num_res_blocks: int, num_phi: int, num_scales: int) -> list[Entry]:
-    """Every parameter of the tokenizer."""
+    """List every parameter of the tokenizer."""
     entries: list[Entry] = []
 
     def conv(path: str, published: str) -> None:
@@ -156,7 +156,7 @@ def tokenizer_entries(ch_mult: tuple[int, ...], num_res_blocks: int, num_phi: in
 
 
 def published_shapes(entries: list[Entry], shapes: dict) -> dict[str, tuple[int, ...]]:
-    """Shape of every published tensor. shapes: the parameter tree, of anything with a shape."""
+    """Return the shape of every published tensor. shapes: the parameter tree, with leaves that have a shape."""
     published = {}
     for entry in entries:
         leaf = shapes
@@ -169,7 +169,7 @@ def published_shapes(entries: list[Entry], shapes: dict) -> dict[str, tuple[int,
 
 
 def to_tree(entries: list[Entry], published: Mapping[str, np.ndarray]) -> dict:
-    """The nested parameter tree of a published state dict that holds every entry."""
+    """Convert a published state dict that holds every entry to our parameter tree."""
     tree: dict = {}
     for entry in entries:
         parts = [np.ascontiguousarray(entry.layout.to_ours(np.asarray(published[name]))) for name in entry.published]
@@ -181,7 +181,7 @@ def to_tree(entries: list[Entry], published: Mapping[str, np.ndarray]) -> dict:
 
 
 def to_published(entries: list[Entry], tree: dict) -> dict[str, np.ndarray]:
-    """The published state dict (parameters only) of a parameter tree; the exact inverse of `to_tree`."""
+    """Convert a parameter tree to a published state dict (parameters only): the exact inverse of `to_tree`."""
     published = {}
     for entry in entries:
         leaf = tree

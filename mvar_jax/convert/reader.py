@@ -1,6 +1,6 @@
-"""Reads the zip files of torch.save with zipfile and a pickle reader that runs no pickled code; torch is not needed.
+"""A reader of torch.save's zip files that needs no torch and runs no pickled code.
 
-A tensor stays a small record until it is asked for, so a training checkpoint costs only the tensors used.
+A tensor is a small record until it is read, so a training checkpoint costs only the memory of the tensors used.
 """
 
 import io
@@ -32,13 +32,13 @@ DTYPES = {
 }
 LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 MAX_PICKLE_BYTES = 8 << 20
-# More than this, and more than MAX_RATIO times the file, is no checkpoint but a zip bomb.
+# a file that unpacks to more than this, and to more than MAX_RATIO times its size, is taken for a zip bomb
 MAX_UNPACKED_BYTES = 4 << 30
 MAX_RATIO = 100
 
 
 class Storage(NamedTuple):
-    """A zip member `data/KEY` and what it holds. `kind` is a key of DTYPES."""
+    """A zip member `data/KEY` and its content; `kind` is a key of DTYPES."""
 
     key: str
     kind: str
@@ -46,7 +46,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A view of a storage; offset and strides in elements."""
+    """A view of a storage, with offset and strides in elements."""
 
     storage: Storage
     offset: int
@@ -59,7 +59,7 @@ class Tensor(NamedTuple):
 
 
 class OrderedDict(dict):
-    """Stands for collections.OrderedDict; `__setstate__` drops the `_metadata` that torch modules attach."""
+    """A substitute for collections.OrderedDict that drops the `_metadata` which torch modules attach."""
 
     __slots__ = ()
 
@@ -71,7 +71,7 @@ class OrderedDict(dict):
 
 
 class RebuildTensor:
-    """Stands for torch._utils._rebuild_tensor_v2. No attributes, so that no pickle can change it."""
+    """A substitute for torch._utils._rebuild_tensor_v2, without attributes so that no pickle can change it."""
 
     __slots__ = ()
 
@@ -84,27 +84,27 @@ class RebuildTensor:
             and len(shape) == len(strides)
             and all(map(is_size, (offset, *shape, *strides)))
         ):
-            raise ValueError("a tensor without a storage, shape and strides")
+            raise ValueError("a tensor has no valid storage, shape or strides")
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         num_elements = math.prod(shape)
         if num_elements and (last >= storage.num_elements or num_elements > storage.num_elements):
-            raise ValueError(f"a tensor of shape {shape} outside its storage of {storage.num_elements} elements")
+            raise ValueError(f"a tensor of shape {shape} exceeds its storage of {storage.num_elements} elements")
         return Tensor(storage, offset, shape, strides)
 
 
 class RebuildParameter:
-    """Stands for torch._utils._rebuild_parameter."""
+    """A substitute for torch._utils._rebuild_parameter."""
 
     __slots__ = ()
 
     def __call__(self, data, requires_grad=True, hooks=None) -> Tensor:
         if not isinstance(data, Tensor):
-            raise ValueError("a parameter without a tensor")
+            raise ValueError("a parameter has no tensor")
         return data
 
 
 class Unpickler(pickle.Unpickler):
-    """Builds dicts, lists, numbers, strings and Tensor records; any other class is refused by name."""
+    """An unpickler of dicts, lists, numbers, strings and Tensor records that refuses any other class by name."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in DTYPES:
@@ -115,20 +115,24 @@ class Unpickler(pickle.Unpickler):
             return RebuildTensor()
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return RebuildParameter()
-        raise ValueError(f"it asks for {f'{module}.{name}'!a}, which no weights need; nothing of it was run")
+        raise ValueError(f"it refers to {f'{module}.{name}'!a}, which is not allowed in weights; no code was run")
 
     def persistent_load(self, pid: Any) -> Storage:
         is_known = isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"
         if not is_known or type(pid[2]) is not str or type(pid[4]) is not int or pid[1] not in DTYPES:
-            raise ValueError("a storage of an unknown form")
+            raise ValueError("a storage has an unknown form")
         return Storage(pid[2], pid[1], pid[4])
 
 
 class TorchFile:
-    """An open file of torch.save; `content` is what was saved, with Tensor records for tensors.
+    """An open file of torch.save.
 
-    field: the name of the option that gave the path, for messages. Raises InputError (also later, when reading
-    a tensor) for a file that is unreadable, damaged, of torch's old format, or that holds other classes.
+    Opening it and reading a tensor raise InputError if the file is unreadable, damaged, in torch's old format, or
+    contains other classes.
+
+    Attributes:
+      content: the saved object, with Tensor records for tensors.
+      field: name of the option that gave the path, for messages.
     """
 
     def __init__(self, field: str, path: str | os.PathLike):
@@ -138,7 +142,7 @@ class TorchFile:
             with self.path.open("rb") as file:
                 head = file.read(len(LEGACY_MAGIC))
             if head == LEGACY_MAGIC:
-                raise self.refuse("torch's old format: torch.load it and torch.save it again with torch >= 1.6")
+                raise self.refuse("it has torch's old format; load it and save it again with torch >= 1.6")
             self._zip = zipfile.ZipFile(self.path)
         except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
             raise self.refuse(shorten(error)) from None
@@ -162,17 +166,19 @@ class TorchFile:
         self._zip.close()
 
     def refuse(self, reason: str) -> InputError:
-        return InputError(self.field, str(self.path), f"weights as torch.save writes them ({reason})")
+        """Return an InputError with the reason why the file cannot be read."""
+        message = f"{self.field}={self.path} is not a readable file of torch.save: {reason}"
+        return InputError(message, field=self.field, given=str(self.path), expected="a file of torch.save")
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """The tensor's values in their own dtype, in the machine's byte order; perhaps read-only."""
+        """Return the tensor's values in their own dtype and the machine's byte order; the array is read-only."""
         storage, itemsize = tensor.storage, tensor.dtype.itemsize
         if self._read_storage is None or self._read_storage[0] != storage:
             self._read_storage = None
             num_bytes = storage.num_elements * itemsize
             data = self._read_member(f"{self._prefix}data/{storage.key}", num_bytes)
             if len(data) != num_bytes:
-                raise self.refuse(f"data/{storage.key} holds {len(data)} bytes, its tensor needs {num_bytes}")
+                raise self.refuse(f"data/{storage.key} has {len(data)} bytes, but its tensor needs {num_bytes}")
             raw = np.frombuffer(data, f"{'>' if self._is_big_endian else '<'}u{itemsize}")
             self._read_storage = storage, raw.astype(f"=u{itemsize}", copy=False).view(tensor.dtype)
         flat = self._read_storage[1][tensor.offset :]
@@ -183,13 +189,13 @@ class TorchFile:
     def _check_size(self) -> None:
         packed, unpacked = self.path.stat().st_size, sum(info.file_size for info in self._zip.infolist())
         if unpacked > max(MAX_UNPACKED_BYTES, MAX_RATIO * packed):
-            raise self.refuse(f"{packed} bytes that would unpack to {unpacked}")
+            raise self.refuse(f"its {packed} bytes would unpack to {unpacked}")
 
     def _find_prefix(self) -> str:
-        """The archive's folder: torch puts everything in one."""
+        """Return the archive's one folder."""
         found = [name for name in self._zip.namelist() if name.count("/") <= 1 and name.split("/")[-1] == "data.pkl"]
         if len(found) != 1:
-            raise self.refuse("a zip file without its data.pkl")
+            raise self.refuse("it is a zip file without data.pkl")
         return found[0].removesuffix("data.pkl")
 
     def _read_member(self, name: str, max_bytes: int) -> bytes:
@@ -198,7 +204,7 @@ class TorchFile:
         except KeyError:
             raise self.refuse(f"{name!a} is missing") from None
         if info.file_size > max_bytes:
-            raise self.refuse(f"{name} holds {info.file_size} bytes, more than the {max_bytes} expected")
+            raise self.refuse(f"{name} has {info.file_size} bytes, more than the {max_bytes} expected")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise self.refuse(f"{name} is neither stored nor deflated")
         try:
@@ -209,9 +215,9 @@ class TorchFile:
     def _unpickle(self, data: bytes) -> Any:
         try:
             for opcode, argument, _ in pickletools.genops(data):
-                # The reader's memo is a plain array: an absurd place in it would take all memory.
+                # the unpickler's memo is a plain array, so a huge index would allocate all memory
                 if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(data):
-                    raise ValueError("a damaged pickle")
+                    raise ValueError("its pickle is damaged")
             return Unpickler(io.BytesIO(data)).load()
-        except Exception as error:  # a damaged pickle raises whatever its opcodes run into
+        except Exception as error:  # a damaged pickle can raise any error
             raise self.refuse(shorten(error)) from None

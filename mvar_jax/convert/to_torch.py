@@ -1,4 +1,4 @@
-"""A model directory -> files that torch.load opens and the published programs load strictly; torch is not needed."""
+"""Conversion of a model directory to files that torch and the published programs load; torch is not needed."""
 
 import os
 import pickle
@@ -21,17 +21,18 @@ STORAGES = {np.dtype(np.float32): b"FloatStorage", np.dtype(np.int64): b"LongSto
 
 
 def to_torch(checkpoint: str | os.PathLike, out: str | os.PathLike) -> list[Path]:
-    """Writes a model directory's or workdir's modules into `out`; returns the files.
+    """Write the modules of a model directory or workdir into `out`; return the files.
 
-    `vae.pth`, and `mvar.pth` (`{"mvar_wo_ddp": ...}`) or for the VAR baseline `var.pth`. Every parameter keeps
-    its bits; the buffers that the published modules hold besides are derived. Raises InputError.
+    The files are `vae.pth`, and `mvar.pth` (`{"mvar_wo_ddp": ...}`) or, for VAR, `var.pth`. Every parameter keeps its
+    bits; the other buffers of the published modules are derived. Raises InputError if `checkpoint` is not a model,
+    `out` is not new or empty, or the published program cannot represent the model.
     """
     out = Path(out)
     check_new("to_torch", out)
     modules, params = load_model(Path(checkpoint))
     files = {}
     for kind, module in modules.items():
-        state = to_published(entries_of(module), jax.tree.map(np.asarray, params[kind]))
+        state = to_published(entries_of(kind, module), jax.tree.map(np.asarray, params[kind]))
         if kind == "tokenizer":
             check_groups(module)
             files["vae.pth"] = state | tokenizer_buffers(module)
@@ -46,19 +47,20 @@ def to_torch(checkpoint: str | os.PathLike, out: str | os.PathLike) -> list[Path
 
 
 def check_groups(tokenizer: Tokenizer) -> None:
-    """Raises InputError where the published tokenizer would normalise in other groups."""
+    """Raise InputError if the published tokenizer would normalise in other groups."""
     if tokenizer.num_groups != NUM_GROUPS:
-        expected = f"{NUM_GROUPS}, the only number of groups that the published program has"
-        raise InputError("num_groups", tokenizer.num_groups, expected)
+        expected = f"{NUM_GROUPS}, the number that the published program fixes"
+        message = f"num_groups must be {expected}, got {tokenizer.num_groups}"
+        raise InputError(message, field="num_groups", given=tokenizer.num_groups, expected=expected)
 
 
 def tokenizer_buffers(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Code usage, which is counted anew."""
+    """Return the code usage, which starts at zero."""
     return {"quantize.ema_vocab_hit_SV": np.zeros((len(tokenizer.sides), tokenizer.vocab_size), np.float32)}
 
 
 def transformer_buffers(transformer: Transformer) -> dict[str, np.ndarray]:
-    """Levels, the additive mask of the published training pass, and the zero bias of the keys."""
+    """Return the levels, the additive mask of the published training pass, and the zero bias of the keys."""
     levels = transformer.pyramid.level_of_token().astype(np.int64)
     is_seen = levels[:, None] == levels
     if transformer.conditioning == "full":
@@ -71,7 +73,7 @@ def transformer_buffers(transformer: Transformer) -> dict[str, np.ndarray]:
 
 
 def write_torch(path: Path, content: dict) -> None:
-    """Writes nested dicts of arrays (float32 or int64) by string keys as torch.save does, members stored."""
+    """Write nested dicts of arrays (float32 or int64) by string keys as torch.save does, without compression."""
     arrays: list[np.ndarray] = []
     pickled = pickle.PROTO + b"\x02" + pickle_value(content, arrays) + pickle.STOP
     root = path.stem
@@ -85,7 +87,7 @@ def write_torch(path: Path, content: dict) -> None:
 
 
 def pickle_value(value: dict | np.ndarray, arrays: list[np.ndarray]) -> bytes:
-    """The opcodes that put a value on the stack; arrays go to `arrays`, whose places are their storage keys."""
+    """Return the opcodes that push a value; append arrays to `arrays`, whose indices are their storage keys."""
     if isinstance(value, dict):
         items = b"".join(pickle_plain(key) + pickle_value(item, arrays) for key, item in value.items())
         return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
@@ -109,5 +111,5 @@ def pickle_value(value: dict | np.ndarray, arrays: list[np.ndarray]) -> bytes:
 
 
 def pickle_plain(value: str | int | bool | tuple[int, ...]) -> bytes:
-    """The opcodes of a plain value, without the frame of a whole pickle."""
+    """Return the opcodes of a plain value, without the header and end of a pickle."""
     return pickle.dumps(value, protocol=2)[2:-1]

@@ -1,4 +1,4 @@
-"""Published PyTorch weights -> a model directory, or the parameter tree that a training run starts from."""
+"""Conversion of published PyTorch weights to a model directory, or to initial parameters of a training run."""
 
 import dataclasses
 import os
@@ -24,24 +24,26 @@ from mvar_jax.files.directories import check_new, new_directory
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.transformer import Transformer
 
-FLOATS = ("float32", "float16", "bfloat16")  # all held exactly by the float32 of our parameters
+FLOATS = ("float32", "float16", "bfloat16")  # float32, the dtype of our parameters, represents all of them exactly
 SHOWN_MISFITS = 3
 
 
 class MisfitError(InputError):
-    """Tensors that are missing, not needed, or of another shape. `misfits`: one line for each."""
+    """Tensors that are missing, unknown, or of another shape or dtype; `misfits` has one line for each."""
 
     def __init__(self, state: StateDict, kind: str, misfits: list[str]):
         self.misfits = misfits
         more = f"; and {len(misfits) - SHOWN_MISFITS} more" if len(misfits) > SHOWN_MISFITS else ""
         shown = "; ".join(misfits[:SHOWN_MISFITS]) + more
-        path = str(state.file.path)
-        super().__init__(state.file.field, path, f"the tensors of a {kind}, {len(misfits)} do not fit: {shown}")
+        expected = f"the tensors of a {kind}"
+        path, field = str(state.file.path), state.file.field
+        message = f"{field}={path} does not hold {expected}: {len(misfits)} do not fit: {shown}"
+        super().__init__(message, field=field, given=path, expected=expected)
 
 
 @dataclasses.dataclass(frozen=True)
 class AsFloat32(Mapping):
-    """A state dict whose tensors are widened to float32 when they are read."""
+    """A state dict whose tensors are converted to float32 when they are read."""
 
     state: StateDict
 
@@ -65,20 +67,27 @@ def convert(
     refine_step: int | None = None,
     conditioning: str | None = None,
 ) -> dict[str, nn.Module]:
-    """Writes the model directory `out` from published files, either of which may be None; returns its modules.
+    """Write the model directory `out` from published files, either of which may be None; return its modules.
 
-    The options are what the weights do not show; those that are not given must follow from the files or from
-    the published programs. Raises InputError, and then leaves nothing at `out`.
+    Args:
+      patch_nums: side of each token map.
+      kernel_size, refine_step: window side, or one per window scale, and the first window scale.
+      conditioning: "markov" (MVAR) or "full" (VAR).
+
+    Options that are None must follow from the files or from the published programs. Raises InputError if they do
+    not, or if a file cannot be converted, and then leaves nothing at `out`.
     """
     out = Path(out)
     check_new("out", out)
     given = {"kernel_size": kernel_size, "refine_step": refine_step, "conditioning": conditioning}
     if tokenizer_path is None and transformer_path is None:
-        raise InputError("tokenizer", None, "a file for --tokenizer, --transformer, or both")
+        message = "give a file for --tokenizer, --transformer, or both"
+        raise InputError(message, field="tokenizer", given=None, expected="a file")
     if transformer_path is None:
         for name, value in given.items():
             if value is not None:
-                raise InputError(name, value, "nothing: it belongs to a transformer, and there is none")
+                message = f"--{name} cannot be used without --transformer, got {value}"
+                raise InputError(message, field=name, given=value, expected="--transformer")
     modules, params = {}, {}
     if transformer_path is not None:
         with TorchFile("transformer", transformer_path) as file:
@@ -101,42 +110,42 @@ def convert(
 def load_published(
     transformer_path: str | os.PathLike, patch_nums: tuple[int, ...] | None = None
 ) -> tuple[dict, dict]:
-    """(fields, parameters) of a published MVAR or VAR transformer, for a run that starts from its weights.
+    """Load a published MVAR or VAR transformer, for a run that starts from its weights.
 
-    fields: those of `Transformer` that the weights decide (sides, vocab_size, code_width, num_classes, depth,
-    width, num_heads, shared_aln). parameters: float32 numpy, in the tree that `Transformer` has for either
-    conditioning; masks are not part of it. Raises InputError.
+    Returns (the fields of `Transformer` that follow from the weights: sides, vocab_size, code_width, num_classes,
+    depth, width, num_heads, shared_aln; the parameter tree, float32 numpy). Raises InputError if the file cannot be
+    converted.
     """
     with TorchFile("transformer", transformer_path) as file:
         state = find_state_dict("transformer", file)
         fields = transformer_fields(state, patch_nums)
-        # Neither the window nor the conditioning changes the parameters.
+        # placeholders, since neither the window nor the conditioning changes the parameters
         whole = {"kernel_size": 1, "refine_step": len(fields["sides"])}
         return fields, read_module("transformer", state, fields | whole)[1]
 
 
 def read_module(kind: str, state: StateDict, fields: dict) -> tuple[nn.Module, dict]:
-    """The module of these fields and its parameters. Raises InputError unless every tensor is used just once."""
+    """Return the module of these fields and its parameters. Raises InputError unless every tensor is used once."""
     module = module_from_dict(kind, fields)
-    entries = entries_of(module)
+    entries = entries_of(kind, module)
     wanted = published_shapes(entries, nn.meta.unbox(abstract_params(module)))
     if misfits := find_misfits(wanted, state):
         raise MisfitError(state, kind, misfits)
     for name in state:
         if name.endswith("zero_k_bias") and np.any(state[name]):
-            raise state.refuse(f"a {name} of zeros: keys have no bias")
+            raise state.refuse(f"{name} must be zero, since keys have no bias")
     return module, to_tree(entries, AsFloat32(state))
 
 
-def entries_of(module: nn.Module) -> list[Entry]:
-    """The table between the published tensors and this module's parameters."""
-    if isinstance(module, Transformer):
+def entries_of(kind: str, module: nn.Module) -> list[Entry]:
+    """Return the table between the published tensors and the parameters of a "tokenizer" or "transformer"."""
+    if kind == "transformer":
         return transformer_entries(module.depth, module.num_heads, module.shared_aln)
     return tokenizer_entries(module.ch_mult, module.num_res_blocks, module.num_phi, len(module.sides))
 
 
 def find_misfits(wanted: dict[str, tuple[int, ...]], state: StateDict) -> list[str]:
-    """One line for each tensor that is missing, not needed, or of another shape or a non-float dtype."""
+    """Return one line for each tensor that is missing, unknown, or of another shape or a non-float dtype."""
     misfits = []
     for name in [*wanted, *(name for name in state if name not in wanted)]:
         tensor = state.tensors.get(name)
@@ -144,7 +153,7 @@ def find_misfits(wanted: dict[str, tuple[int, ...]], state: StateDict) -> list[s
             misfits.append(f"{name} {wanted[name]} is missing")
         elif name not in wanted:
             if not name.endswith(PUBLISHED_BUFFERS):
-                misfits.append(f"{name!a} {tensor.shape} is not needed")
+                misfits.append(f"{name!a} {tensor.shape} is unknown")
         elif tensor.shape != wanted[name]:
             misfits.append(f"{name} {wanted[name]} has shape {tensor.shape}")
         elif tensor.dtype.name not in FLOATS:
@@ -153,7 +162,8 @@ def find_misfits(wanted: dict[str, tuple[int, ...]], state: StateDict) -> list[s
 
 
 def check_pair(state: StateDict, fields: dict, transformer: Transformer | None) -> None:
-    """Raises InputError unless the tokenizer's codes are those that the transformer predicts."""
+    """Raise InputError unless the tokenizer's codes are those that the transformer predicts."""
     for name in ("vocab_size", "code_width"):
         if transformer is not None and fields[name] != getattr(transformer, name):
-            raise state.refuse(f"{name}={getattr(transformer, name)}, that of the transformer; found {fields[name]}")
+            expected = getattr(transformer, name)
+            raise state.refuse(f"{name} must be {expected} as in the transformer, got {fields[name]}")

@@ -7,12 +7,34 @@ from mvar_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """source: a data set's name (data/sources.py); path: where its files lie; name: which TFDS set.
-    image_size: side the tokenizer sees. flip, crop, min_crop, upright: of photographs (data/transforms.py).
-    degrees, shift_px, scale, shear: random affine change of digits. num_views, cache: how often the token cache sees
-    each training image, and where it lies; cache_memory_mib: a split of up to so much is held in memory. tokenizer:
-    instead of a cache, the model that encodes images as they come. num_threads, num_workers, max_bad_share: see
-    data/pipeline.py."""
+    """Options of the images: which, how they are augmented, and how they are loaded.
+
+    A field that has no meaning for the source must keep its default.
+
+    Attributes:
+      source: data set: digits, synthetic, folder, tfds or tars.
+      image_size: side in pixels of the square images that the tokenizer sees.
+      split_seed: seed of the held-out split (digits, tfds) or of the generated images (synthetic).
+      val_fraction: share held out for validation if the data set has no split of its own (digits, tfds).
+      size: number of images of each split to keep; 0 keeps all. synthetic needs 1 or more.
+      flip: mirror each image with probability 1/2; a token cache then holds both (all but digits).
+      degrees: largest rotation in degrees, either way (digits).
+      shift_px: largest shift in pixels of the 8x8 original, along each axis (digits).
+      scale: largest relative change of size (digits).
+      shear: largest horizontal shear (digits).
+      path: folder of the images (folder, tars) or of the prepared data (tfds; "" for TFDS's default).
+      name: name of the TFDS data set, such as imagenet2012 (tfds).
+      crop: centre (as ADM, arXiv 2105.05233), random (ADM's random crop) or resized (random share of the area).
+      min_crop: smallest share of the side (random) or of the area (resized) that a crop keeps.
+      upright: obey the camera's orientation tag. False gives the pixels of the published programs.
+      num_views: views of each training image in a token cache: with crop=centre 1, or 2 with flip.
+      cache: token cache that a transformer trains from; "" for none.
+      cache_memory_mib: hold a split of the cache in memory if it is no larger than this; 0 reads from files.
+      tokenizer: model directory that encodes images inside the training step, instead of a cache.
+      num_threads: threads that prepare batches, in each worker process if there are any.
+      num_workers: worker processes that prepare batches; 0 for threads alone.
+      max_bad_share: share of a split's images that may be unreadable before the run stops.
+    """
 
     source: str
     image_size: int

@@ -1,1 +1,1 @@
-"""The digits example: its judge, its report."""
+"""The digits example: its judge, its curves and its report."""

@@ -14,18 +14,18 @@ Curve = tuple[Sequence[float], Sequence]  # steps [K], values [K] or [K, number 
 
 @dataclass(frozen=True)
 class Curves:
-    """What `plot_curves` draws; every curve is (steps, values) at its own steps."""
+    """The curves of `plot_curves`; each is (steps, values) with its own steps."""
 
-    validation_loss: Curve  # values [K, S], nats a token
+    validation_loss: Curve  # values [K, S], nats per token
     training_loss: Curve
     tokenizer_psnr_db: Curve  # held-out images
-    tokenizer_usage_percent: Curve  # values [K] or, one line a scale, [K, S]
+    tokenizer_usage_percent: Curve  # values [K], or [K, S] with one line per scale
     patch_nums: tuple[int, ...]
     num_codes: int
 
 
 def plot_curves(path: str | os.PathLike, series: Curves) -> None:
-    """A PNG of three panels: validation loss per scale (dotted: log V, guessing), training, tokenizer."""
+    """Write a PNG of three panels: validation loss per scale (dotted: log V, guessing), training, tokenizer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The digits report: everything measured on the real held-out fifth, from what the stages left on disk."""
+"""Measurement of a digits run on the real held-out fifth, from the files that its stages wrote."""
 
 import json
 import resource
@@ -19,26 +19,30 @@ from mvar_jax.files.images import save_png, side_by_side, tile_grid, to_uint8
 from mvar_jax.files.npz import save_npz
 from mvar_jax.training.tokenizer_step import count_hits
 
-PICTURE_CFG = 1.0  # guidance of the picture; the measured samples use little or none
-IMAGES_A_CLASS = 10
+GRID_CFG = 1.0  # guidance of samples.png
+IMAGES_PER_CLASS = 10
 
 
 def read_metrics(workdir: Path, kind: str) -> list[dict]:
-    """The lines of one kind, "train" or "eval", of a run's metrics.jsonl, oldest first."""
+    """Return the lines of one kind, "train" or "eval", of a run's metrics.jsonl, oldest first."""
     lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == kind]
 
 
 def column(lines: list[dict], name: str) -> tuple[list[int], list]:
-    """(steps, values) of one metric."""
+    """Return (steps, values) of one metric."""
     return [line["step"] for line in lines], [line[name] for line in lines]
 
 
 def load_digits(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """split -> (images float32 [N, Y, X, 3], labels [N]) as the run saw them, not augmented."""
+    """Return the run's data by split, not augmented: (images `[N, Y, X, 3] float32`, labels `[N]`).
+
+    Raises InputError if the run did not train on the digits.
+    """
     data = json.loads((workdir / "config.json").read_text())["data"]
     if data["source"] != "digits":
-        raise InputError("transformer", str(workdir), f"a run on the digits, not on {data['source']}")
+        message = f"--transformer={workdir} must be a run on the digits, but it is a run on {data['source']}"
+        raise InputError(message, field="transformer", given=str(workdir), expected="a run on the digits")
     transform, splits = DigitTransform(data["image_size"]), {}
     for split in ("train", "val"):
         source = open_source("digits", split, split_seed=data["split_seed"], val_fraction=data["val_fraction"])
@@ -48,15 +52,19 @@ def load_digits(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return splits
 
 
-def draw_picture(model, seed: int) -> np.ndarray:
-    """One row for each class, uint8 [Y, X, 3]; fixed by the seed, not chosen."""
-    labels = np.repeat(np.arange(model.num_classes), IMAGES_A_CLASS)
-    images, _ = model.sample(labels, seed=seed, cfg=PICTURE_CFG)
-    return tile_grid(to_uint8(images), IMAGES_A_CLASS, zoom=2)
+def sample_grid(model, seed: int) -> np.ndarray:
+    """Return a grid of samples, one row per class, `[Y, X, 3] uint8`; the first samples of the seed, not selected."""
+    labels = np.repeat(np.arange(model.num_classes), IMAGES_PER_CLASS)
+    images, _ = model.sample(labels, seed=seed, cfg=GRID_CFG)
+    return tile_grid(to_uint8(images), IMAGES_PER_CLASS, zoom=2)
 
 
 def report_digits(tokenizer_dir: Path, transformer_dir: Path, samples_dir: Path, stages: dict, out: Path) -> bool:
-    """Measures, writes report.md, report.json, samples.png, reconstructions.png, curves.png; True if all is met."""
+    """Measure a run and write its report; return whether every requirement is met.
+
+    Writes report.md, report.json, samples.png, reconstructions.png, curves.png and samples.npz into `out`.
+    stages: the log of launch/stage.py.
+    """
     began_s = time.monotonic()
     model = load(transformer_dir)
     splits = load_digits(transformer_dir)
@@ -68,9 +76,11 @@ def report_digits(tokenizer_dir: Path, transformer_dir: Path, samples_dir: Path,
     hits_SV = np.asarray(count_hits(ids_NL, model.tokenizer.sides, model.tokenizer.vocab_size))
     validation, training = (read_metrics(transformer_dir, kind) for kind in ("eval", "train"))
     tokenizer_lines = read_metrics(tokenizer_dir, "eval")
-    tokenizer_lines = [line for line in tokenizer_lines if line["step"]]  # the untrained one is off the scale
+    tokenizer_lines = [
+        line for line in tokenizer_lines if line["step"]
+    ]  # without the untrained tokenizer, which would dominate the axis
 
-    save_png(out / "samples.png", draw_picture(model, seed=0))
+    save_png(out / "samples.png", sample_grid(model, seed=0))
     save_png(
         out / "reconstructions.png",
         side_by_side(to_uint8(heldout[:40]), to_uint8(reconstructions[:40]), 8, zoom=2),

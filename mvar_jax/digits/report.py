@@ -1,4 +1,4 @@
-"""Measures a finished digits run, holds the figures to their bounds, writes `report.json` and `report.md`."""
+"""Figures of a finished digits run, their required bounds, and the files report.json and report.md."""
 
 import json
 import math
@@ -13,25 +13,33 @@ import numpy as np
 from mvar_jax.digits import judge
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation import statistics
+from mvar_jax.files.atomic import write_atomically
 from mvar_jax.ops import metrics
 
 
 class Requirement(NamedTuple):
+    """A figure, its direction and bound, and its meaning in one line."""
+
     figure: str
     direction: str
-    bound: float | str  # a number, or the name of the figure that is the bound
+    bound: float | str  # a number, or the name of another figure
     meaning: str
 
 
 REQUIREMENTS = (
-    Requirement("psnr_db", ">=", 28.0, "held-out reconstructions, mean of the PSNR of each image, dB"),
-    Requirement("codebook_used_fraction", ">=", 0.9, "codes used at least once on all real images"),
-    Requirement("judge_real_accuracy", ">=", 0.98, "real held-out images recognised by the judge"),
-    Requirement("judge_sample_accuracy", ">=", 0.97, "samples recognised by the judge as their label"),
+    Requirement("psnr_db", ">=", 28.0, "mean PSNR of held-out reconstructions, dB"),
+    Requirement("codebook_used_fraction", ">=", 0.9, "share of codes used on the real images"),
+    Requirement("judge_real_accuracy", ">=", 0.98, "accuracy of the judge on real held-out images"),
+    Requirement("judge_sample_accuracy", ">=", 0.97, "share of samples that the judge assigns to their label"),
     Requirement("fd_samples", "<=", "fd_bound", "Frechet distance to the real held-out images"),
-    Requirement("nearest_ratio", ">=", 0.75, "samples are no copies: nearest-training distance, to real"),
+    Requirement(
+        "nearest_ratio",
+        ">=",
+        0.75,
+        "no copies: nearest-training distance of samples over that of held-out",
+    ),
     Requirement("num_distinct_pyramids", ">=", "num_samples", "no two samples have the same tokens"),
-    Requirement("val_loss_worst_over_log_v", "<", 0.6, "final loss of the worst scale over log V"),
+    Requirement("val_loss_worst_over_log_v", "<", 0.6, "final validation loss of the worst scale over log V"),
     Requirement("total_s", "<=", 480.0, "training and sampling, wall seconds"),
     Requirement("clone_to_pictures_s", "<=", 720.0, "installation, training, sampling and report, wall seconds"),
     Requirement("peak_rss_mib", "<=", 4096.0, "largest resident memory of any stage, MiB"),
@@ -40,19 +48,19 @@ COMPARE = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
 
 
 def measure_reconstructions(images_BYX3, reconstructions_BYX3) -> dict:
-    """`psnr_db` averages the images' own PSNR; `psnr_pooled_mse_db` is the PSNR of the mean squared error."""
+    """Return the means of PSNR and SSIM over images, and `psnr_pooled_mse_db`, the PSNR of the mean squared error."""
     images, reconstructions = judge.to_unit(images_BYX3), judge.to_unit(reconstructions_BYX3)
     per_image = metrics.psnr(images, reconstructions, 1.0)
     pooled = np.mean(10 ** (-per_image / 10))
     return {
         "psnr_db": float(per_image.mean()),
-        "psnr_pooled_mse_db": float(-10 * np.log10(pooled)) if pooled else math.inf,
+        "psnr_pooled_mse_db": float(metrics.psnr_of_error(np.asarray(pooled), 1.0)),
         "ssim": float(metrics.ssim(images, reconstructions, 1.0).mean()),
     }
 
 
 def measure_codebook(code_counts_SV) -> dict:
-    """Hits of each code at each scale on the real images."""
+    """Return usage and perplexity of the codes at each scale on the real images."""
     code_counts_SV = np.asarray(code_counts_SV)
     return {
         "num_codes": code_counts_SV.shape[1],
@@ -64,7 +72,10 @@ def measure_codebook(code_counts_SV) -> dict:
 
 
 def measure_distances(space: judge.FeatureSpace, prefix: str, heldout, train, reconstructions, samples) -> dict:
-    """Frechet distances to the real held-out images; the bound is what real data and the tokenizer cost."""
+    """Return Frechet distances to the real held-out images.
+
+    The bound is twice that of the training images plus that of the reconstructions.
+    """
     real = space(heldout)
     sets = {"samples": samples, "train": train, "reconstructions": reconstructions}
     figures = {f"{prefix}_{name}": statistics.frechet_distance(space(x), real) for name, x in sets.items()}
@@ -73,7 +84,7 @@ def measure_distances(space: judge.FeatureSpace, prefix: str, heldout, train, re
 
 
 def measure_novelty(samples, heldout, train, sample_ids_NL) -> dict:
-    """Distances on the 8 x 8 grid to the nearest real training image, and how many token pyramids differ."""
+    """Return distances on the 8 x 8 grid to the nearest training image, and the number of distinct token pyramids."""
     train_NG = judge.reduce_to_grid(train)
     of_samples, of_heldout = (
         float(np.median(statistics.nearest_distances(judge.reduce_to_grid(images), train_NG)))
@@ -89,7 +100,7 @@ def measure_novelty(samples, heldout, train, sample_ids_NL) -> dict:
 
 
 def measure_validation(steps_K, loss_KS, log_v: float) -> dict:
-    """First and last row of the validation curve; nats a token."""
+    """Return the first and last row of the validation curve, in nats per token."""
     loss_KS = np.asarray(loss_KS, np.float64)
     over_log_v_S = loss_KS[-1] / log_v
     return {
@@ -102,9 +113,9 @@ def measure_validation(steps_K, loss_KS, log_v: float) -> dict:
 
 
 def measure_stages(stages: Mapping[str, Mapping]) -> dict:
-    """Sums the records of `launch/stage.py`; memory is the largest process of any stage.
+    """Sum the records of launch/stage.py; memory is that of the largest process of any stage.
 
-    `total_s` is training and sampling; `clone_to_pictures_s` adds installation and the report itself.
+    `total_s` covers training and sampling; `clone_to_pictures_s` adds installation and the report itself.
     """
     fields = ("wall_s", "cpu_s", "peak_rss_mib")
     work = [record for name, record in stages.items() if name not in ("install", "report")]
@@ -132,12 +143,17 @@ def measure(
     validation_loss_KS,
     stages: Mapping[str, Mapping],
 ) -> dict:
-    """All figures of a run by name, as plain numbers, lists and dictionaries.
+    """Return all figures of a run by name, as plain numbers, lists and dictionaries.
 
-    Images are [N, Y, X, 3], uint8 or float in [-1, 1]. `train_images` are real and not augmented;
-    `reconstructions` are those of `heldout_images`, in order; `code_counts_SV` counts the codes of all real
-    images at each scale; `stages` holds the stages that count as training and sampling, as
-    `launch/stage.py` logs them. Raises InputError for lengths that do not belong together.
+    Images are `[N, Y, X, 3]`, uint8 or float in [-1, 1].
+
+    Args:
+      train_images: real images, not augmented.
+      reconstructions: of `heldout_images`, in the same order.
+      code_counts_SV: counts of the codes at each scale over all real images.
+      stages: the log of launch/stage.py.
+
+    Raises InputError if lengths that must be equal differ, or there is no stage.
     """
     pairs = {
         "train_labels": (train_labels, train_images),
@@ -149,9 +165,12 @@ def measure(
     }
     for name, (given, owner) in pairs.items():
         if len(given) != len(owner) or len(given) == 0:
-            raise InputError(name, f"{len(given)} entries", f"{len(owner)} entries, and at least 1")
+            expected = f"{max(1, len(owner))} entries"
+            message = f"{name} must have {expected}, got {len(given)}"
+            raise InputError(message, field=name, given=len(given), expected=expected)
     if not stages:
-        raise InputError("stages", stages, "at least one stage's record")
+        message = "stages must have the record of at least one stage, got none"
+        raise InputError(message, field="stages", given=stages, expected="at least one record")
 
     train_NG = judge.reduce_to_grid(train_images)
     classifier = judge.train_judge(train_NG, train_labels)
@@ -171,7 +190,7 @@ def measure(
 
 
 def check_requirements(figures: Mapping) -> list[dict]:
-    """One row for every line of REQUIREMENTS; a figure that is not a number fails."""
+    """Return one row for each of REQUIREMENTS; a figure that is NaN fails."""
     rows = []
     for figure, direction, bound, meaning in REQUIREMENTS:
         limit = figures[bound] if isinstance(bound, str) else bound
@@ -182,7 +201,7 @@ def check_requirements(figures: Mapping) -> list[dict]:
 
 
 def _finite(value):
-    """JSON has no infinity and no NaN: null."""
+    """Replace infinity and NaN, which JSON lacks, by None."""
     if isinstance(value, Mapping):
         return {name: _finite(entry) for name, entry in value.items()}
     if isinstance(value, list):
@@ -234,7 +253,7 @@ def _markdown(figures: Mapping, rows: list[dict]) -> str:
 
 
 def write_report(out_dir: str | os.PathLike, figures: Mapping) -> bool:
-    """Writes `report.json` and `report.md`, each atomically; True when every requirement is met."""
+    """Write report.json and report.md, each atomically; return whether every requirement is met."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     rows = check_requirements(figures)
@@ -245,7 +264,5 @@ def write_report(out_dir: str | os.PathLike, figures: Mapping) -> bool:
         "report.md": _markdown(figures, rows),
     }
     for name, text in texts.items():
-        temporary = out_dir / (name + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, out_dir / name)
+        write_atomically(out_dir / name, text)
     return passed

@@ -1,1 +1,1 @@
-"""Judges, figures, pictures and the report: what a finished run is held to."""
+"""Evaluation of image sets: reconstructions with their scores, and statistics between sets."""

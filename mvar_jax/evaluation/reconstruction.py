@@ -1,4 +1,4 @@
-"""Directories of pictures, and reconstructions into one: PNGs, a grid, a table and tokens.npz."""
+"""Reconstructions of images: PNGs, a grid, a table of scores and tokens.npz."""
 
 from pathlib import Path
 
@@ -7,13 +7,16 @@ from tqdm import tqdm
 
 from mvar_jax.api import Model
 from mvar_jax.files.atomic import write_atomically
-from mvar_jax.files.images import GRID_IMAGES, save_png, side_by_side, to_uint8
+from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, side_by_side, to_uint8
 from mvar_jax.files.npz import save_npz
 from mvar_jax.ops.metrics import psnr, ssim
 
 
 def reconstruct(model: Model, images_NYX3: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(reconstructions float32 [N, Y, X, 3] in [-1, 1], ids int32 [N, L]), batch by batch at one shape."""
+    """Encode and decode images in batches of one shape.
+
+    Returns (reconstructions `[N, Y, X, 3] float32` in [-1, 1], ids `[N, L] int32`).
+    """
     N, parts = len(images_NYX3), []
     for begin in tqdm(range(0, N, batch_size), desc="reconstruct", unit="batch", mininterval=1):
         rows = np.minimum(np.arange(begin, begin + batch_size), N - 1)
@@ -24,13 +27,18 @@ def reconstruct(model: Model, images_NYX3: np.ndarray, batch_size: int) -> tuple
 
 
 def write_reconstructions(model: Model, files: list[Path], load_one, out: Path, batch_size: int, saves_tokens: bool):
-    """Writes a side-by-side PNG of each file, reconstructions.png and the table psnr.md, which it returns."""
+    """Write a side-by-side PNG of each file, reconstructions.png and the table psnr.md; return the table.
+
+    Args:
+      load_one: path -> float image `[Y, X, 3]` in [-1, 1].
+      saves_tokens: also write tokens.npz, ids `[N, L] int32`.
+    """
     images = np.stack([load_one(file) for file in files])
     reconstructions, ids = reconstruct(model, images, min(batch_size, len(files)))
     before, after = to_uint8(images), to_uint8(reconstructions)
-    zoom = max(1, 96 // images.shape[1])
+    zoom = min_zoom(images.shape[1])
     for i, file in enumerate(files):
-        # the number keeps photo.png and photo.jpg apart
+        # numbered, so that photo.png and photo.jpg get different names
         save_png(out / f"{i:06d}_{file.stem}.png", side_by_side(before[i : i + 1], after[i : i + 1], 1, zoom=zoom))
     save_png(out / "reconstructions.png", side_by_side(before[:GRID_IMAGES], after[:GRID_IMAGES], 4, zoom=zoom))
     if saves_tokens:

@@ -1,1 +1,1 @@
-"""Machines, and compiling for machines that are not here."""
+"""Known machines, and compilation for machines that are not here."""

@@ -1,7 +1,7 @@
-"""Compiles for a machine that is not here: XLA's own figures of memory and work, no device needed.
+"""Compilation for a machine that is not here: XLA's figures of memory and work, without a device.
 
-CUDA targets need jax's CUDA plugin installed (`pip install "jax[cuda12]"`), TPU targets libtpu (`pip install
-"jax[tpu]"`); "here" compiles for the devices at hand.
+CUDA targets need jax's CUDA plugin (`pip install "jax[cuda12]"`), TPU targets libtpu (`pip install "jax[tpu]"`);
+"here" compiles for the devices of this machine.
 """
 
 import contextlib
@@ -24,8 +24,10 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What XLA says of a program, for one device. Bytes; flops and bytes_accessed count a loop's body once and
-    custom calls as nothing, and are None where XLA does not tell."""
+    """XLA's figures of a compiled program, for one device.
+
+    flops and bytes_accessed count a loop's body once and custom calls as zero; None if XLA does not report them.
+    """
 
     argument_bytes: int
     output_bytes: int
@@ -37,15 +39,15 @@ class Compiled:
 
     @property
     def total_bytes(self) -> int:
-        """Everything that lies on the device while the program runs."""
+        """Return the memory on the device while the program runs."""
         return self.argument_bytes + self.output_bytes + self.temp_bytes - self.alias_bytes
 
 
 @functools.cache
 def devices_of(target: str) -> tuple:
-    """The devices of a target: "h100", "h100:8", "h100:2x8" (hosts x cards), "v5e:4x4" or "here".
+    """Return the devices of a target: "h100", "h100:8", "h100:2x8" (hosts x cards), "v5e:4x4" or "here".
 
-    Raises InputError for an unknown target, or one whose compiler is not installed.
+    Raises InputError if the target is unknown or its compiler is not installed.
     """
     name, shape = parse_target(target)
     if name == HERE:
@@ -57,15 +59,17 @@ def devices_of(target: str) -> tuple:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape or machine.smallest}")
         return tuple(topology.devices) if shape else tuple(topology.devices[:1])
-    except Exception as error:  # jax raises many kinds where a plugin is missing
+    except Exception as error:  # jax raises errors of many types if a plugin is missing
         extra = "cuda12" if machine.platform == "gpu" else "tpu"
         reason = " ".join(str(error).split())[:200]
-        raise InputError("target", target, f'a compiler for it: pip install "jax[{extra}]" ({reason})') from error
+        expected = f'its compiler installed by `pip install "jax[{extra}]"` ({reason})'
+        message = f"target {target} needs {expected}"
+        raise InputError(message, field="target", given=target, expected=expected) from error
 
 
 def _cuda_devices(name: str, shape: str) -> tuple:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no driver here
-    jax.devices()  # a backend must be up before the plugin is asked
+    jax.devices()  # a backend must be initialized before the plugin is used
     hosts, _, cards = shape.rpartition("x")
     text = resources.files("mvar_jax.hardware").joinpath("targets", f"{name}.txtpb").read_text()
     topology = topologies.get_topology_desc(
@@ -75,13 +79,15 @@ def _cuda_devices(name: str, shape: str) -> tuple:
 
 
 def compile_for(target: str, fn, *shapes, shardings=None, donate=(), options: dict | None = None) -> Compiled:
-    """Compiles fn(*shapes) for a target; nothing runs.
+    """Compile fn(*shapes) for a target without running it; `auto` backends choose as on the target.
 
-    shapes: trees of `jax.ShapeDtypeStruct`. shardings: in_shardings over a mesh of `devices_of(target)`, None to
-    keep whole copies. donate: argument numbers whose buffers may be reused. options: XLA's, by name. `auto`
-    backends choose as they would on the target.
+    Args:
+      shapes: trees of `jax.ShapeDtypeStruct`.
+      shardings: in_shardings over a mesh of `devices_of(target)`; None replicates.
+      donate: numbers of arguments whose buffers may be reused.
+      options: XLA's compiler options by name.
 
-    Raises InputError for an unknown target or one whose compiler is missing.
+    Raises InputError if the target is unknown or its compiler is missing.
     """
     devices = devices_of(target)
     whole = NamedSharding(Mesh(np.asarray(devices), ("all",)), PartitionSpec())
@@ -90,7 +96,7 @@ def compile_for(target: str, fn, *shapes, shardings=None, donate=(), options: di
         # without a device, XLA cannot tune Triton's matrix products and fails on some shapes
         options = {"xla_gpu_enable_triton_gemm": False, **(options or {})}
         if jax.sharding.get_abstract_mesh().empty:
-            # jax 0.11's Triton asks for the kind of GPU: a mesh without axes names it, and is none to `constrain`
+            # jax 0.11's Triton needs the kind of GPU: a mesh without axes names it; `constrain` ignores that mesh
             named = use_abstract_mesh(AbstractMesh((), (), abstract_device=whole.mesh.abstract_mesh.abstract_device))
     with compiling_for(platform_of(target)), named:
         jitted = jax.jit(fn, in_shardings=whole if shardings is None else shardings, donate_argnums=donate)
@@ -108,7 +114,7 @@ def compile_for(target: str, fn, *shapes, shardings=None, donate=(), options: di
 
 
 def _cost(program) -> dict:
-    """XLA's cost analysis; a CUDA program without a device has none, then the CPU client's of the same module."""
+    """Return XLA's cost analysis; for a CUDA program without a device, that of the CPU client for the same module."""
     try:
         if cost := program.cost_analysis():
             return cost

@@ -1,4 +1,4 @@
-"""Machines: peak rates and memory as their makers state them, and the names of compile targets."""
+"""Machines: peak rates and memory as published by their makers, and the names of compile targets."""
 
 import dataclasses
 
@@ -8,13 +8,13 @@ from mvar_jax.ops.platform import current_platform
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """One device as its maker states it: dense bfloat16 FLOP/s, memory bytes/s and bytes."""
+    """One device: dense bfloat16 FLOP/s, memory bandwidth in bytes/s and memory in bytes, by its data sheet."""
 
     platform: str
     flops: float
     bandwidth: float
     memory_bytes: float
-    smallest: str = "1"  # topology that a single device is taken from
+    smallest: str = "1"  # smallest topology that contains one device
 
 
 MACHINES = {
@@ -29,7 +29,7 @@ MACHINES = {
 HERE = "here"
 
 
-# what a device calls itself (lower case, first match wins) -> its name in MACHINES
+# part of jax's device_kind (lower case, first match wins) -> name in MACHINES
 _DEVICE_KINDS = (
     ("h200", "h200"),
     ("h100", "h100"),
@@ -43,7 +43,7 @@ _DEVICE_KINDS = (
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one device as its maker states it; None where that is not known."""
+    """Return the dense bfloat16 FLOP/s of one device by its data sheet, or None if the device is unknown."""
     for part, name in _DEVICE_KINDS:
         if part in device_kind.lower():
             return MACHINES[name].flops
@@ -51,16 +51,20 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def parse_target(target: str) -> tuple[str, str]:
-    """ "h100:8" -> ("h100", "8"). Raises InputError for a machine that is not known."""
+    """Split "h100:8" into ("h100", "8"). Raises InputError if the machine or the shape is invalid."""
     name, _, shape = target.partition(":")
     if name not in (HERE, *MACHINES):
-        raise InputError("target", target, f"one of here, {', '.join(MACHINES)}, as in h100:8")
+        expected = f"one of here, {', '.join(MACHINES)}, with an optional shape such as h100:8"
+        message = f"target must be {expected}, got {target!r}"
+        raise InputError(message, field="target", given=target, expected=expected)
     if shape and not all(part.isdecimal() and int(part) for part in shape.split("x")):
-        raise InputError("target", target, "a shape such as h100:8, h100:2x8 (hosts x cards) or v5e:4x4")
+        expected = "a machine and a shape such as h100:8, h100:2x8 (hosts x cards) or v5e:4x4"
+        message = f"target must be {expected}, got {target!r}"
+        raise InputError(message, field="target", given=target, expected=expected)
     return name, shape
 
 
 def platform_of(target: str) -> str:
-    """cpu, gpu or tpu."""
+    """Return cpu, gpu or tpu."""
     name, _ = parse_target(target)
     return current_platform() if name == HERE else MACHINES[name].platform

@@ -1,4 +1,4 @@
-"""Transformer layers: adaptive-norm block, attention with normalised q and k, feed-forward (SPEC: transformer)."""
+"""Transformer layers: adaptive-norm block, attention with normalised q and k, feed-forward (docs/method.md)."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from mvar_jax.sharding import constrain, named_axes
 
 
 def normal(std: float, factors: np.ndarray | float = 1.0):
-    """Initializer: normal of that std cut at absolute +-2, times constant factors."""
+    """Return an initializer: a normal of this std, truncated at -2 and 2, times constant factors."""
 
     def init(key, shape, dtype=jnp.float32):
         x = jax.random.truncated_normal(key, -2 / std, 2 / std, shape, jnp.float32) * std
@@ -29,15 +29,14 @@ def normal(std: float, factors: np.ndarray | float = 1.0):
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
-    """LayerNorm without affine over the last axis, eps 1e-6, computed and returned in float32."""
+    """Normalise over the last axis without affine parameters, eps 1e-6, in float32."""
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
 class Attention(nn.Module):
-    """Self-attention over the tokens of one phase. Returns the output and the cache with this layer's keys and
-    values of the phase in it."""
+    """Self-attention over the tokens of one phase; returns the output and the updated cache."""
 
     pyramid: Pyramid
     phase: Phase
@@ -79,7 +78,7 @@ class Attention(nn.Module):
         return y_BND, cache
 
     def extend_cache(self, cache, new, layer):
-        """(the cache with a phase's keys and values written, those of all scales up to the phase's end)."""
+        """Write the phase's keys and values; return the cache and the layer's part of it up to the phase's end."""
         begin, end = self.phase.begin, self.phase.end
 
         def extend(past_DBHLK, new_BNHK):
@@ -92,7 +91,7 @@ class Attention(nn.Module):
         return (k[0], v[0]), (k[1], v[1])
 
     def attend(self, q, k, v):
-        """Which keys a query sees: SPEC's scale-Markov, spatial-Markov and VAR rules."""
+        """Attend by the phase's rule: scale-Markov, spatial-Markov or VAR (docs/method.md, Attention)."""
         phase, areas = self.phase, self.pyramid.areas[self.phase.first : self.phase.last + 1]
         if phase.attention == BLOCK_DIAGONAL:
             return block_diagonal_attention(q, k, v, areas)
@@ -107,7 +106,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """D -> 4 D, tanh-GELU, -> D."""
+    """Two linear layers, D -> 4 D -> D, with a tanh-GELU between."""
 
     init_std: float
     depth: int
@@ -123,7 +122,7 @@ class FeedForward(nn.Module):
 
 
 class Adaptive(nn.Module):
-    """SiLU + linear of the condition: [B, D] -> float32 [B, n, D]. `factors` scale each vector at init."""
+    """SiLU and linear of the condition, `[B, D]` -> `[B, n, D] float32`; `factors` scale each vector at init."""
 
     num_vectors: int
     init_std: float
@@ -139,7 +138,7 @@ class Adaptive(nn.Module):
 
 
 def alternate(parts: tuple[jax.Array, ...]) -> jax.Array:
-    """The rows of one part, or of two in turns, of which the second may have one row for all."""
+    """Return the rows of one part, or the rows of two parts interleaved; the second may have one row for all."""
     if len(parts) == 1:
         return parts[0]
     first, second = parts
@@ -148,7 +147,7 @@ def alternate(parts: tuple[jax.Array, ...]) -> jax.Array:
 
 
 class Block(nn.Module):
-    """One layer. Adaptive vectors split in the order gamma1, gamma2, scale1, scale2, shift1, shift2."""
+    """One layer; its adaptive vectors are gamma1, gamma2, scale1, scale2, shift1, shift2, in this order."""
 
     pyramid: Pyramid
     phase: Phase
@@ -164,14 +163,20 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry, cond, adaptive, path_2B, layer):
-        """carry: (x_BND, cache). cond: class rows [B, D], or with shared_aln the shared vectors [B, 6, D];
-        adaptive: None, or this block's vectors [B, 6, D] as computed before, in parts for `alternate`;
-        path_2B: drop-path factors; layer: this block's number."""
+        """Apply the layer.
+
+        Args:
+          carry: (x_BND, cache).
+          cond: class rows `[B, D]`, or the shared vectors `[B, 6, D]` if shared_aln.
+          adaptive: this block's precomputed vectors `[B, 6, D]`, as parts for `alternate`; None to compute them.
+          path_2B: drop-path factors of the two branches, or None.
+          layer: index of this block.
+        """
         x_BND, cache = carry
         adaptive = self.adaptive_vectors(cond) if adaptive is None else alternate(adaptive)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = (adaptive[:, None, i] for i in range(6))
 
-        # else the attention's inner arrays would lie beside the feed-forward's in the backward pass
+        # otherwise the backward pass would hold the inner arrays of attention and feed-forward at the same time
         attention = nn.remat(Attention) if self.remat == "full" else Attention
         y, cache = attention(
             self.pyramid,
@@ -189,7 +194,7 @@ class Block(nn.Module):
         return (x_BND, cache), None
 
     def adaptive_vectors(self, cond):
-        """[B, 6, D] of class rows, or of the shared vectors."""
+        """Return `[B, 6, D]` from class rows, or from the shared vectors."""
         factors = (self.init_gamma,) * 2 + (self.init_adaptive,) * 4
         if not self.shared_aln:
             return Adaptive(6, self.init_std, factors, name="adaptive")(cond)

@@ -14,8 +14,8 @@ from mvar_jax.models.transformer import Transformer
 class Networks:
     """A tokenizer and, unless it stands alone, a transformer, each with its weights.
 
-    A pytree whose leaves are the weights: a compiled program takes it as one argument, and the modules are static.
-    Weights that a program does not use are not passed to the device.
+    A pytree whose leaves are the weights; the modules are static. A compiled program takes it as one argument, and
+    unused weights are not passed to the device.
 
     Attributes:
       tokenizer, transformer: linen modules; transformer is None for a tokenizer alone.

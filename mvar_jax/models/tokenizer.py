@@ -1,4 +1,4 @@
-"""The multi-scale residual VQ autoencoder (SPEC: tokenizer; VAR section 3.2). Images are NHWC in [-1, 1]."""
+"""The multi-scale residual VQ autoencoder (VAR section 3.2; docs/method.md, Tokenizer)."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ CONV_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def conv(features: int, size: int, dtype: Any, name: str, stride: int = 1) -> nn.Conv:
-    """A square convolution; stride 1 keeps the side, stride 2 takes an already padded map."""
+    """Return a square convolution; stride 1 keeps the side, stride 2 expects a padded map."""
     return nn.Conv(
         features,
         (size, size),
@@ -29,9 +29,9 @@ def conv(features: int, size: int, dtype: Any, name: str, stride: int = 1) -> nn
 
 
 class UpConv(nn.Module):
-    """Nearest x2 up-sampling, then a 3x3 convolution, as four 2x2 convolutions of the small map: 4/9 of the work.
+    """Nearest x2 upsampling and a 3x3 convolution, as four 2x2 convolutions of the small map: 4/9 of the work.
 
-    Each neighbour of a large pixel lies in one of two small pixels, so the taps of a row and column add up.
+    Three neighbouring large pixels cover only two small ones per axis, so kernel taps that meet the same one add up.
     """
 
     features: int
@@ -46,7 +46,7 @@ class UpConv(nn.Module):
         merge = lambda k: (jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]]))
 
         def convolve(kernel, i, j):
-            """Pixels of the even (0) or odd (1) rows and columns, which look up or down, left or right."""
+            """Return the pixels of the even (0) or odd (1) rows i and columns j."""
             return jax.lax.conv_general_dilated(
                 x_BYXC.astype(self.dtype),
                 kernel.astype(self.dtype),
@@ -64,10 +64,10 @@ class UpConv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation in float32, eps 1e-6; groups by number or by channels in each.
+    """Group normalisation in float32, eps 1e-6; groups are given by their number or by their size.
 
-    Moments are taken of each channel over space, then joined over a group's channels: a reshape of the whole
-    map, as in flax's module, costs several times the work on CPU.
+    Computes the moments of each channel over space, then averages them over the group's channels: reshaping the
+    whole map, as flax's module does, takes several times as long on a CPU.
     """
 
     num_groups: int | None
@@ -92,7 +92,7 @@ class GroupNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """(GroupNorm, SiLU, 3x3 conv) twice, with a 1x1 shortcut where widths differ."""
+    """(GroupNorm, SiLU, 3x3 conv) twice, with a 1x1 shortcut if widths differ."""
 
     features: int
     norm: dict
@@ -124,7 +124,7 @@ class AttentionBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image [B, Y, X, 3] -> [B, y, x, c]; attention in the last level and the middle."""
+    """Image `[B, Y, X, 3]` -> latent map `[B, y, x, c]`, with attention in the last level and the middle."""
 
     ch: int
     ch_mult: tuple[int, ...]
@@ -151,7 +151,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, y, x, c] -> image [B, Y, X, 3], not clipped."""
+    """Latent map `[B, y, x, c]` -> image `[B, Y, X, 3]`, not clipped."""
 
     ch: int
     ch_mult: tuple[int, ...]
@@ -177,25 +177,34 @@ class Decoder(nn.Module):
 
 
 def middle(x, norm, dtype):
-    """Residual, attention, residual at the coarsest resolution; call inside a compact method."""
+    """Apply residual, attention and residual blocks at the coarsest resolution; call inside a compact method."""
     x = ResidualBlock(x.shape[-1], norm, dtype, name="middle_block1")(x)
     x = AttentionBlock(norm, dtype, name="middle_attention")(x)
     return ResidualBlock(x.shape[-1], norm, dtype, name="middle_block2")(x)
 
 
 def quantizer_params(params: dict) -> dict:
-    """The part of a tokenizer's weights that token ids need: neither encoder nor decoder."""
+    """Return the weights that map token ids to f_hat: the codebook and phi, without encoder and decoder."""
     return {name: leaf for name, leaf in params.items() if name == "codebook" or name.startswith("phi_convs")}
 
 
 class Tokenizer(nn.Module):
-    """Images <-> pyramids of token ids.
+    """Multi-scale residual VQ autoencoder: images to pyramids of token ids and back.
 
-    sides: map sides, the last is the latent side; image side = sides[-1] * 2^(len(ch_mult) - 1).
-    ch, ch_mult, num_res_blocks: encoder width, its multiple per level, residual blocks per level.
-    num_groups or group_size: group normalisation (one of them None). num_phi, phi_ratio: shared residual
-    convolutions. znorm: nearest code on the unit sphere. beta: commitment weight. dtype: computation of
-    encoder and decoder; the quantizer is always float32.
+    Attributes:
+      sides: side of each token map, strictly increasing; the image side is the last times 2^(len(ch_mult) - 1).
+      vocab_size: number of codes.
+      code_width: width of a code.
+      ch: channels of the first level of the encoder and decoder.
+      ch_mult: channels of each level, as multiples of ch; between levels the map halves.
+      num_res_blocks: residual blocks a level (the decoder has one more).
+      num_groups: groups of the group normalisation; None if group_size is given.
+      group_size: channels a group, instead of num_groups.
+      num_phi: residual convolutions shared by the scales: 1, a few, or one for each scale.
+      phi_ratio: share of the convolution in phi(x) = (1 - r) x + r conv(x).
+      znorm: search the nearest code on the unit sphere.
+      beta: weight of the commitment loss.
+      dtype: computation of the encoder and decoder; the quantizer is always float32.
     """
 
     sides: tuple[int, ...]
@@ -232,64 +241,75 @@ class Tokenizer(nn.Module):
         return self.sides[-1] * self.downsampling
 
     def check(self, image_size: int | None = None) -> None:
-        """Raises InputError for fields that do not fit together, or do not fit an image side."""
+        """Raise InputError if the fields contradict each other or the side of the images."""
         check_sides(self.sides)
         if (self.num_groups is None) == (self.group_size is None):
-            raise InputError(
-                "num_groups", self.num_groups, f"exactly one of num_groups and group_size={self.group_size}"
-            )
+            expected = f"set if and only if group_size is None (group_size is {self.group_size})"
+            message = f"num_groups must be {expected}, got {self.num_groups}"
+            raise InputError(message, field="num_groups", given=self.num_groups, expected=expected)
         if not 1 <= self.num_phi <= len(self.sides):
-            raise InputError("num_phi", self.num_phi, f"1 to {len(self.sides)}, the number of scales")
+            expected = f"from 1 to {len(self.sides)}, the number of scales"
+            message = f"num_phi must be {expected}, got {self.num_phi}"
+            raise InputError(message, field="num_phi", given=self.num_phi, expected=expected)
         if image_size is not None and image_size != self.image_size:
             latent = image_size / self.downsampling
-            raise InputError(
-                "sides",
-                self.sides,
-                f"a last side of {latent:g}: image_size={image_size} / {self.downsampling}",
-            )
+            expected = f"a last side of {latent:g} (image_size={image_size} / {self.downsampling})"
+            message = f"sides must have {expected}, got {self.sides}"
+            raise InputError(message, field="sides", given=self.sides, expected=expected)
+
+    def init_params(self, key: jax.Array):
+        """Return the parameter tree, each leaf boxed with its logical axes. Call under jit or eval_shape."""
+        return self.init(key, jnp.zeros((1, self.image_size, self.image_size, 3)))["params"]
+
+    def mesh_sizes(self) -> dict[str, tuple[str, int]]:
+        """Return config key -> (logical axis, size) of the dimensions that a mesh cuts and must divide."""
+        widths = {f"ch * {mult}": self.ch * mult for mult in self.ch_mult}
+        named = {f"{key} (in)": ("channels_in", size) for key, size in widths.items()}
+        named |= {f"{key} (out)": ("channels_out", size) for key, size in widths.items()}
+        return {**named, "vocab_size": ("vocab", self.vocab_size)}
 
     def phi(self, scale: int, x_BYXc: jax.Array) -> jax.Array:
-        """(1 - r) x + r conv3x3(x) with the convolution that this scale shares."""
+        """Return (1 - r) x + r conv3x3(x), with the convolution assigned to this scale."""
         index = quantize.phi_index(len(self.sides), self.num_phi)[scale]
         return (1 - self.phi_ratio) * x_BYXc + self.phi_ratio * self.phi_convs[index](x_BYXc)
 
     def features(self, images_BYX3: jax.Array) -> jax.Array:
-        """float32 latent map f [B, y, x, c]."""
+        """Return the latent map f, `[B, y, x, c] float32`."""
         return self.quant_conv(self.encoder(images_BYX3)).astype(jnp.float32)
 
     def quantize(self, f_BYXc: jax.Array) -> quantize.Encoded:
-        """Token ids and f_hat after each scale; see `ops.quantize.encode_residual`."""
+        """Return token ids and f_hat after each scale; see `ops.quantize.encode_residual`."""
         return quantize.encode_residual(f_BYXc, self.codebook, self.phi, self.sides, self.znorm)
 
     def encode(self, images_BYX3: jax.Array) -> jax.Array:
-        """Token ids int32 [B, L]."""
+        """Return token ids, `[B, L] int32`."""
         return self.quantize(self.features(images_BYX3)).ids_BL
 
     def f_hats(self, ids_BL: jax.Array) -> tuple[jax.Array, ...]:
-        """f_hat after each scale, from ids alone."""
+        """Return f_hat after each scale, from ids alone."""
         return quantize.decode_ids(ids_BL, self.codebook, self.phi, self.sides)
 
     def teacher_forcing(self, ids_BL: jax.Array) -> jax.Array:
-        """The transformer's input of every token but the start's: float32 [B, L - n_0, c]."""
+        """Return the transformer's input for all tokens but those of scale 0, `[B, L - n_0, c] float32`."""
         return quantize.teacher_forcing_input(self.f_hats(ids_BL), self.sides)
 
     def add_codes(self, f_hat_BYXc: jax.Array, codes_Bnc: jax.Array, scale: int) -> jax.Array:
-        """f_hat with one more scale of codewords."""
+        """Return f_hat with the codewords of one more scale added."""
         return f_hat_BYXc + quantize.upsample_codes(codes_Bnc, scale, self.sides, self.phi)
 
     def decode_raw(self, f_hat_BYXc: jax.Array) -> jax.Array:
-        """Image of a latent map, not clipped: what training losses see."""
+        """Return the image of a latent map, not clipped, as the training losses need it."""
         return self.decoder(self.post_quant_conv(f_hat_BYXc)).astype(jnp.float32)
 
     def decode(self, f_hat_BYXc: jax.Array) -> jax.Array:
-        """float32 image in [-1, 1] of a latent map."""
+        """Return the image of a latent map, float32 in [-1, 1]."""
         return jnp.clip(self.decode_raw(f_hat_BYXc), -1, 1)
 
     def __call__(self, images_BYX3: jax.Array, use_codes: jax.Array | bool = True):
-        """Training forward: (reconstruction not clipped, quantizer loss, Encoded).
+        """Return (reconstruction not clipped, quantizer loss, Encoded), the forward pass of training.
 
-        The reconstruction's gradient reaches f only (straight-through). use_codes False passes f itself to
-        the decoder and drops the quantizer loss: the unquantised warm-up of a small tokenizer.
+        The gradient of the reconstruction reaches f only (straight-through). If use_codes is False, the decoder gets
+        f itself and the quantizer loss is 0: the unquantised warm-up of a small tokenizer.
         """
         f = self.features(images_BYX3)
         encoded = self.quantize(f)

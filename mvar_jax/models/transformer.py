@@ -1,4 +1,4 @@
-"""The scale- and spatial-Markov transformer (MVAR section 3) and, as a view of the same parameters, VAR."""
+"""The scale- and spatial-Markov transformer (MVAR section 3) and, with the same parameters, VAR."""
 
 from typing import Any, NamedTuple
 
@@ -20,8 +20,13 @@ REMAT_POLICIES = {
 
 
 class Modulation(NamedTuple):
-    """What the class decides, the same at every scale: class rows [B, D], and the adaptive vectors of all blocks
-    float32 [depth, B, 6, D] and of the head float32 [B, 2, D]."""
+    """The part of the computation that depends on the class alone, so it is the same at every scale.
+
+    Attributes:
+      cond: class rows, `[B, D]`.
+      blocks: adaptive vectors of all blocks, `[depth, B, 6, D] float32`.
+      head: adaptive vectors of the head, `[B, 2, D] float32`.
+    """
 
     cond: jax.Array
     blocks: jax.Array
@@ -29,13 +34,29 @@ class Modulation(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """Predicts the ids of a phase's tokens from the class and the previous scale's f_hat.
+    """Transformer that predicts the ids of a phase's tokens from the class and the previous scale.
 
-    sides, refine_step, kernel_size: see `Pyramid`. conditioning: "markov" (MVAR) or "full" (VAR).
-    drop_path_rate: rate of the last block, growing linearly from 0. class_init_std: std of the class table,
-    None for the common sqrt(1 / (3 D)). remat: what the backward pass computes again instead of keeping it: "dots"
-    all but the matrix products with weights, "full" all (attention twice), "none" nothing. dtype: computation;
-    parameters, norms, softmax and logits are float32.
+    Attributes:
+      sides: side of each token map, as the tokenizer's.
+      refine_step: first scale that attends to a local window; coarser scales attend to all of themselves.
+      kernel_size: odd side of the window, or one for each scale from refine_step on.
+      vocab_size: number of codes, as the tokenizer's.
+      code_width: width of a code, as the tokenizer's.
+      num_classes: number of classes; 0 takes it from the data.
+      depth: number of blocks.
+      width: width of a token; the published models use 64 * depth.
+      num_heads: attention heads, a divisor of width.
+      conditioning: markov (MVAR) or full (VAR: every coarser scale is attended to).
+      shared_aln: one adaptive linear for all blocks, with an offset a block, instead of one a block.
+      drop_path_rate: drop-path rate of the last block, growing linearly from 0 at the first.
+      init_adaptive: factor of the adaptive linears' initial weights (scale and shift parts).
+      init_gamma: factor of their initial weights in the two gamma parts.
+      init_head: factor of the head's initial weights.
+      class_init_std: standard deviation of the initial class table; None for sqrt(1 / (3 * width)).
+      window_backend: implementation of window attention; auto chooses by platform and size.
+      remat: what the backward pass recomputes: dots (all but products with weights), full (all) or none.
+      scan_unroll: blocks in one iteration of the scan over depth; more compile longer.
+      dtype: computation; parameters, norms, softmax and logits are float32.
     """
 
     sides: tuple[int, ...]
@@ -64,17 +85,21 @@ class Transformer(nn.Module):
         return Pyramid(self.sides, self.refine_step, self.kernel_size)
 
     def check(self) -> None:
-        """Raises InputError for fields that do not fit together."""
+        """Raise InputError if the fields contradict each other."""
         _ = self.pyramid
-        if self.width % self.num_heads:
-            raise InputError("num_heads", self.num_heads, f"a divisor of width={self.width}")
-        if self.conditioning not in CONDITIONINGS:
-            raise InputError("conditioning", self.conditioning, f"one of {', '.join(CONDITIONINGS)}")
-        if self.remat not in REMAT_POLICIES:
-            raise InputError("remat", self.remat, f"one of {', '.join(REMAT_POLICIES)}")
+        rules = {
+            "num_heads": (self.width % self.num_heads == 0, f"a divisor of width={self.width}"),
+            "conditioning": (self.conditioning in CONDITIONINGS, f"one of {', '.join(CONDITIONINGS)}"),
+            "remat": (self.remat in REMAT_POLICIES, f"one of {', '.join(REMAT_POLICIES)}"),
+        }
+        for field, (is_valid, expected) in rules.items():
+            if not is_valid:
+                given = getattr(self, field)
+                message = f"{field} must be {expected}, got {given!r}"
+                raise InputError(message, field=field, given=given, expected=expected)
 
     def phases(self) -> tuple[Phase, ...]:
-        """The passes that together cover every token once."""
+        """Return the phases, which together cover every token once."""
         return self.pyramid.phases(self.conditioning)
 
     @nn.compact
@@ -87,14 +112,17 @@ class Transformer(nn.Module):
         cache: tuple[jax.Array, jax.Array] | None = None,
         modulation: tuple[Modulation, ...] | None = None,
     ):
-        """Logits of one phase.
+        """Compute the logits of one phase.
 
-        previous_BMc: the teacher-forcing input of the phase's tokens, float32; the start tokens of scale 0
-        have none, so M = N - n_0 where the phase begins at 0, else N. labels_B: int32, num_classes means "no
-        class". path_D2B: drop-path factors [depth, 2, B], None to keep all. cache: VAR's keys and values of
-        the coarser scales, each [depth, B, P, H, K]. modulation: instead of labels (then None), what `modulate`
-        made of them; of two parts the rows alternate. Returns (float32 [B, N, V], the phase's keys and values
-        stacked over layers for VAR, else None).
+        Args:
+          previous_BMc: teacher-forcing input of the phase's tokens, `[B, M, c] float32`; the start tokens of scale 0
+            have none, so M = N - n_0 if the phase begins at 0, else N.
+          labels_B: `[B] int32`; num_classes means "no class".
+          path_D2B: drop-path factors, `[depth, 2, B]`, or None to keep every branch.
+          cache: VAR's keys and values, see `empty_cache`.
+          modulation: results of `modulate`, given instead of labels; the rows of two parts are interleaved.
+
+        Returns (logits `[B, N, V] float32`, the cache with the phase's keys and values; None without a cache).
         """
         std = float(np.sqrt(1 / (3 * self.width)))
         cond_BD = self.class_rows(labels_B, std) if modulation is None else alternate([m.cond for m in modulation])
@@ -117,7 +145,7 @@ class Transformer(nn.Module):
             unroll=self.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        # the cache is carried, not scanned over: XLA updates a carried array in place, and would copy a stacked one
+        # the cache is carried, not scanned over: XLA updates a carried array in place but would copy a stacked one
         (x_BND, cache), _ = blocks(
             self.pyramid,
             phase,
@@ -147,20 +175,20 @@ class Transformer(nn.Module):
         return constrain(head(x_BND), "batch", "tokens", "vocab"), cache
 
     def empty_cache(self, num_rows: int) -> tuple[jax.Array, jax.Array]:
-        """VAR's keys and values of every layer and token, nothing in them yet.
+        """Return VAR's empty key and value caches for all layers and tokens, each `[depth, rows, H, L, K]`.
 
-        In the order of axes that both products read: in another, XLA lays the whole cache out anew.
+        In this order of axes both attention products read the cache as it is; in another, XLA would copy it whole.
         """
         shape = (self.depth, num_rows, self.num_heads, self.pyramid.num_tokens, self.width // self.num_heads)
         return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
 
     def class_rows(self, labels_B, std):
-        """[B, D]; call inside the compact method."""
+        """Return the class embeddings `[B, D]`; call inside the compact method."""
         init = named_axes(normal(self.class_init_std or std), "classes", "width")
         return self.param("class_embed", init, (self.num_classes + 1, self.width))[labels_B]
 
     def embed(self, previous_BMc, cond_BD, phase, std):
-        """Start tokens (class + start position) or the projected input, plus position and scale embeddings."""
+        """Embed start tokens (class + start position) and projected input; add position and scale embeddings."""
         D, pyramid = self.width, self.pyramid
         start_ND = self.param("pos_start", named_axes(normal(std), "tokens", "width"), (pyramid.areas[0], D))
         position_LD = self.param("pos_embed", named_axes(normal(std), "tokens", "width"), (pyramid.num_tokens, D))
@@ -175,19 +203,25 @@ class Transformer(nn.Module):
         return constrain(x_BND.astype(self.dtype), "batch", "tokens", None)
 
     def init_params(self, key: jax.Array):
-        """The parameter tree, each leaf boxed with its logical axes. Call under jit or eval_shape."""
+        """Return the parameter tree, each leaf boxed with its logical axes; call under jit or eval_shape."""
         pyramid = self.pyramid
         everything = Phase(0, pyramid.num_scales - 1, 0, pyramid.num_tokens, BLOCK_DIAGONAL)
         previous = jnp.zeros((1, pyramid.num_tokens - pyramid.areas[0], self.code_width))
         return self.init(key, previous, jnp.zeros((1,), jnp.int32), everything)["params"]
 
+    def mesh_sizes(self) -> dict[str, tuple[str, int]]:
+        """Return config key -> (logical axis, size) of the dimensions that a mesh cuts and must divide."""
+        D = self.width
+        named = {"width": ("width", D), "num_heads": ("heads", self.num_heads), "width * 4": ("hidden", 4 * D)}
+        return {**named, "vocab_size": ("vocab", self.vocab_size)}
+
     def drop_path_rates(self) -> np.ndarray:
-        """float32 [depth]: probability of dropping each block's branches."""
+        """Return the probability of dropping each block's branches, `[depth] float32`."""
         return np.linspace(0, self.drop_path_rate, self.depth, dtype=np.float32)
 
 
 def modulate(model: Transformer, params, labels_B: jax.Array) -> Modulation:
-    """What `labels_B` int32 [B] decide, computed once for all the scales of a draw."""
+    """Compute the `Modulation` of labels `[B] int32`, once for all scales of a sample."""
 
     def vectors(num: int, weights, cond_BD):
         return Adaptive(num, 1.0, (1.0,) * num).apply({"params": weights}, cond_BD)
@@ -197,11 +231,11 @@ def modulate(model: Transformer, params, labels_B: jax.Array) -> Modulation:
         shared = vectors(6, params["shared_adaptive"], cond_BD)
         adaptive = shared + blocks["adaptive_offset"][:, None]
     else:
-        # layer by layer: one product over all layers would lay the weights out anew
+        # layer by layer, since one product over all layers would copy the weights to another layout
         adaptive = jax.lax.map(lambda weights: vectors(6, weights, cond_BD), blocks["adaptive"])
     return Modulation(cond_BD, adaptive, vectors(2, params["head_adaptive"], cond_BD))
 
 
 def previous_of(previous_BMc: jax.Array, phase: Phase, num_start: int) -> jax.Array:
-    """The rows of the whole teacher-forcing input [B, L - n_0, c] that a phase's tokens take."""
+    """Return the rows of the whole teacher-forcing input `[B, L - n_0, c]` that belong to a phase's tokens."""
     return previous_BMc[:, max(phase.begin - num_start, 0) : phase.end - num_start]

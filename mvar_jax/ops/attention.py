@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MASKED = -1e30  # finite, so that a fully masked row could not produce NaN
+MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 
 # Below this many tokens one masked product is cheaper than several small ones.
 GROUP_TOKENS = 96
@@ -17,16 +17,16 @@ def dense_attention(
     mask_NM: np.ndarray | None = None,
     scale: float = 1.0,
 ) -> jax.Array:
-    """softmax(scale * q k^T + mask) v. Logits and softmax in float32, output in v's dtype [B, N, H, K]."""
+    """Return softmax(scale * q k^T + mask) v, `[B, N, H, K]` in v's dtype; logits and softmax are float32."""
     q_BHNK, k_BHMK, v_BHMK = (x.swapaxes(1, 2) for x in (q_BNHK, k_BMHK, v_BMHK))
     mask = True if mask_NM is None else jnp.asarray(mask_NM)
     return softmax_attention(q_BHNK, k_BHMK, v_BHMK, mask, scale).swapaxes(1, 2)
 
 
 def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask, scale: float) -> jax.Array:
-    """The same for q [..., N, K], k and v [..., M, K]; mask broadcasts to [..., N, M].
+    """Return the same for q `[..., N, K]`, k and v `[..., M, K]`; mask broadcasts to `[..., N, M]`.
 
-    Divided by the softmax's sum last: K values a query instead of M, up to twice as quick on a CPU.
+    Divides by the softmax's sum last: K divisions per query instead of M, up to twice as fast on a CPU.
     """
     logits = jnp.einsum("...nk,...mk->...nm", q, k, preferred_element_type=jnp.float32) * scale
     if mask is not True:
@@ -37,13 +37,13 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask, scale: flo
 
 
 def block_diagonal_mask(areas: tuple[int, ...]) -> np.ndarray:
-    """bool [N, N]: true where query and key lie in the same scale."""
+    """Return `[N, N] bool`: true if query and key belong to the same scale."""
     level = np.repeat(np.arange(len(areas)), areas)
     return level[:, None] == level[None, :]
 
 
 def block_causal_mask(areas: tuple[int, ...]) -> np.ndarray:
-    """bool [N, N]: true where the key's scale is not finer than the query's."""
+    """Return `[N, N] bool`: true if the key's scale is not finer than the query's."""
     level = np.repeat(np.arange(len(areas)), areas)
     return level[:, None] >= level[None, :]
 
@@ -63,7 +63,7 @@ def group_scales(areas: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
 def block_diagonal_attention(
     q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, areas: tuple[int, ...], scale: float = 1.0
 ) -> jax.Array:
-    """Every scale attends to itself: small scales masked together, large ones alone. No N x N product."""
+    """Attend within each scale: small scales in one masked product, large ones alone, so no product is N x N."""
     outputs, begin = [], 0
     for group in group_scales(areas):
         cut = slice(begin, begin + sum(group))
@@ -74,14 +74,17 @@ def block_diagonal_attention(
 
 
 def normalise_query_key(q: jax.Array, k: jax.Array, log_scale_H: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """L2-normalise per head and scale q by exp(min(log_scale, log 100)), in float32 (SPEC: attention)."""
+    """L2-normalise q and k per head and multiply q by exp(min(log_scale, log 100)), in float32.
+
+    See docs/method.md, Attention.
+    """
     dtype = q.dtype
     scale = jnp.exp(jnp.minimum(log_scale_H.astype(jnp.float32), np.log(100.0)))[:, None]
     return (unit_norm(q) * scale).astype(dtype), unit_norm(k).astype(dtype)
 
 
 def unit_norm(x: jax.Array) -> jax.Array:
-    """x / max(|x|, 1e-12) over the last axis, in float32; safe to differentiate at zero."""
+    """Return x / max(|x|, 1e-12) over the last axis, in float32; its gradient at zero is finite."""
     x = x.astype(jnp.float32)
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))

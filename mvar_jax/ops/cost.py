@@ -1,10 +1,10 @@
-"""What a model costs, by arithmetic: multiply-accumulates and the bytes of VAR's cache (MVAR tables 1 and 5)."""
+"""Analytic cost of a model: multiply-accumulates and the bytes of VAR's KV cache (MVAR tables 1 and 5)."""
 
 from mvar_jax.scales import BLOCK_CAUSAL, Phase, Pyramid
 
 
 def keys_seen(pyramid: Pyramid, conditioning: str) -> int:
-    """Sum over all tokens of the keys that each one attends to."""
+    """Return the number of query-key pairs: the keys that a token attends to, summed over all tokens."""
     areas = pyramid.areas
     if conditioning == "full":
         return sum(area * end for area, end in zip(areas, pyramid.offsets[1:], strict=True))
@@ -13,9 +13,9 @@ def keys_seen(pyramid: Pyramid, conditioning: str) -> int:
 
 
 def attention_macs(pyramid: Pyramid, depth: int, width: int, conditioning: str = "markov") -> int:
-    """Multiply-accumulates of q, k, v projection, q k and a v, one image through all scales.
+    """Return the multiply-accumulates of the q, k, v projection, q k^T and a v, for one image and all scales.
 
-    This is what the paper prints as GFLOPs.
+    The paper reports this number as GFLOPs.
     """
     return depth * (3 * width**2 * pyramid.num_tokens + 2 * width * keys_seen(pyramid, conditioning))
 
@@ -23,10 +23,10 @@ def attention_macs(pyramid: Pyramid, depth: int, width: int, conditioning: str =
 def forward_macs(
     pyramid: Pyramid, depth: int, width: int, vocab_size: int, code_width: int, conditioning: str = "markov"
 ) -> int:
-    """Multiply-accumulates of the whole transformer, one image through all scales; norms and biases are free.
+    """Return the multiply-accumulates of the transformer for one image and all scales, without norms and biases.
 
-    Beyond attention: its output projection, the 4x feed-forward, embedding and head of every token; the
-    adaptive vectors (6 a layer, 2 before the head) of every image.
+    Added to attention: its output projection, the 4x feed-forward, embedding and head for each token; the
+    adaptive vectors (6 per layer, 2 before the head) for each image.
     """
     a_token = depth * (width**2 + 2 * 4 * width**2) + width * (code_width + vocab_size)
     an_image = (6 * depth + 2) * width**2
@@ -36,14 +36,17 @@ def forward_macs(
 def kv_cache_bytes(
     pyramid: Pyramid, depth: int, width: int, num_rows: int, conditioning: str = "markov", item_bytes: int = 4
 ) -> int:
-    """Keys and values that sampling keeps: none in the Markov view. num_rows: samples, twice that with guidance."""
+    """Return the bytes of keys and values that sampling keeps, 0 if "markov".
+
+    num_rows: number of samples, twice that with guidance.
+    """
     if conditioning != "full":
         return 0
     return 2 * depth * num_rows * pyramid.num_tokens * width * item_bytes
 
 
 def phase_macs(pyramid: Pyramid, phase: Phase, depth: int, width: int, vocab_size: int, code_width: int) -> int:
-    """Multiply-accumulates of one pass over the tokens of a phase, one image, forward alone."""
+    """Return the multiply-accumulates of one forward pass over the tokens of a phase, for one image."""
     keys = 0
     for scale in range(phase.first, phase.last + 1):
         area, window = pyramid.areas[scale], pyramid.window(scale) or pyramid.sides[scale]

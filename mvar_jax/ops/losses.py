@@ -1,12 +1,15 @@
 """Cross-entropy over token ids and the quantizer's commitment loss."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from mvar_jax.scales import offsets_of
 
 
 def token_cross_entropy(logits_BNV: jax.Array, ids_BN: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-    """float32 [B, N]: (1 - e) * nll - e * mean(log p), in nats."""
+    """Return (1 - e) * nll - e * mean(log p) in nats, `[B, N] float32`; e is label_smoothing."""
     log_p = jax.nn.log_softmax(logits_BNV.astype(jnp.float32), axis=-1)
     nll = -jnp.take_along_axis(log_p, ids_BN[..., None], axis=-1)[..., 0]
     if label_smoothing == 0:
@@ -15,14 +18,13 @@ def token_cross_entropy(logits_BNV: jax.Array, ids_BN: jax.Array, label_smoothin
 
 
 def sum_per_scale(x_BN: jax.Array, areas: tuple[int, ...]) -> jax.Array:
-    """[B, N] -> [B, scales]: sums over each map's tokens."""
-    bounds = np.cumsum((0, *areas))
-    spans = zip(bounds[:-1], bounds[1:], strict=True)
+    """Sum over each map's tokens: `[B, N]` -> `[B, scales]`."""
+    spans = itertools.pairwise(offsets_of(areas))
     return jnp.stack([jnp.sum(x_BN[:, a:b], axis=1) for a, b in spans], axis=1)
 
 
 def commitment_loss(f_BYXc: jax.Array, f_hats: tuple[jax.Array, ...], beta: float) -> jax.Array:
-    """Mean over scales of mse(stop(f_hat), f) * beta + mse(f_hat, stop(f)) (VAR, equation of the tokenizer loss)."""
+    """Return the mean over scales of beta * mse(stop(f_hat), f) + mse(f_hat, stop(f)) (VAR section 3.2)."""
     stop = jax.lax.stop_gradient
     terms = [
         beta * jnp.mean(jnp.square(stop(f_hat) - f_BYXc)) + jnp.mean(jnp.square(f_hat - stop(f_BYXc)))

@@ -1,4 +1,4 @@
-"""Metrics of reconstructions and of codebook usage. Host arithmetic in float64."""
+"""Metrics of reconstructions and of codebook usage. Host arithmetic in float64, except `psnr_of_error`."""
 
 import numpy as np
 from scipy import ndimage
@@ -19,9 +19,14 @@ def psnr(a_BYX3, b_BYX3, data_range: float) -> np.ndarray:
     `data_range` is 255 for uint8 images and 2 for images in [-1, 1].
     """
     a_BYX3, b_BYX3 = _image_pair(a_BYX3, b_BYX3)
-    mse_B = ((a_BYX3 - b_BYX3) ** 2).mean((1, 2, 3))
+    return psnr_of_error(((a_BYX3 - b_BYX3) ** 2).mean((1, 2, 3)), data_range)
+
+
+def psnr_of_error(mse, data_range: float):
+    """Return the PSNR in dB of mean squared errors, a numpy or (also inside a program) a jax array; inf for 0."""
+    xp = mse.__array_namespace__()
     with np.errstate(divide="ignore"):
-        return 10 * np.log10(data_range**2 / mse_B)
+        return 10 * xp.log10(data_range**2 / mse)
 
 
 def ssim(a_BYX3, b_BYX3, data_range: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which kind of machine a program is traced for: what `auto` choices depend on."""
+"""The platform that a program is traced for, on which `auto` choices depend."""
 
 import jax
 
@@ -11,14 +11,17 @@ _target = jax.make_user_context(None)
 
 
 def compiling_for(platform: str):
-    """Context in which `current_platform` is `platform`, as when compiling for a machine that is not here."""
+    """Return a context in which `current_platform()` is `platform`, to compile for a machine that is not here."""
     if platform not in PLATFORMS:
-        raise InputError("platform", platform, f"one of {', '.join(PLATFORMS)}")
+        expected = f"one of {', '.join(PLATFORMS)}"
+        raise InputError(
+            f"platform must be {expected}, got {platform!r}", field="platform", given=platform, expected=expected
+        )
     return _target(platform)
 
 
 def current_platform() -> str:
-    """cpu, gpu (CUDA or ROCm) or tpu: the target of `compiling_for`, else of jax's default device."""
+    """Return cpu, gpu (CUDA or ROCm) or tpu: of `compiling_for` if it is active, else of jax's default device."""
     if _target.value is not None:
         return _target.value
     device = jax.config.jax_default_device  # type: ignore[attr-defined]  # missing from the stubs of jax 0.10

@@ -1,10 +1,11 @@
-"""Multi-scale residual quantization: nearest code, encode, accumulate, teacher-forcing input (VAR algorithm 1, 2).
+"""Multi-scale residual quantization: nearest code, encode, accumulate, teacher-forcing input (VAR algorithms 1, 2).
 
-`phi(scale, x_BYXc)` is the blended convolution of a scale; it comes as an argument, so these functions
-hold no parameters. All of it is float32: codeword distances and f_hat decide which picture appears.
+`phi(scale, x_BYXc)` is the blended convolution of a scale, passed as an argument so that these functions hold no
+parameters. Everything is float32: small errors in codeword distances or f_hat change the ids, hence the image.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,13 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.ops.resize import resize_area, resize_bicubic
+from mvar_jax.scales import areas_of, offsets_of
 
 Phi = Callable[[int, jax.Array], jax.Array]
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Encoded(NamedTuple):
-    """ids_BL int32; f_hats: after each scale, float32 [B, Y, X, c]; rests: the pooled residuals [B, n_l, c]."""
+    """The result of `encode_residual`.
+
+    Attributes:
+      ids_BL: `[B, L] int32`.
+      f_hats: f_hat after each scale, `[B, Y, X, c] float32`.
+      rests: pooled residual that each scale quantizes, `[B, n_l, c] float32`.
+    """
 
     ids_BL: jax.Array
     f_hats: tuple[jax.Array, ...]
@@ -27,7 +35,7 @@ class Encoded(NamedTuple):
 
 
 def nearest_code(x_Nc: jax.Array, codebook_Vc: jax.Array, znorm: bool = False) -> jax.Array:
-    """int32 ids of the nearest codewords by squared L2; with znorm both sides are L2-normalised first."""
+    """Return the int32 ids of the nearest codewords by squared L2; with znorm both sides are L2-normalised first."""
     if znorm:
         x_Nc, codebook_Vc = _unit(x_Nc), _unit(codebook_Vc)
     dots_NV = jnp.einsum("...c,vc->...v", x_Nc, codebook_Vc, precision=HIGHEST)
@@ -41,14 +49,14 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def upsample_codes(codes_Bnc: jax.Array, scale: int, sides: tuple[int, ...], phi: Phi) -> jax.Array:
-    """What scale `scale` adds to f_hat: its codewords [B, n_l, c], upsampled and passed through phi."""
+    """Return what a scale adds to f_hat: its codewords `[B, n_l, c]`, upsampled and passed through phi."""
     side = sides[scale]
     codes_BYXc = codes_Bnc.reshape(codes_Bnc.shape[0], side, side, -1)
     return phi(scale, resize_bicubic(codes_BYXc, sides[-1]))
 
 
 def next_input(f_hat_BYXc: jax.Array, scale: int, sides: tuple[int, ...]) -> jax.Array:
-    """The transformer's input at scale + 1: f_hat averaged to that scale, [B, n_{l+1}, c]."""
+    """Return the transformer's input at scale + 1: f_hat area-averaged to that scale, `[B, n_{l+1}, c]`."""
     pooled = resize_area(f_hat_BYXc, sides[scale + 1])
     return pooled.reshape(pooled.shape[0], -1, pooled.shape[-1])
 
@@ -56,12 +64,12 @@ def next_input(f_hat_BYXc: jax.Array, scale: int, sides: tuple[int, ...]) -> jax
 def encode_residual(
     f_BYXc: jax.Array, codebook_Vc: jax.Array, phi: Phi, sides: tuple[int, ...], znorm: bool = False
 ) -> Encoded:
-    """Quantize a latent map scale by scale. Differentiable in codebook and phi, not through the ids.
+    """Quantize a latent map scale by scale; differentiable in codebook and phi, not through the ids.
 
-    f_BYXc float32 [B, Y, X, c] with Y = X = sides[-1]; no gradient reaches it.
+    f_BYXc: `[B, Y, X, c] float32` with Y = X = sides[-1]; it receives no gradient.
     """
     B = f_BYXc.shape[0]
-    # the residual chooses ids; nothing may learn through that choice
+    # the residual only chooses ids, and no gradient may pass through that choice
     rest, f_hat = jax.lax.stop_gradient(f_BYXc), jnp.zeros_like(f_BYXc)
     ids, f_hats, rests = [], [], []
     for scale, side in enumerate(sides):
@@ -77,26 +85,24 @@ def encode_residual(
 
 
 def decode_ids(ids_BL: jax.Array, codebook_Vc: jax.Array, phi: Phi, sides: tuple[int, ...]) -> tuple:
-    """f_hat after each scale [B, Y, X, c], a tuple of S, from token ids alone."""
+    """Return f_hat after each of the S scales, a tuple of `[B, Y, X, c] float32`, from token ids alone."""
     f_hat: jax.Array | float = 0.0
-    f_hats, begin = [], 0
-    for scale, side in enumerate(sides):
-        codes = codebook_Vc[ids_BL[:, begin : begin + side * side]]
-        f_hat = f_hat + upsample_codes(codes, scale, sides, phi)
+    f_hats = []
+    for scale, (begin, end) in enumerate(itertools.pairwise(offsets_of(areas_of(sides)))):
+        f_hat = f_hat + upsample_codes(codebook_Vc[ids_BL[:, begin:end]], scale, sides, phi)
         f_hats.append(f_hat)
-        begin += side * side
     return tuple(f_hats)
 
 
 def teacher_forcing_input(f_hats: tuple, sides: tuple[int, ...]) -> jax.Array:
-    """float32 [B, L - n_0, c]: f_hat after each scale but the last, averaged to the next scale's side."""
+    """Return f_hat after each scale but the last, averaged to the next scale's side: `[B, L - n_0, c] float32`."""
     inputs = [next_input(f_hat, scale, sides) for scale, f_hat in enumerate(f_hats[:-1])]
     return jnp.concatenate(inputs, axis=1)
 
 
 @functools.lru_cache(maxsize=64)
 def phi_index(num_scales: int, num_phi: int) -> tuple[int, ...]:
-    """Which of the shared phi convolutions each scale uses: the one whose tick is nearest to l/(S-1)."""
+    """Return the phi convolution of each scale l: the one whose tick is nearest to l / (S - 1)."""
     margin = 1 / (3 * num_phi) if num_phi == 4 else 1 / (2 * num_phi)
     ticks = np.linspace(margin, 1 - margin, num_phi)
     places = [l / max(num_scales - 1, 1) for l in range(num_scales)]

@@ -1,4 +1,4 @@
-"""Area-down and bicubic-up as constant matrices, one per axis (SPEC: tokenizer; both maps are separable)."""
+"""Area downsampling and bicubic upsampling by one constant matrix per axis (docs/method.md, Tokenizer)."""
 
 import functools
 
@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-KEYS_A = -0.75  # not -0.5, which jax.image.resize uses
+KEYS_A = -0.75  # as PyTorch; jax.image.resize uses -0.5
 
 
 @functools.lru_cache(maxsize=256)
 def area_matrix(source: int, target: int) -> np.ndarray:
-    """float32 [target, source]: adaptive average pooling, windows floor(i*s/t) .. ceil((i+1)*s/t)."""
+    """Return `[target, source] float32`: adaptive average pooling over floor(i*s/t) .. ceil((i+1)*s/t)."""
     matrix = np.zeros((target, source), np.float32)
     for i in range(target):
         begin, end = i * source // target, -(-(i + 1) * source // target)
@@ -21,7 +21,10 @@ def area_matrix(source: int, target: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def bicubic_matrix(source: int, target: int) -> np.ndarray:
-    """float32 [target, source]: Keys kernel (a = -0.75), half-pixel centres, replicated border, no antialias."""
+    """Return `[target, source] float32`: the Keys kernel with a = -0.75.
+
+    Half-pixel centres, replicated border, no antialiasing.
+    """
     a = KEYS_A
 
     def near(x):  # |x| <= 1
@@ -41,19 +44,19 @@ def bicubic_matrix(source: int, target: int) -> np.ndarray:
 
 
 def _apply(matrix_ty: np.ndarray, x_BYXc: jax.Array) -> jax.Array:
-    """The same matrix on rows and columns. Float32 throughout: f_hat must not drift by TF32 or bf16."""
+    """Apply one matrix to rows and columns, in full float32: TF32 or bfloat16 rounding would change f_hat."""
     m = jnp.asarray(matrix_ty)
     x = jnp.einsum("iy,byxc->bixc", m, x_BYXc.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return jnp.einsum("jx,bixc->bijc", m, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def resize_area(x_BYXc: jax.Array, side: int) -> jax.Array:
-    """[B, y, y, c] -> float32 [B, side, side, c] by area averaging; the identity at equal sizes."""
+    """Resize `[B, y, y, c]` to `[B, side, side, c] float32` by area averaging; the identity at equal sizes."""
     source = x_BYXc.shape[1]
     return x_BYXc if source == side else _apply(area_matrix(source, side), x_BYXc)
 
 
 def resize_bicubic(x_BYXc: jax.Array, side: int) -> jax.Array:
-    """[B, y, y, c] -> float32 [B, side, side, c] by bicubic interpolation; the identity at equal sizes."""
+    """Resize `[B, y, y, c]` to `[B, side, side, c] float32` by bicubic interpolation; the identity at equal sizes."""
     source = x_BYXc.shape[1]
     return x_BYXc if source == side else _apply(bicubic_matrix(source, side), x_BYXc)

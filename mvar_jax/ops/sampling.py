@@ -1,48 +1,32 @@
-"""From logits to codes: guidance ramp, top-k, top-p, draw, and the Gumbel average (VAR section 4; MVAR appendix)."""
-
-import math
+"""Logits to codes: guidance ramp, top-k, top-p, categorical draw, Gumbel average (docs/method.md, Sampling)."""
 
 import jax
 import jax.numpy as jnp
 
-from mvar_jax.errors import InputError
-
 REMOVED = -jnp.inf
 
 
-def check_sampling_options(cfg: float, top_k: int, top_p: float, temperature: float = 1.0) -> None:
-    """Raises InputError for a negative guidance or top_k, a top_p outside [0, 1], a temperature not above 0."""
-    if not cfg >= 0:
-        raise InputError("cfg", cfg, "a guidance of 0 or more")
-    if top_k < 0:
-        raise InputError("top_k", top_k, "0 (off) or more")
-    if not 0 <= top_p <= 1:
-        raise InputError("top_p", top_p, "0 (off) to 1")
-    if not 0 < temperature < math.inf:
-        raise InputError("temperature", temperature, "a number above 0 (1: as the model says)")
-
-
 def guidance_strength(cfg: float, scale: int, num_scales: int) -> float:
-    """t = cfg * l / (S - 1): guidance grows from nothing at the coarsest scale."""
+    """Return t = cfg * l / (S - 1): guidance grows from 0 at the coarsest scale."""
     return cfg * scale / max(num_scales - 1, 1)
 
 
 def guide(cond_BNV: jax.Array, uncond_BNV: jax.Array, strength: float) -> jax.Array:
-    """(1 + t) * cond - t * uncond, float32."""
+    """Return (1 + t) * cond - t * uncond, in float32."""
     return (1 + strength) * cond_BNV - strength * uncond_BNV
 
 
 def ordered_bits(x: jax.Array) -> jax.Array:
-    """uint32 in the order of the float32 values."""
+    """Map float32 values to uint32 of the same order."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
 def largest_number(is_true, shape: tuple[int, ...], num_bits: int = 32) -> jax.Array:
-    """The largest uint32 below 2^num_bits of which `is_true` holds, found bit by bit.
+    """Return the largest uint32 below 2^num_bits for which `is_true` holds, found bit by bit.
 
-    `is_true` holds of 0 and up to some number, and not beyond.
+    `is_true` must hold for every number from 0 to the result and for none above it.
     """
 
     def set_bit(i, found):
@@ -53,7 +37,7 @@ def largest_number(is_true, shape: tuple[int, ...], num_bits: int = 32) -> jax.A
 
 
 def filter_top_k(logits_V: jax.Array, top_k: int) -> jax.Array:
-    """Removes all below the k-th largest (ties with it stay); 0 is off, k > V means V. Any leading axes."""
+    """Remove logits below the k-th largest, keeping ties with it; 0 or k >= V removes none. Any leading axes."""
     if top_k == 0 or top_k >= logits_V.shape[-1]:
         return logits_V
     bits_V = ordered_bits(logits_V)
@@ -63,10 +47,10 @@ def filter_top_k(logits_V: jax.Array, top_k: int) -> jax.Array:
 
 
 def filter_top_p(logits_V: jax.Array, top_p: float) -> jax.Array:
-    """Goes up from the smallest and removes what has cumulative probability (own included) <= 1 - p, never the last.
+    """Remove logits, in ascending order, if the probability up to and including theirs is <= 1 - p; keep the largest.
 
-    Of equal logits the first come first. No sort: the value at which to stop is found by bisection of its bits,
-    then the place among its equals.
+    Equal logits are taken by index. Without a sort: bisection over the bits finds the value at which to stop, then
+    the place among equal values.
     """
     if top_p == 0:
         return logits_V
@@ -88,24 +72,24 @@ def filter_top_p(logits_V: jax.Array, top_p: float) -> jax.Array:
 
 
 def filter_logits(logits_V: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Top-k, then top-p on what is left."""
+    """Apply top-k, then top-p to the remaining logits."""
     return filter_top_p(filter_top_k(logits_V, top_k), top_p)
 
 
 def draw(logits_BNV: jax.Array, keys_B: jax.Array) -> jax.Array:
-    """Categorical ids int32 [B, N], one key per sample: a sample's draw does not depend on its batch."""
+    """Draw categorical ids `[B, N] int32`; one key per sample, so that a draw does not depend on its batch."""
     return jnp.argmax(logits_BNV + gumbel_noise(logits_BNV, keys_B), axis=-1).astype(jnp.int32)
 
 
 def gumbel_noise(logits_BNV: jax.Array, keys_B: jax.Array) -> jax.Array:
-    """Standard Gumbel noise like the logits, one key per sample."""
+    """Return standard Gumbel noise of the logits' shape, one key per sample."""
     return jax.vmap(lambda key: jax.random.gumbel(key, logits_BNV.shape[1:], jnp.float32))(keys_B)
 
 
 def smooth_codes(
     logits_BNV: jax.Array, noise_BNV: jax.Array, codebook_Vc: jax.Array, scale: int, num_scales: int
 ) -> jax.Array:
-    """`smooth` mode: softmax((logits * (1 + r) + noise) / tau) @ codebook, [B, N, c]; r = l / (S - 1)."""
+    """Return softmax((logits * (1 + r) + noise) / tau) @ codebook, `[B, N, c]`; r = l / (S - 1)."""
     ratio = scale / max(num_scales - 1, 1)
     tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
     weights = jax.nn.softmax((logits_BNV * (1 + ratio) + noise_BNV) / tau, axis=-1)

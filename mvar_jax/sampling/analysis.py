@@ -1,4 +1,4 @@
-"""Looking into a model: guidance sweeps, mixed classes, and how likely a picture is under every class."""
+"""Analysis of a model: guidance sweeps, mixed classes, and the likelihood of an image under each class."""
 
 import functools
 
@@ -13,7 +13,7 @@ from mvar_jax.sampling.sampler import LogitsFn, SampleOptions, guided_logits, sa
 
 
 def swept_logits(networks: Networks, labels_B: jax.Array, cfg_B: jax.Array) -> LogitsFn:
-    """`guided_logits` with a guidance of each sample's own, as an array: one program for all of them."""
+    """Return `guided_logits` with one guidance per sample, as an array, so that all values share one program."""
     model = networks.transformer
     no_class_B = jnp.full_like(labels_B, model.num_classes)
     conditional = guided_logits(networks, labels_B, 0.0)
@@ -22,25 +22,25 @@ def swept_logits(networks: Networks, labels_B: jax.Array, cfg_B: jax.Array) -> L
     cfg_B = cfg_B if model.conditioning == "full" else jnp.where(cfg_B == 1, 0, cfg_B)
 
     def logits_fn(scale, previous_BNc, carry):
-        mine, others = (None, None) if carry is None else carry
-        cond, mine = conditional(scale, previous_BNc, mine)
-        uncond, others = unconditional(scale, previous_BNc, others)
+        cond_cache, uncond_cache = (None, None) if carry is None else carry
+        cond, cond_cache = conditional(scale, previous_BNc, cond_cache)
+        uncond, uncond_cache = unconditional(scale, previous_BNc, uncond_cache)
         strength = guidance_strength(cfg_B, scale, model.pyramid.num_scales)
-        return guide(cond, uncond, strength[:, None, None]), (mine, others)
+        return guide(cond, uncond, strength[:, None, None]), (cond_cache, uncond_cache)
 
     return logits_fn
 
 
 @functools.partial(jax.jit, static_argnames=("options",))
 def sample_swept(networks: Networks, labels_B, cfg_B, keys_B, options: SampleOptions):
-    """`sample` with a guidance of each sample's own, float32 [B], in place of options.cfg."""
+    """Run `sample` with one guidance per sample, `[B] float32`, instead of options.cfg."""
     logits_fn = swept_logits(networks, labels_B, cfg_B)
     ids_BL, f_hat, _ = sample_pyramid(logits_fn, networks, keys_B, options)
     return ids_BL, f_hat
 
 
 def mix_classes(networks: Networks, weights_MC: jax.Array) -> Networks:
-    """Return networks whose classes 0 .. M-1 have embeddings weights @ class table; "no class" is as it was."""
+    """Return networks whose classes 0 .. M-1 have embeddings weights @ class table; "no class" is unchanged."""
     table = networks.params["class_embed"]
     mixed = jnp.einsum("mc,cd->md", weights_MC, table[:-1], precision=jax.lax.Precision.HIGHEST)
     mixed_table = jnp.concatenate([mixed.astype(table.dtype), table[-1:]])
@@ -50,7 +50,7 @@ def mix_classes(networks: Networks, weights_MC: jax.Array) -> Networks:
 
 @jax.jit
 def teacher_forced_logits(networks: Networks, ids_BL, labels_B):
-    """float32 [B, L, V]."""
+    """Return the logits of every scale given the true tokens of the coarser ones, `[B, L, V] float32`."""
     phases = networks.transformer.phases()
     previous = networks.apply_tokenizer(ids_BL, method="teacher_forcing")
     return jnp.concatenate([_phase_logits(networks, previous, labels_B, phase) for phase in phases], axis=1)
@@ -64,9 +64,9 @@ def _phase_logits(networks: Networks, previous_BMc, labels_B, phase):
 
 @jax.jit
 def score_classes(networks: Networks, ids_BL, classes_C):
-    """Negative log-likelihood of each image under each class, in nats summed over each map's tokens: [B, C, S].
+    """Return the negative log-likelihood of each image under each class, in nats per map, `[B, C, S] float32`.
 
-    One class at a time, one phase at a time: no more logits at once than a phase of the batch has.
+    Computes one class and one phase at a time, so that only the logits of one phase are in memory.
     """
     previous = networks.apply_tokenizer(ids_BL, method="teacher_forcing")
     model = networks.transformer

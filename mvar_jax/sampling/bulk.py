@@ -1,7 +1,7 @@
-"""Draws any number of samples into a directory. Killed and started again it goes on, and leaves the same files.
+"""Sampling of any number of images into a directory; resumable, with the same files as an uninterrupted run.
 
-A batch is drawn, its PNGs and then its arrays are written beside the work, the arrays to `unfinished/`; when all
-batches are there they are joined, piece by piece, to samples.npz. Several processes take the batches in turns.
+While the next batch is computed, threads write the PNGs of the last ones, and then their arrays to `unfinished/`.
+When all batches are complete, their arrays are joined to samples.npz. Process i of n samples batches i, i + n, ...
 """
 
 import collections
@@ -20,14 +20,15 @@ from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from mvar_jax.checkpoints.model_directory import fingerprint
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.atomic import write_atomically
-from mvar_jax.files.images import GRID_IMAGES, save_png, tile_grid
+from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, tile_grid
 from mvar_jax.files.npz import Pieces, save_npz
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.networks import Networks
-from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample
-from mvar_jax.sharding import replicated, shardings_of, spec_of, use_mesh, ways_of
+from mvar_jax.ops.random import keys_of_samples
+from mvar_jax.sampling.sampler import SampleOptions, sample
+from mvar_jax.sharding import num_shards_of, replicated, shardings_of, spec_of, use_mesh
 
 IDENTITY_FILE = "samples.json"
 SAMPLES_FILE = "samples.npz"
@@ -38,8 +39,11 @@ PROGRESS = "{desc}: {n_fmt}/{total_fmt} images, {rate_noinv_fmt}, {remaining} le
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What is to be drawn: `num` images of each label, label by label; sample i is a function of (weights, its
-    label, seed, i, options). batch_size: images at a time, and what an interruption may lose."""
+    """The samples to draw: `num` of each label, label by label.
+
+    Sample i is a function of (weights, its label, seed, i, options). An interruption loses at most the batches that
+    are being computed or written.
+    """
 
     labels: tuple[int, ...]
     num: int
@@ -54,7 +58,7 @@ class Order:
         return np.repeat(np.asarray(self.labels, np.int32), self.num)
 
     def identity(self, networks: Networks) -> dict:
-        """What decides the bytes of the files, by the names of the command's options."""
+        """Return everything that the files' bytes depend on, by the names of the command's options."""
         return {
             "dtype": jnp.dtype(networks.transformer.dtype).name,
             "checkpoint": "weights "
@@ -71,7 +75,7 @@ class Order:
 
 
 def _as_ranges(labels: tuple[int, ...]) -> str:
-    """(0, 1, 2, 7) -> "0-2,7"."""
+    """Write (0, 1, 2, 7) as "0-2,7"."""
     runs: list[list[int]] = []
     for label in labels:
         if runs and label == runs[-1][1] + 1:
@@ -82,9 +86,9 @@ def _as_ranges(labels: tuple[int, ...]) -> str:
 
 
 def place_networks(networks: Networks, mesh: Mesh, dtype: str | None = None) -> Networks:
-    """Return the networks with their weights on a mesh, the transformer's cut as `RULES` say.
+    """Return the networks with their weights on a mesh, the transformer's sharded by `sharding.RULES`.
 
-    dtype: of the computation and of the transformer's weights; None leaves both as they are.
+    dtype: of the computation and of the transformer's weights; None keeps both.
     """
     if dtype is not None:
         kind = jnp.dtype(dtype).type
@@ -100,26 +104,30 @@ def place_networks(networks: Networks, mesh: Mesh, dtype: str | None = None) -> 
 
 
 def check_folder(out: Path, identity: dict) -> bool:
-    """Whether the samples of this identity are all there. Raises InputError where those of another are."""
+    """Return whether the samples of this identity are complete. Raises InputError if the folder holds others."""
     path = out / IDENTITY_FILE
     if not path.exists():
         there = [name for name in (SAMPLES_FILE, "000000.png") if (out / name).exists()]
         if there:
-            raise InputError("out", str(out), f"a folder without samples of another run (it holds {there[0]})")
+            message = f"out={out} holds {there[0]} of another run; choose a folder without samples"
+            raise InputError(message, field="out", given=str(out), expected="a folder without samples")
         return False
     try:
         stored = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError("out", str(out), f"a folder with a readable {IDENTITY_FILE} ({error})") from None
+        message = f"out={out} holds a {IDENTITY_FILE} that cannot be read ({shorten(error)}); choose another folder"
+        raise InputError(message, field="out", given=str(out), expected=f"readable {IDENTITY_FILE}") from None
     for name, value in identity.items():
         if stored.get(name) != value:
-            raise InputError(name, value, f"{stored.get(name)!r}, which the samples in {out} have; or another out")
+            expected = repr(stored.get(name))
+            message = f"{name}={value!r} differs from {expected}, used for the samples in {out}; choose another --out"
+            raise InputError(message, field=name, given=value, expected=expected)
     return (out / SAMPLES_FILE).exists()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
-    """Which rows a batch has, and the files of finished ones."""
+    """The rows of each batch, and the files of the finished ones."""
 
     order: Order
     out: Path
@@ -139,18 +147,17 @@ class _Batches:
         return self.out / UNFINISHED / f"{batch:07d}.npz"
 
     def write(self, batch: int, arrays: dict[str, np.ndarray]) -> None:
-        """PNGs first: the arrays' file says that the batch is finished."""
+        """Write the PNGs, then the arrays: the arrays' file marks the batch as finished."""
         for number, image in zip(self.rows(batch), arrays["pixels"], strict=True):
             save_png(self.out / f"{number:06d}.png", image)
         save_npz(self.file(batch), **arrays)
 
     def read(self, name: str) -> Iterator[np.ndarray]:
-        """One array of every batch in order. Raises InputError for a batch that is not there."""
+        """Yield one array of each batch in order. Raises InputError if a batch is missing."""
         for batch in range(self.count):
             if not self.file(batch).exists():
-                raise InputError(
-                    "out", str(self.out), f"a folder that all processes share (batch {batch} is missing)"
-                )
+                message = f"out={self.out} has no batch {batch}: it must be a folder that all processes share"
+                raise InputError(message, field="out", given=str(self.out), expected="a folder all processes share")
             with np.load(self.file(batch)) as arrays:
                 yield arrays[name]
 
@@ -165,14 +172,18 @@ def draw_all(
     process_count: int = 1,
     wait: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Writes the files of an order; False where they were there already.
+    """Write the files of an order; return False if they are already complete.
 
-    networks: placed on the mesh, which has this process's devices alone. wait: returns when all processes are there.
-    Raises InputError where the folder holds the samples of another order, or cannot be written.
+    Args:
+      networks: weights placed on the mesh, see `place_networks`.
+      mesh: of this process's devices alone.
+      wait: returns when all processes have called it.
+
+    Raises InputError if the folder holds samples of another order, or cannot be written.
     """
     identity, batches = order.identity(networks), _Batches(order, out)
     is_complete = check_folder(out, identity)
-    wait()  # nobody writes before all have looked
+    wait()  # no process writes before all have checked the folder
     if not is_complete:
         try:
             (out / UNFINISHED).mkdir(exist_ok=True)
@@ -182,7 +193,8 @@ def draw_all(
             if process_index == 0:
                 _join(batches)
         except OSError as error:
-            raise InputError("out", str(out), f"a folder that can be written ({error.strerror})") from error
+            message = f"out={out} cannot be written ({error.strerror})"
+            raise InputError(message, field="out", given=str(out), expected="a writable folder") from error
     if process_index == 0:
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     wait()
@@ -199,10 +211,12 @@ def _draw_missing(networks, batches: _Batches, own: range, mesh: Mesh, identity:
         bar = {"desc": "sample", "unit": " images", "bar_format": PROGRESS, "mininterval": 1, "disable": not is_shown}
         progress = stack.enter_context(tqdm(total=sum(sizes.values()), initial=num_done, **bar))
         for batch, arrays in _draw(networks, batches, missing, mesh):
-            if not (batches.out / IDENTITY_FILE).exists():  # so a first batch that fails leaves nothing behind
+            if not (
+                batches.out / IDENTITY_FILE
+            ).exists():  # not earlier, so that a failure in the first batch leaves no file
                 write_atomically(batches.out / IDENTITY_FILE, json.dumps(identity, indent=1) + "\n")
             writing.append(pool.submit(batches.write, batch, arrays))
-            while len(writing) > 2 * NUM_WRITERS:  # else slow disks would fill the memory
+            while len(writing) > 2 * NUM_WRITERS:  # otherwise a slow disk would fill the memory
                 writing.popleft().result()
             progress.update(sizes[batch])
         for future in writing:
@@ -210,7 +224,7 @@ def _draw_missing(networks, batches: _Batches, own: range, mesh: Mesh, identity:
 
 
 def _draw(networks: Networks, batches: _Batches, missing: list[int], mesh: Mesh) -> Iterator[tuple[int, dict]]:
-    """(batch, its arrays) of each missing batch; the next is started before the last is fetched."""
+    """Yield (batch, its arrays) of each missing batch; start the next batch before fetching the last."""
     order, started = batches.order, None
     for batch in [*missing, None]:
         ready, started = started, None
@@ -223,9 +237,9 @@ def _draw(networks: Networks, batches: _Batches, missing: list[int], mesh: Mesh)
 
 
 def _start(networks: Networks, order: Order, rows: range, size: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Arrays of one batch that are being computed, at one shape for all batches: rows beyond the end are repeats."""
-    ways = ways_of("batch", mesh)
-    index = np.minimum(rows.start + np.arange(-(-size // ways) * ways), rows.stop - 1)
+    """Start computing one batch; all batches have one shape, the last row being repeated to fill the last batch."""
+    num_shards = num_shards_of("batch", mesh)
+    index = np.minimum(rows.start + np.arange(-(-size // num_shards) * num_shards), rows.stop - 1)
     outputs = ("floor_pixels" if order.truncates else "pixels",)
     outputs += ("ids", "f_hat") if order.saves_tokens else ()
     by_batch = NamedSharding(mesh, spec_of(("batch",)))
@@ -236,7 +250,7 @@ def _start(networks: Networks, order: Order, rows: range, size: int, mesh: Mesh)
 
 
 def _join(batches: _Batches) -> None:
-    """grid.png, tokens.npz and, last, samples.npz: with it the work is complete."""
+    """Write grid.png, tokens.npz and, last, samples.npz, which marks the samples as complete."""
     order, labels_N = batches.order, batches.order.labels_N
 
     def pieces(name: str) -> Pieces:
@@ -248,7 +262,7 @@ def _join(batches: _Batches) -> None:
         shown.extend(part[: GRID_IMAGES - len(shown)])
         if len(shown) == GRID_IMAGES:
             break
-    zoom = max(1, 96 // shown[0].shape[0])
+    zoom = min_zoom(shown[0].shape[0])
     save_png(batches.out / "grid.png", tile_grid(np.stack(shown), min(order.num, 32), zoom=zoom))
     if order.saves_tokens:
         save_npz(batches.out / "tokens.npz", ids=pieces("ids"), labels=labels_N, f_hat=pieces("f_hat"))

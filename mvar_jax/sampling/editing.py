@@ -1,6 +1,6 @@
-"""Drawing part of a picture anew: known tokens are put back at each scale, known pixels at the end.
+"""Editing of part of an image: known tokens are restored at each scale, known pixels at the end.
 
-A mask is 1 where the picture is to be drawn and 0 where it is known. What lies under it is never seen.
+A mask is 1 where the image is drawn and 0 where it is known. The model never sees the pixels under the mask.
 """
 
 import functools
@@ -15,41 +15,48 @@ from mvar_jax.models.networks import Networks
 from mvar_jax.ops.resize import resize_area
 from mvar_jax.sampling.sampler import ReplaceFn, SampleOptions, guided_logits, sample_pyramid
 
-DRAWN_SHARE = 0.5  # a token of which more than this share is masked is drawn, else it is known
+DRAWN_SHARE = 0.5  # a token is drawn if more than this share of its area is masked
 SOFTNESS = 0.5  # tokens masked from 1/4 to 3/4 are mixed
-SOFT_BORDER_SHARE = 1 / 32  # of the side: how far into the mask drawn pixels fade in
+SOFT_BORDER_SHARE = 1 / 32  # default width of the fade inside the mask, as a share of the side
 
 
 def check_mask(mask, image_side: int) -> np.ndarray:
-    """bool [B, Y, X] of a mask [Y, X] or [B, Y, X], bool or numbers (above 0: draw).
+    """Return a mask `[Y, X]` or `[B, Y, X]`, bool or numbers (above 0: draw), as `[B, Y, X] bool`.
 
-    Raises InputError for another size, and for a mask that leaves nothing to draw or nothing known.
+    Raises InputError if the shape differs from the image's, or if nothing is masked or nothing is known.
     """
     mask = np.asarray(mask)
-    given = tuple(mask.shape)
+    given = list(mask.shape)
     mask_BYX = (mask[None] if mask.ndim == 2 else mask) > 0
     if mask_BYX.ndim != 3 or mask_BYX.shape[1:] != (image_side, image_side):
-        raise InputError("mask", given, f"the size of the image: [{image_side}, {image_side}], or a batch of them")
+        expected = f"[{image_side}, {image_side}] or [B, {image_side}, {image_side}]"
+        raise InputError(
+            f"mask must have shape {expected}, got {given}", field="mask", given=given, expected=expected
+        )
     if not mask_BYX.any(axis=(1, 2)).all():
-        raise InputError("mask", "empty", "a mask that is above 0 where the picture is to be drawn")
+        message = "mask must be above 0 (white) in some pixels, those to draw, but it is 0 everywhere"
+        raise InputError(message, field="mask", given="empty", expected="above 0 in some pixels")
     if mask_BYX.all(axis=(1, 2)).any():
-        raise InputError("mask", "all of the picture", "a mask that leaves part of it as it is (to draw all: sample)")
+        message = "mask must be 0 (black) in some pixels, those to keep, but it is not 0 anywhere; use sample instead"
+        raise InputError(message, field="mask", given="full", expected="0 in some pixels")
     return mask_BYX
 
 
 def check_border(border_px: int | None, softness: float, image_side: int) -> int:
-    """border_px, or for None its share of the side. Raises InputError unless it is 0 or more and softness 0 to 1."""
+    """Return border_px, by default a share of the side. Raises InputError if it or softness is out of range."""
     if border_px is None:
         border_px = round(image_side * SOFT_BORDER_SHARE)
     if not border_px >= 0:
-        raise InputError("border", border_px, "pixels, 0 or more")
+        message = f"border must be 0 pixels or more, got {border_px}"
+        raise InputError(message, field="border", given=border_px, expected="0 or more")
     if not 0 <= softness <= 1:
-        raise InputError("softness", softness, "0 (hard) to 1")
+        message = f"softness must be from 0 (a hard border) to 1, got {softness}"
+        raise InputError(message, field="softness", given=softness, expected="0 to 1")
     return border_px
 
 
 def hide_masked(image_BYX3: np.ndarray, mask_BYX: np.ndarray) -> np.ndarray:
-    """The images with each masked pixel taken from the nearest known one, so that nothing tells what was there."""
+    """Replace each masked pixel by the nearest known one, so that the masked content does not reach the model."""
 
     def hide(image_YX3, mask_YX):
         nearest = ndimage.distance_transform_edt(mask_YX, return_distances=False, return_indices=True)
@@ -59,9 +66,10 @@ def hide_masked(image_BYX3: np.ndarray, mask_BYX: np.ndarray) -> np.ndarray:
 
 
 def blend(before_BYX3: np.ndarray, after_BYX3: np.ndarray, mask_BYX: np.ndarray, border_px: int) -> np.ndarray:
-    """`before` outside the mask, to the bit; inside it (1 - a) * before + a * after, a = min(1, d / (border_px + 1)).
+    """Return `before` outside the mask, bit for bit, and (1 - a) * before + a * after inside it.
 
-    d: distance in pixels to the nearest known one. border_px 0: `after` in all of the mask.
+    a = min(1, d / (border_px + 1)), where d is the distance to the nearest known pixel; if border_px is 0, the whole
+    mask is `after`.
     """
     distance_BYX = np.stack([ndimage.distance_transform_edt(mask) for mask in mask_BYX])
     share = np.minimum(1, distance_BYX / (border_px + 1)).astype(np.float32)[..., None]
@@ -69,28 +77,31 @@ def blend(before_BYX3: np.ndarray, after_BYX3: np.ndarray, mask_BYX: np.ndarray,
 
 
 def shrink_onto_canvas(image_YX3: np.ndarray, expand: float) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 image, bool mask) for out-painting: the picture `expand` times smaller in the middle of one of its own
-    size, the mask around it. Raises InputError unless that leaves something of both."""
+    """Return (uint8 image, bool mask) for out-painting: the image shrunk `expand` times, centred, masked around it.
+
+    Raises InputError unless expand is finite and above 1.
+    """
     from PIL import Image
 
     height, width = image_YX3.shape[:2]
     if not 1 < expand < float("inf"):
-        raise InputError("expand", expand, "a factor above 1, as 1.5")
+        message = f"expand must be a finite factor above 1, such as 1.5, got {expand}"
+        raise InputError(message, field="expand", given=expand, expected="finite and above 1")
     small = max(1, round(height / expand)), max(1, round(width / expand))
     top, left = (height - small[0]) // 2, (width - small[1]) // 2
-    picture = Image.fromarray(image_YX3).resize(small[::-1], Image.Resampling.LANCZOS)
+    shrunk = Image.fromarray(image_YX3).resize(small[::-1], Image.Resampling.LANCZOS)
     mask_YX = np.ones((height, width), bool)
     mask_YX[top : top + small[0], left : left + small[1]] = False
     canvas = np.zeros_like(image_YX3)
-    canvas[~mask_YX] = np.asarray(picture).reshape(-1, 3)
+    canvas[~mask_YX] = np.asarray(shrunk).reshape(-1, 3)
     return canvas, mask_YX
 
 
 def drawn_share(mask_BYX: jax.Array, side: int, softness: jax.Array | float) -> jax.Array:
-    """float32 [B, N]: how much of each token of a map is drawn, from 0 (known) to 1.
+    """Return how much of each token of a map is drawn, from 0 (known) to 1, `[B, N] float32`.
 
-    From m, the masked share of the token's area: 1 above DRAWN_SHARE, else 0; softness s makes it a ramp that
-    wide: clip((m - DRAWN_SHARE) / s + 1/2, 0, 1).
+    With m the masked share of the token's area and s the softness: clip((m - DRAWN_SHARE) / s + 1/2, 0, 1), or
+    m > DRAWN_SHARE if s is 0.
     """
     masked_BN = resize_area(mask_BYX[..., None], side).reshape(mask_BYX.shape[0], -1)
     ramp_BN = jnp.clip((masked_BN - DRAWN_SHARE) / jnp.where(softness > 0, softness, 1) + 0.5, 0, 1)
@@ -98,7 +109,7 @@ def drawn_share(mask_BYX: jax.Array, side: int, softness: jax.Array | float) -> 
 
 
 def put_back(networks: Networks, known_ids_BL: jax.Array, mask_BYX: jax.Array, softness: jax.Array) -> ReplaceFn:
-    """Teacher-forces the tokens outside the mask; codes of a soft border's tokens are mixed by `drawn_share`."""
+    """Return a function that restores the tokens outside the mask and mixes codes at its border by `drawn_share`."""
     pyramid, codebook = networks.transformer.pyramid, networks.tokenizer_params["codebook"]
 
     def replace(scale, ids_BN, codes_BNc):
@@ -121,9 +132,15 @@ def redraw(
     options: SampleOptions,
     softness: jax.Array,
 ):
-    """(ids int32 [B, L], f_hat float32 [B, Y, X, c]): `sample`, with the tokens outside the mask put back.
+    """Sample with the tokens outside the mask restored at each scale.
 
-    mask_BYX: float32, 1 where to draw.
+    Args:
+      known_ids_BL: ids of the images to edit, `[B, L] int32`.
+      mask_BYX: `[B, Y, X] float32`, 1 where to draw.
+      labels_B, keys_B, options: as in `sample`.
+      softness: 0 to 1, see `drawn_share`.
+
+    Returns (ids `[B, L] int32`, f_hat `[B, Y, X, c] float32`).
     """
     logits_fn = guided_logits(networks, labels_B, options.cfg)
     replace = put_back(networks, known_ids_BL, mask_BYX, softness)

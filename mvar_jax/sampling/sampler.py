@@ -1,20 +1,21 @@
-"""Drawing token pyramids scale by scale (MVAR section 3; no KV cache in the Markov view)."""
+"""Sampling of token pyramids, scale by scale (MVAR section 3; docs/method.md, Sampling)."""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mvar_jax.errors import InputError
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import modulate
 from mvar_jax.ops.pixels import to_levels
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.quantize import next_input
 from mvar_jax.ops.sampling import (
-    check_sampling_options,
     draw,
     filter_logits,
     guidance_strength,
@@ -24,22 +25,30 @@ from mvar_jax.ops.sampling import (
 )
 from mvar_jax.sharding import constrain, map_rows
 
-# Images decoded at a time: the decoder's last stage would dominate memory otherwise. On a CPU its convolutions are
-# fastest one by one: 12.5 s for four of 256 px, 14.5 together.
+# Images decoded at once: otherwise the decoder's last stage would dominate memory. On a CPU its convolutions are
+# fastest one by one: 12.5 s for four images of 256 px, 14.5 s together.
 DECODE_TOGETHER = {"cpu": 1, "gpu": 4, "tpu": 4}
-# logits filtered at a time: the filters' own arrays would otherwise be the largest of all
+# logits filtered at once: otherwise the filters' arrays would be the largest of the program
 DRAW_ELEMENTS = 2**24
 
 # (scale, previous_BNc, carry) -> (guided logits [B, N, V], carry)
 LogitsFn = Callable[[int, jax.Array, Any], tuple[jax.Array, Any]]
-# (scale, ids [B, N], codes [B, N, c]) -> what to go on with in their place
+# (scale, ids [B, N], codes [B, N, c]) -> ids and codes that replace them
 ReplaceFn = Callable[[int, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
-    """cfg: guidance; top_k 0 and top_p 0 switch a filter off (top_k 1 is greedy); smooth: Gumbel average;
-    temperature: divides the guided logits before the filters, 1 in the published programs."""
+    """How ids are drawn from logits.
+
+    Attributes:
+      cfg: guidance, 0 or more.
+      top_k, top_p: filters; 0 switches one off, top_k 1 is greedy.
+      smooth: Gumbel average of codes instead of drawn ones.
+      temperature: divides the guided logits before the filters; 1 in the published programs.
+
+    Raises InputError if a value is out of range.
+    """
 
     cfg: float = 1.5
     top_k: int = 0
@@ -47,9 +56,19 @@ class SampleOptions:
     smooth: bool = False
     temperature: float = 1.0
 
-    def check(self) -> None:
-        """Raises InputError for values out of range."""
-        check_sampling_options(self.cfg, self.top_k, self.top_p, self.temperature)
+    def __post_init__(self):
+        rules = {
+            "cfg": (self.cfg >= 0, "0 or more (0: no guidance)"),
+            "top_k": (self.top_k >= 0, "0 or more (0: off)"),
+            "top_p": (0 <= self.top_p <= 1, "from 0 to 1 (0: off)"),
+            "temperature": (0 < self.temperature < math.inf, "finite and above 0 (1: unchanged logits)"),
+        }
+        for field, (is_valid, expected) in rules.items():
+            if not is_valid:
+                given = getattr(self, field)
+                raise InputError(
+                    f"{field} must be {expected}, got {given}", field=field, given=given, expected=expected
+                )
 
 
 def sample_pyramid(
@@ -60,11 +79,14 @@ def sample_pyramid(
     noise=gumbel_noise,
     replace: ReplaceFn | None = None,
 ):
-    """Draws every scale from what `logits_fn` says of it.
+    """Draw every scale from the logits of `logits_fn`.
 
-    keys_B: one random key per sample. noise(logits_BNV, keys_B): Gumbel noise of the smooth mode. replace: puts
-    other tokens in the place of drawn ones, as editing does. Returns (ids int32 [B, L], f_hat float32
-    [B, Y, X, c], guided logits of each scale before the filters).
+    Args:
+      keys_B: one random key per sample.
+      noise: (logits_BNV, keys_B) -> Gumbel noise of the smooth mode.
+      replace: replaces drawn tokens, as editing does; None keeps them.
+
+    Returns (ids `[B, L] int32`, f_hat `[B, Y, X, c] float32`, guided logits of each scale before the filters).
     """
     sides, code_width = networks.tokenizer.sides, networks.tokenizer.code_width
     codebook = networks.tokenizer_params["codebook"]
@@ -87,7 +109,7 @@ def sample_pyramid(
 
 
 def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int, num_scales: int, noise):
-    """(ids [B, N], codes [B, N, c]) of one scale: filters and draw, some samples at a time where they are large."""
+    """Filter and draw one scale, in chunks of samples if it is large; return (ids `[B, N]`, codes `[B, N, c]`)."""
 
     def draw_some(rows):
         logits_bNV, keys_b = rows
@@ -104,10 +126,10 @@ def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int,
 
 
 def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float) -> LogitsFn:
-    """The transformer as a `LogitsFn`: (1 + t) * cond - t * uncond with t = cfg * l / (S - 1).
+    """Return the transformer as a `LogitsFn`: (1 + t) * cond - t * uncond with t = cfg * l / (S - 1).
 
-    Markov: cfg exactly 1 means conditional logits only, and a scale with t = 0 needs no second half. VAR is
-    guided at 1 too and carries the keys and values of the coarser scales.
+    Markov: cfg of exactly 1 means conditional logits only, as in the published program, and a scale with t = 0 needs
+    no unconditional rows. VAR is guided at cfg 1 too and carries the keys and values of the coarser scales.
     """
     model, params = networks.transformer, networks.params
     pyramid, is_var = model.pyramid, model.conditioning == "full"
@@ -118,9 +140,9 @@ def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float) -> Logits
 
     def logits_fn(scale, previous_BNc, cache):
         strength = guidance_strength(cfg, scale, pyramid.num_scales) if is_guided else 0.0
-        # VAR needs the cache of both halves from the first scale on
+        # VAR needs the cache of conditional and unconditional rows from the first scale on
         has_both = is_guided and (is_var or strength > 0)
-        # a sample's two rows lie side by side, so that a device which holds a part of the batch holds both
+        # the two rows of a sample are adjacent, so that a sharded batch keeps both on one device
         previous = jnp.repeat(previous_BNc, 2, axis=0) if has_both else previous_BNc
         phase = pyramid.scale_phase(scale, model.conditioning)
         if is_var and cache is None:
@@ -135,21 +157,16 @@ def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float) -> Logits
     return logits_fn
 
 
-def decode_in_turns(networks: Networks, f_hat_BYXc: jax.Array) -> jax.Array:
-    """float32 images in [-1, 1] of latent maps, some at a time on each device."""
+def decode_in_chunks(networks: Networks, f_hat_BYXc: jax.Array) -> jax.Array:
+    """Decode latent maps to float32 images in [-1, 1], a chunk at a time on each device; call inside a program."""
     decode = functools.partial(networks.apply_tokenizer, method="decode")
     return map_rows(decode, f_hat_BYXc, DECODE_TOGETHER[current_platform()])
 
 
 @jax.jit
 def decode_features(networks: Networks, f_hat_BYXc: jax.Array) -> jax.Array:
-    """Decode latent maps to float32 images in [-1, 1], some at a time."""
-    return decode_in_turns(networks, f_hat_BYXc)
-
-
-def keys_of_samples(seed: int, index_B) -> jax.Array:
-    """One key per sample: a function of (seed, sample index) alone, so of no batch, order or device."""
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(index_B, jnp.uint32))
+    """Decode latent maps to float32 images in [-1, 1], as a program of its own."""
+    return decode_in_chunks(networks, f_hat_BYXc)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "outputs"))
@@ -160,17 +177,23 @@ def sample(
     options: SampleOptions,
     outputs: tuple[str, ...] = ("ids", "f_hat"),
 ) -> tuple[jax.Array, ...]:
-    """Class labels int32 [B] to `outputs`, in the order asked for; one program for a batch size, options and outputs.
+    """Sample images of classes, in one program for each batch size, options and outputs.
 
-    outputs, any of: ids int32 [B, L]; f_hat float32 [B, y, x, c]; images float32 [B, Y, X, 3] in [-1, 1]; pixels and
-    floor_pixels uint8 [B, Y, X, 3], rounded to nearest and down. Weights may be sharded over a mesh, and the batch
-    over its batch axes; nothing is worth donating.
+    Weights may be sharded over a mesh, and the batch over its batch axes.
+
+    Args:
+      labels_B: `[B] int32`.
+      keys_B: one random key per sample, see `keys_of_samples`.
+      outputs: any of "ids" `[B, L] int32`; "f_hat" `[B, y, x, c] float32`; "images" `[B, Y, X, 3] float32` in
+        [-1, 1]; "pixels" and "floor_pixels" `[B, Y, X, 3] uint8`, rounded to nearest and down.
+
+    Returns the outputs in this order.
     """
     logits_fn = guided_logits(networks, labels_B, options.cfg)
     ids_BL, f_hat, _ = sample_pyramid(logits_fn, networks, keys_B, options)
     values = {"ids": ids_BL, "f_hat": f_hat}
     if set(outputs) - set(values):
-        values["images"] = decode_in_turns(networks, f_hat)
+        values["images"] = decode_in_chunks(networks, f_hat)
         values["pixels"] = to_levels(values["images"])
         values["floor_pixels"] = to_levels(values["images"], truncate=True)
     return tuple(constrain(values[name], "batch", *(None,) * (values[name].ndim - 1)) for name in outputs)

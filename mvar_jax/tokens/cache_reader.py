@@ -15,6 +15,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from mvar_jax.errors import InputError
+from mvar_jax.scales import areas_of
 
 META_NAME = "cache.json"
 FORMAT = 1
@@ -87,7 +88,7 @@ class TokenCache:
             raise InputError("split", split, f"one of {', '.join(self.meta['splits'])}, the splits of {path}")
         entry = self.meta["splits"][split]
         self._dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-        self._shape = (entry["num_views"], sum(side**2 for side in self.sides))
+        self._shape = (entry["num_views"], sum(areas_of(self.sides)))
         self._record_bytes = LABEL_BYTES + self._shape[0] * self._shape[1] * self._dtype.itemsize
         self._starts = np.cumsum([0, *(shard["num_records"] for shard in entry["shards"])])
         self._num_records = int(self._starts[-1])

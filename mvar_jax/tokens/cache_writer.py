@@ -12,6 +12,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from mvar_jax.errors import InputError
+from mvar_jax.scales import areas_of
 from mvar_jax.tokens.cache_reader import FORMAT, META_NAME, read_meta
 
 UNFINISHED = "unfinished"  # the folder, inside the cache's, in which shards wait for the last one
@@ -62,7 +63,7 @@ class CacheWriter:
             "label_names": list(label_names),
             "splits": {},
         }
-        self._num_tokens = sum(side**2 for side in self._meta["sides"])
+        self._num_tokens = sum(areas_of(self._meta["sides"]))
         self._process_index, self._process_count, self._wait = process_index, process_count, wait
 
     def __enter__(self) -> "CacheWriter":

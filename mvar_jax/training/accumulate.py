@@ -1,15 +1,15 @@
-"""Gradients of a batch taken part by part, so that only one part's activations are alive at a time."""
+"""Gradients accumulated over parts of a batch, so only one part's activations are alive at a time."""
 
 import jax
 import jax.numpy as jnp
 
-BATCH_AXES = {"path": 2}  # the others have the batch first
+BATCH_AXES = {"path": 2}  # 0 for the others
 
 
 def split_parts(batch: dict[str, jax.Array], num_parts: int) -> dict[str, jax.Array]:
-    """Each array with the parts as its first axis; part i takes the rows i, i + num_parts, ...
+    """Return each array with the parts as its first axis; part i has the rows i, i + num_parts, ...
 
-    Rows are taken with that stride because a device holds consecutive ones: it keeps all of its rows.
+    A device holds consecutive rows: with this stride it keeps its rows in every part.
     """
 
     def split(name, x):
@@ -21,9 +21,9 @@ def split_parts(batch: dict[str, jax.Array], num_parts: int) -> dict[str, jax.Ar
 
 
 def value_and_grad_over_parts(loss_fn, params, batch: dict, num_parts: int):
-    """((loss, aux), grads) of loss_fn(params, batch) -> (loss, aux), each the mean over `num_parts` equal parts.
+    """Return ((loss, aux), grads) of loss_fn(params, batch) -> (loss, aux), the mean over `num_parts` equal parts.
 
-    loss and every leaf of aux must be means over rows. One part: exactly `jax.value_and_grad`.
+    The loss and every leaf of aux must be means over rows. One part is exactly `jax.value_and_grad`.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if num_parts == 1:

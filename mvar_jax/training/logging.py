@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, picture files and one line of progress."""
+"""Output of a run: metrics.jsonl, TensorBoard events, image files and one line of progress."""
 
 import io
 import json
@@ -24,10 +24,10 @@ PICTURE_FOLDER = "pictures"
 
 
 class MetricLog:
-    """Writes scalars, vectors (one value per scale) and pictures of a run; only the first process writes.
+    """The scalars, vectors (one value per scale) and images of a run; only the first process writes.
 
-    A run that resumes at `start_step` will log everything from there on again, so such lines are dropped
-    first: the file then has each logged step once.
+    A run that resumes at `start_step` logs every step from there on again, so lines of these steps are dropped first:
+    the file has each logged step once.
     """
 
     def __init__(self, workdir: str | os.PathLike, start_step: int):
@@ -46,7 +46,7 @@ class MetricLog:
         self.close(wait=not (error_type and issubclass(error_type, KeyboardInterrupt)))
 
     def write(self, step: int, kind: Literal["train", "eval"], metrics: dict[str, Any]) -> None:
-        """One line; values are numbers or [S] vectors, kept to float32 precision, non-finite ones as null."""
+        """Write one line; values are numbers or [S] vectors, kept to float32 precision, non-finite ones as null."""
         if not self._is_writing:
             return
         values = {name: _round(value) for name, value in metrics.items()}
@@ -55,7 +55,7 @@ class MetricLog:
         self._tensorboard.add("write_scalars", step, _name_scalars(kind, values))
 
     def write_pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
-        """uint8 [Y, X, 3] each, as workdir/pictures/NAME_STEP.png and in TensorBoard."""
+        """Write images, uint8 [Y, X, 3] each, as workdir/pictures/NAME_STEP.png and to TensorBoard."""
         if not self._is_writing or not pictures:
             return
         folder = self._workdir / PICTURE_FOLDER
@@ -65,19 +65,20 @@ class MetricLog:
         self._tensorboard.add("write_images", step, {k: v[None] for k, v in pictures.items()})
 
     def close(self, wait: bool = True) -> None:
+        """Close the files. wait: until the TensorBoard events are written."""
         if self._is_writing:
             self._file.close()
             self._tensorboard.close(wait)
 
 
 def has_line(workdir: str | os.PathLike, kind: str, step: int) -> bool:
-    """Whether metrics.jsonl already has the line of this step."""
+    """Return whether metrics.jsonl already has the line of this step."""
     lines = _read_lines(Path(workdir) / METRICS_FILE)
     return any(line["kind"] == kind and line["step"] == step for _, line in lines)
 
 
 class Progress:
-    """A bar on a terminal, otherwise a plain line every few seconds; only the first process shows it."""
+    """A progress bar on a terminal, otherwise a plain line every few seconds; only the first process shows it."""
 
     def __init__(self, start_step: int, num_steps: int, examples_per_step: int):
         self._num_steps, self._examples_per_step = num_steps, examples_per_step
@@ -97,7 +98,7 @@ class Progress:
             self._bar.close()
 
     def show(self, num_done: int, loss: Any) -> None:
-        """`loss` is a scalar array; it is fetched only when something is about to be shown."""
+        """Show the progress, if due. `loss` is a scalar array, fetched only then."""
         now_s = time.monotonic()
         if not self._is_showing or (now_s - self._shown_s < self._interval_s and num_done < self._num_steps):
             return
@@ -115,7 +116,7 @@ class Progress:
 
 
 def describe_memory() -> str:
-    """Peak memory of the first device where it tells, else of this process, in MiB."""
+    """Return the peak memory in MiB of the first device if it reports one, else of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return f"device {stats['peak_bytes_in_use'] / 2**20:.0f} MiB"
@@ -124,11 +125,11 @@ def describe_memory() -> str:
 
 
 class _TensorBoard:
-    """Events go through a queue: importing the writer takes seconds, and training need not wait for it."""
+    """TensorBoard events, written by a thread: importing the writer takes seconds that training need not wait for."""
 
     def __init__(self, folder: Path):
         self._queue = queue.SimpleQueue()
-        # A daemon, so that an abort does not wait for it.
+        # a daemon, so an abort does not wait for it
         self._thread = threading.Thread(target=self._write_all, args=(folder,), daemon=True)
         self._thread.start()
 
@@ -161,15 +162,16 @@ class _TensorBoard:
 
 
 def _open_summary_writer(folder: Path):
+    # read when TensorFlow is imported, here for the first time
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it announces itself; nothing is computed there
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it announces itself; nothing is computed with it
     from clu.metric_writers import SummaryWriter
 
     return SummaryWriter(str(folder))
 
 
 def _read_lines(path: Path) -> list[tuple[str, dict]]:
-    """(text, object) of each whole line; a kill may have cut the last one."""
+    """Return (text, object) of each whole line; a kill may have cut the last one."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -186,7 +188,7 @@ def _drop_lines_from(path: Path, step: int) -> None:
 
 
 def _round(value: Any) -> Any:
-    """Numbers in float32's shortest form, so that equal runs give equal text."""
+    """Return numbers in float32's shortest form, so equal runs give equal text."""
     if isinstance(value, int | np.integer):
         return int(value)
     array = np.asarray(value, np.float32)
@@ -196,7 +198,7 @@ def _round(value: Any) -> Any:
 
 
 def _name_scalars(kind: str, values: dict[str, Any]) -> dict[str, float]:
-    """`loss_per_scale` [S] becomes loss/scale_0 ...; names of an evaluation get the prefix eval/."""
+    """Return scalars by name: `loss_per_scale` [S] becomes loss/scale_0 ...; evaluations get the prefix eval/."""
     prefix = "" if kind == "train" else f"{kind}/"
     scalars = {}
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""The training loop. It knows tasks (steps, batches, evaluations), nothing of images or models."""
+"""The training loop. It knows tasks (steps, batches, evaluations) and neither images nor models."""
 
 import dataclasses
 import os
@@ -6,10 +6,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from mvar_jax.checkpoints.best import Metric
 from mvar_jax.checkpoints.manager import Checkpoints
@@ -17,55 +16,37 @@ from mvar_jax.errors import InputError, shorten
 from mvar_jax.hardware.machines import peak_flops
 from mvar_jax.training.logging import MetricLog, Progress, has_line
 from mvar_jax.training.profiling import Profiler, check_profile_steps
+from mvar_jax.training.protocol import Task
 from mvar_jax.training.stopping import StopFlag
 from mvar_jax.training.throughput import Throughput
 from mvar_jax.training.workdir import CONFIG_FILE, check_config, hold_workdir
 
-# Finished steps are read this much later: the device always has work queued, and yet neither batches pile
-# up on it nor does a signal wait for more than a few steps.
+# Metrics are read this many steps late: the device always has work queued, but batches do not pile up on it and a
+# signal waits for a few steps at most.
 _STEPS_AHEAD = 2
-_LEAST = {"eval_every_steps": 0, "save_every_steps": 0, "picture_every_steps": -1}  # of the others 1
+_LEAST = {"eval_every_steps": 0, "save_every_steps": 0, "picture_every_steps": -1}  # 1 for the others
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, in one line; its last checkpoint is intact."""
-
-
-class Task(Protocol):
-    """What is trained. The state is a dataclass pytree with step, params, ema, opt_state and extra."""
-
-    examples_per_step: int
-
-    def init_state(self) -> Any:
-        """Arrays placed on the mesh: a function of the seed alone."""
-
-    def abstract_state(self) -> Any:
-        """The same as ShapeDtypeStructs with shardings."""
-
-    def batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of steps start_step, start_step + 1, ...: the same ones wherever it starts."""
-
-    def train_step(self, state: Any, batch: dict[str, np.ndarray], step: int) -> tuple[Any, dict[str, jax.Array]]:
-        """Dispatches one step; may donate `state`. Metrics are scalars or [S] vectors, among them
-        `loss` and `is_bad` (1 where the loss was not finite)."""
-
-    def flops_of_step(self, step: int) -> float:
-        """Of the model, forward and backward, all devices together; asked only where a peak is known."""
-
-    def evaluate(self, state: Any) -> dict[str, float | list[float]]:
-        """Means over the validation data."""
-
-    def pictures(self, state: Any) -> dict[str, np.ndarray]:
-        """By name, uint8 [Y, X, 3]."""
+    """A run that cannot continue, in one line; its last checkpoint is intact."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-    """0 for the evaluation, picture and save intervals: only at the end (an evaluation also at the start);
-    -1 for the pictures: none, they need programs of their own.
+    """Options of the training loop.
 
-    keep_best: metric of the evaluation whose best checkpoint is kept too, as "loss" or "psnr_db:max"; "": none.
-    profile_steps: (first, end) of the steps that the profiler records in workdir/profile; (): none.
+    Attributes:
+      num_steps: optimizer steps of the whole run.
+      log_every_steps: steps between lines of metrics.jsonl.
+      eval_every_steps: steps between evaluations; 0 evaluates only at the start and at the end.
+      picture_every_steps: steps between image grids; 0 draws them only at the end, -1 never.
+      save_every_steps: steps between checkpoints; 0 saves only at the end.
+      keep_checkpoints: number of newest checkpoints to keep.
+      max_bad_steps: steps in a row without a finite loss after which the run stops.
+      keep_best: evaluation metric whose best checkpoint is kept too, as loss or psnr_db:max; "" keeps none.
+      profile_steps: (first, end) of the steps that the profiler records into WORKDIR/profile; () records none.
+
+    Raises InputError for values out of range.
     """
 
     num_steps: int
@@ -85,13 +66,14 @@ class LoopSettings:
             value = getattr(self, field.name)
             least = _LEAST.get(field.name, 1)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(field.name, value, f"a whole number of at least {least}")
+                words = f"config.{field.name} must be a whole number of at least {least}, got {value!r}"
+                raise InputError(words, field=field.name, given=value, expected=f"{least} or more")
         Metric.parse(self.keep_best)
         check_profile_steps(self.profile_steps)
 
 
 class RunResult(NamedTuple):
-    """`interrupted`: the number of the signal that ended the run early, None if it is complete."""
+    """The result of a run. interrupted: the signal that ended it early, None if it is complete."""
 
     step: int
     interrupted: int | None
@@ -105,19 +87,26 @@ def run(
     config_json: dict,
     prepare: Callable[[], None] = lambda: None,
 ) -> RunResult:
-    """Trains to `settings.num_steps`, going on from the newest checkpoint in `workdir`.
+    """Train to `settings.num_steps`, resuming from the newest checkpoint in `workdir`.
 
-    A resumed run gives bit-equal metrics and weights. SIGINT and SIGTERM end it at a step boundary with
-    a checkpoint; a second SIGINT raises KeyboardInterrupt at once. `prepare` is called once the workdir is held.
+    A resumed run gives bit-equal metrics and weights. SIGINT and SIGTERM end a run at a step boundary with a
+    checkpoint; a second SIGINT raises KeyboardInterrupt at once.
+
+    Args:
+      task: what is trained.
+      workdir: folder of checkpoints, metrics and pictures.
+      settings: of the loop.
+      config_json: the configuration, kept with the workdir and its checkpoints.
+      prepare: called as soon as the workdir is held.
 
     Raises:
-      InputError: the workdir is of another configuration, in use, unwritable, or its checkpoint is damaged.
+      InputError: the workdir has another configuration, is in use or unwritable, or its checkpoint is damaged.
       RunError: too many steps in a row without a finite loss, no more batches, or a failed save.
     """
     started_s = time.monotonic()
     workdir = Path(workdir)
     if (workdir / CONFIG_FILE).exists():
-        check_config(workdir, config_json)  # before the lock file, so that a refused run leaves no trace
+        check_config(workdir, config_json)  # before the lock file, so a refused run leaves no trace
     with StopFlag() as stop, hold_workdir(workdir):
         check_config(workdir, config_json)
         prepare()
@@ -130,7 +119,7 @@ def run(
                 state = task.init_state()
             else:
                 state = checkpoints.restore(task.abstract_state())
-                _say(f"going on from step {newest} of {settings.num_steps} in {workdir}")
+                _say(f"resuming from step {newest} of {settings.num_steps} in {workdir}")
             start = int(state.step)
             with (
                 MetricLog(workdir, start) as log,
@@ -142,15 +131,22 @@ def run(
     return RunResult(step, interrupted, time.monotonic() - started_s)
 
 
+@dataclasses.dataclass
 class _Loop:
-    def __init__(self, task, workdir, settings, config_json, checkpoints, log, progress, profiler):
-        self._task, self._workdir, self._settings = task, workdir, settings
-        self._config_json, self._checkpoints = config_json, checkpoints
-        self._log, self._progress, self._profiler = log, progress, profiler
-        self._best = Metric.parse(settings.keep_best)
+    _task: Task
+    _workdir: Path
+    _settings: LoopSettings
+    _config_json: dict
+    _checkpoints: Checkpoints
+    _log: MetricLog
+    _progress: Progress
+    _profiler: Profiler
+
+    def __post_init__(self):
+        self._best = Metric.parse(self._settings.keep_best)
         peak = peak_flops(jax.devices()[0].device_kind)
         self._has_peak = peak is not None
-        self._throughput = Throughput(task.examples_per_step, peak and peak * jax.device_count())
+        self._throughput = Throughput(self._task.examples_per_step, peak and peak * jax.device_count())
         self._pending: deque[tuple[int, dict[str, jax.Array]]] = deque()
         self._num_bad = 0
         self._saved_step: int | None = None
@@ -158,14 +154,14 @@ class _Loop:
     def train(
         self, state: Any, batches: Iterator, start: int, newest: int | None, stop: "StopFlag"
     ) -> tuple[int, int | None]:
-        """Returns the steps done and the signal that ended the run, if one did."""
+        """Return the number of steps done and the signal that ended the run early or None."""
         settings = self._settings
         self._saved_step = newest
         for step in range(start, settings.num_steps + 1):
-            # A boundary: `step` updates are done. The order matters. Lines of the steps before this one
-            # are written before the checkpoint that makes a resumed run skip them; the checkpoint comes
-            # before anything that could fail and before the next batch is pulled, so that a resumed run
-            # pulls that batch itself; an evaluation belongs to the part that a resumed run repeats.
+            # A boundary: `step` updates are done. DO NOT REORDER.
+            # 1. Write the metrics of the steps before the checkpoint: a run resumed from it skips these steps.
+            # 2. Save before anything that could fail and before pulling the next batch: a resumed run pulls it.
+            # 3. Evaluate after saving: a resumed run repeats the evaluation.
             is_last = step == settings.num_steps
             interrupted = stop.agreed_number(step)
             if is_last or interrupted or (step > start and _is_due(step, settings.save_every_steps)):
@@ -187,7 +183,7 @@ class _Loop:
         return step, interrupted
 
     def _observe(self, state: Any, step: int, is_last: bool) -> None:
-        """Evaluation and pictures, where they are due."""
+        """Write pictures and evaluate, if due."""
         settings = self._settings
         has_evaluation = step == 0 or is_last or _is_due(step, settings.eval_every_steps)
         every = settings.picture_every_steps
@@ -201,21 +197,24 @@ class _Loop:
             if has_evaluation:
                 metrics = self._task.evaluate(state)
                 self._keep_if_best(state, step, metrics)
-                # Last of all, because its line at the end is what marks a run as complete.
+                # Last of all: the line of the final evaluation marks a run as complete.
                 self._log.write(step, "eval", metrics)
 
     def _keep_if_best(self, state: Any, step: int, metrics: dict[str, Any]) -> None:
-        """The line of this evaluation comes later: a run killed before it evaluates this step again."""
+        """Save the checkpoint if its score is the best; called before the line of this evaluation is written.
+
+        A run killed in between evaluates this step again.
+        """
         if self._best is None:
             return
         score = self._best.score(metrics)
         if step > 0 and self._checkpoints.is_best(score):
             self._save(state, step)
-            self._wait_for_save()  # the score must not go before the checkpoint that it is of
+            self._wait_for_save()  # write the score only after its checkpoint
             self._checkpoints.add_score(step, score)
 
     def _read_finished(self, num_left: int) -> None:
-        """Waits for all but the newest `num_left` steps and reads what they tell."""
+        """Wait for all but the newest `num_left` steps and read their metrics."""
         while len(self._pending) > num_left:
             step, metrics = self._pending.popleft()
             is_bad = bool(metrics["is_bad"])  # waits for the step
@@ -232,13 +231,13 @@ class _Loop:
 
     def _save(self, state: Any, step: int) -> None:
         self._read_finished(0)
-        if step == (self._saved_step or 0):  # on disk already, or a function of the seed alone
+        if step == (self._saved_step or 0):  # already on disk, or step 0, a function of the seed alone
             return
-        assert int(state.step) == step, "every step counts, also one whose update was skipped"
+        assert int(state.step) == step, "a step counts even if its update was skipped"
         with self._throughput.pause():
             try:
                 self._checkpoints.save(state, {"step": step, "config": self._config_json})
-            except Exception as error:  # of this save or of the one before, which ran in the background
+            except Exception as error:  # from this save or the previous one, which ran in the background
                 raise self._save_error(error) from error
         self._saved_step = step
 
@@ -253,7 +252,7 @@ class _Loop:
 
 
 def _is_complete(workdir: Path, newest: int, num_steps: int) -> bool:
-    # The final evaluation comes after the final checkpoint: a kill between them leaves it to be done.
+    # The final evaluation comes after the final checkpoint: a kill in between leaves it to be done.
     return newest > num_steps or (newest == num_steps and has_line(workdir, "eval", num_steps))
 
 

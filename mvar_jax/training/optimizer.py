@@ -1,4 +1,4 @@
-"""AdamW with clipping as the published program applies it (SPEC: training), on optax's Adam."""
+"""AdamW with clipping as the published program applies it (docs/method.md, Training), on optax's Adam."""
 
 import dataclasses
 
@@ -15,7 +15,24 @@ UNDECAYED += ("adaptive_offset", "codebook")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
-    """base_learning_rate is the peak for 256 images a step and grows with the batch; *_factor are multiples of it."""
+    """Options of AdamW and its schedules (docs/method.md, Training).
+
+    Attributes:
+      base_learning_rate: peak learning rate for a batch of 256; the peak is this times batch_size / 256.
+      schedule: shape after the warm-up: cos, lin, lin0, lin00, exp, or lin<T> such as lin0.3.
+      warmup_steps: steps of linear growth from warmup_factor to the peak.
+      warmup_factor: learning rate of the first step, relative to the peak.
+      final_factor: learning rate of the last step, relative to the peak.
+      weight_decay: decoupled weight decay of the matrices.
+      final_weight_decay: weight decay of the last step, reached along a cosine; None keeps it constant.
+      beta1: decay of the first moment.
+      beta2: decay of the second moment.
+      eps: added to the root of the second moment.
+      clip_norm: largest global norm of a gradient; 0 does not clip.
+      ema_decay: decay of the moving average of the weights, which evaluation and sampling then use; 0 keeps none.
+
+    Raises InputError for values out of range.
+    """
 
     base_learning_rate: float = 1e-4
     schedule: str = "lin0"
@@ -23,23 +40,24 @@ class OptimizerOptions:
     warmup_factor: float = 0.005
     final_factor: float = 0.1
     weight_decay: float = 0.05
-    final_weight_decay: float | None = None  # None: constant
+    final_weight_decay: float | None = None
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    clip_norm: float = 2.0  # 0: off
-    ema_decay: float = 0.0  # 0: no moving average is kept
+    clip_norm: float = 2.0
+    ema_decay: float = 0.0
 
-    def check(self, num_steps: int) -> None:
-        """Raises InputError for values out of range."""
+    def __post_init__(self):
         check_schedule(self.schedule)
         if not 0 <= self.ema_decay < 1:
-            raise InputError("ema_decay", self.ema_decay, "0 (off) to below 1")
-        if not 0 <= self.warmup_steps < max(num_steps, 1):
-            raise InputError("warmup_steps", self.warmup_steps, f"0 to below num_steps={num_steps}")
+            words = f"config.optimizer.ema_decay must be from 0 (off) to below 1, got {self.ema_decay}"
+            raise InputError(words, field="ema_decay", given=self.ema_decay, expected="0 to below 1")
+        if self.warmup_steps < 0:
+            words = f"config.optimizer.warmup_steps must be 0 or more, got {self.warmup_steps}"
+            raise InputError(words, field="warmup_steps", given=self.warmup_steps, expected="0 or more")
 
     def at(self, step: int, num_steps: int, batch_size: int) -> tuple[float, float]:
-        """(learning rate, weight decay) of iteration `step`."""
+        """Return (learning rate, weight decay) of iteration `step`."""
         factor = learning_rate_factor(
             self.schedule, step, num_steps, self.warmup_steps, self.warmup_factor, self.final_factor
         )
@@ -49,17 +67,17 @@ class OptimizerOptions:
 
 
 def path_name(path: tuple) -> str:
-    """Last key of a parameter's path."""
+    """Return the last key of a parameter's path."""
     return path[-1].key
 
 
 def decay_mask(params) -> dict:
-    """True for matrices; false for biases, positions, start, scale embedding, per-head scales, offsets, norms."""
+    """Return which parameters decay: matrices, not biases, norms, per-head scales, positions, embeddings, codes."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) not in UNDECAYED, params)
 
 
 def make_adam(options: OptimizerOptions, params) -> optax.GradientTransformation:
-    """Adam moments; the start position has a state of its own, so that it can stand still in window phases."""
+    """Return Adam; the start position has moments of its own, which window phases leave alone."""
     adam = lambda: optax.scale_by_adam(options.beta1, options.beta2, options.eps)
     labels = jax.tree_util.tree_map_with_path(
         lambda path, _: "start" if path_name(path) == "pos_start" else "rest", params
@@ -68,7 +86,7 @@ def make_adam(options: OptimizerOptions, params) -> optax.GradientTransformation
 
 
 def clip_by_norm(grads, clip_norm: float):
-    """(grads * min(1, clip / (norm + 1e-6)), norm before clipping). clip_norm 0 leaves them."""
+    """Return (grads * min(1, clip_norm / (norm + 1e-6)), norm before clipping); clip_norm 0 is off."""
     norm = optax.tree.norm(grads)
     if clip_norm == 0:
         return grads, norm
@@ -77,10 +95,16 @@ def clip_by_norm(grads, clip_norm: float):
 
 
 def apply_gradients(options: OptimizerOptions, state, grads, learning_rate, weight_decay, trains_start: bool = True):
-    """One AdamW step with decoupled decay. Returns (state, metrics grad_norm and is_bad).
+    """Take one AdamW step with decoupled decay; return (state, metrics grad_norm and is_bad).
 
-    trains_start False: the start position receives no gradient and neither decays nor moves its moments.
-    A non-finite gradient leaves the whole state (but its step) as it was and sets is_bad.
+    Args:
+      options: of the optimizer.
+      state: the TrainState.
+      grads: gradients, a tree like the parameters.
+      learning_rate, weight_decay: of this step.
+      trains_start: False leaves the start position and its moments alone.
+
+    A non-finite gradient changes nothing in the state except its step, and sets is_bad.
     """
     grads, norm = clip_by_norm(grads, options.clip_norm)
     updates, opt_state = make_adam(options, state.params).update(grads, state.opt_state, state.params)

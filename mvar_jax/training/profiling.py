@@ -1,4 +1,4 @@
-"""A trace of some steps by JAX's profiler, for TensorBoard or Perfetto."""
+"""Traces of some steps by JAX's profiler, for TensorBoard or Perfetto."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +11,16 @@ PROFILE_FOLDER = "profile"
 
 
 def check_profile_steps(profile_steps: tuple[int, ...]) -> None:
-    """Raises InputError unless they are () or two increasing steps."""
+    """Raise InputError unless they are () or two increasing steps."""
     is_pair = isinstance(profile_steps, tuple | list) and len(profile_steps) == 2
     if profile_steps != () and not (is_pair and 0 <= profile_steps[0] < profile_steps[1]):
-        raise InputError("profile_steps", profile_steps, "() or (first step, end), as (10, 15)")
+        expected = "() or (first step, end) such as (10, 15)"
+        words = f"config.profile_steps must be {expected}, got {profile_steps!r}"
+        raise InputError(words, field="profile_steps", given=profile_steps, expected=expected)
 
 
 class Profiler:
-    """Records the steps first .. end - 1 in workdir/profile; nothing where `profile_steps` is ()."""
+    """A profiler that records the steps first .. end - 1 in workdir/profile, nothing if `profile_steps` is ()."""
 
     def __init__(self, workdir: Path, profile_steps: tuple[int, ...]):
         self._folder = str(workdir / PROFILE_FOLDER)
@@ -32,7 +34,7 @@ class Profiler:
         self._stop()
 
     def at_boundary(self, step: int, finish: Callable[[], None]) -> None:
-        """Before `step` is dispatched. `finish` waits for the steps before it, so that they are in or out whole."""
+        """Start or stop recording before `step` is dispatched; `finish` waits for the steps before it."""
         is_due = self._first <= step < self._end
         if is_due == self._is_recording:
             return

@@ -1,4 +1,4 @@
-"""Learning-rate and weight-decay schedules in host floats (SPEC: training)."""
+"""Learning-rate and weight-decay schedules in host floats (docs/method.md, Training)."""
 
 import math
 import re
@@ -9,9 +9,11 @@ FLAT_SHARES = {"lin0": 0.05, "lin": 0.15, "lin00": 0.0, "exp": 0.15}
 
 
 def check_schedule(name: str) -> None:
-    """Raises InputError for an unknown schedule name."""
+    """Raise InputError if the schedule is unknown."""
     if name != "cos" and name not in FLAT_SHARES and not _is_two_piece(name):
-        raise InputError("schedule", name, "cos, lin, lin0, lin00, exp, or lin<T> with 0 < T < 1 (as lin0.3)")
+        known = "cos, lin, lin0, lin00, exp, or lin<T> with 0 < T < 1 such as lin0.3"
+        words = f"config.optimizer.schedule must be one of {known}, got {name!r}"
+        raise InputError(words, field="schedule", given=name, expected=known)
 
 
 def _is_two_piece(name: str) -> bool:
@@ -21,9 +23,9 @@ def _is_two_piece(name: str) -> bool:
 def learning_rate_factor(
     name: str, iteration: int, num_iterations: int, warmup: int, start: float, end: float
 ) -> float:
-    """Multiple of the peak learning rate at `iteration` of `num_iterations`.
+    """Return the multiple of the peak learning rate at `iteration` of `num_iterations`.
 
-    warmup: iterations of linear growth from `start`; end: multiple at the last iteration.
+    warmup: iterations of linear growth from the multiple `start`; end: multiple at the last iteration.
     """
     if iteration < warmup:
         return start + (1 - start) * iteration / warmup
@@ -42,5 +44,5 @@ def learning_rate_factor(
 
 
 def weight_decay_at(iteration: int, num_iterations: int, first: float, last: float) -> float:
-    """Cosine from `first` at iteration 0 to `last` at the end."""
+    """Return the weight decay: a cosine from `first` at iteration 0 to `last` at the end."""
     return last + (first - last) * (1 + math.cos(math.pi * iteration / max(num_iterations - 1, 1))) / 2

@@ -1,4 +1,4 @@
-"""What a run carries from step to step. No random key: randomness is a function of (seed, sample index)."""
+"""The state of a run. It has no random key: randomness is a function of (seed, sample index)."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from mvar_jax.training.optimizer import OptimizerOptions, make_adam
 
 @flax.struct.dataclass
 class TrainState:
-    """step int32; params float32; ema like params or None; opt_state of optax; extra: what a task measures."""
+    """The state of a run: step int32, params float32, ema like params or None, opt_state of optax, a task's extra."""
 
     step: jax.Array
     params: Any
@@ -24,7 +24,7 @@ class TrainState:
 
 
 def make_state(init_boxed, options: OptimizerOptions, extra: dict | None = None) -> TrainState:
-    """A boxed state at step 0: moments and EMA carry the parameters' logical axes."""
+    """Return a boxed state at step 0, in which moments and EMA carry the parameters' logical axes."""
     params = init_boxed()
     # a copy: two leaves must not share a buffer once the step donates its state
     ema = jax.tree.map(jnp.copy, params) if options.ema_decay else None
@@ -38,7 +38,7 @@ def make_state(init_boxed, options: OptimizerOptions, extra: dict | None = None)
 
 
 def _box_like(opt_state, axes):
-    """Boxes every moment whose path ends in a parameter's path with that parameter's axes."""
+    """Box every moment whose path ends in a parameter's path with that parameter's axes."""
     flat = {
         tuple(k.key for k in path): names
         for path, names in jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
@@ -55,7 +55,7 @@ def _box_like(opt_state, axes):
 
 
 def init_sharded(make_boxed_state, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """(state created sharded on the mesh, the same as ShapeDtypeStructs with shardings)."""
+    """Return (state created sharded on the mesh, the same as ShapeDtypeStructs with shardings)."""
     abstract = abstract_sharded(make_boxed_state, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     state = jax.jit(lambda: nn.meta.unbox(make_boxed_state()), out_shardings=shardings)()
@@ -63,15 +63,9 @@ def init_sharded(make_boxed_state, mesh: Mesh) -> tuple[TrainState, TrainState]:
 
 
 def abstract_sharded(make_boxed_state, mesh: Mesh) -> TrainState:
-    """The state's shapes with their shardings; nothing is allocated."""
+    """Return the state's shapes with their shardings; nothing is allocated."""
     boxed = jax.eval_shape(make_boxed_state)
     shardings = shardings_of(boxed, mesh)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
     )
-
-
-def sample_keys(seed: int, index_B: jax.Array) -> jax.Array:
-    """One key per sample: a function of the seed and the sample's place in the training stream alone."""
-    base = jax.random.key(seed)
-    return jax.vmap(lambda i: jax.random.fold_in(base, i))(index_B.astype(jnp.uint32))

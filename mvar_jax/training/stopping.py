@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a flag that a run looks at between steps."""
+"""SIGINT and SIGTERM as a flag that a run checks between steps."""
 
 import os
 import signal
@@ -10,10 +10,10 @@ from jax.experimental import multihost_utils
 
 
 class StopFlag:
-    """Turns SIGINT and SIGTERM into a flag while it is entered; only a main thread may.
+    """A flag that SIGINT and SIGTERM set while it is entered in the main thread; other threads leave signals alone.
 
-    In a run of several processes SIGTERM is left to JAX's preemption service, which tells the others and finds
-    a step that none of them has passed; SIGINT is handed on to it.
+    With several processes SIGTERM is left to JAX's preemption service, which agrees with the others on a step that
+    none has passed; SIGINT is passed to it.
     """
 
     def __init__(self):
@@ -31,7 +31,7 @@ class StopFlag:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def agreed_number(self, step: int) -> int | None:
-        """The signal that ends the run before `step`, of all processes alike; to be asked at every step."""
+        """Return the signal that ends the run before `step`, the same in all processes. Call at every step."""
         if jax.process_count() == 1:
             return self._number or None
         return (self._number or signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else None
@@ -42,5 +42,5 @@ class StopFlag:
             signal.signal(number, signal.default_int_handler)
             if jax.process_count() > 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-        # Not print: a handler may run in the middle of one.
+        # not print: a handler may run in the middle of one
         os.write(2, b"\nstopping after this step with a checkpoint (Ctrl-C again: at once, without)\n")

@@ -1,9 +1,10 @@
-"""What the tasks of the training loop share: options of a run, state, batches and evaluation data."""
+"""What both tasks share: options of a run, state, batches and evaluation data."""
 
 import dataclasses
 import functools
 from collections.abc import Iterator
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -13,72 +14,85 @@ from mvar_jax.data.pipeline import LoadOptions, Transform, eval_batches, train_b
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.data.sources import Source
 from mvar_jax.errors import InputError
-from mvar_jax.models.init import initializer
-from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import check_batch_size, check_sizes, put_batch, replicated, use_mesh
 from mvar_jax.training.optimizer import OptimizerOptions
+from mvar_jax.training.protocol import Task
 from mvar_jax.training.state import TrainState, abstract_sharded, init_sharded, make_state
 
 NUM_PICTURES = 16
 
 
-def sizes_of(module) -> dict[str, tuple[str, int]]:
-    """Config key -> (logical axis, size) of the dimensions that a mesh cuts and that must divide."""
-    if isinstance(module, Transformer):
-        D = module.width
-        named = {"width": ("width", D), "num_heads": ("heads", module.num_heads), "width * 4": ("hidden", 4 * D)}
-        return {**named, "vocab_size": ("vocab", module.vocab_size)}
-    widths = {f"ch * {mult}": module.ch * mult for mult in module.ch_mult}
-    named = {f"{key} (in)": ("channels_in", size) for key, size in widths.items()}
-    named |= {f"{key} (out)": ("channels_out", size) for key, size in widths.items()}
-    return {**named, "vocab_size": ("vocab", module.vocab_size)}
-
-
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """What both tasks share."""
+    """Options that both tasks share.
+
+    Attributes:
+      seed: seed of the initial weights, the order of samples, augmentation and dropout.
+      num_steps: optimizer steps of the whole run.
+      batch_size: images of an optimizer step, over all devices and processes.
+      optimizer: options of AdamW.
+      mesh: devices by axis.
+      accumulate_steps: equal parts of a batch whose gradients are added up, to save memory.
+
+    Raises InputError for values out of range.
+    """
 
     seed: int
     num_steps: int
     batch_size: int
     optimizer: OptimizerOptions
     mesh: Mesh
-    accumulate_steps: int = 1  # parts of a batch whose gradients are added up
+    accumulate_steps: int = 1
 
-    def check(self) -> None:
-        """Raises InputError for values out of range."""
+    def __post_init__(self):
         if self.accumulate_steps < 1:
-            raise InputError("accumulate_steps", self.accumulate_steps, "1 or more parts of a batch")
+            words = f"config.accumulate_steps must be 1 or more, got {self.accumulate_steps}"
+            raise InputError(words, field="accumulate_steps", given=self.accumulate_steps, expected="1 or more")
         check_batch_size(self.batch_size, self.mesh, self.accumulate_steps)
-        self.optimizer.check(self.num_steps)
+        warmup, end = self.optimizer.warmup_steps, max(self.num_steps, 1)
+        if warmup >= end:
+            words = f"config.optimizer.warmup_steps must be below config.num_steps={self.num_steps}, got {warmup}"
+            raise InputError(words, field="warmup_steps", given=warmup, expected=f"0 to {end - 1}")
 
     def rates(self, step: int) -> tuple[np.float32, np.float32]:
-        """(learning rate, weight decay) of a step."""
+        """Return (learning rate, weight decay) of a step."""
         learning_rate, weight_decay = self.optimizer.at(step, self.num_steps, self.batch_size)
         return np.float32(learning_rate), np.float32(weight_decay)
 
 
-class Task:
-    """State, batches and evaluation data: the part that does not depend on what is trained."""
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """The data of a task: sources by split, the transform of their samples, and how batches are loaded."""
 
-    def __init__(self, run: RunOptions, module, data: dict[str, Source], transform: Transform, loading, extra):
-        run.check()
-        check_sizes(sizes_of(module), run.mesh)
-        self.run, self.module, self.data, self.transform = run, module, data, transform
-        self.loading: LoadOptions = loading
-        # by split, what this process found bad
-        self.skipped = {split: Skipped(split, len(source), loading.max_bad_share) for split, source in data.items()}
+    sources: dict[str, Source]
+    transform: Transform
+    loading: LoadOptions
+
+
+class DataTask(Task):
+    """A task's state, batches and evaluation data: the part that does not depend on what is trained.
+
+    module: a linen module with `init_params` and `mesh_sizes`. extra: arrays that a step keeps in the state.
+    """
+
+    def __init__(self, run: RunOptions, module: nn.Module, data: TaskData, extra: dict[str, jax.Array]):
+        check_sizes(module.mesh_sizes(), run.mesh)
+        self.run, self.module = run, module
+        self.data, self.transform, self.loading = data.sources, data.transform, data.loading
+        # split -> bad samples found by this process
+        share = data.loading.max_bad_share
+        self.skipped = {split: Skipped(split, len(source), share) for split, source in data.sources.items()}
         self.examples_per_step = run.batch_size
-        # rbg: compiling many threefry draws takes most of a small model's start-up
-        init = functools.partial(initializer(module), jax.random.key(run.seed, impl="rbg"))
+        # rbg: compiling many threefry draws takes most of a small model's start
+        init = functools.partial(module.init_params, jax.random.key(run.seed, impl="rbg"))
         self._make_state = functools.partial(make_state, init, run.optimizer, extra)
         self.initial_params = None
-        # outputs are placed as the state is: left to itself the compiler may place them otherwise
+        # outputs are placed as the state: left to itself the compiler may place them differently
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         self._whole = replicated(run.mesh)
 
     def init_state(self) -> TrainState:
-        """Sharded arrays, a function of the seed, or of the weights that fine-tuning starts from."""
+        """Return sharded arrays, a function of the seed or of the weights that fine-tuning starts from."""
         with use_mesh(self.run.mesh):
             state, abstract = init_sharded(self._make_state, self.run.mesh)
         if self.initial_params is None:
@@ -90,11 +104,11 @@ class Task:
         return state.replace(params=params, ema=ema)
 
     def abstract_state(self) -> TrainState:
-        """Shapes and shardings of the state."""
+        """Return shapes and shardings of the state."""
         return abstract_sharded(self._make_state, self.run.mesh)
 
     def batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """This process's rows of the batches from `start_step` on."""
+        """Yield this process's rows of the batches from `start_step` on."""
         return train_batches(
             self.data["train"],
             self.transform,
@@ -108,7 +122,7 @@ class Task:
         )
 
     def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
-        """The validation split, every sample once; padding rows have mask 0."""
+        """Yield the validation split, every sample once; padding rows have mask 0."""
         batches = eval_batches(
             self.data["val"],
             self.transform,
@@ -123,14 +137,14 @@ class Task:
             yield put_batch(batch, self.run.mesh)
 
     def averaged(self, state: TrainState):
-        """The weights to evaluate: the moving average where one is kept."""
+        """Return the weights to evaluate: the moving average, if one is kept."""
         return state.params if state.ema is None else state.ema
 
     def weights_at_hand(self, state: TrainState):
-        """`averaged` as arrays that this process may use alone; of several processes all must call this."""
+        """Return `averaged` as arrays that this process may use alone; every process must call this."""
         params = self.averaged(state)
         return params if jax.process_count() == 1 else multihost_utils.process_allgather(params, tiled=True)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Batch arrays on the mesh; sample numbers as uint32, which random keys take."""
+        """Return the batch on the mesh, with sample numbers as uint32 for random keys."""
         return put_batch({**batch, "index": batch["index"].astype(np.uint32)}, self.run.mesh)

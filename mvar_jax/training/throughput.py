@@ -12,7 +12,7 @@ import jax
 class Throughput:
     """Rates of training alone: evaluations, pictures and saves are not counted.
 
-    peak_flops: FLOP/s of all devices together, None where it is not known; no mfu is told then.
+    peak_flops: FLOP/s of all devices together. If None, `mfu` is not reported.
     """
 
     def __init__(self, examples_per_step: int, peak_flops: float | None = None):
@@ -24,13 +24,13 @@ class Throughput:
         self._num_steps, self._flops, self._waited_s, self._since_s = 0, 0.0, 0.0, now_s
 
     def count_step(self, flops: float = 0.0) -> None:
-        """flops: of the model in this step, forward and backward, without what is computed again."""
+        """Count a step. flops: the model's in this step, forward and backward, without recomputation."""
         self._num_steps += 1
         self._flops += flops
 
     @contextmanager
     def pause(self):
-        """Leaves out the time spent inside; a pause within a pause counts once."""
+        """Leave out the time spent inside; a pause within a pause counts once."""
         if self._is_paused:
             yield
             return
@@ -42,14 +42,14 @@ class Throughput:
             self._is_paused = False
 
     def wait_for(self, batches: Iterator) -> Any:
-        """The next batch; the wait is remembered."""
+        """Return the next batch and add up the time waited for it."""
         before_s = time.perf_counter()
         batch = next(batches)
         self._waited_s += time.perf_counter() - before_s
         return batch
 
     def take(self) -> dict[str, float]:
-        """`images_per_s` and, where the peak is known, `mfu` since the last call."""
+        """Return `images_per_s` and, if the peak is known, `mfu` since the last call."""
         now_s = time.perf_counter()
         seconds = max(now_s - self._since_s, 1e-9)
         rates = {"images_per_s": self._num_steps * self._examples_per_step / seconds}
@@ -66,8 +66,8 @@ class Throughput:
         self._has_warned = True
         if jax.process_index() == 0:
             print(
-                f"warning: {100 * share:.0f}% of the time goes into waiting for batches: reading or augmenting the "
-                "data is what limits this run (a token cache, faster storage or more CPU cores would help)",
+                f"warning: {100 * share:.0f}% of the time is spent waiting for batches: reading or augmenting the "
+                "data limits this run (a token cache, faster storage or more CPU cores would help)",
                 file=sys.stderr,
                 flush=True,
             )

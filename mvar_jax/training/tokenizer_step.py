@@ -1,14 +1,16 @@
-"""Losses, updates and codebook care of the tokenizer."""
+"""Steps of the tokenizer: losses, updates, and redrawing of unused codes."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mvar_jax.errors import InputError
 from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.ops.metrics import psnr_of_error
 from mvar_jax.ops.pixels import as_images
+from mvar_jax.scales import areas_of, offsets_of
 from mvar_jax.training.accumulate import value_and_grad_over_parts
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
 from mvar_jax.training.state import TrainState
@@ -16,8 +18,21 @@ from mvar_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class CodebookOptions:
-    """warmup_steps: the decoder sees f itself, then codes are drawn from residuals. revive_every_steps (0: never),
-    until revive_until_step: codes with fewer than revive_below hits a step (moving average) are redrawn."""
+    """Options of the tokenizer's losses and codebook (docs/method.md, Training).
+
+    Attributes:
+      warmup_steps: first steps without quantization; at their end the codebook is drawn from residuals.
+      revive_every_steps: steps between replacements of unused codes; 0 replaces none.
+      revive_until_step: last step at which unused codes are replaced.
+      revive_below: hits a step (moving average) below which a code counts as unused.
+      l1_weight: weight of the mean absolute error of the reconstruction.
+      l2_weight: weight of the mean squared error of the reconstruction.
+      usage_decay: decay of the moving average of a code's hits.
+      usage_decay_early: the same in the first usage_early_steps after the warm-up.
+      usage_early_steps: number of those steps.
+
+    Raises InputError for values out of range.
+    """
 
     warmup_steps: int = 0
     revive_every_steps: int = 0
@@ -29,18 +44,19 @@ class CodebookOptions:
     usage_decay_early: float = 0.9
     usage_early_steps: int = 100
 
-    def check(self) -> None:
-        """Raises InputError for values out of range."""
+    def __post_init__(self):
         for name in ("warmup_steps", "revive_every_steps", "revive_until_step"):
-            if getattr(self, name) < 0:
-                raise InputError(f"codebook.{name}", getattr(self, name), "0 or more")
-        if self.l1_weight < 0 or self.l2_weight < 0 or self.l1_weight + self.l2_weight == 0:
-            raise InputError(
-                "codebook.l2_weight", self.l2_weight, f"weights of 0 or more, not both 0 (l1_weight={self.l1_weight})"
-            )
+            value = getattr(self, name)
+            if value < 0:
+                words = f"config.codebook.{name} must be 0 or more, got {value}"
+                raise InputError(words, field=f"codebook.{name}", given=value, expected="0 or more")
+        l1, l2 = self.l1_weight, self.l2_weight
+        if l1 < 0 or l2 < 0 or l1 + l2 == 0:
+            words = f"config.codebook.l1_weight and l2_weight must be 0 or more and not both 0, got {l1} and {l2}"
+            raise InputError(words, field="codebook.l2_weight", given=l2, expected="0 or more, not both 0")
 
-    def is_care_due(self, step: int) -> bool:
-        """Whether codes are redrawn before iteration `step`."""
+    def is_redraw_due(self, step: int) -> bool:
+        """Return whether codes are redrawn before iteration `step`."""
         if step == self.warmup_steps and self.warmup_steps:
             return True
         due = self.revive_every_steps and step % self.revive_every_steps == 0
@@ -48,24 +64,23 @@ class CodebookOptions:
 
 
 def count_hits(ids_BL: jax.Array, sides: tuple[int, ...], vocab_size: int) -> jax.Array:
-    """float32 [S, V]: how often each scale of the batch chose each code."""
-    bounds = np.cumsum((0, *(side * side for side in sides)))
-    spans = zip(bounds[:-1], bounds[1:], strict=True)
+    """Return float32 [S, V]: how often each scale of the batch chose each code."""
+    spans = itertools.pairwise(offsets_of(areas_of(sides)))
     return jnp.stack(
         [jnp.bincount(ids_BL[:, a:b].reshape(-1), length=vocab_size).astype(jnp.float32) for a, b in spans]
     )
 
 
 def usage_percent(hits_ema_SV: jax.Array, batch_size: int, latent_area: int) -> jax.Array:
-    """[S]: share of codes whose moving average reaches 0.08 * B*h*w / V, in percent; B over all devices."""
+    """Return [S]: percentage of codes whose moving average reaches 0.08 * B*h*w / V; B over all devices."""
     V = hits_ema_SV.shape[-1]
     return 100 * jnp.mean(hits_ema_SV >= 0.08 * batch_size * latent_area / V, axis=-1)
 
 
 def tokenizer_loss(model: Tokenizer, options: CodebookOptions, params, images_BYX3, use_codes):
-    """(loss, parts): weighted L1 and L2 of the raw reconstruction plus the quantizer's loss.
+    """Return (loss, parts): weighted L1 and L2 of the raw reconstruction plus the quantizer's loss.
 
-    parts, means over the batch: `mse` of the clipped reconstruction, `quantizer_loss`, `hits` [S, V] an image.
+    parts, means over the batch: `mse` of the clipped reconstruction, `quantizer_loss`, `hits` [S, V] per image.
     """
     rec, quantizer_loss, encoded = model.apply({"params": params}, images_BYX3, use_codes)
     error = rec - images_BYX3
@@ -78,7 +93,7 @@ def tokenizer_loss(model: Tokenizer, options: CodebookOptions, params, images_BY
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerRecipe:
-    """What is fixed for all steps of a run: hashable, so static in a compiled step.
+    """The constants of all steps of a run: hashable, so static in a compiled step.
 
     num_parts: equal parts of a batch whose gradients are accumulated.
     """
@@ -98,7 +113,7 @@ def train_step(
     loss_fn = lambda params, part: tokenizer_loss(model, options, params, part["image"], use_codes)
     images = {"image": as_images(batch["image"])}
     (loss, parts), grads = value_and_grad_over_parts(loss_fn, state.params, images, recipe.num_parts)
-    if options.warmup_steps:  # before the codes are drawn nothing may move the codebook
+    if options.warmup_steps:  # nothing may move the codebook before the codes are drawn
         frozen = {"codebook": jnp.where(use_codes, grads["codebook"], 0.0)}
         grads = {**grads, **frozen}
     B = batch["image"].shape[0]
@@ -109,16 +124,16 @@ def train_step(
     state, metrics = apply_gradients(recipe.optimizer, state, grads, learning_rate, weight_decay)
     state = state.replace(extra={"hits": hits_ema_SV})
     usage_S = usage_percent(hits_ema_SV, B, model.sides[-1] ** 2)
-    told = {"psnr_db": 10 * jnp.log10(4 / parts["mse"]), "quantizer_loss": parts["quantizer_loss"]}
-    return state, {"loss": loss, **told, "usage_per_scale": usage_S, **metrics}
+    measured = {"psnr_db": psnr_of_error(parts["mse"], 2), "quantizer_loss": parts["quantizer_loss"]}
+    return state, {"loss": loss, **measured, "usage_per_scale": usage_S, **metrics}
 
 
 def redraw_codes(model: Tokenizer, options: CodebookOptions, state: TrainState, batch: dict, key: jax.Array):
-    """Replaces unused codes (all of them at the end of the warm-up) by residual vectors of this batch.
+    """Replace unused codes (all of them at the end of the warm-up) by residual vectors of this batch.
 
-    The coarser a scale, the likelier it gives the vector: tokens of one scale are drawn independently, so what
-    an image has as a whole must fit into few of them.
-    The EMA's codebook and the moments follow, or they would pull a new code back to where the dead one lay.
+    Coarser scales are likelier to give the vector: tokens of one scale are drawn independently, so an image's global
+    content must fit into few of them. The codebook's EMA and moments are replaced too, or they would pull a new code
+    back to the old place.
     """
     is_first = state.step == options.warmup_steps
     images = as_images(batch["image"])
@@ -143,7 +158,7 @@ def redraw_codes(model: Tokenizer, options: CodebookOptions, state: TrainState, 
     def with_codes(tree, fresh):
         return jax.tree_util.tree_map_with_path(lambda path, leaf: replace(path, leaf, fresh), tree)
 
-    # one step's worth of grace, or a new code would be dead again at once
+    # hits for one step, or a new code would count as unused at once
     grace_SV = jnp.where(is_dead_V[None], options.revive_below, state.extra["hits"])
     return state.replace(
         params=with_codes(state.params, drawn_Vc),

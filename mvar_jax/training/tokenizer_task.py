@@ -6,34 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvar_jax.data.pipeline import LoadOptions, Transform, eval_batches
-from mvar_jax.data.sources import Source
+from mvar_jax.data.pipeline import eval_batches
 from mvar_jax.files.images import min_zoom, side_by_side, to_uint8
 from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.models.tokenizer import Tokenizer
-from mvar_jax.ops.metrics import perplexity
+from mvar_jax.ops.metrics import perplexity, psnr_of_error
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.sampling.sampler import decode_features
 from mvar_jax.sharding import use_mesh
 from mvar_jax.training import tokenizer_step
-from mvar_jax.training.task import NUM_PICTURES, RunOptions, Task
+from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 
 
-class TokenizerTask(Task):
-    """Trains the autoencoder and its codebook on images."""
+class TokenizerTask(DataTask):
+    """The task that trains an autoencoder and its codebook on images."""
 
     def __init__(
-        self,
-        run: RunOptions,
-        tokenizer: Tokenizer,
-        options,
-        data: dict[str, Source],
-        transform: Transform,
-        loading: LoadOptions,
+        self, run: RunOptions, tokenizer: Tokenizer, options: tokenizer_step.CodebookOptions, data: TaskData
     ):
-        options.check()
         zeros = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
-        super().__init__(run, tokenizer, data, transform, loading, zeros)
+        super().__init__(run, tokenizer, data, zeros)
         self.tokenizer, self.options = tokenizer, options
         recipe = tokenizer_step.TokenizerRecipe(tokenizer, run.optimizer, options, run.accumulate_steps)
         step = functools.partial(tokenizer_step.train_step, recipe)
@@ -44,10 +36,10 @@ class TokenizerTask(Task):
         self._evaluate = jax.jit(self._eval_step, out_shardings=self._whole)
 
     def train_step(self, state, batch, step: int):
-        """One step; redraws unused codes first where that is due."""
+        """Take one step; redraw unused codes first, if due."""
         with use_mesh(self.run.mesh):
             images = self.put(batch)
-            if self.options.is_care_due(step):
+            if self.options.is_redraw_due(step):
                 key = jax.random.fold_in(jax.random.key(self.run.seed), step)
                 state = self._redraw(state, images, key)
             learning_rate, weight_decay = self.run.rates(step)
@@ -63,15 +55,15 @@ class TokenizerTask(Task):
         return 3 * cost.get("flops", 0.0) * self.run.batch_size
 
     def flops_of_step(self, step: int) -> float:
-        """Three forward passes' worth, as XLA counts them before optimising."""
+        """Return three times the forward pass, as XLA counts it before optimising."""
         return self._flops
 
     def _eval_step(self, params, batch):
-        """Sums over real rows: (squared error of clipped images a row, PSNR, hits [S, V], rows)."""
+        """Return sums over real rows: (squared error of the clipped image, its PSNR, hits [S, V], rows)."""
         images = as_images(batch["image"])
         rec, _, encoded = self.tokenizer.apply({"params": params}, images)
         error_B = jnp.mean(jnp.square(jnp.clip(rec, -1, 1) - images), axis=(1, 2, 3))
-        psnr_B = 10 * jnp.log10(4 / error_B)
+        psnr_B = psnr_of_error(error_B, 2)
         mask = batch["mask"]
         V = self.tokenizer.vocab_size
         # a padding row's ids fall outside the codebook and are not counted
@@ -80,7 +72,7 @@ class TokenizerTask(Task):
         return mask @ error_B, mask @ psnr_B, hits_SV, jnp.sum(mask)
 
     def evaluate(self, state) -> dict:
-        """Held-out mse and PSNR (mean over images, dB) of the averaged weights; usage in percent and perplexity."""
+        """Return held-out mse, PSNR (mean over images, dB), codebook usage and perplexity of the averaged weights."""
         with use_mesh(self.run.mesh):
             parts = [self._evaluate(self.averaged(state), batch) for batch in self.eval_batches()]
         error, psnr, hits_SV, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(4))
@@ -93,7 +85,7 @@ class TokenizerTask(Task):
         }
 
     def pictures(self, state) -> dict[str, np.ndarray]:
-        """Held-out images beside their reconstructions."""
+        """Return held-out images next to their reconstructions."""
         params = self.weights_at_hand(state)
         if jax.process_index():
             return {}

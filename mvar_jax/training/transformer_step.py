@@ -1,4 +1,4 @@
-"""Losses, gradients and updates of the transformer: the paper's schedule of phases and the joint one (MVAR 3.3)."""
+"""Steps of the transformer: the paper's schedule of phases (MVAR section 3.3) and the joint one."""
 
 import dataclasses
 
@@ -8,42 +8,56 @@ import jax.numpy as jnp
 from mvar_jax.errors import InputError
 from mvar_jax.models.transformer import Transformer, previous_of
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
+from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.scales import Phase, phase_of
 from mvar_jax.training.accumulate import value_and_grad_over_parts
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
-from mvar_jax.training.state import TrainState, sample_keys
+from mvar_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseOptions:
-    """schedule: "paper" (one phase a step, `ratio` coarse steps a cycle) or "joint" (all phases, one step)."""
+    """Options of the transformer's training (docs/method.md, Training).
+
+    Attributes:
+      schedule: paper (each step trains one phase) or joint (each step trains every phase of the same batch).
+      ratio: steps of the coarse phase in a cycle of the paper schedule; each window phase gets one.
+      label_drop_rate: share of samples that train the "no class" row, which guidance needs.
+      label_smoothing: weight of the uniform part of the cross-entropy.
+
+    Raises InputError for values out of range.
+    """
 
     schedule: str = "paper"
     ratio: int = 8
     label_drop_rate: float = 0.1
     label_smoothing: float = 0.0
 
-    def check(self) -> None:
-        """Raises InputError for an unknown schedule or values out of range."""
+    def __post_init__(self):
         if self.schedule not in ("paper", "joint"):
-            raise InputError("phases.schedule", self.schedule, "paper or joint")
+            raise _out_of_range("schedule", self.schedule, "paper or joint")
         if self.ratio < 1:
-            raise InputError("phases.ratio", self.ratio, "1 or more coarse steps a cycle")
+            raise _out_of_range("ratio", self.ratio, "1 or more")
         for name in ("label_drop_rate", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"phases.{name}", getattr(self, name), "0 to below 1")
+                raise _out_of_range(name, getattr(self, name), "from 0 to below 1")
 
     def phases_of_step(self, model: Transformer, step: int) -> tuple[Phase, ...]:
-        """The phases that iteration `step` trains."""
+        """Return the phases that iteration `step` trains."""
         phases = model.phases()
         return phases if self.schedule == "joint" else (phases[phase_of(step, len(phases), self.ratio)],)
 
 
-def phase_loss(model, params, batch: dict, phase: Phase, label_smoothing: float = 0.0):
-    """(loss, sums): weight 1/L a token, summed over the phase, mean over the batch; nll and hits [B, scales].
+def _out_of_range(name: str, given, expected: str) -> InputError:
+    words = f"config.phases.{name} must be {expected}, got {given!r}"
+    return InputError(words, field=f"phases.{name}", given=given, expected=expected)
 
-    batch: `ids` int32 [B, L], `label` int32 [B], `previous` float32 [B, L - n_0, c] and, in training,
-    `path` [depth, 2, B].
+
+def phase_loss(model, params, batch: dict, phase: Phase, label_smoothing: float = 0.0):
+    """Return (loss, (nll, hits)): the mean over the batch of 1/L a token, and sums over each scale, [B, scales].
+
+    batch: `ids` int32 [B, L], `label` int32 [B], `previous` float32 [B, L - n_0, c] and in training the drop-path
+    factors `path` [depth, 2, B].
     """
     pyramid = model.pyramid
     previous = previous_of(batch["previous"], phase, pyramid.areas[0])
@@ -57,13 +71,13 @@ def phase_loss(model, params, batch: dict, phase: Phase, label_smoothing: float 
 
 
 def drop_labels(labels_B, keys_B, rate: float, no_class: int) -> jax.Array:
-    """Labels replaced by the "no class" row with this probability."""
+    """Return the labels, each replaced by `no_class` with probability `rate`."""
     draws_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(keys_B)
     return jnp.where(draws_B < rate, no_class, labels_B)
 
 
 def draw_paths(model: Transformer, keys_B) -> jax.Array | None:
-    """Drop-path factors [depth, 2, B]: 0 for a dropped branch, 1 / keep for a kept one; None without drop-path."""
+    """Return drop-path factors [depth, 2, B]: 0 drops a branch, 1 / keep keeps it; None without drop-path."""
     if model.drop_path_rate == 0:
         return None
     keep_D = 1 - jnp.asarray(model.drop_path_rates())
@@ -73,7 +87,7 @@ def draw_paths(model: Transformer, keys_B) -> jax.Array | None:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerRecipe:
-    """What is fixed for all steps of a run: hashable, so static in a compiled step.
+    """The constants of all steps of a run: hashable, so static in a compiled step.
 
     seed: of label dropout and drop-path. num_parts: equal parts of a batch whose gradients are accumulated.
     """
@@ -93,13 +107,20 @@ def train_step(
     learning_rate: jax.Array,
     weight_decay: jax.Array,
 ):
-    """Take one optimizer step over `phases`, gradients accumulated phase by phase. Jit with the first two static.
+    """Take one optimizer step over `phases`, gradients accumulated phase by phase; return (state, metrics).
 
-    batch: `ids` int32 [B, L], `label` int32 [B], `previous` float32 [B, L - n_0, c] (the teacher-forcing input of
-    the ids), `index` uint32 [B] (the samples' places in the stream). Metrics hold NaN for scales outside `phases`.
+    Jit with the first two arguments static. Metrics hold NaN for scales outside `phases`.
+
+    Args:
+      recipe: constants of the run.
+      phases: the phases to train.
+      state: the TrainState.
+      batch: `ids` int32 [B, L]; `label` int32 [B]; `previous` float32 [B, L - n_0, c], the teacher-forcing input of
+        the ids; `index` uint32 [B], the samples' places in the training stream.
+      learning_rate, weight_decay: of this step.
     """
     model, options = recipe.model, recipe.options
-    keys_B = sample_keys(recipe.seed, batch["index"])
+    keys_B = keys_of_samples(recipe.seed, batch["index"])
     batch = {
         "ids": batch["ids"],
         "label": drop_labels(batch["label"], keys_B, options.label_drop_rate, model.num_classes),
@@ -128,9 +149,9 @@ def train_step(
 
 
 def eval_step(model: Transformer, params, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return sums over the batch's real rows: (nll [S], hits [S], rows). No dropout.
+    """Return sums over the batch's real rows, without dropout: (nll [S], hits [S], rows).
 
-    batch: as `train_step` takes it, without `index` and with `mask` float32 [B], 1 for real rows.
+    batch: that of `train_step` without `index` and with `mask` float32 [B], 1 for real rows.
     """
     parts = [phase_loss(model, params, batch, phase)[1] for phase in model.phases()]
     nll_BS, hits_BS = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))

@@ -4,32 +4,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvar_jax.data.pipeline import LoadOptions, Transform
-from mvar_jax.data.sources import Source
 from mvar_jax.files.images import min_zoom, tile_grid, to_uint8
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.cost import phase_macs
 from mvar_jax.ops.pixels import as_images
-from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample
+from mvar_jax.ops.random import keys_of_samples
+from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import use_mesh
 from mvar_jax.training import transformer_step
-from mvar_jax.training.task import NUM_PICTURES, RunOptions, Task
+from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 
 
 def with_input(networks: Networks, batch: dict) -> dict:
-    """Return the batch with `ids` int32 [B, L] (its own, or those of its images) and their teacher-forcing input."""
+    """Return the batch with `ids` int32 [B, L], encoded from its images if absent, and the teacher-forcing input."""
     if "ids" not in batch:
         ids_BL = networks.apply_tokenizer(as_images(batch["image"]), method="encode")
         batch = {**{name: x for name, x in batch.items() if name != "image"}, "ids": ids_BL}
     return {**batch, "previous": networks.apply_tokenizer(batch["ids"], method="teacher_forcing")}
 
 
-class TransformerTask(Task):
-    """Trains the transformer on token ids; the teacher-forcing input is recomputed from them on the device.
+class TransformerTask(DataTask):
+    """The task that trains a transformer on token ids; their teacher-forcing input is recomputed on the device.
 
-    If the data are images, the tokenizer encodes them inside the same step program. tokenizer: the networks without
-    a transformer.
+    If the data are images, the tokenizer encodes them inside the same step program. tokenizer: networks without a
+    transformer. initial_params: weights to start from, None for random ones.
     """
 
     def __init__(
@@ -38,13 +37,10 @@ class TransformerTask(Task):
         transformer: Transformer,
         options: transformer_step.PhaseOptions,
         tokenizer: Networks,
-        data: dict[str, Source],
-        transform: Transform,
-        loading: LoadOptions,
+        data: TaskData,
         initial_params=None,
     ):
-        options.check()
-        super().__init__(run, transformer, data, transform, loading, {})
+        super().__init__(run, transformer, data, {})
         self.initial_params = initial_params
         self.transformer, self.options = transformer, options
         self._tokenizer_on_host = jax.tree.map(np.asarray, tokenizer)
@@ -65,7 +61,7 @@ class TransformerTask(Task):
         self._evaluate = jax.jit(evaluate, out_shardings=self._whole)
 
     def train_step(self, state, batch, step: int):
-        """One step over the phases that are due."""
+        """Take one step over the phases that are due."""
         learning_rate, weight_decay = self.run.rates(step)
         phases = self.options.phases_of_step(self.transformer, step)
         with use_mesh(self.run.mesh):
@@ -74,14 +70,14 @@ class TransformerTask(Task):
         return state, {**metrics, "learning_rate": learning_rate, "weight_decay": weight_decay}
 
     def flops_of_step(self, step: int) -> float:
-        """Three forward passes' worth over the tokens of the step's phases."""
+        """Return three times the forward pass of the step's phases."""
         model = self.transformer
         sizes = (model.depth, model.width, model.vocab_size, model.code_width)
         phases = self.options.phases_of_step(model, step)
         return 6.0 * self.run.batch_size * sum(phase_macs(model.pyramid, phase, *sizes) for phase in phases)
 
     def evaluate(self, state) -> dict:
-        """True token-weighted means over the validation split (averaged weights, no dropout), nats a token."""
+        """Return token-weighted means over the validation split, in nats a token: averaged weights, no dropout."""
         with use_mesh(self.run.mesh):
             params = self.averaged(state)
             parts = [self._evaluate(params, batch, self.tokenizer) for batch in self.eval_batches()]
@@ -94,7 +90,7 @@ class TransformerTask(Task):
         }
 
     def pictures(self, state) -> dict[str, np.ndarray]:
-        """One sample of each of the first classes from fixed seeds, guidance 1.5."""
+        """Return one sample of each of the first classes, from fixed seeds and guidance 1.5."""
         params = self.weights_at_hand(state)
         if jax.process_index():
             return {}

@@ -1,4 +1,4 @@
-"""A workdir: the one run it belongs to, the configuration of that run, files that appear whole or not at all."""
+"""A workdir: the one run that holds it, and the configuration of that run."""
 
 import fcntl
 import json
@@ -17,7 +17,7 @@ from mvar_jax.files.atomic import write_atomically
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
-# These do not change what is learned, so a run may be resumed with other values.
+# Keys that do not change what is learned: a run may be resumed with other values.
 _CHANGEABLE_KEYS = {
     "log_every_steps",
     "eval_every_steps",
@@ -31,11 +31,10 @@ _CHANGEABLE_KEYS = {
 
 
 def check_config(workdir: str | os.PathLike, config: dict) -> None:
-    """Makes the workdir and its config.json, or checks that it belongs to a run of the same `config`.
+    """Make the workdir and its config.json, or check that it belongs to a run of the same `config`.
 
-    Raises:
-      InputError: a key that decides what is learned differs (nothing is written), or the workdir cannot
-        be written.
+    Raises InputError if a key that decides what is learned differs (nothing is written), or if the workdir cannot be
+    written.
     """
     workdir = Path(workdir)
     path = workdir / CONFIG_FILE
@@ -43,32 +42,32 @@ def check_config(workdir: str | os.PathLike, config: dict) -> None:
     try:
         stored = json.loads(path.read_text()) if path.exists() else None
     except (OSError, ValueError) as error:
-        raise InputError(
-            "workdir", str(workdir), f"a directory with a readable {CONFIG_FILE} ({shorten(error)})"
-        ) from error
+        words = f"workdir {workdir} has no readable {CONFIG_FILE}: {shorten(error)}"
+        raise _refuse(workdir, words, f"a readable {CONFIG_FILE}") from error
     if stored is not None:
         given, expected = dict(_flatten(config)), dict(_flatten(stored))
         for key in [*given, *(key for key in expected if key not in given)]:
             if given.get(key) != expected.get(key) and not _is_changeable(key):
+                words = f"config.{key} is {given.get(key)!r}, but the run in {workdir} has {expected.get(key)!r}"
                 raise InputError(
-                    f"config.{key}",
-                    given.get(key),
-                    f"{expected.get(key)!r}, the value of the run in {workdir} (or another workdir)",
+                    f"{words}; choose another workdir for another run",
+                    field=f"config.{key}",
+                    given=given.get(key),
+                    expected=repr(expected.get(key)),
                 )
     if config != stored and jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(config, indent=2) + "\n")
         except OSError as error:
-            raise InputError("workdir", str(workdir), f"a writable directory ({shorten(error)})") from error
+            raise _unwritable(workdir, error) from error
 
 
 @contextmanager
 def hold_workdir(workdir: Path):
-    """One run at a time; the lock goes with the process, however that ends. The first process holds it for all.
+    """Hold the workdir for one run. The first process holds the lock for all; it ends with that process.
 
-    Raises:
-      InputError: another run holds it, or the workdir cannot be written; in every process of the run.
+    Raises InputError in every process if another run holds the workdir or it cannot be written.
     """
     file, refusal = None, None
     if jax.process_index() == 0:
@@ -77,7 +76,8 @@ def hold_workdir(workdir: Path):
         except InputError as error:
             refusal = error
     if not _agree(refusal is None):
-        raise refusal or InputError("workdir", str(workdir), "a directory that the first process can lock")
+        words = f"workdir {workdir} cannot be locked by the first process"
+        raise refusal or _refuse(workdir, words, "a directory that the first process can lock")
     try:
         yield
     finally:
@@ -90,17 +90,26 @@ def _lock(workdir: Path):
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK_FILE).open("w")
     except OSError as error:
-        raise InputError("workdir", str(workdir), f"a writable directory ({error.strerror})") from error
+        raise _unwritable(workdir, error) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise InputError("workdir", str(workdir), "a directory that no other run is using") from error
+        words = f"workdir {workdir} is in use by another run"
+        raise _refuse(workdir, words, "a directory that no other run uses") from error
     return file
 
 
+def _unwritable(workdir: Path, error: OSError) -> InputError:
+    return _refuse(workdir, f"workdir {workdir} cannot be written: {shorten(error)}", "a writable directory")
+
+
+def _refuse(workdir: Path, words: str, expected: str) -> InputError:
+    return InputError(words, field="workdir", given=str(workdir), expected=expected)
+
+
 def _agree(is_good: bool) -> bool:
-    """What the first process says, in every process."""
+    """Return in every process the value of the first."""
     return bool(multihost_utils.broadcast_one_to_all(np.int32(is_good))) if jax.process_count() > 1 else is_good
 
 

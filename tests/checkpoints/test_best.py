@@ -61,7 +61,7 @@ def test_score_without_its_checkpoint_does_not_count(tmp_path):
 
 
 def test_metric_that_no_evaluation_has_is_refused_with_those_it_has(tmp_path):
-    with pytest.raises(InputError, match="keep_best='los': expected one of loss, psnr_db"):
+    with pytest.raises(InputError, match="config.keep_best must be .*one of loss, psnr_db, got 'los'"):
         run(Scripted(), tmp_path, make_settings(23, keep_best="los"), CONFIG)
-    with pytest.raises(InputError, match="keep_best='loss:down'"):
+    with pytest.raises(InputError, match="config.keep_best must be the name of a metric .*got 'loss:down'"):
         Metric.parse("loss:down")

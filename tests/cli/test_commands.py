@@ -24,7 +24,7 @@ def test_help_lists_every_command_without_heavy_imports():
         "heavy = {'jax', 'tensorflow', 'sklearn', 'matplotlib', 'grain', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert all(command in done.stdout for command in COMMANDS)
 
@@ -89,9 +89,10 @@ def test_cache_holds_the_ids_of_the_unaugmented_image_as_first_view(run):
     cache = TokenCache(run.tokens, "train")
     assert cache[0]["ids"].shape == (2, 50)
     data = json.loads((Path(run.transformer) / "config.json").read_text())["data"]
-    from mvar_jax.build import DataOptions, fill
+    from mvar_jax.build import DataOptions
+    from mvar_jax.fields import from_dict
 
-    options = fill(DataOptions, "data", data)
+    options = from_dict(DataOptions, data, "config.data")
     transform, source = options.transform(), options.open("train")
     images = np.stack([transform(source[i]["image"]) for i in range(4)])
     expected = np.asarray(model.encode(images))

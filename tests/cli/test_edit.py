@@ -1,4 +1,4 @@
-"""The `edit` command: what it leaves behind, and what it refuses."""
+"""The `edit` command: the files it writes, and the input it refuses."""
 
 import functools
 
@@ -14,7 +14,7 @@ from mvar_jax.__main__ import main
 
 @pytest.fixture(scope="module")
 def loaded_once():
-    """Reading a model is most of what a refusal takes."""
+    """Load each model once, since loading takes most of the time of a refusal."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mvar_jax.api, "load", functools.cache(mvar_jax.api.load))
         yield
@@ -30,7 +30,11 @@ def files(tmp_path):
     return tmp_path
 
 
-def test_edit_draws_under_the_mask_alone(tiny_model, quick_programs, files):
+def test_edit_changes_the_masked_pixels_alone(tiny_model, quick_programs, files):
+    """The command writes one PNG per result and a grid, keeps known pixels, and samples what `Model.edit` samples.
+
+    Equality with the Python API shows that every option arrives; --expand must keep the shrunk image's pixels.
+    """
     base = ["edit", "--checkpoint", str(tiny_model), "--image", str(files / "image.png"), "--label", "0,2"]
     options = ["--num", "2", "--seed", "5", "--cfg", "1.0", "--top_k", "12", "--temperature", "3"]
     assert main([*base, *options, "--mask", str(files / "mask.png"), "--out", str(files / "in")]) == 0
@@ -60,20 +64,20 @@ def test_edit_draws_under_the_mask_alone(tiny_model, quick_programs, files):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--mask", "small.png"], ["mask='12 x 9 pixels'", "8 x 6 pixels, as the image has"]),
-        (["--mask", "black.png"], ["mask='empty'"]),
-        (["--mask", "white.png"], ["mask='all of the picture'"]),
-        (["--mask", "broken.png"], ["mask=", "broken.png", "a readable image"]),
-        (["--mask", "mask.png", "--image", "broken.png"], ["image=", "broken.png", "a readable image"]),
-        (["--mask", "mask.png", "--expand", "2"], ["one of --mask and --expand"]),
-        ([], ["one of --mask and --expand"]),
-        (["--expand", "0.5"], ["expand=0.5", "above 1"]),
-        (["--mask", "mask.png", "--label", "ten"], ["labels='ten'"]),
-        (["--mask", "mask.png", "--label", "10"], ["labels=10", "0 to 2"]),
-        (["--mask", "mask.png", "--border", "-1"], ["border=-1"]),
-        (["--mask", "mask.png", "--softness", "2"], ["softness=2.0"]),
-        (["--mask", "mask.png", "--num", "0"], ["num=0"]),
-        (["--mask", "mask.png", "--seed", "-1"], ["seed=-1"]),
+        (["--mask", "small.png"], ["--mask must have the image's size, 8 x 6 pixels, got 12 x 9 pixels"]),
+        (["--mask", "black.png"], ["mask must be above 0", "0 everywhere"]),
+        (["--mask", "white.png"], ["mask must be 0 ", "use sample instead"]),
+        (["--mask", "broken.png"], ["mask", "broken.png"]),
+        (["--mask", "mask.png", "--image", "broken.png"], ["image", "broken.png"]),
+        (["--mask", "mask.png", "--expand", "2"], ["exactly one of --mask and --expand", "both"]),
+        ([], ["exactly one of --mask and --expand", "neither"]),
+        (["--expand", "0.5"], ["expand must be", "above 1", "got 0.5"]),
+        (["--mask", "mask.png", "--label", "ten"], ["labels", "'ten'"]),
+        (["--mask", "mask.png", "--label", "10"], ["labels must be class numbers from 0 to 2, got 10"]),
+        (["--mask", "mask.png", "--border", "-1"], ["border must be 0 pixels or more, got -1"]),
+        (["--mask", "mask.png", "--softness", "2"], ["softness must be", "got 2.0"]),
+        (["--mask", "mask.png", "--num", "0"], ["--num must be 1 or more, got 0"]),
+        (["--mask", "mask.png", "--seed", "-1"], ["--seed must be", "got -1"]),
     ],
 )
 def test_edit_refuses_what_does_not_fit(tiny_model, loaded_once, files, capfd, monkeypatch, flags, words):

@@ -18,8 +18,9 @@ def test_processes_are_those_of_the_option_or_of_the_variables_or_for_jax_to_fin
 
 @pytest.mark.parametrize("option", ["on", "a:1", "a,2,0", "a:1,2,2", "a:1,two,0"])
 def test_processes_that_cannot_be_meant_are_refused(option):
-    with pytest.raises(InputError, match="distributed=.*HOST:PORT,NUM,INDEX"):
+    with pytest.raises(InputError, match="distributed must be .*HOST:PORT,NUM,INDEX.*, got") as caught:
         machine.parse_distributed(option, {})
+    assert caught.value.field == "distributed" and caught.value.given == option
 
 
 class Config:

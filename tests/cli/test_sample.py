@@ -1,4 +1,4 @@
-"""Bulk sampling: killed and resumed, in several processes, refused where a folder holds something else."""
+"""Bulk sampling: killed and resumed, in several processes, refused if the folder holds something else."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from mvar_jax.sampling.sampler import SampleOptions
 from mvar_jax.sharding import make_mesh
 
 OPTIONS = ["--labels", "0-2,7", "--num", "3", "--batch_size", "5", "--top_k", "20", "--save_tokens"]
-# the third picture of the second batch is half written when the process dies
+# the third image of the second batch is half written when the process dies
 KILL_IN_THE_MIDDLE = """
 import os, signal, sys
 from mvar_jax.sampling import bulk
@@ -53,15 +53,15 @@ def command(run):
 
 @pytest.fixture(scope="module")
 def whole(command, tmp_path_factory) -> Path:
-    """What an undisturbed run leaves: three batches, the last of two images; it compiles one sampler for them."""
+    """The folder of an uninterrupted run: three batches, the last of two images, by one compiled sampler."""
     out = tmp_path_factory.mktemp("samples") / "whole"
     before = sampler.sample._cache_size()
     assert main([*command, str(out)]) == 0
-    assert sampler.sample._cache_size() == before + 1, "the last batch is padded, not compiled anew"
+    assert sampler.sample._cache_size() == before + 1, "the last batch is padded, not compiled separately"
     return out
 
 
-def test_an_undisturbed_run_leaves_these_files(whole):
+def test_an_uninterrupted_run_leaves_these_files(whole):
     pngs = {f"{i:06d}.png" for i in range(12)}
     assert {path.name for path in whole.iterdir()} == pngs | {"grid.png", "samples.json", "samples.npz", "tokens.npz"}
     samples, tokens = np.load(whole / "samples.npz"), np.load(whole / "tokens.npz")
@@ -69,14 +69,21 @@ def test_an_undisturbed_run_leaves_these_files(whole):
     assert len(np.unique(tokens["ids"], axis=0)) == 12
 
 
-def test_killed_in_the_middle_and_started_again_it_leaves_the_same_bytes(command, whole, tmp_path, capsys):
+def test_resumed_after_a_kill_it_leaves_the_same_bytes(command, whole, tmp_path, capsys):
+    """A run killed while it writes an image resumes to the bytes of `whole`, and keeps the batches it had finished.
+
+    SIGKILL in `save_png` leaves a half-written file and a batch without arrays, the worst state of the folder.
+    A batch marked finished too early, a temporary file taken for an image, or a sample that depends on the batches
+    of its process breaks it. A third run must change no file.
+    """
     out = tmp_path / "killed"
-    died = subprocess.run([sys.executable, "-c", KILL_IN_THE_MIDDLE, *command, str(out)], env=os.environ)
+    child = [sys.executable, "-c", KILL_IN_THE_MIDDLE, *command, str(out)]
+    died = subprocess.run(child, env=os.environ, timeout=300)
     assert died.returncode == -signal.SIGKILL
     assert [path.name for path in (out / "unfinished").iterdir()] == ["0000000.npz"]
     kept = (out / "000000.png").stat().st_mtime_ns
     assert main([*command, str(out)]) == 0
-    assert (out / "000000.png").stat().st_mtime_ns == kept, "a finished batch was drawn again"
+    assert (out / "000000.png").stat().st_mtime_ns == kept, "a finished batch was sampled again"
     assert contents(out) == contents(whole)
     assert "12 images written" in capsys.readouterr().out
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -92,15 +99,15 @@ def test_processes_share_the_batches(run, whole, tmp_path):
     waited = []
 
     def other_process():
-        """The second process does its share while the first waits for it."""
+        """Run the second process's batches while the first waits for it."""
         waited.append(sorted(path.name for path in (tmp_path / "unfinished").glob("*.npz")))
         if len(waited) == 2:
-            # all before the first process, which has not joined anything yet
+            # the first process has sampled its batches and has not joined anything yet
             draw_all(model, order, tmp_path, mesh, process_index=1, process_count=2)
 
     (tmp_path / "unfinished").mkdir()
     assert draw_all(model, order, tmp_path, mesh, process_index=0, process_count=2, wait=other_process)
-    assert waited[:2] == [[], ["0000000.npz", "0000002.npz"]], "each draws every second batch"
+    assert waited[:2] == [[], ["0000000.npz", "0000002.npz"]], "each process samples every second batch"
     assert contents(tmp_path) == contents(whole)
 
 
@@ -132,14 +139,14 @@ def test_samples_of_other_weights_or_of_no_known_run_are_refused(command, whole,
     (out / "samples.json").write_text(json.dumps(stored | {"checkpoint": "weights 0123"}))
     assert main([*command, str(out)]) == 2
     error = capsys.readouterr().err
-    assert f"checkpoint='{stored['checkpoint']}'" in error and "'weights 0123'" in error
+    assert f"checkpoint='{stored['checkpoint']}' differs from 'weights 0123'" in error
     (out / "samples.json").unlink()
     assert main([*command, str(out)]) == 2
-    assert "it holds samples.npz" in capsys.readouterr().err
+    assert "holds samples.npz of another run" in capsys.readouterr().err
 
 
-def test_the_best_checkpoint_can_be_asked_for(run, tmp_path):
-    with pytest.raises(InputError, match="which='best'.*keep_best"):
+def test_the_best_checkpoint_can_be_loaded(run, tmp_path):
+    with pytest.raises(InputError, match="has no best checkpoint; train with keep_best"):
         mvar_jax.load(run.transformer, which="best")
     workdir = tmp_path / "workdir"
     shutil.copytree(run.transformer, workdir)
@@ -149,7 +156,7 @@ def test_the_best_checkpoint_can_be_asked_for(run, tmp_path):
         assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), ours, expected)))
 
 
-def test_weights_are_kept_in_the_type_asked_for(run):
+def test_transformer_weights_take_the_requested_dtype(run):
     model = mvar_jax.load(run.transformer)
     placed = place_networks(model.networks, make_mesh(devices=jax.local_devices()), "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(placed.params)} == {jnp.dtype("bfloat16")}

@@ -35,6 +35,7 @@ def test_says_in_one_line_what_to_do_without_a_network(monkeypatch, caplog, erro
     put_hub(monkeypatch, fail)
     with pytest.raises(InputError) as caught:
         download("some/repo", "mvar.pth")
+    assert caught.value.field == "from_hub"
     message = str(caught.value)
     assert "some/repo mvar.pth" in message and "by hand" in message and "\n" not in message
     assert " ".join(str(error).split()) in message

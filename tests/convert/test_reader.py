@@ -32,7 +32,8 @@ def refusal_of(path):
         for tensor in file.content.values():
             file.read(tensor)
     message = str(caught.value)
-    assert message.startswith(f"transformer={str(path)!r}: expected ") and "\n" not in message
+    assert caught.value.field == "transformer" and caught.value.given == str(path)
+    assert message.startswith(f"transformer={path} is not a readable file of torch.save: ") and "\n" not in message
     return message
 
 

@@ -83,15 +83,17 @@ def test_tokenizer_of_other_groups_is_refused(tmp_path):
     module = module_from_dict("tokenizer", fields | {"num_groups": None, "group_size": 4})
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), nn.meta.unbox(abstract_params(module)))
     save_model(tmp_path / "model", {"tokenizer": module}, {"tokenizer": params})
-    with pytest.raises(InputError, match="num_groups=None: expected 32"):
+    with pytest.raises(InputError, match="^num_groups must be 32, .*, got None$"):
         to_torch(tmp_path / "model", tmp_path / "torch")
     assert not (tmp_path / "torch").exists()
 
 
 def test_no_model_or_a_taken_directory_is_refused(tmp_path):
-    with pytest.raises(InputError, match="checkpoint="):
+    with pytest.raises(InputError) as caught:
         to_torch(tmp_path / "nowhere", tmp_path / "torch")
+    assert caught.value.field == "checkpoint"
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").write_text("")
-    with pytest.raises(InputError, match="to_torch="):
+    with pytest.raises(InputError) as caught:
         to_torch(tmp_path / "nowhere", tmp_path)
+    assert caught.value.field == "to_torch"

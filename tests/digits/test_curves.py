@@ -5,7 +5,7 @@ from PIL import Image
 from mvar_jax.digits.curves import Curves, plot_curves
 
 
-def test_plot_curves_writes_a_picture_and_refuses_a_scale_without_a_curve(tmp_path):
+def test_plot_curves_writes_a_figure_and_refuses_a_scale_without_a_curve(tmp_path):
     curves = dict(
         validation_loss=([0, 10], [[4.8, 4.8], [2.0, 1.5]]),
         training_loss=([0, 5, 10], [4.8, 3.0, 2.0]),

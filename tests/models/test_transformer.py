@@ -192,6 +192,10 @@ def test_memory_and_speed_options_change_no_number():
 
 
 def test_drop_path_factors_scale_the_branches_of_their_block_and_sample():
+    """A factor multiplies exactly one branch of one block and sample: 0 removes it, 1 keeps it, 2 doubles its gamma.
+
+    Factors applied to another block, branch or sample, or to the residual itself, break one of the comparisons.
+    """
     params, batch, phase = seeded_params(MODEL), seeded_batch(), MODEL.phases()[0]
     run = lambda params, path: np.asarray(phase_logits(MODEL, phase, params, batch, path))
     kept, dropped = jnp.ones((2, 2, 2)), jnp.zeros((2, 2, 2))
@@ -299,5 +303,6 @@ def test_initial_biases_are_zero_and_attention_scales_four(initial):
 )
 def test_check_refuses_fields_that_do_not_fit(changes, field):
     MODEL.check()
-    with pytest.raises(InputError, match=f"^{field}="):
+    with pytest.raises(InputError, match=f"^{field} must ") as caught:
         MODEL.clone(**changes).check()
+    assert caught.value.field == field

@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -48,3 +49,13 @@ def test_perplexity_counts_codes_that_are_hit_alike():
     assert metrics.perplexity([0, 9]) == pytest.approx(1)
     with pytest.raises(InputError):
         metrics.perplexity([0, 0])
+
+
+def test_psnr_of_an_error_is_the_same_on_the_host_and_in_a_program():
+    error_B = np.asarray([0.0, 1e-4, 0.3], np.float32)
+    expected_B = [np.inf, 10 * np.log10(4 / 1e-4), 10 * np.log10(4 / 0.3)]
+    on_host = metrics.psnr_of_error(error_B, 2)
+    traced = jax.jit(lambda error: metrics.psnr_of_error(error, 2))(error_B)
+    assert on_host.dtype == traced.dtype == np.float32
+    np.testing.assert_allclose(on_host, expected_B, rtol=1e-6)
+    np.testing.assert_allclose(traced, expected_B, rtol=1e-6)

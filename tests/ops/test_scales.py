@@ -3,7 +3,7 @@ import pytest
 from golden_case import load, load_json
 
 from mvar_jax.errors import InputError
-from mvar_jax.scales import BLOCK_CAUSAL, BLOCK_DIAGONAL, KNOWN_SIDES, WINDOW, Pyramid, phase_of
+from mvar_jax.scales import BLOCK_CAUSAL, BLOCK_DIAGONAL, KNOWN_SIDES, WINDOW, Pyramid, areas_of, offsets_of, phase_of
 
 GOLDEN_CYCLES = load_json("tiny/phase_cycle_prog_ed.json")
 SKIPS_SCALES = ("scales10_refine7_ratio2", "scales10_refine6_ratio2")  # the published program never trains all
@@ -103,5 +103,13 @@ def test_each_window_scale_may_have_its_own_window():
     ],
 )
 def test_pyramid_refuses_what_does_not_fit(arguments, field):
-    with pytest.raises(InputError, match=f"^{field}="):
+    with pytest.raises(InputError, match=f"^{field} must be ") as caught:
         Pyramid(*arguments)
+    assert caught.value.field == field and str(caught.value.given) in str(caught.value)
+
+
+def test_offsets_of_sides_are_those_of_their_pyramid():
+    areas = areas_of((1, 2, 4))
+    assert (areas, offsets_of(areas)) == ((1, 4, 16), (0, 1, 5, 21))
+    pyramid = Pyramid((1, 2, 4), 2)
+    assert (pyramid.areas, pyramid.offsets, offsets_of(())) == (areas, offsets_of(areas), (0,))

@@ -6,8 +6,9 @@ from golden_case import quick_jit
 
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
+from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.analysis import mix_classes, sample_swept, score_classes, teacher_forced_logits
-from mvar_jax.sampling.sampler import SampleOptions, guided_logits, keys_of_samples, sample_pyramid
+from mvar_jax.sampling.sampler import SampleOptions, guided_logits, sample_pyramid
 
 TOKENIZER, MODEL = small_case.TINY_MODULES["tokenizer"], small_case.TINY_MODULES["transformer"]
 PARAMS = small_case.seeded_params(MODEL)
@@ -43,6 +44,10 @@ def test_a_sweep_draws_what_each_guidance_draws_alone(conditioning, cfgs):
 
 
 def test_mixed_classes_are_what_their_weights_say():
+    """Row m of the new class table is weights[m] @ table, "no class" is unchanged, and a one-hot row is that class.
+
+    The logits show that the mixed table is used as a class table: a shifted or transposed one changes them.
+    """
     weights = jnp.array([[0, 0, 1.0], [0.25, 0.75, 0], [1, 0, 0], [0, 1, 0]])
     mixed = mix_classes(NETWORKS, weights)
     params = mixed.params

@@ -10,7 +10,7 @@ import pytest
 LABELS, INDEX = [0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 2, 3, 40, 50, 0, 7]
 MESHES = {"one": {"data": 1}, "data": {"data": 4}, "fsdp and tensor": {"data": 1, "fsdp": 2, "tensor": 2}}
 
-# Runs in a process of its own: the number of CPU devices is fixed when jax starts.
+# runs in a child process, since the number of CPU devices is fixed when jax starts
 PROGRAM = r"""
 import json, math, re, sys
 import jax
@@ -19,14 +19,15 @@ import numpy as np
 from jax.sharding import NamedSharding
 import small_case
 from mvar_jax.sampling import sampler
-from mvar_jax.sampling.sampler import SampleOptions, keys_of_samples, sample
+from mvar_jax.ops.random import keys_of_samples
+from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import make_mesh, replicated, shardings_of, spec_of, use_mesh
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.networks import Networks
 
 labels, index, meshes = json.loads(sys.argv[1])
 assert jax.device_count() == 4
-sampler.DRAW_ELEMENTS = 3 * 16 * 16  # so that every device takes turns, as in decoding
+sampler.DRAW_ELEMENTS = 3 * 16 * 16  # so that every device works in chunks, as in decoding
 MODEL, TOKENIZER = (x.clone(sides=(1, 2, 4)) for x in (small_case.MODEL, small_case.TOKENIZER))
 params, tokenizer_params = small_case.seeded_params(MODEL), small_case.seeded_params(TOKENIZER, std=1.0)
 options = SampleOptions(cfg=1.5, top_k=12, top_p=0.95)
@@ -59,7 +60,7 @@ print(json.dumps({name: draw(axes) for name, axes in meshes.items()}))
 
 @pytest.fixture(scope="module")
 def draws() -> dict:
-    """What each mesh drew: ids, among how many shards they lie, whether each device held all weights."""
+    """By mesh: ids, images, number of shards, collectives, and whether each device held all weights."""
     tests = Path(__file__).parents[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -77,7 +78,7 @@ def test_the_devices_share_the_work(draws):
     assert [draws[name]["are_weights_whole"] for name in MESHES] == [True, True, False]
 
 
-def test_devices_that_share_a_batch_need_not_speak(draws):
+def test_devices_that_share_a_batch_need_no_collective(draws):
     assert draws["data"]["collectives"] == []
     assert "all-reduce" in draws["fsdp and tensor"]["collectives"]
 
@@ -88,7 +89,7 @@ def test_ids_do_not_depend_on_the_devices(name, draws):
 
 
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
-def test_pictures_do_not_depend_on_the_devices(name, draws):
+def test_images_do_not_depend_on_the_devices(name, draws):
     one = np.asarray(draws["one"]["images"])
     assert one.shape == (8, 8, 8, 3) and one.std() > 0.1
     np.testing.assert_allclose(draws[name]["images"], one, atol=1e-5)

@@ -23,8 +23,9 @@ from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import modulate
 from mvar_jax.ops.pixels import to_levels
 from mvar_jax.ops.quantize import teacher_forcing_input
+from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.ops.sampling import filter_logits
-from mvar_jax.sampling.sampler import SampleOptions, draw_scale, keys_of_samples, sample, sample_pyramid
+from mvar_jax.sampling.sampler import SampleOptions, draw_scale, sample, sample_pyramid
 
 
 def assert_draw_close(what: str, draw, golden: dict, prefix: str = "") -> None:
@@ -107,7 +108,7 @@ SMALL_TOKENIZER = small_case.TOKENIZER.clone(sides=SMALL_SIDES)
 PARAMS = small_case.seeded_params(MODEL)
 TOKENIZER_PARAMS = small_case.seeded_params(SMALL_TOKENIZER, std=1.0)
 NETWORKS = Networks(SMALL_TOKENIZER, TOKENIZER_PARAMS, MODEL, PARAMS)
-# as `sample`, but quicker to compile
+# `sample`, compiled faster
 draw_quickly = quick_jit(sample.__wrapped__, static_argnames=("options", "outputs"))
 OPTIONS = SampleOptions(cfg=1.5, top_k=12, top_p=0.95)
 
@@ -124,13 +125,16 @@ def draw_small(labels, index, seed=0, options=OPTIONS, model=MODEL) -> np.ndarra
     ids=["markov", "full smooth"],
 )
 def test_a_sample_is_a_function_of_its_label_seed_and_index(model, options):
+    """A sample has the same ids alone, in another order and twice in one batch; each of label, seed, index matters.
+
+    Ids are discrete, so equality is exact. A key that depends on the batch, or one that is reused, breaks it.
+    """
     labels, index = np.array([0, 1, 2, 0, 1, 2, 0]), np.array([0, 1, 2, 3, 40, 50, 0])
     together = draw_small(labels, index, options=options, model=model)
     alone = draw_small(labels[3:4], index[3:4], options=options, model=model)
     np.testing.assert_array_equal(alone[0], together[3])
     np.testing.assert_array_equal(draw_small(labels[::-1], index[::-1], options=options, model=model)[::-1], together)
     np.testing.assert_array_equal(together[6], together[0])
-    # and each of the three matters
     assert (together[3] != together[0]).any()
     assert (draw_small(labels, index, seed=1, options=options, model=model) != together).any(1).all()
     assert (draw_small((labels + 1) % 3, index, options=options, model=model) != together).any(1).all()
@@ -138,7 +142,7 @@ def test_a_sample_is_a_function_of_its_label_seed_and_index(model, options):
 
 @pytest.fixture(scope="module")
 def stub_draws():
-    """Draws by a stub that puts all its trust in given ids: exact, and as a Gumbel average."""
+    """Samples of a stub whose logits leave no choice but given ids: drawn, and as a Gumbel average."""
     ids = np.random.default_rng(0).integers(0, 16, (2, MODEL.pyramid.num_tokens))
     offsets, seen = MODEL.pyramid.offsets, []
 
@@ -173,7 +177,7 @@ def test_a_sharp_gumbel_average_adds_the_drawn_codewords(stub_draws):
 
 
 def test_each_scale_draws_its_own_noise():
-    """Noise of one key for all scales would begin alike at each."""
+    """With one key for all scales, flat logits would give every scale the same first ids."""
 
     @quick_jit
     def run():
@@ -186,7 +190,7 @@ def test_each_scale_draws_its_own_noise():
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_what_classes_decide_may_be_computed_before(is_shared):
+def test_precomputed_modulation_gives_the_logits_of_labels(is_shared):
     model = MODEL.clone(shared_aln=is_shared)
     params = small_case.seeded_params(model)
     phase = model.pyramid.scale_phase(1)
@@ -243,17 +247,21 @@ def test_temperature_divides_the_logits_before_the_filters(smooth):
 
 
 @pytest.mark.parametrize(
-    ("options", "field"),
+    ("field", "value"),
     [
-        (SampleOptions(top_k=-1), "top_k"),
-        (SampleOptions(top_p=1.01), "top_p"),
-        (SampleOptions(top_p=-0.5), "top_p"),
-        (SampleOptions(cfg=-1.0), "cfg"),
-        (SampleOptions(temperature=0.0), "temperature"),
-        (SampleOptions(temperature=float("inf")), "temperature"),
+        ("cfg", -0.1),
+        ("cfg", float("nan")),
+        ("top_k", -1),
+        ("top_p", 1.01),
+        ("top_p", -0.5),
+        ("top_p", float("nan")),
+        ("temperature", 0.0),
+        ("temperature", float("inf")),
+        ("temperature", float("nan")),
     ],
 )
-def test_options_out_of_range_are_refused(options, field):
-    SampleOptions().check()
-    with pytest.raises(InputError, match=f"^{field}="):
-        options.check()
+def test_options_out_of_range_cannot_be_made(field, value):
+    SampleOptions(cfg=0.0, top_k=0, top_p=1.0)
+    with pytest.raises(InputError, match=f"^{field} must be .*, got {value}$") as caught:
+        SampleOptions(**{field: value})
+    assert caught.value.field == field

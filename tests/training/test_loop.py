@@ -12,15 +12,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import toy_run
 from toy_run import NoWriter, ToyTask, make_settings
 
 from mvar_jax.checkpoints.manager import Checkpoints, restore_weights
 from mvar_jax.errors import InputError
 from mvar_jax.training import logging
-from mvar_jax.training.loop import LoopSettings, RunError, run
+from mvar_jax.training.loop import RunError, run
 
 NUM_STEPS = 23
 CONFIG = {"lr": 0.01}
@@ -32,7 +30,7 @@ def without_tensorboard(monkeypatch):
 
 
 def read_metrics(workdir):
-    """What the run learned: all but the speed."""
+    """Return the lines of metrics.jsonl without the speed, which differs from run to run."""
     path = Path(workdir) / "metrics.jsonl"
     lines = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
     return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
@@ -81,9 +79,12 @@ def start_process(workdir, step_s):
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    deadline = threading.Timer(120, process.kill)
+    deadline.start()
     try:
         yield process
     finally:
+        deadline.cancel()
         process.kill()
         process.communicate()
 
@@ -112,7 +113,7 @@ def test_run_killed_five_times_and_terminated_ends_bit_equal_to_a_whole_one(tmp_
 
 
 @pytest.mark.parametrize("stop_step", [1, 4, 7, 22])
-def test_interrupted_run_goes_on_bit_equal(tmp_path, whole_run, stop_step):
+def test_interrupted_run_resumes_bit_equal(tmp_path, whole_run, stop_step):
     before = signal.getsignal(signal.SIGINT)
     task = ToyTask(on_step=lambda step: step == stop_step and os.kill(os.getpid(), signal.SIGINT))
     result = run(task, tmp_path, make_settings(NUM_STEPS), CONFIG)
@@ -159,14 +160,14 @@ task = ToyTask()
 assert run(task, {str(tmp_path)!r}, make_settings(3), {CONFIG!r}).step == 3
 assert not task.num_inits and not {{"tensorflow", "clu"}} & set(sys.modules)
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests/training", "."])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests", "."])}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode().count("\n") == 1 and b"already holds step 3 of 3" in done.stdout
 
 
-def test_final_evaluation_is_made_up_for_after_a_kill_before_it(tmp_path):
+def test_final_evaluation_is_repeated_after_a_kill_before_it(tmp_path):
     run(ToyTask(), tmp_path, make_settings(3), CONFIG)
     path = tmp_path / "metrics.jsonl"
     whole = path.read_text()
@@ -216,7 +217,7 @@ def test_failed_save_is_one_line(tmp_path, monkeypatch):
 def test_workdir_in_use_is_refused(tmp_path):
     def run_again(step):
         if step == 2:
-            with pytest.raises(InputError, match="workdir=.*no other run is using"):
+            with pytest.raises(InputError, match="workdir .* is in use by another run"):
                 run(ToyTask(), tmp_path, make_settings(4), CONFIG)
             refused.append(step)
 
@@ -227,7 +228,7 @@ def test_workdir_in_use_is_refused(tmp_path):
 
 def test_other_configuration_leaves_no_trace(tmp_path):
     (tmp_path / "config.json").write_text('{"lr": 0.5}')
-    with pytest.raises(InputError, match="config.lr=0.01: expected 0.5"):
+    with pytest.raises(InputError, match="config.lr is 0.01, but the run in .* has 0.5"):
         run(ToyTask(), tmp_path, make_settings(4), CONFIG)
     assert os.listdir(tmp_path) == ["config.json"]
 
@@ -236,7 +237,7 @@ def test_run_outside_the_main_thread_installs_no_handlers(tmp_path):
     results = []
     thread = threading.Thread(target=lambda: results.append(run(ToyTask(), tmp_path, make_settings(3), CONFIG)))
     thread.start()
-    thread.join()
+    thread.join(60)
     assert results[0].step == 3
 
 
@@ -266,45 +267,6 @@ def test_next_steps_are_dispatched_before_one_is_read(tmp_path):
     run(Recorder(), tmp_path, make_settings(5, eval_every_steps=0, save_every_steps=4), CONFIG)
     to_the_save = "dispatch 0,dispatch 1,dispatch 2,read 0,dispatch 3,read 1,read 2,read 3"
     assert ",".join(events) == to_the_save + ",dispatch 4,read 4"
-
-
-@pytest.mark.parametrize(
-    "change", [{"num_steps": 0}, {"save_every_steps": -1}, {"picture_every_steps": -2}, {"log_every_steps": 2.5}]
-)
-def test_impossible_settings_are_refused(change):
-    good = dict.fromkeys((field for field in LoopSettings.__dataclass_fields__), 1)
-    with pytest.raises(InputError, match=f"{next(iter(change))}=.*whole number"):
-        LoopSettings(**(good | change))
-
-
-def test_profiler_records_the_steps_asked_for(tmp_path, monkeypatch):
-    events = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append(folder))
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
-    task = ToyTask(on_step=events.append)
-    run(task, tmp_path, make_settings(7, profile_steps=(2, 4)), CONFIG)
-    assert events == [0, 1, str(tmp_path / "profile"), 2, 3, "stop", 4, 5, 6]
-
-
-def test_profiler_stops_where_the_run_does(tmp_path):
-    run(ToyTask(), tmp_path, make_settings(3, profile_steps=(1, 9)), CONFIG)
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-
-
-@pytest.mark.parametrize("steps", [(3,), (3, 3), (-1, 2), "3,4"])
-def test_impossible_profile_steps_are_refused(steps):
-    with pytest.raises(InputError, match="profile_steps=.*as \\(10, 15\\)"):
-        make_settings(3, profile_steps=steps)
-
-
-def test_known_peak_gives_the_share_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("mvar_jax.training.loop.peak_flops", lambda kind: 1e9)
-    monkeypatch.setattr(ToyTask, "flops_of_step", lambda self, step: 1e6, raising=False)
-    run(ToyTask(), tmp_path, make_settings(7), CONFIG)
-    lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    for line in (line for line in lines if line["kind"] == "train"):
-        share = line["images_per_s"] / ToyTask.examples_per_step * 1e6 / 1e9 / jax.device_count()
-        np.testing.assert_allclose(line["mfu"], share, rtol=1e-5)
 
 
 def test_full_disk_during_a_save_is_one_line_and_the_previous_checkpoint_stays_good(tmp_path):

@@ -100,7 +100,7 @@ def test_two_processes_killed_and_resumed_as_one_equal_one_process(tmp_path, cac
             process.communicate()
     assert not (tmp_path / "checkpoints" / "9").exists()
     (told,) = finish(start(tmp_path, cache, 4))
-    assert "going on from step" in told
+    assert "resuming from step" in told
     ours, expected = read_losses(tmp_path), read_losses(one_process)
     assert ours.keys() == expected.keys() and ("train", 8) in ours
     for key, loss in expected.items():

@@ -3,8 +3,10 @@ import pytest
 from golden_case import load
 
 from mvar_jax.errors import InputError
+from mvar_jax.sharding import make_mesh
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.schedules import check_schedule, learning_rate_factor, weight_decay_at
+from mvar_jax.training.task import RunOptions
 
 GOLDEN = load("optim")
 NAMES = [name for name in GOLDEN if name.startswith("sched/")]
@@ -22,7 +24,6 @@ def test_schedules_equal_golden(name):
         weight_decay=0.05,
         final_weight_decay=float(final_decay.removeprefix("twde")),
     )
-    options.check(num_steps=1000)
     for iteration, row in zip(GOLDEN["sched_its"].tolist(), GOLDEN[name], strict=True):
         learning_rate, weight_decay = options.at(iteration, 1000, batch_size=256)
         np.testing.assert_allclose([learning_rate] * 2 + [weight_decay] * 2, row, rtol=1e-9, err_msg=str(iteration))
@@ -58,8 +59,9 @@ def test_weight_decay_is_constant_where_no_final_one_is_given():
 
 @pytest.mark.parametrize("name", ["", "linear", "lin1", "lin1.0", "lin0.", "lin-0.3", "cosine", "lin0.0"])
 def test_unknown_schedules_are_refused(name):
-    with pytest.raises(InputError, match="^schedule="):
+    with pytest.raises(InputError, match="must be one of cos, lin.*got") as caught:
         check_schedule(name)
+    assert caught.value.field == "schedule" and caught.value.given == name
 
 
 @pytest.mark.parametrize(
@@ -73,5 +75,10 @@ def test_unknown_schedules_are_refused(name):
     ],
 )
 def test_optimizer_options_out_of_range_are_refused(changes, field):
-    with pytest.raises(InputError, match=f"^{field}="):
-        OptimizerOptions(**changes).check(num_steps=100)
+    with pytest.raises(InputError, match=f"^config.optimizer.{field} must be ") as caught:
+        RunOptions(0, 100, 8, OptimizerOptions(**changes), make_mesh())
+    assert caught.value.field == field
+
+
+def test_warmup_may_fill_all_steps_but_the_last():
+    assert RunOptions(0, 100, 8, OptimizerOptions(warmup_steps=99), make_mesh()).rates(99)[0] > 0

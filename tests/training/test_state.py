@@ -6,7 +6,7 @@ from small_case import MODEL
 
 from mvar_jax.sharding import make_mesh, named_axes
 from mvar_jax.training.optimizer import OptimizerOptions
-from mvar_jax.training.state import abstract_sharded, init_sharded, make_state, sample_keys
+from mvar_jax.training.state import abstract_sharded, init_sharded, make_state
 
 WITH_EMA = OptimizerOptions(ema_decay=0.9)
 
@@ -49,10 +49,3 @@ def test_average_starts_as_a_copy():
 def test_no_average_is_kept_where_it_is_off():
     state = make_state(lambda: {"bias": jnp.ones(3)}, OptimizerOptions())
     assert state.ema is None and state.extra == {}
-
-
-def test_keys_are_a_function_of_seed_and_index():
-    data = lambda seed, index: np.asarray(jax.random.key_data(sample_keys(seed, jnp.asarray(index))))
-    np.testing.assert_array_equal(data(0, [5, 1, 7])[[2, 0]], data(0, [7, 5]))
-    assert len(np.unique(data(0, np.arange(100)), axis=0)) == 100
-    assert (data(0, [5]) != data(1, [5])).any()

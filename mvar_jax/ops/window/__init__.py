@@ -1,12 +1,12 @@
-"""2-D local-window attention (MVAR section 3.3, spatial-Markov; clamped windows): one dispatch, several forms.
+"""2-D local-window attention with clamped windows (MVAR section 3.3, spatial-Markov): one op, several backends.
 
 | backend    | form                                                        | memory beyond q, k, v, out  |
 | ---------- | ----------------------------------------------------------- | --------------------------- |
 | reference  | masked attention over the whole map, the oracle             | O(N^2)                      |
-| dense      | the same in cuDNN where that takes it                       | O(N^2), on CUDA O(N)        |
-| gather     | the paper's: every query's keys gathered                    | O(N W^2 K)                  |
-| tiled      | small square tiles of queries against their halo of keys    | O(N (W + t)^2) a few heads  |
-| band       | bands of whole rows against their halo                      | O(N (W + t) X) a few heads  |
+| dense      | the same, by cuDNN if it supports the arrays                | O(N^2), on CUDA O(N)        |
+| gather     | the paper's: each query's keys gathered                     | O(N W^2 K)                  |
+| tiled      | small square tiles of queries against their halo of keys    | O(N (W + t)^2), some heads  |
+| band       | bands of whole rows against their halo                      | O(N (W + t) X), some heads  |
 | pallas_gpu | Triton kernels, forward and backward                        | O(N)                        |
 | pallas_tpu | splash attention with the windows as block-sparse mask      | O(N)                        |
 """
@@ -31,14 +31,14 @@ BACKENDS = {
     "pallas_tpu": pallas_tpu.attend,
 }
 
-# the one platform that a backend runs on, and its own reason to refuse
+# backend -> the one platform it runs on, and a function that returns its reason to refuse arrays
 KERNELS = {"pallas_gpu": ("gpu", pallas_gpu.why_not), "pallas_tpu": ("tpu", pallas_tpu.why_not)}
 
 logger = logging.getLogger(__name__)
 
 
 def why_not(backend: str, q_BYXHK: jax.Array) -> str | None:
-    """The reason that a backend cannot take q on the current platform, None where it can."""
+    """Return the reason that a backend does not support q on the current platform, or None if it does."""
     if backend not in KERNELS:
         return None
     home, refuses = KERNELS[backend]
@@ -49,13 +49,13 @@ def why_not(backend: str, q_BYXHK: jax.Array) -> str | None:
 
 
 def choose_backend(q_BYXHK: jax.Array, kernel_size: int) -> str:
-    """`auto`, from the measurements in benchmarks/RESULTS.md.
+    """Return the backend that `auto` means, from the measurements in benchmarks/RESULTS.md.
 
-    A window that covers the map is plain attention everywhere. CPU: one masked product on small maps and where
-    bands would not spare half of it, else bands, and tiles on large maps. GPU: the kernel on every map, and
-    where that cannot run as on CPU. TPU: dense up to 32 x 32, whose masked product the matrix unit does faster
-    than anything finer, splash beyond. CPU is measured; GPU and TPU follow from compiled figures and rooflines,
-    no kernel has run there yet.
+    A window that covers the map is plain attention on every platform. CPU, measured: one masked product on small
+    maps and if bands would not save half of it, else bands; tiles on large maps. GPU, measured on an H100: the
+    Triton kernel, faster than every XLA form at 13x13, 16x16, 32x32 and 64x64, forward and with gradients; as on
+    CPU if the kernel does not support the arrays. TPU, not measured, from rooflines of compiled programs: dense up
+    to 32x32, since the matrix unit does one masked product faster than many small ones, splash attention beyond.
     """
     Y, X = q_BYXHK.shape[1:3]
     platform = current_platform()
@@ -84,27 +84,40 @@ def local_window_attention(
     scale: float = 1.0,
     backend: str = "auto",
 ) -> jax.Array:
-    """Each query at (i, j) attends to the W x W keys whose rows start at clip(i - W//2, 0, Y - W), columns alike.
+    """Let the query at (i, j) attend to W x W keys, their rows from clip(i - W//2, 0, Y - W) on, columns alike.
 
-    q, k, v: [B, Y, X, H, K] of one dtype; output the same shape and dtype, logits and softmax in float32. A
-    window larger than the map is cut to the map. backend: see the table above, "auto" for `choose_backend`.
     Differentiable; works under jit, vmap, shard_map and with batch or heads sharded, without communication.
 
-    Raises InputError for an even window, unequal shapes or dtypes, an unknown backend, or a backend that cannot
-    run here or on these arrays.
+    Args:
+      q_BYXHK, k_BYXHK, v_BYXHK: `[B, Y, X, H, K]` of one dtype.
+      window: odd window side W; a window larger than the map is cut to the map.
+      scale: factor of the logits.
+      backend: a name of the table above, or "auto" for `choose_backend`.
+
+    Returns `[B, Y, X, H, K]` in the dtype of the inputs; logits and softmax are float32.
+
+    Raises InputError if the window is even, shapes or dtypes differ, or the backend is unknown or does not support
+    this platform or these arrays.
     """
     check_window(window, "window")
     for name, x in (("k", k_BYXHK), ("v", v_BYXHK)):
         if x.shape != q_BYXHK.shape or x.dtype != q_BYXHK.dtype:
-            raise InputError(name, f"{x.dtype}{x.shape}", f"q's shape and dtype, {q_BYXHK.dtype}{q_BYXHK.shape}")
+            given, expected = (f"{y.dtype}{list(y.shape)}" for y in (x, q_BYXHK))
+            message = f"{name} must have q's dtype and shape, {expected}, got {given}"
+            raise InputError(message, field=name, given=given, expected=expected)
     if q_BYXHK.ndim != 5:
-        raise InputError("q", f"shape {q_BYXHK.shape}", "five axes: batch, rows, columns, heads, head width")
+        expected = "[batch, rows, columns, heads, head width]"
+        message = f"q must have shape {expected}, got {list(q_BYXHK.shape)}"
+        raise InputError(message, field="q", given=q_BYXHK.shape, expected=expected)
     name = choose_backend(q_BYXHK, window) if backend == "auto" else backend
     if name not in BACKENDS:
-        raise InputError("window_backend", backend, f"auto or one of {', '.join(sorted(BACKENDS))}")
+        expected = f"auto or one of {', '.join(sorted(BACKENDS))}"
+        message = f"window_backend must be {expected}, got {backend!r}"
+        raise InputError(message, field="window_backend", given=backend, expected=expected)
     if reason := why_not(name, q_BYXHK):
-        able = [other for other in BACKENDS if not why_not(other, q_BYXHK)]
-        raise InputError("window_backend", f"{name} ({reason})", f"auto or one of {', '.join(able)}")
+        expected = f"auto or one of {', '.join(other for other in BACKENDS if not why_not(other, q_BYXHK))}"
+        message = f"window_backend {name} cannot be used: {reason}; use {expected}"
+        raise InputError(message, field="window_backend", given=name, expected=expected)
     if backend == "auto":
         Y, X = q_BYXHK.shape[1:3]
         log_once(f"local window {window} on {Y} x {X}, {q_BYXHK.dtype}, {current_platform()}: {name}")

@@ -1,4 +1,4 @@
-"""The paper's form: gather each query's k x k keys and values, then attend. O(N k^2) work and memory."""
+"""The paper's form: gather the k x k keys and values of each query, then attend. O(N k^2) work and memory."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from mvar_jax.ops.window.geometry import window_indices
 
 
 def attend(q_BYXHK: jax.Array, k_BYXHK: jax.Array, v_BYXHK: jax.Array, kernel_size: int, scale: float) -> jax.Array:
-    """Local-window attention by gathering; see `local_window_attention`."""
+    """Compute local-window attention by gathering; see `local_window_attention`."""
     B, Y, X, H, K = q_BYXHK.shape
     index_NW = jnp.asarray(window_indices(Y, X, kernel_size))
     q = q_BYXHK.reshape(B, Y * X, H, K)

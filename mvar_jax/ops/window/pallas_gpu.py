@@ -1,8 +1,8 @@
-"""Local-window attention in one Triton kernel forward and two backward: nothing of size [N, N] or [N, W * W].
+"""Local-window attention in one Triton kernel forward and two backward, without arrays [N, N] or [N, W * W].
 
-A program owns `block_q` consecutive queries (row-major) and walks over the key rows that their windows cover,
-with a running softmax; the mask is computed in registers. The forward pass leaves the log-sum-exp of each
-query, from which the backward pass rebuilds the weights.
+A program owns `block_q` consecutive queries (row-major) and loops over the key rows that their windows cover,
+with a running softmax; the mask is computed in registers. The forward pass saves the log-sum-exp of each query,
+from which the backward pass recomputes the weights.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """The map, its window (cut to the map), and how a program is shaped."""
+    """A map, its window (cut to the map) and the shape of a program; one compiled kernel for each value."""
 
     height: int
     width: int
@@ -42,7 +42,7 @@ class Kernel:
         return self.height * self.width
 
     def is_seen(self, query_Q, key_K):
-        """bool [queries, keys]: the key lies in the query's window, and on the map."""
+        """Return `[queries, keys] bool`: true if the key is on the map and in the query's window."""
         first_y = window_start(query_Q // self.width, self.height, self.window_y)[:, None]
         first_x = window_start(query_Q % self.width, self.width, self.window_x)[:, None]
         y, x = (key_K // self.width)[None], (key_K % self.width)[None]
@@ -51,13 +51,13 @@ class Kernel:
         return in_y & in_x & (key_K < self.num_tokens)[None]
 
     def keys_of(self, begin, end):
-        """[first, last + 1) keys in the window rows of queries begin .. end - 1."""
+        """Return (first, last + 1) of the keys in the window rows of queries begin .. end - 1."""
         first = window_start(begin // self.width, self.height, self.window_y)
         last = window_start((end - 1) // self.width, self.height, self.window_y) + self.window_y
         return first * self.width, last * self.width
 
     def queries_of(self, begin, end):
-        """[first, last + 1) queries whose window rows meet keys begin .. end - 1."""
+        """Return (first, last + 1) of the queries whose window rows contain keys begin .. end - 1."""
         reach = self.window_y // 2
         first, last = begin // self.width, (end - 1) // self.width
         first = jnp.where(first < self.window_y, 0, first - reach)
@@ -65,7 +65,7 @@ class Kernel:
         return first * self.width, last * self.width
 
     def pallas_call(self, body, block: int, inputs, outputs):
-        """Runs `body` once for every block of tokens, sample and head; arrays [B, N, H, K] or [B, H, N]."""
+        """Run `body` for each block of tokens, sample and head; arrays are `[B, N, H, K]` or `[B, H, N]`."""
         B, N, H, _ = inputs[0].shape
 
         def whole(x):
@@ -86,14 +86,14 @@ class Kernel:
 
 
 def window_start(place, length: int, window: int):
-    """First key of a query's window along one axis."""
+    """Return the first key of a query's window along one axis."""
     return jnp.clip(place - window // 2, 0, length - window)
 
 
 def rows_of(ref, begin, size: int):
-    """Where rows begin .. begin + size of a [N, K] or [N] reference lie, and which of them exist.
+    """Return the slices of rows begin .. begin + size of a `[N, K]` or `[N]` reference, and the mask of those in it.
 
-    Triton's vectors have power-of-two sizes, so a head width is read with zeros behind it.
+    Triton's vectors have power-of-two sizes, so a head width is padded with zeros.
     """
     rows = begin + jnp.arange(size) < ref.shape[0]
     if len(ref.shape) == 1:
@@ -113,13 +113,13 @@ def store(ref, begin, value):
 
 
 def dot(a, b, trans_a: bool = False, trans_b: bool = False):
-    """Float32 accumulation; float32 operands are not rounded to TF32."""
+    """Multiply with float32 accumulation; float32 operands are not rounded to TF32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return plgpu.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=precision)
 
 
 def window_forward(kernel: Kernel, q_ref, k_ref, v_ref, out_ref, lse_ref):
-    """Output and log2-sum-exp2 of one block of queries."""
+    """Write the output and log2-sum-exp2 of one block of queries."""
     begin = pl.program_id(0) * kernel.block_q
     end = jnp.minimum(begin + kernel.block_q, kernel.num_tokens)
     q = load(q_ref, begin, kernel.block_q)
@@ -149,7 +149,7 @@ def window_forward(kernel: Kernel, q_ref, k_ref, v_ref, out_ref, lse_ref):
 
 
 def window_backward_q(kernel: Kernel, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref):
-    """Gradient of one block of queries. delta: sum of out * dout of each query."""
+    """Write the gradient of one block of queries. delta: sum of out * dout of each query."""
     begin = pl.program_id(0) * kernel.block_q
     end = jnp.minimum(begin + kernel.block_q, kernel.num_tokens)
     q, dout, lse, delta = (load(ref, begin, kernel.block_q) for ref in (q_ref, dout_ref, lse_ref, delta_ref))
@@ -170,7 +170,7 @@ def window_backward_q(kernel: Kernel, q_ref, k_ref, v_ref, dout_ref, lse_ref, de
 
 
 def window_backward_kv(kernel: Kernel, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref):
-    """Gradients of one block of keys and values; block_q keys to a program, block_k queries at a time."""
+    """Write the gradients of one block of `block_q` keys and values, reading `block_k` queries at a time."""
     begin = pl.program_id(0) * kernel.block_q
     end = jnp.minimum(begin + kernel.block_q, kernel.num_tokens)
     k, v = load(k_ref, begin, kernel.block_q), load(v_ref, begin, kernel.block_q)
@@ -214,7 +214,7 @@ def run_backward(kernel: Kernel, q, k, v, dout, lse, delta):
 
 @functools.cache
 def operations(kernel: Kernel):
-    """(forward, backward) of a kernel, with vmap and sharding."""
+    """Return the forward and backward functions of a kernel, with vmap and sharding rules."""
     forward = per_device(functools.partial(run_forward, kernel), (4,) * 3, (4, 3))
     backward = per_device(functools.partial(run_backward, kernel), (4,) * 4 + (3, 3), (4,) * 3)
     return forward, backward
@@ -242,8 +242,8 @@ attend_flat.defvjp(attend_flat_forward, attend_flat_backward)
 def block_shape(dtype, head_width: int) -> tuple[int, int, int]:
     """Return (block_q, block_k, num_warps).
 
-    bfloat16 up to width 64: the fastest of twelve shapes on an H100 (benchmarks/RESULTS.md). The others: the
-    largest without register spills on sm_90, found by compiling for it.
+    bfloat16 up to width 64: the fastest of twelve shapes on an H100 (benchmarks/RESULTS.md). Otherwise: the largest
+    without register spills on sm_90, found by compiling for it.
     """
     is_wide = head_width > 64
     if dtype == jnp.float32:
@@ -252,16 +252,16 @@ def block_shape(dtype, head_width: int) -> tuple[int, int, int]:
 
 
 def why_not(q_BYXHK) -> str | None:
-    """The reason that this backend cannot take q, None where it can."""
+    """Return the reason that this backend does not support q, or None if it does."""
     if q_BYXHK.dtype not in DTYPES:
-        return f"dtype {q_BYXHK.dtype} is none of {', '.join(DTYPES)}"
+        return f"dtype {q_BYXHK.dtype} is not one of {', '.join(DTYPES)}"
     if q_BYXHK.shape[-1] > MAX_HEAD_WIDTH:
         return f"head width {q_BYXHK.shape[-1]} is above {MAX_HEAD_WIDTH}"
     return None
 
 
 def attend(q_BYXHK, k_BYXHK, v_BYXHK, kernel_size: int, scale: float, interpret: bool = False) -> jax.Array:
-    """Local-window attention on a CUDA GPU; see `local_window_attention`. interpret: run anywhere, slowly."""
+    """Compute local-window attention on a CUDA GPU; `interpret` runs it on any platform, slowly."""
     B, Y, X, H, K = q_BYXHK.shape
     blocks = block_shape(q_BYXHK.dtype, K)
     kernel = Kernel(Y, X, min(kernel_size, Y), min(kernel_size, X), float(scale), *blocks, interpret=interpret)

@@ -1,4 +1,7 @@
-"""Local-window attention on TPU: jax's splash attention with the windows as its block-sparse mask."""
+"""Local-window attention on TPU: jax's splash attention with the windows as its block-sparse mask.
+
+It has run in Pallas' interpreter and compiles for TPUs, but has not run on one.
+"""
 
 import contextlib
 import functools
@@ -11,13 +14,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from mvar_jax.ops.window.geometry import window_mask
 from mvar_jax.ops.window.per_device import per_device
 
-BLOCK = 128  # the kernel takes whole blocks of tokens
+BLOCK = 128  # the kernel needs whole blocks of tokens
 DTYPES = ("bfloat16", "float32")
 
 
 @functools.lru_cache(maxsize=64)
 def padded_mask(height: int, width: int, kernel_size: int) -> np.ndarray:
-    """bool [N, N], N rounded up to whole blocks; a padding token sees itself, so that no row is empty."""
+    """Return `[N, N] bool`, N rounded up to whole blocks; a padding token sees itself, so that no row is empty."""
     N = height * width
     mask = np.eye(-(-N // BLOCK) * BLOCK, dtype=bool)
     mask[:N, :N] = window_mask(height, width, kernel_size)
@@ -26,7 +29,7 @@ def padded_mask(height: int, width: int, kernel_size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def splash_kernel(height: int, width: int, kernel_size: int, interpret: bool):
-    """The library's kernel of one head, a tree whose leaves describe the mask's blocks."""
+    """Return the library's kernel for one head, a tree whose leaves describe the mask's blocks."""
     mask = splash_attention_mask.NumpyMask(padded_mask(height, width, kernel_size))
     one_head = splash_attention_mask.MultiHeadMask([mask])
     with jax.ensure_compile_time_eval():
@@ -35,7 +38,7 @@ def splash_kernel(height: int, width: int, kernel_size: int, interpret: bool):
 
 
 def run_splash(kernel, scale: float, q_BNHK, k_BNHK, v_BNHK):
-    """Every sample and head apart, padded to whole blocks of tokens."""
+    """Run the kernel on each sample and head separately, padded to whole blocks of tokens."""
     B, N, H, K = q_BNHK.shape
 
     def blocks(x_BNHK):
@@ -52,9 +55,9 @@ def run_splash(kernel, scale: float, q_BNHK, k_BNHK, v_BNHK):
 
 @functools.cache
 def operations(height: int, width: int, kernel_size: int, scale: float, interpret: bool):
-    """(forward, backward) of a map, window, scale and mode, with vmap and sharding.
+    """Return the forward and backward functions of a map, window, scale and mode, with vmap and sharding rules.
 
-    The backward pass runs the forward again: the library keeps its residuals to itself.
+    The backward pass runs the forward pass again, since the library does not expose its residuals.
     """
     leaves, structure = jax.tree.flatten(splash_kernel(height, width, kernel_size, interpret))
     constants = tuple(leaves)
@@ -88,14 +91,14 @@ attend_flat.defvjp(attend_flat_forward, attend_flat_backward)
 
 
 def why_not(q_BYXHK) -> str | None:
-    """The reason that this backend cannot take q, None where it can."""
+    """Return the reason that this backend does not support q, or None if it does."""
     if q_BYXHK.dtype not in DTYPES:
-        return f"dtype {q_BYXHK.dtype} is none of {', '.join(DTYPES)}"
+        return f"dtype {q_BYXHK.dtype} is not one of {', '.join(DTYPES)}"
     return None
 
 
 def attend(q_BYXHK, k_BYXHK, v_BYXHK, kernel_size: int, scale: float, interpret: bool = False) -> jax.Array:
-    """Local-window attention on a TPU; see `local_window_attention`. interpret: run anywhere, slowly."""
+    """Compute local-window attention on a TPU; `interpret` runs it on any platform, slowly."""
     B, Y, X, H, K = q_BYXHK.shape
     setting = (Y, X, kernel_size, float(scale), interpret)
     flat = (x.reshape(B, Y * X, H, K) for x in (q_BYXHK, k_BYXHK, v_BYXHK))

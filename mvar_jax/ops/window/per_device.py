@@ -1,4 +1,4 @@
-"""Makes a kernel, opaque to XLA, behave like an XLA operation under vmap and under sharded batch or heads."""
+"""Make a kernel, opaque to XLA, work like an XLA operation under vmap and with sharded batch or heads."""
 
 import math
 
@@ -10,13 +10,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.sharding import MESH_AXES, spec_of
 
-# the axes of every array that a kernel takes or returns, by rank; batch and heads may be sharded
+# rank -> axes of a kernel's inputs and outputs; batch and heads may be sharded
 AXES = {4: ("b", "n", "h", "k"), 3: ("b", "h", "n")}
 BATCH, HEADS = "b", "h"
 
 
 def specs_like(q_sharding: NamedSharding, ranks: tuple[int, ...]) -> tuple[NamedSharding, ...]:
-    """Batch and heads as the first operand [B, N, H, K] has them, the other axes whole."""
+    """Return shardings with batch and heads as in q `[B, N, H, K]` and the other axes whole."""
     spec = (*q_sharding.spec, *(None,) * 4)
     of_axis = {BATCH: spec[0], HEADS: spec[2]}
     named = lambda rank: PartitionSpec(*(of_axis.get(axis) for axis in AXES[rank]))
@@ -24,7 +24,7 @@ def specs_like(q_sharding: NamedSharding, ranks: tuple[int, ...]) -> tuple[Named
 
 
 def partition_batch_and_heads(kernel, in_ranks, out_ranks, constant_ranks):
-    """`kernel` run on each device's share of batch and heads."""
+    """Return `kernel` partitioned over batch and heads: each device runs it on its own part."""
     call = custom_partitioning(kernel)
     num_constants = len(constant_ranks)
     constant_axes = [tuple(f"c{i}_{j}" for j in range(rank)) for i, rank in enumerate(constant_ranks)]
@@ -49,10 +49,10 @@ def partition_batch_and_heads(kernel, in_ranks, out_ranks, constant_ranks):
 
 
 def map_over_mesh(kernel, out_ranks, constants, arrays):
-    """`kernel` on each device's share, batch and heads placed over the context's mesh as the rules say.
+    """Run `kernel` in shard_map, batch and heads sharded over the context's mesh by the rules of `sharding`.
 
-    For TPUs, whose compiler knows no custom partitioning. Inside shard_map, or without the project's mesh, the arrays
-    are taken as they are.
+    For TPUs, whose compiler does not support custom partitioning. Inside shard_map, or without the project's mesh,
+    the kernel runs on the arrays as they are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not set(MESH_AXES) <= set(mesh.axis_names) or mesh.manual_axes:
@@ -67,10 +67,14 @@ def map_over_mesh(kernel, out_ranks, constants, arrays):
 
 
 def per_device(kernel, in_ranks: tuple[int, ...], out_ranks: tuple[int, ...], constants: tuple = ()):
-    """kernel: (*constants, *arrays) -> tuple of arrays, independent over batch and heads; this is a function of
-    the arrays that does the same, with vmap and sharding.
+    """Return a function of arrays that runs a kernel and supports vmap and sharding.
 
-    Ranks: 4 for [B, N, H, K], 3 for [B, H, N]. Not differentiable: give it to a `jax.custom_vjp`.
+    The function is not differentiable; wrap it in `jax.custom_vjp`.
+
+    Args:
+      kernel: (*constants, *arrays) -> tuple of arrays, independent over batch and heads.
+      in_ranks, out_ranks: 4 for `[B, N, H, K]`, 3 for `[B, H, N]`.
+      constants: arrays that every device holds whole.
     """
     partitioned = partition_batch_and_heads(kernel, in_ranks, out_ranks, tuple(x.ndim for x in constants))
 

@@ -1,4 +1,4 @@
-"""The oracle: dense attention under the window's mask, by the plain formula. O(N^2) memory."""
+"""The oracle: dense attention with the window's mask, by the plain formula. O(N^2) memory."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from mvar_jax.ops.window.geometry import window_mask
 
 
 def attend(q_BYXHK: jax.Array, k_BYXHK: jax.Array, v_BYXHK: jax.Array, kernel_size: int, scale: float) -> jax.Array:
-    """Local-window attention by masking; see `local_window_attention`."""
+    """Compute local-window attention by masking; see `local_window_attention`."""
     B, Y, X, H, K = q_BYXHK.shape
     q, k, v = (x.reshape(B, Y * X, H, K) for x in (q_BYXHK, k_BYXHK, v_BYXHK))
     logits = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32) * scale

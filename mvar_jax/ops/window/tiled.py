@@ -1,9 +1,9 @@
 """Local-window attention by tiles: a tile of queries attends, masked, to the halo of keys that its windows cover.
 
-Halos are cut by static slices, not gathered: the backward pass of a gather is a scatter-add. `band` is the
-case of tiles as wide as the map. Work per query is the halo's size, so a small tile wastes least and a large
-one makes the larger matrix products. Samples and heads are taken some at a time, so that what lies between
-fits a cache; the backward pass computes it again.
+Halos are cut by static slices, not gathered, since the backward pass of a gather is a scatter-add. `band` uses
+tiles as wide as the map. Work per query is the halo's size: a small tile wastes less work, a large one makes larger
+matrix products. Samples and heads are processed in chunks whose logits fit a cache; the backward pass recomputes
+them.
 """
 
 import dataclasses
@@ -20,14 +20,19 @@ from mvar_jax.ops.window.per_device import per_device
 
 TILE = (8, 8)
 BAND_ROWS = 4
-# logits computed at a time: of a CPU's cache, of a small part of an accelerator's memory
+# logits computed at once: they fit a CPU's cache, or a small part of an accelerator's memory
 LOGITS_TOGETHER = {"cpu": 2**19, "gpu": 2**26, "tpu": 2**26}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AxisPlan:
-    """How one axis is cut. tile: queries of a tile; halo: keys of a tile; starts: first key of each tile's
-    halo; mask: bool [tiles, tile, halo], which keys each query sees."""
+    """The tiles of one axis.
+
+    Attributes:
+      tile, halo: number of queries and of keys of a tile.
+      starts: first key of each tile's halo.
+      mask: `[tiles, tile, halo] bool`, the keys that each query sees.
+    """
 
     tile: int
     halo: int
@@ -41,7 +46,7 @@ class AxisPlan:
 
 @functools.lru_cache(maxsize=128)
 def plan_axis(length: int, tile: int, kernel_size: int) -> AxisPlan:
-    """Cuts an axis into tiles of at most `tile` queries; the last one may reach beyond the end."""
+    """Cut an axis into tiles of at most `tile` queries; the last one may extend beyond the end."""
     kernel_size, tile = min(kernel_size, length), min(tile, length)
     halo = min(tile + kernel_size - 1, length)
     first = window_starts(length, kernel_size)
@@ -54,14 +59,14 @@ def plan_axis(length: int, tile: int, kernel_size: int) -> AxisPlan:
 
 
 def cut_halos(x_GYXK: jax.Array, rows: AxisPlan, columns: AxisPlan) -> jax.Array:
-    """[G, Y, X, K] -> [G, tiles, keys of a halo, K]; G counts samples and heads."""
+    """Cut `[G, Y, X, K]` into halos `[G, tiles, keys of a halo, K]`; G counts samples and heads."""
     x = jnp.stack([x_GYXK[:, a : a + rows.halo] for a in rows.starts], axis=1)
     x = jnp.stack([x[:, :, :, a : a + columns.halo] for a in columns.starts], axis=2)
     return x.reshape(x.shape[0], rows.num_tiles * columns.num_tiles, rows.halo * columns.halo, x.shape[-1])
 
 
 def cut_tiles(x_GYXK: jax.Array, rows: AxisPlan, columns: AxisPlan) -> jax.Array:
-    """[G, Y, X, K] -> [G, tiles, queries of a tile, K], padded with zeros to whole tiles."""
+    """Cut `[G, Y, X, K]` into tiles `[G, tiles, queries of a tile, K]`, padded with zeros to whole tiles."""
     G, Y, X, K = x_GYXK.shape
     ny, nx = rows.num_tiles, columns.num_tiles
     x = jnp.pad(x_GYXK, ((0, 0), (0, ny * rows.tile - Y), (0, nx * columns.tile - X), (0, 0)))
@@ -70,7 +75,7 @@ def cut_tiles(x_GYXK: jax.Array, rows: AxisPlan, columns: AxisPlan) -> jax.Array
 
 
 def join_tiles(x_GTQK: jax.Array, height: int, width: int, rows: AxisPlan, columns: AxisPlan) -> jax.Array:
-    """The inverse of `cut_tiles`."""
+    """Invert `cut_tiles`."""
     G, _, _, K = x_GTQK.shape
     ny, nx = rows.num_tiles, columns.num_tiles
     x = x_GTQK.reshape(G, ny, nx, rows.tile, columns.tile, K).swapaxes(2, 3)
@@ -78,7 +83,7 @@ def join_tiles(x_GTQK: jax.Array, height: int, width: int, rows: AxisPlan, colum
 
 
 def tile_mask(rows: AxisPlan, columns: AxisPlan) -> np.ndarray:
-    """bool [tiles, queries, halo keys]."""
+    """Return the keys that each query sees, `[tiles, queries, halo keys] bool`."""
     mask = rows.mask[:, None, :, None, :, None] & columns.mask[None, :, None, :, None, :]
     queries, keys = rows.tile * columns.tile, rows.halo * columns.halo
     return mask.reshape(rows.num_tiles * columns.num_tiles, queries, keys)
@@ -86,7 +91,7 @@ def tile_mask(rows: AxisPlan, columns: AxisPlan) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """A map, its window and the tile that it is cut into; logits_together: computed at a time."""
+    """A map, its window and its tiles; `logits_together` limits the logits computed at once."""
 
     height: int
     width: int
@@ -97,17 +102,17 @@ class Tiling:
 
     @property
     def axes(self) -> tuple[AxisPlan, AxisPlan]:
-        """Rows and columns."""
+        """Return the tiles of rows and of columns."""
         sides = zip((self.height, self.width), self.tile, strict=True)
         rows, columns = (plan_axis(side, tile, self.kernel_size) for side, tile in sides)
         return rows, columns
 
     def attend(self, mask_QM, q_GQK, k_GMK, v_GMK):
-        """One tile of some samples and heads; M counts the keys of its halo."""
+        """Attend in one tile of some samples and heads; M counts the keys of its halo."""
         return softmax_attention(q_GQK, k_GMK, v_GMK, mask_QM, self.scale)
 
     def map_tiles(self, function, mask_TQM, *arrays):
-        """function(mask, arrays [G, ., K] ...) of every tile, arrays [G, T, ., K]; of a large map some at a time."""
+        """Apply function(mask, arrays `[G, ., K]` ...) to the tiles of arrays `[G, T, ., K]`, in chunks."""
         T, num_logits = mask_TQM.shape[0], mask_TQM[0].size
         num_together = max(1, self.logits_together // num_logits)
         if num_together >= T:
@@ -117,7 +122,7 @@ class Tiling:
         return jax.tree.map(lambda x: x.swapaxes(0, 1), results)
 
     def map_heads(self, function, *arrays_BNHK):
-        """function([g, Y, X, K] ...) -> tuple of the same shape, over all samples and heads, some at a time."""
+        """Apply function(`[g, Y, X, K]` ...) -> tuple of that shape to all samples and heads, in chunks."""
         B, N, H, K = arrays_BNHK[0].shape
         split = lambda x: x.swapaxes(1, 2).reshape(B * H, self.height, self.width, K)
         join = lambda x: x.reshape(B, H, N, K).swapaxes(1, 2)
@@ -154,7 +159,7 @@ class Tiling:
 
 @functools.cache
 def operations(tiling: Tiling):
-    """(forward, backward), with vmap and sharding."""
+    """Return the forward and backward functions of a tiling, with vmap and sharding rules."""
     mask = (tile_mask(*tiling.axes),)
     return per_device(tiling.forward, (4,) * 3, (4,), mask), per_device(tiling.backward, (4,) * 4, (4,) * 3, mask)
 
@@ -176,7 +181,7 @@ attend_flat.defvjp(attend_flat_forward, attend_flat_backward)
 
 
 def attend_tiles(q_BYXHK, k_BYXHK, v_BYXHK, kernel_size: int, scale: float, tile: tuple[int, int]) -> jax.Array:
-    """Local-window attention by tiles of that many rows and columns of queries."""
+    """Compute local-window attention by tiles of `tile` (rows, columns) of queries."""
     B, Y, X, H, K = q_BYXHK.shape
     tiling = Tiling(Y, X, kernel_size, float(scale), tile, LOGITS_TOGETHER[current_platform()])
     flat = (x.reshape(B, Y * X, H, K) for x in (q_BYXHK, k_BYXHK, v_BYXHK))
@@ -184,10 +189,10 @@ def attend_tiles(q_BYXHK, k_BYXHK, v_BYXHK, kernel_size: int, scale: float, tile
 
 
 def attend(q_BYXHK: jax.Array, k_BYXHK: jax.Array, v_BYXHK: jax.Array, kernel_size: int, scale: float) -> jax.Array:
-    """Square tiles; see `local_window_attention`."""
+    """Compute local-window attention by square tiles; see `local_window_attention`."""
     return attend_tiles(q_BYXHK, k_BYXHK, v_BYXHK, kernel_size, scale, TILE)
 
 
 def attend_bands(q_BYXHK, k_BYXHK, v_BYXHK, kernel_size: int, scale: float) -> jax.Array:
-    """Bands of whole rows; see `local_window_attention`."""
+    """Compute local-window attention by bands of whole rows; see `local_window_attention`."""
     return attend_tiles(q_BYXHK, k_BYXHK, v_BYXHK, kernel_size, scale, (BAND_ROWS, q_BYXHK.shape[2]))

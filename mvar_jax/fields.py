@@ -1,0 +1,42 @@
+"""Dataclasses from dicts of their fields, as configs and `model.json` hold them."""
+
+import dataclasses
+import difflib
+from collections.abc import Collection
+from typing import Any
+
+from mvar_jax.errors import InputError
+
+
+def from_dict(cls: type, values: dict, where: str, hidden: Collection[str] = ()) -> Any:
+    """Return a dataclass with these fields; lists become tuples.
+
+    Args:
+      cls: the dataclass.
+      values: field name -> value; a field that is absent keeps its default.
+      where: what a user calls `values`, such as "config.data".
+      hidden: fields of the class that may not be given.
+
+    Raises InputError for an unknown key, with the nearest known one, or a missing one, and whatever `cls` raises.
+    """
+    known = {field.name: field for field in dataclasses.fields(cls) if field.name not in hidden}
+    check_keys(values, known, where)
+    for name, field in known.items():
+        if field.default is dataclasses.MISSING and name not in values:
+            raise InputError(f"{where}.{name} is missing and has no default", field=f"{where}.{name}")
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def check_keys(values: dict, known: Collection[str], where: str) -> None:
+    """Raise InputError for the first unknown key, with the nearest known one."""
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f". Did you mean {near[0]}?" if near else f"; known keys are {', '.join(sorted(known))}"
+            raise InputError(f"unknown key {where}.{name}{hint}", field=f"{where}.{name}", given=values[name])
+
+
+def put_below(error: InputError, where: str) -> InputError:
+    """Return the error of a field as the error of `where`.field, in the message too."""
+    message = f"{where}.{error}" if str(error).startswith(error.field) else f"{where}: {error}"
+    return InputError(message, field=f"{where}.{error.field}", given=error.given, expected=error.expected)

@@ -1,0 +1,45 @@
+"""What the loop asks of a task."""
+
+import abc
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class Task(abc.ABC):
+    """A model in training. Its state is a dataclass pytree with step, params, ema, opt_state and extra."""
+
+    examples_per_step: int
+
+    @abc.abstractmethod
+    def init_state(self) -> Any:
+        """Return the state of step 0, placed on the mesh: a function of the seed alone."""
+
+    @abc.abstractmethod
+    def abstract_state(self) -> Any:
+        """Return the state as ShapeDtypeStructs with shardings."""
+
+    @abc.abstractmethod
+    def batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the batches of steps start_step, start_step + 1, ...; a step has the same batch in every run."""
+
+    @abc.abstractmethod
+    def train_step(self, state: Any, batch: dict[str, np.ndarray], step: int) -> tuple[Any, dict[str, jax.Array]]:
+        """Dispatch one step, which may donate `state`; return the new state and metrics.
+
+        Metrics are scalars or [S] vectors, among them `loss` and `is_bad` (1 if the loss was not finite).
+        """
+
+    @abc.abstractmethod
+    def flops_of_step(self, step: int) -> float:
+        """Return the model's FLOPs of a step, forward and backward, on all devices together."""
+
+    @abc.abstractmethod
+    def evaluate(self, state: Any) -> dict[str, float | list[float]]:
+        """Return means over the validation data."""
+
+    @abc.abstractmethod
+    def pictures(self, state: Any) -> dict[str, np.ndarray]:
+        """Return images by name, uint8 [Y, X, 3]."""
