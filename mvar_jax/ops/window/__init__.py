@@ -106,8 +106,9 @@ def local_window_attention(
             message = f"{name} must have q's dtype and shape, {expected}, got {given}"
             raise InputError(message, field=name, given=given, expected=expected)
     if q_BYXHK.ndim != 5:
-        given, expected = list(q_BYXHK.shape), "[batch, rows, columns, heads, head width]"
-        raise InputError(f"q must have shape {expected}, got {given}", field="q", given=given, expected=expected)
+        expected = "[batch, rows, columns, heads, head width]"
+        message = f"q must have shape {expected}, got {list(q_BYXHK.shape)}"
+        raise InputError(message, field="q", given=q_BYXHK.shape, expected=expected)
     name = choose_backend(q_BYXHK, window) if backend == "auto" else backend
     if name not in BACKENDS:
         expected = f"auto or one of {', '.join(sorted(BACKENDS))}"
