@@ -156,7 +156,7 @@ def test_pickled_state_changes_nothing_of_the_reader(tmp_path, name):
     torch_files.save_members(tmp_path / "x.pth", pickled)
     refusal_of(tmp_path / "x.pth")
     for cls in (reader.RebuildTensor, reader.RebuildParameter, reader.OrderedDict):
-        assert cls.__doc__.startswith("Stands for ") and callable(cls)
+        assert cls.__doc__.startswith("A substitute for ") and callable(cls)
 
 
 def test_drops_attributes_of_pickled_dicts(tmp_path):
