@@ -50,7 +50,7 @@ def run(command: str, *arguments: str) -> None:
 
 
 def train_digits(folder: Path, tokenizer_flags=TOKENIZER_FLAGS, transformer_flags=TRANSFORMER_FLAGS) -> Path:
-    """Train a tokenizer and a transformer on cached tokens, as launch/quickstart.sh; return the transformer's workdir."""
+    """Train a tokenizer, then a transformer, as launch/quickstart.sh; return the transformer's workdir."""
     use_cpu_well()
     configs = ROOT / "configs"
     tokenizer, tokens, transformer = (folder / name for name in ("tokenizer", "tokens", "transformer"))
