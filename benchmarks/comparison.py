@@ -1,6 +1,5 @@
-"""What the parity comparisons share: the tolerances, the table of worst differences, our model of two files."""
+"""Shared parts of the parity comparisons: tolerances, the table of worst differences, our model of two files."""
 
-import functools
 import tempfile
 from pathlib import Path
 
@@ -10,9 +9,11 @@ import numpy as np
 import mvar_jax
 from mvar_jax.api import Model
 from mvar_jax.convert.weights import convert
+from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import previous_of
 
-# float32 on a CPU. Absolute, but for losses; ids: how many differ. A LayerNorm eps of 1e-5 passes logits at 1e-4.
+# for float32 on a CPU: absolute, relative for losses, a number for ids; 1e-4 for logits would not catch a LayerNorm
+# eps of 1e-5
 TOLERANCES = {
     "f": 1e-4,
     "ids": 0,
@@ -29,19 +30,19 @@ TOLERANCES = {
 class Table:
     """Rows `quantity | worst difference | tolerance | ok`.
 
-    has_magnitude: an absolute tolerance counts in units of the reference's largest value where that is above 1,
-    because the golden ones were set for values of about 1.
+    has_magnitude: multiply an absolute tolerance by the reference's largest value if that is above 1, because the
+    tolerances were set on golden values of about 1.
     """
 
     def __init__(self, has_magnitude: bool = False):
         self.rows, self.has_magnitude = [], has_magnitude
 
     def add(self, quantity: str, kind: str, *pairs) -> None:
-        """pairs: (ours, reference) arrays; the row holds the worst of all. kind: a key of TOLERANCES."""
+        """Add the worst difference of all (ours, reference) pairs. kind: a key of TOLERANCES."""
         pairs = [(np.asarray(ours, np.float64), np.asarray(theirs, np.float64)) for ours, theirs in pairs]
         for ours, theirs in pairs:
             if ours.shape != theirs.shape:
-                raise ValueError(f"{quantity}: shape {ours.shape}, the reference has {theirs.shape}")
+                raise ValueError(f"{quantity} must have shape {theirs.shape} as in the reference, got {ours.shape}")
         if kind == "ids":
             worst = sum(int(np.sum(ours != theirs)) for ours, theirs in pairs)
             self.rows.append((quantity, str(worst), f"{TOLERANCES[kind]}", worst <= TOLERANCES[kind]))
@@ -51,7 +52,7 @@ class Table:
         worst, tolerance = max(gap(*pair) for pair in pairs), TOLERANCES[kind]
         if self.has_magnitude and not relative:
             tolerance *= max(1.0, *(np.max(np.abs(theirs)) for _, theirs in pairs))
-        # written so that NaN is not ok
+        # this order makes NaN fail
         self.rows.append((quantity, f"{worst:.1e}", f"{tolerance:.1e}", bool(worst <= tolerance)))
 
     @property
@@ -67,7 +68,7 @@ class Table:
 
 
 class Compiled:
-    """A module whose `apply` is compiled, so that draws with different options share one program a scale."""
+    """A module with compiled `apply`, so that samples with different options share one program per scale."""
 
     def __init__(self, module):
         self.module = module
@@ -78,32 +79,26 @@ class Compiled:
 
 
 def load_published_files(tokenizer: Path, transformer: Path, **options) -> Model:
-    """Our model of two published files, by way of a model directory on disk."""
+    """Load our model of two published files by way of a model directory on disk."""
     with tempfile.TemporaryDirectory() as folder:
         convert(tokenizer, transformer, Path(folder) / "model", **options)
         return mvar_jax.load(Path(folder) / "model")
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def tokenizer_forward(tokenizer, params, images_BYX3):
-    """(f, (raw reconstruction, quantizer loss, Encoded)) of the training forward."""
+@jax.jit
+def tokenizer_forward(networks: Networks, images_BYX3):
+    """Return (f, (raw reconstruction, quantizer loss, Encoded)) of the training forward pass."""
     both = lambda module, images: (module.features(images), module(images))
-    return tokenizer.apply({"params": params}, images_BYX3, method=both)
+    return networks.apply_tokenizer(images_BYX3, method=both)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def teacher_forced(transformer, params, previous_BMc, labels_B):
-    """Logits of each phase; a label may be num_classes, "no class"."""
+@jax.jit
+def teacher_forced(networks: Networks, previous_BMc, labels_B):
+    """Return the logits of each phase; a label may be num_classes, "no class"."""
+    transformer, variables = networks.transformer, {"params": networks.params}
     num_start = transformer.pyramid.areas[0]
-    run = lambda phase: transformer.apply(
-        {"params": params}, previous_of(previous_BMc, phase, num_start), labels_B, phase
-    )
+    run = lambda phase: transformer.apply(variables, previous_of(previous_BMc, phase, num_start), labels_B, phase)
     return [run(phase)[0] for phase in transformer.phases()]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def teacher_forcing(tokenizer, params, ids_BL):
-    return tokenizer.apply({"params": params}, ids_BL, method="teacher_forcing")
 
 
 def channels_first(x_BYXc) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""How quickly data come: photographs against bare decode-and-crop, cached tokens, bytes a record, start-up.
+"""Throughput of the data pipeline: photographs against bare decode-and-crop, cached tokens, record size, start-up.
 
     python benchmarks/data.py --out out         # a few minutes; prints tables, writes data.json
 
-Photographs are smooth noise as JPEG, 640 x 427 at quality 95, about as many bytes as ImageNet's; bare decoding runs
-the same transform in a plain loop of one thread or, for two workers, in two processes at once. Rates of one table
-come from one run, in turns, so that other work on the machine hits all alike; the best of the rounds counts.
+Photographs are smooth noise as JPEG, 640 x 427 at quality 90, about the size of ImageNet's files. Bare decoding runs
+the same transform in a plain loop of one process or of two at once. The rates of a table are measured alternately in
+one run, so that other work on the machine affects all of them; the best of the rounds counts.
 """
 
 import argparse
@@ -38,7 +38,7 @@ NUM_IMAGENET = 1_281_167
 
 
 def write_photos(root: Path) -> None:
-    """NUM_FILES JPEGs in root/train and two in root/val."""
+    """Write NUM_FILES JPEGs to root/train and two to root/val."""
     for split, num in (("train", NUM_FILES), ("val", 2)):
         (root / split / "only").mkdir(parents=True)
         for seed in range(num):
@@ -50,7 +50,7 @@ def write_photos(root: Path) -> None:
 
 
 def decode_bare(root: str, num: int, seconds) -> None:
-    """The transform alone in a plain loop; its seconds go into the queue."""
+    """Run the transform in a plain loop and put the seconds into the queue."""
     source = FolderSource(root, "train")
     files = [source[i % NUM_FILES]["image"] for i in range(num)]
     TRANSFORM(files[0])
@@ -62,22 +62,22 @@ def decode_bare(root: str, num: int, seconds) -> None:
 
 
 def bare_rate(root: Path, num_processes: int, num: int) -> float:
-    """Images a second of so many plain loops at once, each in its own process."""
+    """Return the images per second of several plain loops at once, each in its own process."""
     context = multiprocessing.get_context("spawn")
     seconds = context.Queue()
     processes = [context.Process(target=decode_bare, args=(str(root), num, seconds)) for _ in range(num_processes)]
     for process in processes:
         process.start()
-    total = sum(num / seconds.get() for _ in processes)
+    total = sum(num / seconds.get(timeout=600) for _ in processes)
     for process in processes:
-        process.join()
+        process.join(timeout=60)
     return total
 
 
 def batch_rate(source, transform, num_batches: int, batch_size: int, **options) -> float:
-    """Images a second of the training pipeline, after its first batches."""
+    """Return the images per second of the training pipeline, after its first batches."""
     batches = train_batches(source, transform, batch_size=batch_size, seed=0, options=LoadOptions(**options))
-    warm = 1 + 6 * max(1, options.get("num_workers", 0), options.get("num_threads", 1))  # what lies in its buffers
+    warm = 1 + 6 * max(1, options.get("num_workers", 0), options.get("num_threads", 1))  # batches in its buffers
     for _ in itertools.islice(batches, warm):
         pass
     began = time.perf_counter()
@@ -89,7 +89,7 @@ def batch_rate(source, transform, num_batches: int, batch_size: int, **options) 
 
 
 def measure_photos(root: Path, rounds: int) -> dict:
-    """Best rates of bare loops and of the pipeline by threads and by worker processes, median ratio of a round."""
+    """Return the best rates of bare loops and of the pipeline by threads and by workers, and their median ratios."""
     source = FolderSource(root, "train")
     rates: dict[str, list[float]] = {}
     for _ in range(rounds):
@@ -104,14 +104,17 @@ def measure_photos(root: Path, rounds: int) -> dict:
     table = {name: max(values) for name, values in rates.items()}
     for count in (1, 2):
         bare = np.array(rates[f"bare, {count} at once"])
-        for kind in ("threads", "workers"):  # measured within seconds of each other: the machine may change its pace
+        for kind in (
+            "threads",
+            "workers",
+        ):  # ratios within a round, since the machine's speed may change between rounds
             ratios = np.array(rates[f"pipeline, {count} {kind}"]) / bare
             table[f"pipeline over bare, {count} {kind}"] = float(np.median(ratios))
     return table | {"file bytes": float(np.mean([len(source[i]["image"]) for i in range(NUM_FILES)]))}
 
 
 def write_tokens(root: Path, num: int) -> None:
-    """A cache of `num` images, both flips, uniform ids of 4,096 codes: the worst case for compression."""
+    """Write a cache of `num` images, both flips, with uniform ids of 4,096 codes: the worst case for compression."""
     sides = KNOWN_SIDES[256]
     rng = np.random.default_rng(0)
 
@@ -127,7 +130,7 @@ def write_tokens(root: Path, num: int) -> None:
 
 
 def measure_tokens(root: Path, rounds: int) -> dict:
-    """Bytes a record and images a second, from memory and from the files."""
+    """Return bytes per record and images per second, from memory and from the files."""
     write_tokens(root, 40_000)
     began = time.perf_counter()
     caches = {"files": TokenCache(root, "train", max_memory_bytes=0)}
@@ -147,14 +150,14 @@ def measure_tokens(root: Path, rounds: int) -> dict:
 
 
 class _Imagenet(ArraySource):
-    """As many records as ImageNet, of which none lies anywhere."""
+    """A source of as many records as ImageNet, made on access."""
 
     def __getitem__(self, index):
         return {"image": np.zeros((8, 8, 3), np.uint8), "label": int(self._labels[index])}
 
 
 def measure_start(root: Path) -> dict:
-    """Seconds to the first batch of 1.28 million records: a pipeline over an index, and the listing of a folder."""
+    """Return the seconds to the first batch of 1.28 million records, and to list as many files."""
     labels = np.arange(NUM_IMAGENET) % 1000
     source = _Imagenet(labels, labels, tuple(map(str, range(1000))))
     began = time.perf_counter()

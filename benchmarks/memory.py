@@ -1,10 +1,10 @@
-"""What the published sizes need, from XLA's own figures: sampling and training, Markov and VAR view.
+"""Memory of the published sizes by XLA's own figures: sampling and training, Markov and VAR view.
 
     python benchmarks/memory.py --target h100 --depth 16 --out out    # no device needed, but jax[cuda12]
 
-Total is everything that lies on the device: arguments (weights, optimizer), outputs and temporaries, donated
-buffers counted once. Beside it the published programs' peak and the arithmetic of ops/cost.py. Prints tables,
-writes memory.csv and memory.png.
+The total is everything on the device: arguments (weights, optimizer), outputs and temporaries, donated buffers
+counted once. Also prints the published programs' peak and the arithmetic of ops/cost.py, and writes memory.csv and
+memory.png.
 """
 
 import argparse
@@ -52,7 +52,7 @@ FIELDS = ("what", "view", "setting", "total_mib", "argument_mib", "temp_mib", "c
 
 
 def make_modules(args, view: str) -> tuple[Tokenizer, Transformer]:
-    """The published sizes at an image side."""
+    """Return (tokenizer, transformer) of the published sizes at an image side."""
     depth, size, dtype = args.depth, args.size, jnp.dtype(args.dtype).type
     sides = KNOWN_SIDES[size]
     transformer = Transformer(
@@ -73,7 +73,7 @@ def make_modules(args, view: str) -> tuple[Tokenizer, Transformer]:
 
 
 def shapes_like(make, dtype=None):
-    """The shapes of a tree that `make` builds; float arrays in `dtype`."""
+    """Return the shapes of a tree that `make` builds, its float arrays in `dtype`."""
     tree = nn.meta.unbox(jax.eval_shape(make))
     change = lambda x: dtype if dtype is not None and jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, change(x)), tree)
@@ -92,7 +92,7 @@ def keys_like(num: int) -> jax.ShapeDtypeStruct:
 
 
 def compile_sampler(target: str, modules, batch: int, dtype, outputs=("ids", "f_hat")):
-    """Labels in, `outputs` out: all scales, guidance, filters, draws, decoding where the outputs need it."""
+    """Compile sampling from labels to `outputs`: all scales, guidance, filters, draws, decoding if it is needed."""
     tokenizer, transformer = modules
     run = lambda networks, labels, keys: sample(networks, labels, keys, OPTIONS, outputs)
     weights = params_of(tokenizer)
@@ -178,7 +178,7 @@ def print_arithmetic(args) -> None:
 
 
 def draw_figure(rows: list[dict], path: Path) -> None:
-    """Arguments and temporaries of every row, stacked, and the published peak as a mark."""
+    """Plot arguments and temporaries of each row, stacked, with the published peak as a mark."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -207,10 +207,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--size", type=int, default=256, choices=sorted(KNOWN_SIDES), help="image side")
     parser.add_argument("--batch", type=int, default=32, help="images; guidance doubles the rows")
-    parser.add_argument("--backend", default="auto", help="of the local window")
-    parser.add_argument("--dtype", default="bfloat16", help="of the computation, and so of VAR's cache")
+    parser.add_argument("--backend", default="auto", help="backend of the local window")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the computation, hence of VAR's cache")
     parser.add_argument("--views", default="markov,full", help="markov, full or both")
-    parser.add_argument("--remats", default="none,dots,full", help="rematerialisations of training")
+    parser.add_argument("--remats", default="none,dots,full", help="remat options of training")
     parser.add_argument("--parts", default="sampling,training")
     parser.add_argument("--out", type=Path, help="folder for the CSV and the figure")
     args = parser.parse_args(argv)

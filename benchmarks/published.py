@@ -1,8 +1,7 @@
-"""The published PyTorch program (a checkout of CVL-UESTC/MVAR) and ours, side by side on the same weights."""
+"""Comparison of the published PyTorch program (a checkout of CVL-UESTC/MVAR) with ours on the same weights."""
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import os
 import sys
@@ -14,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.comparison import Table, channels_first, load_published_files, teacher_forced, teacher_forcing
+from benchmarks.comparison import Table, channels_first, load_published_files, teacher_forced
 from mvar_jax.convert.reader import TorchFile
 from mvar_jax.convert.sizes import MASK, find_state_dict
 from mvar_jax.errors import InputError
+from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer, previous_of
 from mvar_jax.ops.resize import resize_area
@@ -27,11 +27,11 @@ from mvar_jax.scales import WINDOW
 
 
 def stub_natten(torch) -> types.ModuleType:
-    """A module `natten` whose na2d is attention over the whole map under the clamped windows' mask."""
+    """Return a module `natten` whose na2d is dense attention with the mask of the clamped windows."""
 
     def na2d(query, key, value, kernel_size, dilation=1, scale=None):
         if dilation != 1:
-            raise ValueError(f"dilation={dilation}: this stand-in has windows without gaps only")
+            raise ValueError(f"dilation must be 1 in this substitute for natten, got {dilation}")
         B, Y, X, H, K = query.shape
         mask = torch.from_numpy(window_mask(Y, X, kernel_size))
         flat = [x.reshape(B, Y * X, H, K).transpose(1, 2) for x in (query, key, value)]
@@ -44,27 +44,29 @@ def stub_natten(torch) -> types.ModuleType:
 
 
 def import_published(folder: Path):
-    """(torch, its VQVAE, its MVAR, notes). Raises InputError where the program or a library is missing."""
+    """Return (torch, VQVAE, MVAR, notes). Raises InputError if the program or one of its libraries is missing."""
     if not (folder / "models" / "mvar.py").is_file():
-        raise InputError("published", str(folder), "a checkout of CVL-UESTC/MVAR, with models/mvar.py")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the program takes a GPU that it sees, and that would round to TF32
+        message = f"--published={folder} must be a checkout of CVL-UESTC/MVAR with models/mvar.py"
+        raise InputError(message, field="published", given=str(folder), expected="a checkout of CVL-UESTC/MVAR")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the program would use a visible GPU, which rounds to TF32
     notes = []
     try:
         import torch
 
         if importlib.util.find_spec("natten") is None:
             sys.modules["natten"] = stub_natten(torch)
-            notes.append("natten is not installed: masked dense attention stands in for its windows")
+            notes.append("natten is not installed: masked dense attention replaces its windows")
         sys.path.insert(0, str(folder.resolve()))
         from models.mvar import MVAR
         from models.vqvae import VQVAE
     except ImportError as error:
-        raise InputError("published", str(folder), f"torch and what the program imports: {error}") from None
+        message = f"--published={folder} cannot be imported ({error}); install torch and the program's requirements"
+        raise InputError(message, field="published", given=str(folder), expected="torch installed") from None
     return torch, VQVAE, MVAR, notes
 
 
 def read_state(torch, kind: str, path: Path) -> dict:
-    """A state dict as torch reads it, found in the file as our converter finds it."""
+    """Read a state dict with torch, from the place in the file where our converter finds it."""
     with TorchFile(kind, path) as file:
         wrapper = find_state_dict(kind, file).wrapper
     content = torch.load(path, map_location="cpu", weights_only=True)
@@ -74,7 +76,7 @@ def read_state(torch, kind: str, path: Path) -> dict:
 
 
 def make_published(folder: Path, tokenizer: Tokenizer, ours: Transformer):
-    """(torch, tokenizer, transformer, notes): the published modules in the sizes of ours, as they initialise."""
+    """Return (torch, tokenizer, transformer, notes): the published modules with our sizes and their own init."""
     torch, VQVAE, MVAR, notes = import_published(folder)
     with contextlib.redirect_stdout(sys.stderr):
         vae = VQVAE(
@@ -91,7 +93,7 @@ def make_published(folder: Path, tokenizer: Tokenizer, ours: Transformer):
             embed_dim=ours.width,
             num_heads=ours.num_heads,
             shared_aln=ours.shared_aln,
-            cond_drop_rate=0.0,  # it drops labels in evaluation too
+            cond_drop_rate=0.0,  # otherwise it drops labels in evaluation too
             attn_l2_norm=True,
             patch_nums=ours.sides,
             kernel_size=ours.kernel_size,
@@ -101,7 +103,7 @@ def make_published(folder: Path, tokenizer: Tokenizer, ours: Transformer):
 
 
 def build_published(folder: Path, paths: dict[str, Path], model):
-    """The same with their weights."""
+    """Return the same as `make_published`, with published weights."""
     torch, vae, mvar, notes = make_published(folder, model.tokenizer, model.transformer)
     vae.load_state_dict(read_state(torch, "tokenizer", paths["tokenizer"]))
     state = dict(read_state(torch, "transformer", paths["transformer"]))
@@ -113,7 +115,7 @@ def build_published(folder: Path, paths: dict[str, Path], model):
 
 
 def run_published(torch, vae, mvar, images_BYX3, labels_B, phases, cfg: float) -> dict:
-    """What the published program computes, NHWC; `seconds` by what was run."""
+    """Return the arrays that the published program computes, NHWC, and `seconds` of each part."""
     result, seconds = {}, {}
     images = torch.from_numpy(channels_first(images_BYX3).copy())
     labels = torch.from_numpy(labels_B).long()
@@ -154,15 +156,16 @@ def stopwatch(seconds: dict[str, float], name: str):
 
 
 def run_ours(model, images_BYX3, labels_B, published: dict, cfg: float) -> dict:
-    """The same quantities from our model; logits from the published ids, so that one odd id spoils no other row."""
+    """Return the same from our model; logits are computed from the published ids, so that ids that differ affect
+    no other row."""
     result, seconds = {}, {}
     options = SampleOptions(cfg, top_k=1)
-    tokenizer, params, ids = model.tokenizer, model.tokenizer_params, jnp.asarray(published["ids"], jnp.int32)
+    networks, ids = model.networks, jnp.asarray(published["ids"], jnp.int32)
     with stopwatch(seconds, "encode"):
-        f, result["ids"] = jax.block_until_ready(encode(tokenizer, params, images_BYX3))
-    previous = teacher_forcing(tokenizer, params, ids)
+        f, result["ids"] = jax.block_until_ready(encode(networks, images_BYX3))
+    previous = apply_tokenizer(networks, ids, "teacher_forcing")
     with stopwatch(seconds, "teacher-forced passes"):
-        logits = jax.block_until_ready(teacher_forced(model.transformer, model.params, previous, labels_B))
+        logits = jax.block_until_ready(teacher_forced(networks, previous, labels_B))
     with stopwatch(seconds, "sample"):
         drawn, f_hat = jax.block_until_ready(model.sample_features(labels_B, 0, options))
     with stopwatch(seconds, "decode"):
@@ -171,41 +174,36 @@ def run_ours(model, images_BYX3, labels_B, published: dict, cfg: float) -> dict:
     return result | {"decoded": model.decode_features(published["f_hat"]), "seconds": seconds}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def encode(tokenizer, params, images_BYX3):
-    """(f, ids)."""
+@jax.jit
+def encode(networks: Networks, images_BYX3):
+    """Return (f, ids)."""
     both = lambda module, images: (module.features(images), module.encode(images))
-    return tokenizer.apply({"params": params}, images_BYX3, method=both)
+    return networks.apply_tokenizer(images_BYX3, method=both)
 
 
 def code_excess(model, f_BYXc, ids_BL) -> np.ndarray:
-    """[B, L]: how much farther each of these codes is from its residual than the nearest one; 0 where it is that.
+    """Return how much farther each code is from its residual than the nearest code, `[B, L]`; 0 if it is the nearest.
 
     The residual is that of our f after the coarser of these ids.
     """
-    tokenizer, params = model.tokenizer, model.tokenizer_params
-    f_hats = accumulate(tokenizer, params, jnp.asarray(ids_BL, jnp.int32))
+    f_hats = apply_tokenizer(model.networks, jnp.asarray(ids_BL, jnp.int32), "f_hats")
     rests = [f_BYXc, *(f_BYXc - f_hat for f_hat in f_hats[:-1])]
-    pooled = [resize_area(rest, side) for rest, side in zip(rests, tokenizer.sides, strict=True)]
+    pooled = [resize_area(rest, side) for rest, side in zip(rests, model.tokenizer.sides, strict=True)]
     x_BLc = np.concatenate([x.reshape(len(ids_BL), -1, x.shape[-1]) for x in pooled], axis=1).astype(np.float64)
-    codebook = np.asarray(params["codebook"], np.float64)
+    codebook = np.asarray(model.tokenizer_params["codebook"], np.float64)
     squares_BLV = (codebook**2).sum(-1) - 2 * x_BLc @ codebook.T
     return np.take_along_axis(squares_BLV, ids_BL[..., None], -1)[..., 0] - squares_BLV.min(-1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def accumulate(tokenizer, params, ids_BL):
-    """f_hat after each scale."""
-    return tokenizer.apply({"params": params}, ids_BL, method="f_hats")
-
-
 def compare_published(args: argparse.Namespace) -> Table:
+    """Run both programs on published weights, random images and labels; print seconds, return the differences."""
     folder = Path(args.published)
     defaults = {"tokenizer": "vae_ch160v4096z32.pth", "transformer": "mvar-d16.pth"}
     paths = {kind: Path(getattr(args, kind) or folder / name) for kind, name in defaults.items()}
     for kind, path in paths.items():
         if not path.is_file():
-            raise InputError(kind, str(path), "a file of published weights")
+            message = f"--{kind}={path} does not exist; give the file of the published {kind}"
+            raise InputError(message, field=kind, given=str(path), expected="a file of published weights")
     jax.config.update("jax_platforms", "cpu")
     model = load_published_files(paths["tokenizer"], paths["transformer"], conditioning="markov")
     torch, vae, mvar, notes = build_published(folder, paths, model)
@@ -220,7 +218,7 @@ def compare_published(args: argparse.Namespace) -> Table:
     table.add("encoder f", "f", pair("f"))
     excess = code_excess(model, ours["f"], theirs["ids"])
     table.add("their codes' squared distance above the nearest", "near tie", (excess, np.zeros_like(excess)))
-    # one near tie at a coarse scale changes what the finer ones code, so the count alone decides nothing
+    # one near tie at a coarse scale changes the residuals of finer ones, so the number of ids is not a criterion
     num_different = int(np.sum(np.asarray(ours["ids"]) != theirs["ids"]))
     table.rows.append((f"ids that differ (of {excess.size})", f"{num_different}", "near ties", table.rows[-1][-1]))
     table.add("teacher-forcing input of their ids", "teacher-forcing input", pair("previous"))

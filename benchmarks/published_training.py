@@ -1,9 +1,9 @@
-"""Training steps of the published PyTorch program and of ours, in turn in one run: seconds of each phase, ratio.
+"""Training steps of the published PyTorch program and of ours, alternately in one run: seconds per phase, ratio.
 
 python benchmarks/published_training.py --published DIR    DIR: a checkout of CVL-UESTC/MVAR
 
 float32, random weights, tokens and teacher-forcing input: forward, backward, clipping and AdamW. A cycle is the
-paper's: `RATIO` steps of the coarse scales, one of each finer scale. Needs torch beside jax; minutes on two cores.
+paper's: `RATIO` steps of the coarse scales, one of each finer scale. Needs torch; takes minutes on two cores.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def make_batch(batch_size: int) -> dict[str, np.ndarray]:
 
 
 def published_step(folder: Path, model: Transformer, batch: dict, num_threads: int):
-    """phase -> None: one step of the published program."""
+    """Return (a function of a phase that runs one step of the published program, torch's version)."""
     torch, VQVAE, MVAR, notes = import_published(folder)
     for note in notes:
         print(f"note: {note}")
@@ -90,7 +90,7 @@ def published_step(folder: Path, model: Transformer, batch: dict, num_threads: i
 
 
 def our_step(model: Transformer, batch: dict):
-    """phase -> None: one step of ours, compiled."""
+    """Return a function of a phase that runs one compiled step of ours."""
     optimizer = OptimizerOptions()
     init = lambda: make_state(lambda: model.init_params(jax.random.key(0)), optimizer)
     state = jax.jit(lambda: nn.meta.unbox(init()))()
@@ -112,8 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--published", type=Path, required=True, metavar="DIR")
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each phase that are timed, after a first one")
-    parser.add_argument("--threads", type=int, default=2, help="of torch; jax takes all cores")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each phase, after a first one")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch; jax uses all cores")
     args = parser.parse_args(argv)
     heads = args.depth
     model = Transformer(SIDES, 8, 7, CODES, CODE_WIDTH, CLASSES, args.depth, 64 * heads, heads)
@@ -131,15 +131,17 @@ def main(argv: list[str] | None = None) -> int:
         weight = RATIO if number == 0 else 1
         totals = {name: totals[name] + weight * medians[name] for name in steps}
         ratio = medians["published"] / medians["ours"]
-        told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in medians.items())
-        print(f"{phase.end - phase.begin} tokens: {told}: {ratio:.2f} times the rate", flush=True)
-    told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in totals.items())
-    print(f"a cycle of {RATIO} + {len(model.phases()) - 1} steps: {told}: {totals['published'] / totals['ours']:.2f}")
+        listed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in medians.items())
+        print(f"{phase.end - phase.begin} tokens: {listed}: {ratio:.2f} times the rate", flush=True)
+    listed = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in totals.items())
+    print(
+        f"a cycle of {RATIO} + {len(model.phases()) - 1} steps: {listed}: {totals['published'] / totals['ours']:.2f}"
+    )
     return 0
 
 
 def time_steps(steps: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each, in turn, after one that warms up."""
+    """Return the median seconds of each step, run alternately, after one warm-up."""
     seconds = {name: [] for name in steps}
     for i in range(rounds + 1):
         for name, step in steps.items():

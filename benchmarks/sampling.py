@@ -1,12 +1,12 @@
-"""What sampling needs and how fast it is, beside the bounds that the project has set itself.
+"""Memory, compile time and speed of sampling, against the project's own bounds.
 
     python benchmarks/sampling.py --parts memory --target h100      # no device needed, but jax[cuda12]
     python benchmarks/sampling.py --parts compile                   # d16 on this CPU, cold and from the cache
-    python benchmarks/sampling.py --parts rate --published DIR      # beside a checkout of CVL-UESTC/MVAR; needs torch
+    python benchmarks/sampling.py --parts rate --published DIR      # DIR: a checkout of CVL-UESTC/MVAR; needs torch
 
 memory: XLA's own figures of the whole program, weights included. rate: images/s of both programs from labels to
-pixels, in turns, random weights of the published sizes, float32. Prints tables; exit status
-1 where a bound is missed.
+pixels, run alternately, random weights of the published sizes, float32. Prints tables; the exit status is 1 if a
+bound is missed.
 """
 
 import argparse
@@ -22,8 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvar_jax.models.networks import Networks
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
@@ -31,6 +29,7 @@ from benchmarks.memory import OPTIONS, array, compile_sampler, keys_like, make_m
 from benchmarks.published import make_published
 from mvar_jax.errors import InputError
 from mvar_jax.hardware.compiling import MIB
+from mvar_jax.models.networks import Networks
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.sampler import sample
 
@@ -42,13 +41,13 @@ print_row = lambda *cells: print(f"| {' | '.join(map(str, cells))} |", flush=Tru
 
 
 def modules_of(depth: int, size: int = 256, dtype: str = "bfloat16"):
-    """(tokenizer, transformer) of the published sizes."""
+    """Return (tokenizer, transformer) of the published sizes."""
     return make_modules(argparse.Namespace(depth=depth, size=size, dtype=dtype, backend="auto"), "markov")
 
 
 @functools.cache
 def compiled(target: str, depth: int, batch: int, size: int = 256, outputs=TOKENS, num_scales: int | None = None):
-    """The sampler with bfloat16 weights; num_scales: only the first and the last of the scales."""
+    """Compile the sampler with bfloat16 weights; num_scales keeps that many scales, the last one included."""
     tokenizer, transformer = modules_of(depth, size)
     if num_scales is not None:
         sides = (*tokenizer.sides[: num_scales - 1], tokenizer.sides[-1])
@@ -58,7 +57,7 @@ def compiled(target: str, depth: int, batch: int, size: int = 256, outputs=TOKEN
 
 
 def measure_memory(target: str, rows: str) -> bool:
-    """Prints each row of `rows` with its bound; whether all are kept."""
+    """Print each row of `rows` with its bound; return whether all bounds are met."""
     base = lambda: compiled(target, 16, 32)
     total = lambda program: program.total_bytes / MIB
     values = {
@@ -92,7 +91,7 @@ def measure_memory(target: str, rows: str) -> bool:
 
 
 def compile_once(folder: str) -> None:
-    """Prints the seconds that d16 takes from labels to pixels, with compiled programs kept in `folder`."""
+    """Print the seconds to compile d16 from labels to pixels, with compiled programs cached in `folder`."""
     jax.config.update("jax_compilation_cache_dir", folder)
     tokenizer, transformer = modules_of(16, dtype="float32")
     networks = Networks(tokenizer, params_of(tokenizer), transformer, params_of(transformer))
@@ -102,14 +101,15 @@ def compile_once(folder: str) -> None:
 
 
 def measure_compilation() -> bool:
-    """Two processes, the second with the first one's cache."""
+    """Compile in two processes, the second with the cache of the first; return whether both bounds are met."""
     print_row("compiling the d16 sampler, labels to pixels, on a CPU", "required s", "measured s")
     print_row("---", "---", "---")
     is_kept = True
     with tempfile.TemporaryDirectory() as folder:
-        for what, bound in (("nothing in the cache", 90), ("from the cache", 10)):
+        for what, bound in (("empty cache", 90), ("from the cache", 10)):
             command = [sys.executable, __file__, "--compile_once", folder]
-            seconds = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)
+            seconds = json.loads(done.stdout)
             is_kept &= seconds <= bound
             print_row(what, f"<= {bound}", f"{seconds:.1f}")
     return is_kept
@@ -120,7 +120,7 @@ def random_weights(module, rng):
 
 
 def make_runs(folder: Path, depth: int) -> dict:
-    """name -> a function that draws a batch to pixels."""
+    """Return functions by program that sample a batch to pixels."""
     rng, labels = np.random.default_rng(0), np.arange(CPU_BATCH)
     tokenizer, transformer = modules_of(depth, dtype="float32")
     weights = {"transformer": random_weights(transformer, rng), "tokenizer": random_weights(tokenizer, rng)}
@@ -145,14 +145,14 @@ def make_runs(folder: Path, depth: int) -> dict:
 
 
 def measure_rate(folder: Path, depth: int, rounds: int) -> bool:
-    """Both in turns after one warming run each; the medians."""
+    """Run both programs alternately after one warm-up each; return whether the ratio of medians meets its bound."""
     runs = make_runs(folder, depth)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
+    for number in range(rounds + 1):
         for name, run in runs.items():
             begin = time.perf_counter()
             run()
-            if turn:
+            if number:
                 seconds[name].append(time.perf_counter() - begin)
     median = {name: float(np.median(values)) for name, values in seconds.items()}
     print_row(f"d{depth}, batch {CPU_BATCH}, float32, labels to pixels", "s a batch", "images/s")
@@ -167,13 +167,14 @@ def measure_rate(folder: Path, depth: int, rounds: int) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="memory", help="of memory,compile,rate")
-    parser.add_argument("--target", default="h100", help="of the memory figures")
-    parser.add_argument("--rows", default=",".join(MEMORY_ROWS), help="of the memory figures (default all)")
+    parser.add_argument("--parts", default="memory", help="any of memory,compile,rate")
+    parser.add_argument("--target", default="h100", help="target of the memory figures")
+    parser.add_argument("--rows", default=",".join(MEMORY_ROWS), help="rows of the memory figures (default all)")
     parser.add_argument("--published", type=Path, metavar="DIR", help="checkout of CVL-UESTC/MVAR, for rate")
     parser.add_argument("--depth", type=int, default=16, help="for rate")
     parser.add_argument("--rounds", type=int, default=2, help="for rate, after one to warm up")
-    parser.add_argument("--compile_once", metavar="DIR", help=argparse.SUPPRESS)  # the process that compile starts
+    # for the processes that `compile` starts
+    parser.add_argument("--compile_once", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.compile_once:
         compile_once(args.compile_once)
@@ -181,9 +182,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         unknown = [row for row in args.rows.split(",") if row not in MEMORY_ROWS]
         if unknown:
-            raise InputError("rows", unknown[0], f"some of {','.join(MEMORY_ROWS)}")
+            expected = f"some of {','.join(MEMORY_ROWS)}"
+            message = f"--rows must be {expected}, got {unknown[0]}"
+            raise InputError(message, field="rows", given=unknown[0], expected=expected)
         if "rate" in args.parts and args.published is None:
-            raise InputError("published", None, "a checkout of CVL-UESTC/MVAR, which `rate` runs beside ours")
+            message = "--parts rate needs --published DIR, a checkout of CVL-UESTC/MVAR"
+            raise InputError(message, field="published", given=None, expected="a checkout of CVL-UESTC/MVAR")
         is_kept = True
         if "memory" in args.parts:
             is_kept &= measure_memory(args.target, args.rows)

@@ -1,11 +1,11 @@
-"""What the training loop costs beside the steps themselves; ratios within one run, on whatever machine this is.
+"""Overhead of the training loop over the steps themselves, as ratios within one run on this machine.
 
-python benchmarks/training.py             every measurement, some minutes on two CPU cores
+python benchmarks/training.py             all measurements, some minutes on two CPU cores
 python benchmarks/training.py loop saving only these
 
 loop      steps/s of the loop over those of the bare compiled step, synthetic ids
 saving    step time with one asynchronous save per 50 steps over that without
-resume    start-up of a resumed `train` over that of the first one; both with an empty and a filled program cache
+resume    start-up of a resumed `train` over that of the first run, with an empty and with a filled program cache
 compile   lowering and compiling a 24-layer step with scan and rematerialisation over the unrolled one
 """
 
@@ -19,8 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from mvar_jax.models.networks import Networks
-
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -33,6 +31,7 @@ import numpy as np
 from mvar_jax.data.pipeline import DEFAULT_LOADING
 from mvar_jax.data.protocols import TokenSource
 from mvar_jax.models.init import abstract_params
+from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import make_mesh
@@ -66,7 +65,7 @@ class RandomIds(TokenSource):
 
 
 def make_task() -> TransformerTask:
-    """The quickstart's transformer, joint schedule."""
+    """Return the task of the quickstart's transformer with the joint schedule."""
     tokenizer = Tokenizer(SIDES, vocab_size=128, code_width=16, ch=16, ch_mult=(1,), num_groups=None, group_size=4)
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), nn.meta.unbox(abstract_params(tokenizer)))
     model = Transformer(SIDES, 3, (3, 5), 128, 16, 10, depth=4, width=96, num_heads=3, remat="none")
@@ -76,7 +75,7 @@ def make_task() -> TransformerTask:
 
 
 class Quiet(TransformerTask):
-    """No evaluation and no pictures: the steps alone."""
+    """The task without evaluation and image grids: steps alone."""
 
     def evaluate(self, state):
         self.first_s = time.perf_counter()
@@ -88,7 +87,7 @@ class Quiet(TransformerTask):
 
 
 def time_bare_steps(task, num_steps: int) -> float:
-    """Seconds a step, batches on the host already and the metrics of each step read two steps later."""
+    """Return the seconds per step, with batches already on the host and metrics read two steps later."""
     state, batches = task.init_state(), task.batches(0)
     ready = [next(batches) for _ in range(8)]
     state, metrics = task.train_step(state, ready[0], 0)
@@ -104,7 +103,7 @@ def time_bare_steps(task, num_steps: int) -> float:
 
 
 def time_loop(task, num_steps: int, save_every_steps: int) -> float:
-    """Seconds a step of the loop, from its second step to its last, saves included but the final one."""
+    """Return the seconds per step of the loop, from its second step to its last, without the final save."""
     task.__class__, stamps = Quiet, []
     bare = task.train_step
 
@@ -123,7 +122,7 @@ def time_loop(task, num_steps: int, save_every_steps: int) -> float:
 def measure_loop(rounds: int = 8, num_steps: int = 50) -> None:
     task = make_task()
     time_bare_steps(task, 3)  # compiles
-    time_loop(task, 3, 0)  # and imports what writes the metrics
+    time_loop(task, 3, 0)  # imports the metric writers
     steps = {"bare": lambda: time_bare_steps(task, num_steps), "loop": lambda: time_loop(task, num_steps, 0)}
     ratio = median_ratio(steps, rounds)
     print(f"loop over bare step, steps/s: {ratio:.3f}", flush=True)
@@ -140,7 +139,7 @@ def measure_saving(rounds: int = 4, num_steps: int = 100) -> None:
 
 
 def median_ratio(steps: dict, rounds: int) -> float:
-    """First over second, median over rounds of one after the other: another round may find a slower machine."""
+    """Return the median over rounds of first over second; the machine's speed may change between rounds."""
     ratios = []
     for _ in range(rounds):
         times = {name: measure() for name, measure in steps.items()}
@@ -151,7 +150,7 @@ def median_ratio(steps: dict, rounds: int) -> float:
 
 
 def measure_resume() -> None:
-    """Seconds from the start of the command to the line of its first step."""
+    """Measure the seconds from the start of the command to the log line of its first step."""
     with tempfile.TemporaryDirectory() as folder:
         for cache in ("empty", "filled"):
             programs = [f"{folder}/programs"] * 2 if cache == "filled" else [f"{folder}/one", f"{folder}/two"]
@@ -163,7 +162,7 @@ def measure_resume() -> None:
 
 
 def time_first_step(workdir: str, programs: str) -> float:
-    """Starts a run, or goes on with it, and stops it as a preemption does when it has logged a few steps."""
+    """Start or resume a run, and terminate it as a preemption does once it has logged a few steps."""
     command = [sys.executable, "-m", "mvar_jax", "train", "--workdir", workdir, "--config", "configs/debug.py"]
     command += ["--config.num_steps=100000", "--config.eval_every_steps=0", "--config.save_every_steps=0"]
     command += ["--compilation_cache", programs]
@@ -171,11 +170,13 @@ def time_first_step(workdir: str, programs: str) -> float:
     before_s = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and count_steps(workdir) <= num_before:
+        if time.perf_counter() - before_s > 600:
+            process.kill()
         time.sleep(0.02)
     seconds = time.perf_counter() - before_s
     time.sleep(1)
     process.terminate()
-    if process.wait():
+    if process.wait(timeout=120):
         raise RuntimeError(f"training failed: {' '.join(command)}")
     return seconds
 
@@ -186,7 +187,7 @@ def count_steps(workdir: str) -> int:
 
 
 def time_compilation(model: Transformer) -> float:
-    """Seconds to lower and compile a step of the coarse phase."""
+    """Return the seconds to lower and compile a step of the coarse phase."""
     optimizer, phases = OptimizerOptions(), model.phases()[:1]
     embed = lambda ids_BL: jnp.sin(ids_BL[:, 1:, None] * jnp.arange(16.0))
     init = lambda: make_state(lambda: model.init_params(jax.random.key(0)), optimizer)
@@ -203,7 +204,7 @@ def time_compilation(model: Transformer) -> float:
 
 
 def measure_compile(depth: int = 24, width: int = 96) -> None:
-    """A narrow 24-layer model: the number of operations is that of d24, only their sizes are not."""
+    """Compare compile times of a narrow 24-layer model, which has as many operations as d24, only smaller."""
     seconds = {}
     for name, changes in (("scan", {"remat": "dots"}), ("unrolled", {"remat": "none", "scan_unroll": depth})):
         model = Transformer(SIDES, 3, (3, 5), 128, 16, 10, depth=depth, width=width, num_heads=3, **changes)

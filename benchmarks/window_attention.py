@@ -1,10 +1,10 @@
-"""Every form of local-window attention side by side in one run: time here, memory here and on machines not here.
+"""All backends of local-window attention in one run: time on this machine, memory here and on other targets.
 
     python benchmarks/window_attention.py --out out                        # this machine
     python benchmarks/window_attention.py --targets h100,v5e --no_run      # compiled figures, no device needed
 
 Prints a table for each map, writes window_attention.csv and window_attention.png. Times are medians of interleaved
-runs of the compiled forward pass and of forward plus the three gradients. Memory is XLA's own: temporaries.
+runs of the compiled forward pass and of forward plus the three gradients. Memory is XLA's figure of temporaries.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def forward(backend: str, window: int, q, k, v, cotangent):
 
 
 def backward(backend: str, window: int, q, k, v, cotangent):
-    """Forward and all three gradients."""
+    """Return the output and all three gradients."""
     out, pull_back = jax.vjp(lambda q, k, v: forward(backend, window, q, k, v, None), q, k, v)
     return out, *pull_back(cotangent)
 
@@ -58,13 +58,13 @@ def default_for(case: Case, target: str) -> str:
 
 
 def median_ms(programs: dict, seconds: float) -> dict:
-    """Median milliseconds of each call; runs are interleaved so that a slow moment hits all alike."""
+    """Return the median milliseconds of each call; runs are interleaved, so that a slow moment affects all."""
     times = {key: [] for key in programs}
     while any(len(t) < 5 or (sum(t) < seconds and len(t) < 200) for t in times.values()):
         for key, run in programs.items():
             if len(times[key]) >= 5 and sum(times[key]) >= seconds:
                 continue
-            # once more beforehand: the first run after one that freed gigabytes pays for the memory, up to threefold
+            # an untimed run first: after a run that freed gigabytes, the next one takes up to three times as long
             jax.block_until_ready(run())
             begin = time.perf_counter()
             jax.block_until_ready(run())
@@ -73,7 +73,7 @@ def median_ms(programs: dict, seconds: float) -> dict:
 
 
 def calls_of(case: Case, backends: list[str]) -> dict:
-    """(backend, direction) -> a call of its compiled program on random arrays."""
+    """Return, by (backend, direction), a call of the compiled program on random arrays."""
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=case.shape), jnp.dtype(case.dtype)) for _ in range(4)]
     pairs = [(name, direction) for name in backends for direction in DIRECTIONS]
@@ -82,7 +82,7 @@ def calls_of(case: Case, backends: list[str]) -> dict:
 
 
 def bound_ms(target: str, compiled) -> float | None:
-    """Milliseconds that the target's FLOP/s and bandwidth allow, of what XLA counts."""
+    """Return the least milliseconds by the target's FLOP/s and bandwidth for the work that XLA counts."""
     if compiled.flops is None or not compiled.bytes_accessed:
         return None
     machine = MACHINES[target]
@@ -90,7 +90,7 @@ def bound_ms(target: str, compiled) -> float | None:
 
 
 def rows_of(case: Case, target: str, backends: list[str], seconds: float | None) -> list[dict]:
-    """One row a backend. seconds: how long each program is timed; None compiles only."""
+    """Return one row per backend. seconds: time spent on each program; None compiles only."""
     times = median_ms(calls_of(case, backends), seconds) if target == HERE and seconds is not None else {}
     rows = []
     for name in backends:
@@ -99,7 +99,7 @@ def rows_of(case: Case, target: str, backends: list[str], seconds: float | None)
             program = functools.partial(globals()[direction], name, case.window)
             compiled = compile_for(target, program, *shapes_of(case))
             row[f"{direction}_mib"] = compiled.temp_bytes / MIB
-            is_opaque = name.startswith("pallas")  # XLA counts a kernel as nothing
+            is_opaque = name.startswith("pallas")  # XLA counts a kernel as zero
             bound = None if target == HERE or is_opaque else bound_ms(target, compiled)
             row[f"{direction}_ms"] = times.get((name, direction), bound)
         rows.append(row)
@@ -122,7 +122,7 @@ def print_rows(case: Case, target: str, rows: list[dict]) -> None:
 
 
 def print_growth(small: Case, large: Case, seconds: float) -> None:
-    """Time of `auto` on a map of twice the side, in turns with the smaller one and nothing else."""
+    """Print the time of `auto` on a map of twice the side over the smaller one, run alternately."""
     calls = {(case, key[1]): call for case in (small, large) for key, call in calls_of(case, ["auto"]).items()}
     times = median_ms(calls, seconds)
     ratios = [f"{direction} {times[large, direction] / times[small, direction]:.2f}x" for direction in DIRECTIONS]
@@ -130,7 +130,7 @@ def print_growth(small: Case, large: Case, seconds: float) -> None:
 
 
 def draw_figure(rows: list[dict], path: Path) -> None:
-    """Time and temporaries against the map's side, one line a backend, one row of axes a target."""
+    """Plot time and temporaries against the map's side, one line per backend, one row of axes per target."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -158,12 +158,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", default=",".join(map(str, BENCHMARK_SIDES)), help="sides of square maps")
     parser.add_argument("--window", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=2, help="of the measured runs")
-    parser.add_argument("--dtype", default="float32", help="of the measured runs")
-    parser.add_argument("--backends", default="", help="some of them, by comma; all")
-    parser.add_argument("--seconds", type=float, default=1.0, help="to time each program for")
-    parser.add_argument("--targets", default="", help="machines that are not here, by comma: h100,v5e")
-    parser.add_argument("--target_batch", type=int, default=64, help="of their compiled figures, in bfloat16")
+    parser.add_argument("--batch", type=int, default=2, help="batch of the measured runs")
+    parser.add_argument("--dtype", default="float32", help="dtype of the measured runs")
+    parser.add_argument("--backends", default="", help="comma-separated (default all)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each program")
+    parser.add_argument("--targets", default="", help="comma-separated machines to compile for, such as h100,v5e")
+    parser.add_argument("--target_batch", type=int, default=64, help="batch of the compiled figures, in bfloat16")
     parser.add_argument("--no_run", action="store_true", help="compile for the targets only")
     parser.add_argument("--out", type=Path, help="folder for the CSV and the figure")
     args = parser.parse_args(argv)
@@ -174,7 +174,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     try:
         if unknown := [name for name in chosen if name not in BACKENDS]:
-            raise InputError("backends", unknown[0], f"some of {', '.join(BACKENDS)}")
+            expected = f"some of {', '.join(BACKENDS)}"
+            message = f"--backends must be {expected}, got {unknown[0]}"
+            raise InputError(message, field="backends", given=unknown[0], expected=expected)
         for target, batch, dtype in targets:
             for side in sides:
                 case = benchmark_case(side, batch, dtype, args.window)

@@ -23,7 +23,7 @@ class Case:
         return (self.batch, self.height, self.width, self.num_heads, self.head_width)
 
 
-# every kind of map, window and head once: small to large, rectangular, window beyond one side or both
+# each kind of map, window and head once: small to large, rectangular, window larger than one side or both
 CASES = (
     Case(5, 7, 3, 1, 16, batch=2),
     Case(5, 7, 9, 2, 24),
@@ -41,7 +41,7 @@ CASES = (
     Case(64, 64, 7, 1, 64),
 )
 
-# what benchmarks time: the pyramids of 256, 512 and 1024 pixels, at the heads of MVAR-d16
+# sides that benchmarks time, from the pyramids of 256, 512 and 1024 pixels; heads of MVAR-d16
 BENCHMARK_SIDES = (8, 10, 13, 16, 24, 32, 48, 64)
 
 

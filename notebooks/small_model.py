@@ -1,4 +1,4 @@
-"""The notebooks' model: the one they name or, before the quickstart has run, a small one of digits made here."""
+"""The model of the notebooks: the one they name or, if the quickstart has not run, a small one trained on digits."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ from mvar_jax.cli.machine import use_compilation_cache
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = "runs/quickstart/transformer"
 SMALL = "runs/notebook"
-# less training of smaller models than the quickstart's: enough to see digits, in about two minutes
+# smaller models and fewer steps than the quickstart's: enough to see digits, in about two minutes
 TOKENIZER_FLAGS = (
     "--config.num_steps=120",
     "--config.picture_every_steps=-1",
@@ -37,20 +37,20 @@ CPU_FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization
 
 
 def use_cpu_well() -> None:
-    """Where there is no accelerator, what launch/quickstart.sh sets for XLA; of no effect once JAX has started."""
+    """Set the XLA flags of launch/quickstart.sh if there is no accelerator; no effect once JAX has started."""
     if importlib.util.find_spec("jax_plugins") is None:
         os.environ.setdefault("XLA_FLAGS", CPU_FLAGS)
 
 
 def run(command: str, *arguments: str) -> None:
-    """A command of `python -m mvar_jax`, in this process. Raises RuntimeError where it fails."""
+    """Run a command of `python -m mvar_jax` in this process. Raises RuntimeError if it fails."""
     status = main([command, *arguments])
     if status:
         raise RuntimeError(f"mvar {command}: exit status {status}")
 
 
 def train_digits(folder: Path, tokenizer_flags=TOKENIZER_FLAGS, transformer_flags=TRANSFORMER_FLAGS) -> Path:
-    """Tokenizer, token cache, transformer, as launch/quickstart.sh but shorter. Returns the transformer's workdir."""
+    """Train a tokenizer, then a transformer, as launch/quickstart.sh; return the transformer's workdir."""
     use_cpu_well()
     configs = ROOT / "configs"
     tokenizer, tokens, transformer = (folder / name for name in ("tokenizer", "tokens", "transformer"))
@@ -62,7 +62,7 @@ def train_digits(folder: Path, tokenizer_flags=TOKENIZER_FLAGS, transformer_flag
 
 
 def load(path: str) -> Model:
-    """`mvar_jax.load`, from the repository's folder on; makes the small model where the quickstart's is not there."""
+    """Load a model by its path in the repository; train the small one if the quickstart's does not exist."""
     use_compilation_cache("auto")
     if path == QUICKSTART and not (ROOT / path).exists():
         return mvar_jax.load(train_digits(ROOT / SMALL))

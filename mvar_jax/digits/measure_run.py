@@ -76,9 +76,8 @@ def report_digits(tokenizer_dir: Path, transformer_dir: Path, samples_dir: Path,
     hits_SV = np.asarray(count_hits(ids_NL, model.tokenizer.sides, model.tokenizer.vocab_size))
     validation, training = (read_metrics(transformer_dir, kind) for kind in ("eval", "train"))
     tokenizer_lines = read_metrics(tokenizer_dir, "eval")
-    tokenizer_lines = [
-        line for line in tokenizer_lines if line["step"]
-    ]  # without the untrained tokenizer, which would dominate the axis
+    # without the untrained tokenizer, whose PSNR would dominate the axis
+    tokenizer_lines = [line for line in tokenizer_lines if line["step"]]
 
     save_png(out / "samples.png", sample_grid(model, seed=0))
     save_png(

@@ -243,19 +243,19 @@ class Tokenizer(nn.Module):
     def check(self, image_size: int | None = None) -> None:
         """Raise InputError if the fields contradict each other or the side of the images."""
         check_sides(self.sides)
-        if (self.num_groups is None) == (self.group_size is None):
-            expected = f"set if and only if group_size is None (group_size is {self.group_size})"
-            message = f"num_groups must be {expected}, got {self.num_groups}"
-            raise InputError(message, field="num_groups", given=self.num_groups, expected=expected)
-        if not 1 <= self.num_phi <= len(self.sides):
-            expected = f"from 1 to {len(self.sides)}, the number of scales"
-            message = f"num_phi must be {expected}, got {self.num_phi}"
-            raise InputError(message, field="num_phi", given=self.num_phi, expected=expected)
-        if image_size is not None and image_size != self.image_size:
-            latent = image_size / self.downsampling
-            expected = f"a last side of {latent:g} (image_size={image_size} / {self.downsampling})"
-            message = f"sides must have {expected}, got {self.sides}"
-            raise InputError(message, field="sides", given=self.sides, expected=expected)
+        size, S = image_size or self.image_size, len(self.sides)
+        has_one = (self.num_groups is None) != (self.group_size is None)
+        latent = f"{size / self.downsampling:g}, that is image_size={size} / {self.downsampling}"
+        rules = {
+            "num_groups": (has_one, f"set if and only if group_size={self.group_size} is None"),
+            "num_phi": (1 <= self.num_phi <= S, f"from 1 to {S}, the number of scales"),
+            "sides": (size == self.image_size, f"a list whose last side is {latent}"),
+        }
+        for field, (is_valid, expected) in rules.items():
+            if not is_valid:
+                given = getattr(self, field)
+                message = f"{field} must be {expected}, got {given}"
+                raise InputError(message, field=field, given=given, expected=expected)
 
     def init_params(self, key: jax.Array):
         """Return the parameter tree, each leaf boxed with its logical axes. Call under jit or eval_shape."""

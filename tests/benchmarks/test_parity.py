@@ -22,7 +22,7 @@ QUANTITIES = [
 
 
 def rows_of(text: str) -> list[list[str]]:
-    """The cells of a printed table, without its two head rows."""
+    """Return the cells of a printed table, without its two header rows."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines][2:]
 
@@ -51,8 +51,9 @@ def test_one_wrong_weight_fails(parity, monkeypatch, capsys):
     def load_wrong(*paths, **options):
         model = load(*paths, **options)
         table = model.params["level_embed"]
-        # of the last scale, so that phase 2 alone sees it
-        model.params = {**model.params, "level_embed": table.at[9, 5].add(1e-2)}
+        # the embedding of the last scale, which phase 2 alone uses
+        params = {**model.params, "level_embed": table.at[9, 5].add(1e-2)}
+        model.networks = model.networks.replace(params=params)
         return model
 
     def add_phases(table, model):
@@ -89,4 +90,4 @@ def test_rows_judge_counts_ratios_and_nan(parity):
 def test_bad_input_is_refused_in_one_line(arguments, field, parity, capsys):
     assert parity.main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {field}=") and error.count("\n") == 1
+    assert error.startswith("error: ") and f"--{field}" in error and error.count("\n") == 1

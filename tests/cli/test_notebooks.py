@@ -1,4 +1,4 @@
-"""The notebooks: kept without outputs, and each runs from top to bottom."""
+"""The notebooks: stored without outputs, and each runs from top to bottom."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_no_outputs_are_kept(name):
 
 
 def with_parameters(notebook, **parameters) -> list:
-    """The cells of a notebook, with other values in its cell of parameters."""
+    """Return the cells of a notebook, with other values in its cell of parameters."""
     (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     assert all(f"\n{name} = " in f"\n{cell.source}" for name in parameters)
     cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
@@ -35,10 +35,14 @@ def with_parameters(notebook, **parameters) -> list:
 
 
 def test_they_run_from_top_to_bottom(tiny_model, run, monkeypatch):
-    """One after another in one kernel, each with nothing defined: starting and compiling are most of the time."""
+    """Every cell of every notebook runs, shows its figures and ends with its text.
+
+    All run in one kernel, reset before each notebook, since starting and compiling take most of the time. A renamed
+    module, option or result of the API breaks it.
+    """
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # else it warns
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # otherwise it warns
     tiny = {"MODEL": str(tiny_model), "LABELS": [0, 2], "NUM": 2}
     flags = {"TOKENIZER_FLAGS": run.tokenizer_flags, "TRANSFORMER_FLAGS": run.transformer_flags}
     cells = {
@@ -55,5 +59,5 @@ def test_they_run_from_top_to_bottom(tiny_model, run, monkeypatch):
     }
     num_figures = {name: sum("image/png" in data for data in parts) for name, parts in outputs.items()}
     assert num_figures == {"sampling": 6, "editing": 5, "training_digits": 4}
-    assert "of 4 pictures named" in outputs["sampling"][-1]["text/plain"]
-    assert "of 16 held-out images named right" in outputs["training_digits"][-1]["text/plain"]
+    assert "of 4 samples classified as their label" in outputs["sampling"][-1]["text/plain"]
+    assert "of 16 held-out images classified correctly" in outputs["training_digits"][-1]["text/plain"]
