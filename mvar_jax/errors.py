@@ -12,11 +12,7 @@ class InputError(ValueError):
       expected: what is allowed.
     """
 
-    def __init__(self, *words, field: str | None = None, given: object = None, expected: str | None = None):
-        if len(words) == 3:  # transition: (field, given, expected)
-            field, given, expected = words
-            words = (f"{field}={given!r}: expected {expected}",)
-        (message,) = words
+    def __init__(self, message: str, *, field: str, given: object = None, expected: str | None = None):
         self.field, self.given, self.expected = field, given, expected
         super().__init__(message)
 
@@ -25,7 +21,7 @@ class InputError(ValueError):
         return _rebuild, (str(self), self.field, self.given, self.expected)
 
 
-def _rebuild(message: str, field: str | None, given: object, expected: str | None) -> InputError:
+def _rebuild(message: str, field: str, given: object, expected: str | None) -> InputError:
     return InputError(message, field=field, given=given, expected=expected)
 
 

@@ -1,4 +1,4 @@
-"""Metrics of reconstructions and of codebook usage. Host arithmetic in float64, except `psnr_of_error`."""
+"""Metrics of reconstructions and of codebook usage, in float64 on the host (`psnr_of_error`: in any program)."""
 
 import numpy as np
 from scipy import ndimage
@@ -9,36 +9,39 @@ from mvar_jax.errors import InputError
 def _image_pair(a_BYX3, b_BYX3) -> tuple[np.ndarray, np.ndarray]:
     a_BYX3, b_BYX3 = np.asarray(a_BYX3, np.float64), np.asarray(b_BYX3, np.float64)
     if a_BYX3.shape != b_BYX3.shape or a_BYX3.ndim != 4:
-        raise InputError("images", f"{a_BYX3.shape} and {b_BYX3.shape}", "two equal shapes [B, Y, X, 3]")
+        given, expected = (a_BYX3.shape, b_BYX3.shape), "equal shapes [B, Y, X, 3]"
+        message = f"images must have {expected}, got {list(a_BYX3.shape)} and {list(b_BYX3.shape)}"
+        raise InputError(message, field="images", given=given, expected=expected)
     return a_BYX3, b_BYX3
 
 
 def psnr(a_BYX3, b_BYX3, data_range: float) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image in dB, [B]: 10 log10(data_range^2 / mse); inf where equal.
+    """Return the peak signal-to-noise ratio of each image in dB, `[B] float64`; inf for equal images.
 
-    `data_range` is 255 for uint8 images and 2 for images in [-1, 1].
+    data_range: 255 for uint8 images, 2 for images in [-1, 1].
     """
     a_BYX3, b_BYX3 = _image_pair(a_BYX3, b_BYX3)
     return psnr_of_error(((a_BYX3 - b_BYX3) ** 2).mean((1, 2, 3)), data_range)
 
 
 def psnr_of_error(mse, data_range: float):
-    """Return the PSNR in dB of mean squared errors, a numpy or (also inside a program) a jax array; inf for 0."""
+    """Return 10 log10(data_range^2 / mse) in dB of numpy or jax arrays; inf for an error of 0."""
     xp = mse.__array_namespace__()
     with np.errstate(divide="ignore"):
         return 10 * xp.log10(data_range**2 / mse)
 
 
 def ssim(a_BYX3, b_BYX3, data_range: float) -> np.ndarray:
-    """Structural similarity of each image, [B] (Wang et al. 2004).
+    """Return the structural similarity of each image, `[B] float64` (Wang et al. 2004).
 
-    11 x 11 Gaussian window of deviation 1.5, K1 = 0.01, K2 = 0.03, mean over the channels and over the
-    positions at which the window lies inside the image. Raises InputError for images smaller than 11 x 11.
+    Gaussian window of 11 x 11 pixels and deviation 1.5, K1 = 0.01, K2 = 0.03; mean over the channels and over the
+    positions at which the window is inside the image. Raises InputError for images smaller than 11 x 11.
     """
     a_BYX3, b_BYX3 = _image_pair(a_BYX3, b_BYX3)
     radius = 5
     if min(a_BYX3.shape[1:3]) <= 2 * radius:
-        raise InputError("images", a_BYX3.shape, "at least 11 x 11 pixels")
+        message = f"images must have at least 11 x 11 pixels for SSIM, got shape {list(a_BYX3.shape)}"
+        raise InputError(message, field="images", given=a_BYX3.shape, expected="at least 11 x 11 pixels")
 
     def average(x_BYX3):
         inside = slice(radius, -radius)
@@ -53,9 +56,10 @@ def ssim(a_BYX3, b_BYX3, data_range: float) -> np.ndarray:
 
 
 def perplexity(counts_V) -> float:
-    """Exponential of the entropy of the shares: V when all V codes are hit alike, 1 when one code is."""
+    """Return the exponential of the entropy of the shares: V if all V codes are hit equally, 1 if only one is hit."""
     counts_V = np.asarray(counts_V, np.float64)
     if counts_V.ndim != 1 or not counts_V.sum() > 0:
-        raise InputError("counts", counts_V.shape, "[V] with at least one hit")
+        message = f"counts must be [V] with at least one hit, got shape {list(counts_V.shape)}"
+        raise InputError(message, field="counts", given=counts_V.shape, expected="[V] with at least one hit")
     share_V = counts_V[counts_V > 0] / counts_V.sum()
     return float(np.exp(-(share_V * np.log(share_V)).sum()))
