@@ -67,7 +67,7 @@ def test_unknown_command_is_refused(capfd):
         ("--config.colour=red", ["config.colour", "'red'"]),
         ("--config.num_steps=many", ["many"]),
         ("--config.num_steps=0", ["num_steps=0"]),
-        ("--config.batch_size=0", ["batch_size=0"]),
+        ("--config.batch_size=0", ["batch_size must be a positive multiple of 1", "got 0"]),
         ("--config.model.vocab_size=64", ["config.model.vocab_size=64", "32"]),
         ("--config.model.num_classes=9", ["config.model.num_classes=9", "10"]),
         ("--config.optimizer.schedule=linear", ["schedule='linear'", "lin0"]),
