@@ -134,7 +134,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, num_parts: int = 1) -> None:
     divisor = num_shards * num_parts
     if batch_size < 1 or batch_size % divisor:
         parts = f" times {num_parts} accumulate_steps" if num_parts > 1 else ""
-        expected = f"a multiple of {divisor} ({num_shards} devices share a batch{parts})"
+        expected = f"a positive multiple of {divisor} (devices that share a batch: {num_shards}{parts})"
         message = f"batch_size must be {expected}, got {batch_size}"
         raise InputError(message, field="batch_size", given=batch_size, expected=expected)
 

@@ -4,6 +4,7 @@ import functools
 import gc
 import inspect
 import os
+import signal
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -57,6 +58,23 @@ def pytest_collection_modifyitems(items):
     """With `--no-loadscope-reorder`, or pytest-xdist takes the files with most tests first."""
     rank = {name: i for i, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+TEST_SECONDS = 600
+
+
+@pytest.fixture(autouse=True)
+def deadline():
+    """Every wait of a test ends: after TEST_SECONDS the test fails with a traceback of where it waits."""
+
+    def give_up(number, frame):
+        raise TimeoutError(f"the test took more than {TEST_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(TEST_SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,7 @@ def test_free_mesh_axis_takes_what_is_left():
 def test_batch_must_divide_over_the_batch_axes():
     sharding.check_batch_size(12, FakeMesh)
     for batch_size in (0, 4, 13):
-        with pytest.raises(InputError, match=f"^batch_size must be a multiple of 6 .*, got {batch_size}$"):
+        with pytest.raises(InputError, match=f"^batch_size must be a positive multiple of 6 .*, got {batch_size}$"):
             sharding.check_batch_size(batch_size, FakeMesh)
 
 
@@ -142,7 +142,7 @@ def test_size_that_the_mesh_does_not_divide_is_named_with_what_would_fit(sizes, 
 
 def test_parts_of_a_batch_must_divide_over_the_batch_axes():
     sharding.check_batch_size(24, FakeMesh, num_parts=4)
-    with pytest.raises(InputError, match="^batch_size must be a multiple of 24 .*, got 12$"):
+    with pytest.raises(InputError, match="^batch_size must be a positive multiple of 24 .*, got 12$"):
         sharding.check_batch_size(12, FakeMesh, num_parts=4)
 
 

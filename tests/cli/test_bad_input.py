@@ -67,7 +67,7 @@ def test_unknown_command_is_refused(capfd):
         ("--config.colour=red", ["unknown key config.colour"]),
         ("--config.num_steps=many", ["many"]),
         ("--config.num_steps=0", ["config.num_steps", "got 0"]),
-        ("--config.batch_size=0", ["batch_size", "0"]),
+        ("--config.batch_size=0", ["batch_size must be a positive multiple of 1", "got 0"]),
         ("--config.model.vocab_size=64", ["config.model.vocab_size must be 32", "got 64"]),
         ("--config.model.num_classes=9", ["config.model.num_classes must be 10", "got 9"]),
         ("--config.optimizer.schedule=linear", ["config.optimizer.schedule must be", "lin0", "got 'linear'"]),

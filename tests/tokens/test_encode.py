@@ -197,7 +197,7 @@ def test_encoding_on_two_devices_leaves_the_files_of_one(parts, tmp_path):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     environment = os.environ | {"XLA_FLAGS": flags}
     command = [sys.executable, "-m", "mvar_jax", *_arguments(parts, tmp_path / "two")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "train: 15 images, 2 views" in done.stdout
     assert _contents(tmp_path / "one") == _contents(tmp_path / "two")

@@ -162,7 +162,7 @@ assert not task.num_inits and not {{"tensorflow", "clu"}} & set(sys.modules)
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests", "."])}
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode().count("\n") == 1 and b"already holds step 3 of 3" in done.stdout
 
