@@ -1,7 +1,7 @@
 """Workdirs, model directories and token caches that version 0.1.0 wrote still load, with the same numbers.
 
-golden/version_0_1.zip was written by the commands of 0.1.0: a debug tokenizer, its token cache, a debug transformer on
-it with keep_best, and what 0.1.0 computed from them (expected*.npz).
+golden/version_0_1.zip was written by the commands of 0.1.0: a debug tokenizer, its token cache, a debug transformer
+trained on it with keep_best, and what 0.1.0 computed from them (expected*.npz).
 """
 
 import json

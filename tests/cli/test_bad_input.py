@@ -33,7 +33,7 @@ def refuse(capfd, arguments: list[str], *words: str) -> str:
         (["--labels", "10"], ["labels must be", "got 10", "0 to 9"]),
         (["--labels", "-1"], ["labels must be", "got -1", "0 to 9"]),
         (["--labels", "cat"], ["labels", "'cat'"]),
-        (["--labels", "5-3"], ["labels", "'5-3'"]),
+        (["--labels", "5-3"], ["labels", "range", "got 5-3"]),
         (["--top_k", "-1"], ["top_k must be 0 or more (0: off), got -1"]),
         (["--top_p", "1.5"], ["top_p must be from 0 to 1 (0: off), got 1.5"]),
         (["--top_p", "-0.1"], ["top_p must be", "got -0.1"]),
