@@ -249,7 +249,7 @@ class Tokenizer(nn.Module):
         rules = {
             "num_groups": (has_one, f"set if and only if group_size={self.group_size} is None"),
             "num_phi": (1 <= self.num_phi <= S, f"from 1 to {S}, the number of scales"),
-            "sides": (size == self.image_size, f"a list whose last side is {latent}"),
+            "sides": (size == self.image_size, f"a list with a last side of {latent}"),
         }
         for field, (is_valid, expected) in rules.items():
             if not is_valid:

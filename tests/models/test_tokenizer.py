@@ -114,7 +114,7 @@ def test_check_refuses_fields_that_do_not_fit(changes, field):
 
 def test_check_refuses_another_image_size():
     with pytest.raises(
-        InputError, match="^sides must be a list whose last side is 8, that is image_size=16 / 2, got"
+        InputError, match="^sides must be a list with a last side of 8, that is image_size=16 / 2, got"
     ):
         small_case.TOKENIZER.check(image_size=16)
 
