@@ -24,6 +24,8 @@ if [ "$(cat "$VENV/compilers/.ready" 2>/dev/null)" != "$compilers" ]; then
     --upgrade --target "$VENV/compilers" $compilers || { echo "not run: could not install $compilers in time" >&2 && exit 75; }
   echo "$compilers" > "$VENV/compilers/.ready"
 fi
+# two test processes compile for the TPU at once; libtpu allows one unless told otherwise
+export ALLOW_MULTIPLE_LIBTPU_LOAD=1
 export JAX_PLATFORMS=cpu OPENBLAS_NUM_THREADS=1 PYTHONPATH="$VENV/compilers${PYTHONPATH:+:$PYTHONPATH}"
 unset PYTHONDONTWRITEBYTECODE
 "$VENV/bin/python" -m pytest -n 2 -m deviceless tests/hardware "$@"

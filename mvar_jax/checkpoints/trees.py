@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from mvar_jax.errors import InputError, shorten
-from mvar_jax.files.atomic import temporary_path, write_atomically
+from mvar_jax.files.atomic import remove_leftovers, temporary_path, write_atomically
 
 CHECKSUM_FILE = "checksums.json"
 # Orbax stamps the second when it commits, so its bytes are not final when the checksums are taken.
@@ -53,8 +53,7 @@ def save_tree(path: str | os.PathLike, tree: Any) -> None:
         return
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(path.parent, f"{glob.escape(path.name)}.*")
     fresh, old = temporary_path(path), temporary_path(path.with_name(f"{path.name}.old"))
     alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="save_tree")
     with quiet_orbax(), ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:

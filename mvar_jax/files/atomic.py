@@ -3,14 +3,28 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # of `temporary_path`
 
 
 def temporary_path(path: Path) -> Path:
     """Return the name under which `path` is written first: hidden, in the same folder, with the process id."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left of unfinished writes to `folder`/`name`; a pattern, by default of all names.
+
+    Call it only while no process writes there.
+    """
+    for path in folder.glob(f".{name}.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

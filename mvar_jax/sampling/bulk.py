@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mvar_jax.checkpoints.model_directory import fingerprint
 from mvar_jax.errors import InputError, shorten
-from mvar_jax.files.atomic import write_json
+from mvar_jax.files.atomic import remove_leftovers, write_json
 from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, tile_grid
 from mvar_jax.files.npz import Pieces, save_npz
 from mvar_jax.models.init import abstract_params
@@ -183,6 +183,8 @@ def draw_all(
     """
     identity, batches = order.identity(networks), _Batches(order, out)
     is_complete = check_folder(out, identity)
+    if process_index == 0 and not is_complete:
+        remove_leftovers(out)
     wait()  # no process writes before all have checked the folder
     if not is_complete:
         try:

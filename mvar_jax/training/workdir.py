@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mvar_jax.errors import InputError, shorten
-from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.atomic import remove_leftovers, write_atomically
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
@@ -73,6 +73,7 @@ def hold_workdir(workdir: Path):
     if jax.process_index() == 0:
         try:
             file = _lock(workdir)
+            remove_leftovers(workdir)
         except InputError as error:
             refusal = error
     if not _agree(refusal is None):

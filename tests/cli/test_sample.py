@@ -26,12 +26,13 @@ OPTIONS = ["--labels", "0-2,7", "--num", "3", "--batch_size", "5", "--top_k", "2
 # the third image of the second batch is half written when the process dies
 KILL_IN_THE_MIDDLE = """
 import os, signal, sys
+from mvar_jax.files.atomic import temporary_path
 from mvar_jax.sampling import bulk
 save = bulk.save_png
 
 def save_or_die(path, image):
     if path.name == "000007.png":
-        path.with_name(path.name + ".tmp").write_bytes(b"half")
+        temporary_path(path).write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     save(path, image)
 

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from mvar_jax.files.atomic import replacing, temporary_path, write_atomically, write_json
+from mvar_jax.files.atomic import remove_leftovers, replacing, temporary_path, write_atomically, write_json
 
 
 def test_temporary_name_is_hidden_in_the_same_folder_and_belongs_to_the_process(tmp_path):
@@ -37,3 +37,12 @@ def test_json_that_cannot_be_written_keeps_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {1, 2})
     assert (tmp_path / "a.json").read_text() == "1\n"
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    for name in (".a.png.123.tmp", ".tree.7.tmp", ".tree.old.7.tmp", ".b.tmp", "c.7.tmp", ".hidden"):
+        (tmp_path / name).mkdir() if "tree" in name else (tmp_path / name).write_text("half")
+    remove_leftovers(tmp_path, "tree.*")
+    assert {path.name for path in tmp_path.iterdir()} == {".a.png.123.tmp", ".b.tmp", "c.7.tmp", ".hidden"}
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".b.tmp", "c.7.tmp", ".hidden"}

@@ -144,17 +144,3 @@ def test_codebook_options_out_of_range_are_refused(changes, field):
     with pytest.raises(InputError, match=f"{field.removeprefix('codebook.')} must be 0 or more") as caught:
         CodebookOptions(**changes)
     assert caught.value.field == field
-
-
-def test_pixels_are_taken_for_the_images_that_they_are(history):
-    """Compares the loss of a step and the redrawn codes; all else of a step follows from its loss."""
-    state = jax.tree.map(jnp.asarray, history[1][0])
-
-    def run(batch):
-        loss = train_step(TokenizerRecipe(MODEL, OPTIMIZER, OPTIONS), state, batch, 0.01, 0.0)[1]["loss"]
-        return loss, redraw_codes(MODEL, OPTIONS, state, batch, jax.random.key(0)).params["codebook"]
-
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 2, 2, 3), np.uint8)
-    ours, expected = (quick_jit(run)({"image": images}) for images in (pixels, from_levels(pixels)))
-    np.testing.assert_allclose(ours[0], expected[0], rtol=1e-6)
-    np.testing.assert_allclose(ours[1], expected[1], atol=1e-6)
