@@ -109,7 +109,7 @@ def compile_decoder(target: str, modules, batch: int, dtype):
 
 
 def compile_step(target: str, modules, batch: int, phase, remat: str):
-    """One optimizer step of one phase: float32 weights and AdamW state, no average."""
+    """Compile one optimizer step of one phase: float32 weights and AdamW state, no moving average."""
     tokenizer, transformer = modules
     transformer = transformer.clone(remat=remat)
     options = OptimizerOptions(ema_decay=0.0)
