@@ -41,7 +41,7 @@ def make_config(
     c.max_bad_steps = 20
     c.profile_steps = ()
     c.init_from = init_from
-    # the cache holds each image and its mirror image, of which a step draws one; cropped as by the reference
+    # the cache holds each image and its mirror image, and a step draws one; cropped as in the reference
     c.data = dict(
         source="tfds",
         name="imagenet2012",

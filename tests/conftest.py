@@ -63,18 +63,20 @@ def pytest_collection_modifyitems(items):
 TEST_SECONDS = 600
 
 
-@pytest.fixture(autouse=True)
-def deadline():
-    """Every wait of a test ends: after TEST_SECONDS the test fails with a traceback of where it waits."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Every wait of a test and of its fixtures ends: after TEST_SECONDS it fails, with a traceback of the wait."""
 
     def give_up(number, frame):
         raise TimeoutError(f"the test took more than {TEST_SECONDS} s")
 
     before = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(TEST_SECONDS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

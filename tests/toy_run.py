@@ -2,9 +2,7 @@
 
 import sys
 import time
-from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,17 +14,9 @@ from mvar_jax.cli.machine import start_distributed
 from mvar_jax.training import logging
 from mvar_jax.training.loop import LoopSettings, run
 from mvar_jax.training.protocol import Task
+from mvar_jax.training.state import TrainState
 
 OPTIMIZER = optax.adamw(1e-2)
-
-
-@flax.struct.dataclass
-class State:
-    step: jax.Array
-    params: Any
-    ema: Any
-    opt_state: Any
-    extra: Any
 
 
 class NoWriter:
@@ -47,7 +37,7 @@ def update(state, x_BD, step):
     ema = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, state.ema, params)
     metrics = {"loss": loss, "loss_per_scale": jnp.stack([loss, loss / 3]), "is_bad": ~jnp.isfinite(loss)}
     extra = {"num_seen": state.extra["num_seen"] + len(x_BD)}
-    return State(state.step + 1, params, ema, opt_state, extra), metrics
+    return TrainState(state.step + 1, params, ema, opt_state, extra), metrics
 
 
 class ToyTask(Task):
@@ -65,7 +55,7 @@ class ToyTask(Task):
     def _init(self):
         params = {"kernel_DD": jax.random.normal(jax.random.key(0), (8, 8))}
         ema = jax.tree.map(jnp.copy, params)
-        return State(jnp.int32(0), params, ema, OPTIMIZER.init(params), {"num_seen": jnp.int32(0)})
+        return TrainState(jnp.int32(0), params, ema, OPTIMIZER.init(params), {"num_seen": jnp.int32(0)})
 
     def init_state(self):
         self.num_inits += 1

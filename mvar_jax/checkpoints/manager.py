@@ -89,7 +89,7 @@ class Checkpoints:
     def restore(self, abstract_state: Any) -> Any:
         """Load the newest checkpoint, placed as the ShapeDtypeStructs (with shardings) of `abstract_state` say.
 
-        Raises InputError if there is none, it is damaged, or it holds other arrays than `abstract_state`.
+        Raises InputError if there is no checkpoint, or it is damaged, or its arrays differ from `abstract_state`.
         """
         step = self.latest_step()
         if step is None:

@@ -1,4 +1,4 @@
-"""Where config files are: at a path, or among those that ship with the package."""
+"""Find config files: at a path, or by name among the shipped ones."""
 
 import contextlib
 import difflib
@@ -47,7 +47,7 @@ def find_config(config: str) -> Path:
 def importing_beside(config: Path) -> Iterator[None]:
     """Let a config import others by `from configs import NAME`: those of its own folder, then the shipped ones.
 
-    The package `configs` exists only inside this context, as none is installed.
+    The package `configs` exists only inside this context; it is not installed.
     """
     package = types.ModuleType(_PACKAGE)
     package.__path__ = [str(config.resolve().parent), str(shipped_folder())]

@@ -64,7 +64,7 @@ class StateDict(Mapping):
 def find_state_dict(kind: str, file: TorchFile) -> StateDict:
     """Find the state dict of a tokenizer or transformer in a published file: plain, wrapped, or in a trainer's state.
 
-    Raises InputError if there is none, or only that of the other module.
+    Raises InputError if the file has no state dict, or only one of the other module.
     """
     top = file.content if isinstance(file.content, dict) else {}
     trainer = top.get("trainer")

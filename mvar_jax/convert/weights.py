@@ -67,7 +67,7 @@ def convert(
     refine_step: int | None = None,
     conditioning: str | None = None,
 ) -> dict[str, nn.Module]:
-    """Write the model directory `out` from published files, either of which may be None; return its modules.
+    """Write the model directory `out` from one or two published files; return its modules.
 
     Args:
       patch_nums: side of each token map.
@@ -162,7 +162,7 @@ def find_misfits(wanted: dict[str, tuple[int, ...]], state: StateDict) -> list[s
 
 
 def check_pair(state: StateDict, fields: dict, transformer: Transformer | None) -> None:
-    """Raise InputError unless the tokenizer's codes are those that the transformer predicts."""
+    """Raise InputError unless tokenizer and transformer have the same codebook sizes."""
     for name in ("vocab_size", "code_width"):
         if transformer is not None and fields[name] != getattr(transformer, name):
             expected = getattr(transformer, name)

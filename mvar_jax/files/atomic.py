@@ -20,11 +20,16 @@ def temporary_path(path: Path) -> Path:
 def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Remove what killed processes left of unfinished writes to `folder`/`name`; a pattern, by default of all names.
 
-    Call it only while no process writes there.
+    Call it only while no process writes there. What cannot be removed stays, since it harms nothing.
     """
     for path in folder.glob(f".{name}.tmp"):
-        if _TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def tile_grid(images_BYX3, columns: int, pad: int = 2, zoom: int = 1) -> np.ndar
       zoom: repetitions of every pixel in each direction, so that tiny images can be seen.
 
     Raises:
-      InputError: the images are not uint8 RGB, or there is none, or `columns` or `zoom` is below 1.
+      InputError: the images are not uint8 RGB, the batch is empty, or `columns` or `zoom` is below 1.
     """
     images_BYX3 = np.asarray(images_BYX3)
     if images_BYX3.dtype != np.uint8 or images_BYX3.ndim != 4 or images_BYX3.shape[3] != 3:

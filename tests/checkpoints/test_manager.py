@@ -6,9 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,15 +18,7 @@ from jax.sharding import PartitionSpec as P
 from mvar_jax.checkpoints.manager import Checkpoints, restore_weights
 from mvar_jax.checkpoints.trees import load_tree, save_tree
 from mvar_jax.errors import InputError
-
-
-@flax.struct.dataclass
-class State:
-    step: jax.Array
-    params: Any
-    ema: Any
-    opt_state: Any
-    extra: Any
+from mvar_jax.training.state import TrainState
 
 
 def make_state(step=3, has_ema=True, width=16, extra=None):
@@ -40,7 +30,7 @@ def make_state(step=3, has_ema=True, width=16, extra=None):
     }
     ema = jax.tree.map(lambda x: x / 2, params) if has_ema else None
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    state = State(jnp.int32(step), params, ema, optimizer.init(params), extra or {})
+    state = TrainState(jnp.int32(step), params, ema, optimizer.init(params), extra or {})
     return jax.device_put(state, sharding)
 
 
@@ -137,7 +127,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_manager import State, save
 
 mesh = jax.make_mesh((4,), ("data",))
-state = State(jnp.int32(1), {"kernel": jnp.ones((8, 12))}, None, {}, {})
+state = TrainState(jnp.int32(1), {"kernel": jnp.ones((8, 12))}, None, {}, {})
 state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
 programs = []
 jax.monitoring.register_event_duration_secs_listener(
