@@ -124,7 +124,7 @@ sys.path.insert(0, sys.argv[2])
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from test_manager import State, save
+from test_manager import TrainState, save
 
 mesh = jax.make_mesh((4,), ("data",))
 state = TrainState(jnp.int32(1), {"kernel": jnp.ones((8, 12))}, None, {}, {})
