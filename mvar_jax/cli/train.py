@@ -19,6 +19,8 @@ def add_arguments(parser) -> None:
     add_config_argument(parser)
     add_machine_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics and pictures go here")
+    words = "refuse a damaged newest checkpoint instead of resuming from the newest good one"
+    parser.add_argument("--strict", action="store_true", help=words)
 
 
 def run(args) -> int:
@@ -34,7 +36,7 @@ def run(args) -> int:
     workdir = Path(args.workdir)
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
     try:
-        result = loop.run(task, workdir, settings, config, prepare)
+        result = loop.run(task, workdir, settings, config, prepare, args.strict)
     except loop.RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -86,8 +86,9 @@ def run(
     settings: LoopSettings,
     config_json: dict,
     prepare: Callable[[], None] = lambda: None,
+    strict: bool = False,
 ) -> RunResult:
-    """Train to `settings.num_steps`, resuming from the newest checkpoint in `workdir`.
+    """Train to `settings.num_steps`, resuming from the newest checkpoint in `workdir` that is not damaged.
 
     A resumed run gives bit-equal metrics and weights. SIGINT and SIGTERM end a run at a step boundary with a
     checkpoint; a second SIGINT raises KeyboardInterrupt at once.
@@ -98,9 +99,10 @@ def run(
       settings: of the loop.
       config_json: the configuration, kept with the workdir and its checkpoints.
       prepare: called as soon as the workdir is held.
+      strict: refuse a damaged newest checkpoint instead of resuming from an older one.
 
     Raises:
-      InputError: the workdir has another configuration, is in use or unwritable, or its checkpoint is damaged.
+      InputError: the workdir has another configuration, is in use or unwritable, or has no good checkpoint.
       RunError: too many steps in a row without a finite loss, no more batches, or a failed save.
     """
     started_s = time.monotonic()
@@ -118,7 +120,8 @@ def run(
             if newest is None:
                 state = task.init_state()
             else:
-                state = checkpoints.restore(task.abstract_state())
+                state = checkpoints.restore(task.abstract_state(), strict, _say)
+                newest = int(state.step)
                 _say(f"resuming from step {newest} of {settings.num_steps} in {workdir}")
             start = int(state.step)
             with (
