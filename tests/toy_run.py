@@ -10,7 +10,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mvar_jax.cli.machine import start_distributed
+from mvar_jax.processes.together import run_together
 from mvar_jax.training import logging
 from mvar_jax.training.loop import LoopSettings, run
 from mvar_jax.training.protocol import Task
@@ -93,7 +93,11 @@ def make_settings(num_steps, **changes):
 
 if __name__ == "__main__":
     logging._open_summary_writer = lambda folder: NoWriter()
-    start_distributed(*sys.argv[4:] or ["off"])
-    task = ToyTask(float(sys.argv[3]), on_step=lambda step: print("step", step, flush=True))
-    result = run(task, sys.argv[1], make_settings(int(sys.argv[2])), {"lr": 0.01})
-    print("result", result.step, result.interrupted, flush=True)
+
+    def train():
+        task = ToyTask(float(sys.argv[3]), on_step=lambda step: print("step", step, flush=True))
+        result = run(task, sys.argv[1], make_settings(int(sys.argv[2])), {"lr": 0.01})
+        print("result", result.step, result.interrupted, flush=True)
+        return 0
+
+    sys.exit(run_together(train, *sys.argv[4:]))
