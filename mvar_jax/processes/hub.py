@@ -14,7 +14,7 @@ import time
 
 from mvar_jax.processes.messages import Connection
 
-# Of failures that are reported together the one of the lowest process counts: others are often its consequence.
+# Of failures that come together a death counts most, then the lowest process: the others are often its consequence.
 FAILURES_TOGETHER_S = 0.5
 HELLO_S = 5.0  # a stranger must not hold the others up for longer
 LEAVE_S = 5.0  # how long the first process waits for the others: JAX aborts a process that loses the first one
@@ -35,6 +35,7 @@ class Hub:
         self._values: dict[int, tuple[str, object]] = {}
         self._done: set[int] = set()
         self._failures: dict[int, tuple[int, str]] = {}
+        self._dead: set[int] = set()
         self._failed_at: float | None = None
         threading.Thread(target=self._serve, name="hub", daemon=True).start()
 
@@ -77,6 +78,7 @@ class Hub:
             self._selector.unregister(connection)
             connection.close()
             if index not in self._done:
+                self._dead.add(index)
                 self._note(index, 1, "it ended without a word (killed, out of memory, or its host was lost)")
             return
         self._take(index, messages)
@@ -111,7 +113,7 @@ class Hub:
 
     def _end(self) -> None:
         """Print the reason, tell all others to leave, and the first process when they have."""
-        index = min(self._failures)
+        index = min(self._failures, key=lambda index: (index not in self._dead, index))
         status, reason = self._failures[index]
         with contextlib.suppress(OSError, ValueError):
             print(f"error: process {index} of {self._count}: {reason}", file=sys.stderr, flush=True)

@@ -28,16 +28,24 @@ def run_together(program: Callable[[], int], distributed: str = OFF) -> int:
         status = program()
         part()
         return status
-    except (InputError, RunError) as error:
-        return _end(2 if isinstance(error, InputError) else 1, str(error))
+    except InputError as error:
+        return _end(2, str(error))
+    except RunError as error:
+        _let_the_cause_come()
+        return _end(1, str(error))
     except KeyboardInterrupt:
         return _end(130, "interrupted")
     except Exception as error:
         if group.current().count == 1:
             raise
-        time.sleep(CONSEQUENCE_S)  # this process is told to leave meanwhile
+        _let_the_cause_come()
         traceback.print_exc()
         return _end(1, f"{type(error).__name__}: {shorten(error)}")
+
+
+def _let_the_cause_come() -> None:
+    if group.current().count > 1:
+        time.sleep(CONSEQUENCE_S)  # if another process failed first, this one is told to leave meanwhile
 
 
 def _end(status: int, reason: str) -> int:
