@@ -21,7 +21,7 @@ from mvar_jax.checkpoints.manager import restore_weights
 
 ROOT = Path(__file__).parents[2]
 COUNT, NUM_STEPS = 4, 60
-KILLS = int(os.environ.get("MVAR_KILLS", "2"))
+KILLS = int(os.environ.get("MVAR_KILLS", "1"))
 END_S = 15  # all others have ended so long after one of them
 
 
