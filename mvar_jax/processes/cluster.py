@@ -86,13 +86,13 @@ def find_place(
       InputError: if the variables contradict each other, or the cards of a node cannot be divided among its tasks.
     """
     how, (address, number, index) = ("option", given) if given else _find_processes(environment)
+    ids: tuple[int, ...] = ()
+    num_devices: int | None = None
     if environment.get("JAX_LOCAL_DEVICE_IDS"):
         ids = _parse_device_ids(environment["JAX_LOCAL_DEVICE_IDS"])
-        num_devices: int | None = len(ids)
-    else:
+        num_devices = len(ids)
+    elif environment.get("JAX_PLATFORMS", "").split(",")[0] != "cpu":
         ids, num_devices = _divide_cards(_find_node(environment, num_cards))
-    if environment.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
-        num_devices = None
     return Place(how, address, number, index, ids, num_devices)
 
 

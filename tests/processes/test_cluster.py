@@ -85,7 +85,7 @@ TABLE = {
     # JAX_LOCAL_DEVICE_IDS=0,2 srun ...
     "JAX's own variable": (slurm("1", 0, JAX_LOCAL_DEVICE_IDS="0,2", **cards(8, EIGHT)), None, (0, 2), 2),
     # JAX_PLATFORMS=cpu srun ...
-    "the CPU on purpose": (slurm("1", 0, JAX_PLATFORMS="cpu", **cards(8, EIGHT)), None, (), None),
+    "the CPU on purpose": (slurm("3", 2, JAX_PLATFORMS="cpu", **cards(8, EIGHT)), None, (), None),
     # Open MPI 4: mpirun -np 16 --map-by ppr:8:node PROGRAM
     "Open MPI, one process a card": (open_mpi(16, 8, 5), 8, (5,), 1),
     # mpirun -np 2 --map-by ppr:1:node PROGRAM
@@ -255,7 +255,7 @@ for environment in json.loads(sys.argv[1]):
     os.environ.update(environment)
     distributed.global_state = distributed.State()
     jax.config.update("jax_cuda_visible_devices", "all")
-    jax.distributed.initialize(**find_place(os.environ).arguments)
+    jax.distributed.initialize(**find_place({**os.environ, "JAX_PLATFORMS": ""}).arguments)
     cards = xla_bridge.CUDA_VISIBLE_DEVICES.value
     results.append(made | {"cards": cards, "num": distributed.global_state.num_processes})
     for name in environment:
