@@ -11,14 +11,11 @@ import jax
 
 from mvar_jax.checkpoints import arrays, orbax_format, trees
 from mvar_jax.checkpoints.agreement import by_all, by_first
-from mvar_jax.checkpoints.best import Scores
+from mvar_jax.checkpoints.best import Scores, read_scores
 from mvar_jax.checkpoints.index import DamagedError, Index, read_index, write_index
 from mvar_jax.checkpoints.leaves import layouts_of, own_pieces
-from mvar_jax.checkpoints.steps import Steps
+from mvar_jax.checkpoints.steps import steps_of
 from mvar_jax.errors import InputError, shorten
-from mvar_jax.files.paths import as_path, scheme_of
-
-CHECKPOINT_FOLDER = "checkpoints"
 
 
 class Checkpoints:
@@ -37,11 +34,13 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, keep: int):
         self._workdir, self._keep = workdir, keep
-        self._steps = _steps_of(workdir)
-        self._saving: threading.Thread | None = None
+        self._steps = steps_of(workdir)
+        self._background: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._known: list[int] = by_first("list of checkpoints", self._clean)
-        self._scores = Scores(self._steps.folder)
+        # All processes must decide alike, so what they know comes from the first one and from their own calls, never
+        # from how far their background is.
+        self._known, scores = by_first("list of checkpoints", self._clean)
+        self._scores = Scores(self._steps.folder, {step: score for step, score in scores})
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -66,8 +65,13 @@ class Checkpoints:
         return self._scores.is_best(score, self._known)
 
     def add_score(self, step: int, score: float) -> None:
-        """Note a step's score: the checkpoint with the highest is kept in addition to the newest."""
+        """Note a step's score: the checkpoint with the highest is kept in addition to the newest.
+
+        It is written in the background, after the checkpoint.
+        """
         self._scores.add(step, score, self._known)
+        if jax.process_index() == 0:
+            self._start(self._scores.write)
 
     def save(self, state: Any, meta: dict) -> None:
         """Start writing `state` as the checkpoint of its own step; `meta` is any JSON object.
@@ -78,10 +82,12 @@ class Checkpoints:
         self.wait()
         items = _items_of(state)
         index = Index({name: layouts_of(tree) for name, tree in items.items()}, meta)
-        arguments = (step, index, own_pieces(items))
-        # not waited for when Python ends: what is unfinished then is ignored by the next run
-        self._saving = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
-        self._saving.start()
+        pieces = own_pieces(items)
+        self._known.append(step)
+        kept = {*sorted(self._known)[-self._keep :], self._scores.best_of(self._known)}
+        outdated = [step for step in self._known if step not in kept]
+        self._known = [step for step in self._known if step in kept]
+        self._start(lambda: self._write(step, index, pieces, outdated))
 
     def restore(self, abstract_state: Any, strict: bool = False, say: Callable[[str], None] = print) -> Any:
         """Load the newest checkpoint that is not damaged.
@@ -114,9 +120,9 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when the last `save` is stored and visible; raise what it raised."""
-        if self._saving is not None:
-            self._saving.join()
-            self._saving = None
+        if self._background is not None:
+            self._background.join()
+            self._background = None
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -125,37 +131,46 @@ class Checkpoints:
         """Wait for the last `save`."""
         self.wait()
 
-    def _clean(self) -> list[int]:
+    def _clean(self) -> tuple[list[int], list[tuple[int, float]]]:
+        """Return the steps and their scores."""
         try:
             self._steps.clean()
-            return self._steps.all()
+            return self._steps.all(), list(read_scores(self._steps.folder).items())
         except OSError as error:
             words = f"workdir {self._workdir} cannot be written: {shorten(error)}"
             raise InputError(
                 words, field="workdir", given=str(self._workdir), expected="a writable directory"
             ) from error
 
-    def _write(self, step: int, index: Index, pieces: list[arrays.Piece]) -> None:
+    def _start(self, function: Callable[[], None]) -> None:
+        """Call a function in the background, after all that was started before, unless that failed."""
+        before = self._background
+
+        def run() -> None:
+            if before is not None:
+                before.join()
+            try:
+                if self._error is None:
+                    function()
+            except BaseException as error:  # raised by `wait`
+                self._error = error
+
+        # not waited for when Python ends: what is unfinished then is ignored by the next run
+        self._background = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._background.start()
+
+    def _write(self, step: int, index: Index, pieces: list[arrays.Piece], outdated: list[int]) -> None:
         """Write this process's part; the first process completes the checkpoint when all have written theirs."""
-        try:
-            by_first("begin of a checkpoint", lambda: self._steps.begin(step))
-            by_all("arrays of a checkpoint", lambda: arrays.write(self._steps.unfinished(step), pieces))
-            by_first("commit of a checkpoint", lambda: self._commit(step, index))
-            self._known.append(step)
-            self._prune()
-        except BaseException as error:  # raised by `wait`
-            self._error = error
+        by_first("begin of a checkpoint", lambda: self._steps.begin(step))
+        by_all("arrays of a checkpoint", lambda: arrays.write(self._steps.unfinished(step), pieces))
+        by_first("commit of a checkpoint", lambda: self._commit(step, index))
+        if jax.process_index() == 0:
+            for old in outdated:
+                self._steps.remove(old)
 
     def _commit(self, step: int, index: Index) -> None:
         write_index(self._steps.unfinished(step), index)
         self._steps.commit(step)
-
-    def _prune(self) -> None:
-        kept = {*sorted(self._known)[-self._keep :], self._scores.best_of(self._known)}
-        for step in [step for step in self._known if step not in kept]:
-            self._known.remove(step)
-            if jax.process_index() == 0:
-                self._steps.remove(step)
 
     def _restore_together(self, step: int, abstract_state: Any) -> Any:
         """Raise in every process what the first process with an error met."""
@@ -181,7 +196,7 @@ def restore_weights(workdir: str | os.PathLike, step: int | None = None, prefer_
 
     Raises InputError if there is no checkpoint, no such step, or a damaged one.
     """
-    steps = _steps_of(workdir)
+    steps = steps_of(workdir)
     there = steps.all()
     if not there:
         raise _no_checkpoint("checkpoint", workdir)
@@ -202,11 +217,6 @@ def restore_weights(workdir: str | os.PathLike, step: int | None = None, prefer_
             words = f"{error}; the newest good one is of step {older}: move {steps[step]} away to load it"
             raise DamagedError(words, field=error.field, given=error.given, expected=error.expected) from error
         raise
-
-
-def _steps_of(workdir: str | os.PathLike) -> Steps:
-    path = as_path(workdir, "workdir")
-    return Steps((path if scheme_of(path) else path.absolute()) / CHECKPOINT_FOLDER)
 
 
 def _read_weights(folder: Path, prefer_ema: bool) -> Any:

@@ -10,8 +10,9 @@ import shutil
 from pathlib import Path
 
 from mvar_jax.checkpoints.index import INDEX_FILE
-from mvar_jax.files.paths import scheme_of
+from mvar_jax.files.paths import as_path, scheme_of
 
+CHECKPOINT_FOLDER = "checkpoints"
 _UNFINISHED = ".unfinished"
 # what a killed save of version 0.1 left; Orbax wrote its metadata first
 _ORBAX_UNFINISHED = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
@@ -83,6 +84,12 @@ class Steps:
 
     def _is_kept(self, path: Path) -> bool:
         return any((path / f"{INDEX_FILE}{end}").exists() for end in ("", _DAMAGED))
+
+
+def steps_of(workdir: str | os.PathLike) -> Steps:
+    """Return the checkpoints of a run. Raises InputError if the workdir's storage cannot be reached."""
+    path = as_path(workdir, "workdir")
+    return Steps((path if scheme_of(path) else path.absolute()) / CHECKPOINT_FOLDER)
 
 
 def remove_folder(path: Path) -> None:

@@ -211,7 +211,6 @@ class _Loop:
         score = self._best.score(metrics)
         if step > 0 and self._checkpoints.is_best(score):
             self._save(state, step)
-            self._wait_for_save()  # write the score only after its checkpoint
             self._checkpoints.add_score(step, score)
 
     def _read_finished(self, num_left: int) -> None:
