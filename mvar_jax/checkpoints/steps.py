@@ -31,14 +31,13 @@ class Steps:
 
     def all(self) -> list[int]:
         """Return the steps of all complete checkpoints in order."""
-        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        steps = sorted(int(name) for name in names if name.isdigit())
+        steps = sorted(int(path.name) for path in self._list() if path.name.isdigit())
         return steps if self._has_rename else [step for step in steps if (self[step] / INDEX_FILE).exists()]
 
     def clean(self) -> None:
         """Make the folder and remove what killed saves left in it. Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in list(self.folder.iterdir()):
+        for path in self._list():
             name = path.name
             is_half = not self._has_rename and name.isdigit() and not self._is_kept(path)
             if is_half or name.endswith(_UNFINISHED) or _ORBAX_UNFINISHED.fullmatch(name):
@@ -64,7 +63,7 @@ class Steps:
             os.replace(self[step], self.unfinished(step))
             remove_folder(self.unfinished(step))
         else:
-            (self[step] / INDEX_FILE).unlink()
+            (self[step] / INDEX_FILE).unlink(missing_ok=True)
             remove_folder(self[step])
 
     def set_aside(self, step: int) -> str:
@@ -81,6 +80,12 @@ class Steps:
             aside = self.folder / f"{step}{_DAMAGED}{number}"
         os.replace(self[step], aside)
         return f"it is now {aside}"
+
+    def _list(self) -> list[Path]:
+        try:
+            return list(self.folder.iterdir())
+        except FileNotFoundError:  # no run has saved here; in a store an empty folder does not exist
+            return []
 
     def _is_kept(self, path: Path) -> bool:
         return any((path / f"{INDEX_FILE}{end}").exists() for end in ("", _DAMAGED))
