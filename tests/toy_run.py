@@ -1,4 +1,7 @@
-"""A toy task, and a process that trains it: python toy_run.py WORKDIR NUM_STEPS STEP_S [HOST:PORT,NUM,INDEX] [sharded]."""
+"""A toy task, and a process that trains it.
+
+python toy_run.py WORKDIR NUM_STEPS STEP_S [HOST:PORT,NUM,INDEX] [sharded]
+"""
 
 import sys
 import time

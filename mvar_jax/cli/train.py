@@ -9,6 +9,7 @@ from pathlib import Path
 from mvar_jax.cli.configuration import add_config_argument, read_config
 from mvar_jax.cli.machine import add_machine_arguments, use_compilation_cache
 from mvar_jax.errors import InputError, RunError
+from mvar_jax.stopping import STOPPED_STATUS
 
 SUMMARY = "train a tokenizer or a transformer from a config"
 
@@ -21,7 +22,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    """Return 0 if the run is complete or SIGTERM stopped it, 1 if it failed, 130 after Ctrl-C."""
+    """Return 0 if the run is complete, 1 if it failed, 130 after Ctrl-C, STOPPED_STATUS after another signal."""
     config = read_config(args.config, args.overrides)
     use_compilation_cache(args.compilation_cache)
 
@@ -38,7 +39,9 @@ def run(args) -> int:
         if error.errno != errno.ENOSPC:
             raise
         raise RunError(f"{workdir}: {error.strerror}; its newest checkpoint is intact") from error
-    return 130 if result.interrupted == signal.SIGINT else 0
+    if result.interrupted is None:
+        return 0
+    return 130 if result.interrupted == signal.SIGINT else STOPPED_STATUS
 
 
 def keep_classes(workdir: Path, names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from mvar_jax.processes.shared import check_shared
 from mvar_jax.training.logging import MetricLog, Progress, has_line
 from mvar_jax.training.profiling import Profiler, check_profile_steps
 from mvar_jax.training.protocol import Task
-from mvar_jax.training.stopping import StopFlag
+from mvar_jax.training.stopping import RunStopFlag
 from mvar_jax.training.throughput import Throughput
 from mvar_jax.training.workdir import CONFIG_FILE, check_config, hold_workdir
 
@@ -86,8 +87,8 @@ def run(
 ) -> RunResult:
     """Train to `settings.num_steps`, resuming from the newest checkpoint in `workdir`.
 
-    A resumed run gives bit-equal metrics and weights. SIGINT and SIGTERM end a run at a step boundary with a
-    checkpoint; a second SIGINT raises KeyboardInterrupt at once.
+    A resumed run gives bit-equal metrics and weights. SIGINT, SIGTERM and SIGHUP end a run at a step boundary
+    with a checkpoint, unless it is the last one; a second SIGINT raises KeyboardInterrupt at once.
 
     Args:
       task: what is trained.
@@ -105,7 +106,7 @@ def run(
     check_shared("workdir", workdir)
     if (workdir / CONFIG_FILE).exists():
         check_config(workdir, config_json)  # before the lock file, so a refused run leaves no trace
-    with StopFlag() as stop, hold_workdir(workdir):
+    with RunStopFlag() as stop, hold_workdir(workdir):
         check_config(workdir, config_json)
         prepare()
         with Checkpoints(workdir, settings.keep_checkpoints) as checkpoints:
@@ -150,9 +151,9 @@ class _Loop:
         self._saved_step: int | None = None
 
     def train(
-        self, state: Any, batches: Iterator, start: int, newest: int | None, stop: "StopFlag"
+        self, state: Any, batches: Iterator, start: int, newest: int | None, stop: RunStopFlag
     ) -> tuple[int, int | None]:
-        """Return the number of steps done and the signal that ended the run early or None."""
+        """Return the number of steps done and the signal that ended the run before its last step, or None."""
         settings = self._settings
         self._saved_step = newest
         for step in range(start, settings.num_steps + 1):
@@ -164,8 +165,10 @@ class _Loop:
             interrupted = stop.agreed_number(step)
             if is_last or interrupted or (step > start and _is_due(step, settings.save_every_steps)):
                 self._save(state, step)
-            if interrupted:
-                break
+            if interrupted and not is_last:
+                self._wait_for_save()
+                self._say_stopped(interrupted, step)
+                return step, interrupted
             self._observe(state, step, is_last)
             if is_last:
                 break
@@ -178,7 +181,12 @@ class _Loop:
             self._pending.append((step, metrics))
             self._read_finished(_STEPS_AHEAD)
         self._wait_for_save()
-        return step, interrupted
+        return settings.num_steps, None
+
+    def _say_stopped(self, number: int, step: int) -> None:
+        kept = "no checkpoint yet" if self._saved_step is None else f"the checkpoint of step {self._saved_step}"
+        name, steps = signal.Signals(number).name, f"step {step} of {self._settings.num_steps}"
+        _say(f"stopped by {name} at {steps}; {self._workdir} has {kept}; the same command continues")
 
     def _observe(self, state: Any, step: int, is_last: bool) -> None:
         """Write pictures and evaluate, if due."""
