@@ -62,7 +62,8 @@ class DataOptions:
       cache_memory_mib: hold a split of the cache in memory if it is no larger than this; 0 reads from files.
       tokenizer: model directory that encodes images inside the training step, instead of a cache.
       num_threads: threads that prepare batches, in each worker process if there are any.
-      num_workers: worker processes that prepare batches; 0 for threads alone.
+      num_workers: worker processes that prepare batches; 0 for threads alone. Batches do not use /dev/shm, so its
+        size does not matter; a token cache in memory is held once for all of them.
       max_bad_share: share of a split's images that may be unreadable before the run stops.
 
     Raises:

@@ -15,6 +15,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from mvar_jax.data.protocols import TokenSource
+from mvar_jax.data.shared_memory import SharedArray
 from mvar_jax.errors import InputError
 from mvar_jax.scales import areas_of
 from mvar_jax.tokens.philox import first_draws_below
@@ -107,11 +108,11 @@ class TokenCache(TokenSource):
         self._expect("num_records", entry["num_records"], self._num_records, "the sum over the shards")
         self._shards = entry["shards"]
         self._readers = [self._open_shard(shard) for shard in self._shards]
-        self._memory: np.ndarray | None = None
+        self._memory: SharedArray | None = None
         if self._num_records * self._record_bytes <= max_memory_bytes:
-            self._memory = np.concatenate(
-                [self._as_bytes(self._read_shard(reader, None)) for reader in self._readers]
-            )
+            self._memory = SharedArray((self._num_records, self._record_bytes), np.uint8)
+            for begin, end, reader in zip(self._starts, self._starts[1:], self._readers, strict=False):
+                self._memory.array[begin:end] = self._as_bytes(self._read_shard(reader, None))
 
     def __getstate__(self):
         return {**self.__dict__, "_readers": None}  # of the C++ library: every process opens its own
@@ -164,7 +165,7 @@ class TokenCache(TokenSource):
     def _read_views(self, numbers_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (ids [B, views, L] int32, labels [B] int32) of the records at these numbers."""
         if self._memory is not None:
-            bytes_Br = self._memory[numbers_B]
+            bytes_Br = self._memory.array[numbers_B]
         else:
             bytes_Br = np.empty((len(numbers_B), self._record_bytes), np.uint8)
             shard_B = np.searchsorted(self._starts, numbers_B, side="right") - 1
