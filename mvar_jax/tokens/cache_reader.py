@@ -2,7 +2,8 @@
 
 A record is one image: its label (little-endian int32), then its token pyramids [views, L] row-major
 (little-endian uint16; int32 if the codebook has more than 65,536 entries). `cache.json` is written last, so
-a directory without it is not a cache. See cache_writer.py.
+a directory without it is not a cache. The folder `tokenizer` is the model directory of its tokenizer. See
+cache_writer.py.
 """
 
 import json
@@ -21,6 +22,7 @@ from mvar_jax.scales import areas_of
 from mvar_jax.tokens.philox import first_draws_below
 
 META_NAME = "cache.json"
+TOKENIZER_FOLDER = "tokenizer"  # of the cache's own tokenizer, a model directory; older caches have none
 FORMAT = 1
 LABEL_BYTES = 4
 _META_KEYS = {"tokenizer_fingerprint", "tokenizer_path", "sides", "vocab_size", "dtype", "label_names"}
@@ -64,8 +66,7 @@ class TokenCache(TokenSource):
     Args:
       path: directory of the cache.
       split: "train" or "val".
-      expect_fingerprint: fingerprint of the tokenizer in use; None compares nothing.
-      expect_sides: its sides; None compares nothing.
+      expect_sides: sides of the tokenizer in use; None compares nothing.
       expect_vocab_size: its codebook's size; None compares nothing.
       max_memory_bytes: a split of up to this size is held in memory; a larger one is read from its files on access.
 
@@ -79,7 +80,6 @@ class TokenCache(TokenSource):
         path: str | os.PathLike,
         split: str,
         *,
-        expect_fingerprint: str | None = None,
         expect_sides: Iterable[int] | None = None,
         expect_vocab_size: int | None = None,
         max_memory_bytes: int = 256 * 2**20,
@@ -91,8 +91,6 @@ class TokenCache(TokenSource):
         self.label_names = tuple(self.meta["label_names"])
         self.tokenizer_path: str = self.meta["tokenizer_path"]
         other = "the tokenizer in use; encode the images again with cache_tokens"
-        fingerprint = self.meta["tokenizer_fingerprint"]
-        self._expect("tokenizer_fingerprint", fingerprint, expect_fingerprint, other)
         self._expect("sides", self.sides, None if expect_sides is None else tuple(expect_sides), other)
         self._expect("vocab_size", self.vocab_size, expect_vocab_size, other)
         if split not in self.meta["splits"]:
