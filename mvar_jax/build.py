@@ -157,8 +157,8 @@ def open_tokens(data: DataOptions, transformer):
 def load_tokenizer_of_cache(data: DataOptions):
     """Load the tokenizer that made a cache: `data.tokenizer` if given, else the cache's own.
 
-    An older cache has none and names a path instead. Raises InputError if the tokenizer cannot be read or did not make the
-    cache.
+    An older cache has none and names a path instead. Raises InputError if the tokenizer cannot be read or did not
+    make the cache.
     """
     from mvar_jax.checkpoints.model_directory import fingerprint
     from mvar_jax.tokens.cache_reader import read_meta
