@@ -7,7 +7,8 @@ import importlib
 import sys
 
 from mvar_jax.data.pillow_warnings import ignore_pillow_warnings
-from mvar_jax.errors import InputError
+from mvar_jax.processes.join import OFF
+from mvar_jax.processes.together import run_together
 
 COMMANDS = ("train", "data", "cache_tokens", "sample", "edit", "reconstruct", "convert", "report")
 
@@ -32,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit status; bad input is reported in one line, with status 2."""
+    """Run one command and return its exit status; see `run_together`."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     if not argv:
@@ -44,14 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.overrides = rest
-    try:
-        return args.run(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_together(lambda: args.run(args), getattr(args, "distributed", OFF))
 
 
 def start() -> int:

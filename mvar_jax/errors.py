@@ -1,4 +1,4 @@
-"""The exception that a user's mistake raises, and errors in one line."""
+"""The exceptions that end a command with one line, and errors in one line."""
 
 
 class InputError(ValueError):
@@ -23,6 +23,10 @@ class InputError(ValueError):
 
 def _rebuild(message: str, field: str, given: object, expected: str | None) -> InputError:
     return InputError(message, field=field, given=given, expected=expected)
+
+
+class RunError(RuntimeError):
+    """A run that cannot continue, in one line: the command line exits with status 1."""
 
 
 def shorten(error: Exception) -> str:

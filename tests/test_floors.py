@@ -13,6 +13,7 @@ FLOORS = [
     "sharding",
     "ops",
     "files",
+    "processes",
     "models",
     "data",
     "hardware",

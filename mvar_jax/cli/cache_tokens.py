@@ -6,8 +6,9 @@ Resumable: rerunning the command continues with the first unfinished shard and l
 from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
-from mvar_jax.cli.machine import add_machine_arguments, set_up_machine, wait_for_all
+from mvar_jax.cli.machine import add_machine_arguments, use_compilation_cache
 from mvar_jax.errors import InputError
+from mvar_jax.processes import group
 
 SUMMARY = "encode images into a token cache"
 
@@ -39,18 +40,20 @@ def run(args) -> int:
             message = f"--{name} must be 1 or more, got {given}"
             raise InputError(message, field=name, given=given, expected="1 or more")
     data.transform().check_views(data.num_views)
-    set_up_machine(args.distributed, args.compilation_cache)
+    use_compilation_cache(args.compilation_cache)
 
     import jax
 
     from mvar_jax.api import load
     from mvar_jax.checkpoints.model_directory import fingerprint
     from mvar_jax.files.directories import make_directory
+    from mvar_jax.processes.shared import check_shared
     from mvar_jax.tokens.cache_reader import read_meta
     from mvar_jax.tokens.encode import write_cache
 
     model = load(args.tokenizer)
     model.tokenizer.check(data.image_size)
+    check_shared("out", Path(args.out))
     make_directory(Path(args.out))
     sources = {split: data.open(split) for split in ("train", "val")}
     is_new = write_cache(
@@ -68,7 +71,7 @@ def run(args) -> int:
         loading=data.loading(),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        wait=lambda: wait_for_all("cache_tokens"),
+        wait=lambda: group.current().wait_for_all("cache_tokens"),
     )
     splits = read_meta(args.out)["splits"] if jax.process_index() == 0 else {}
     for split, entry in splits.items():

@@ -5,8 +5,9 @@ Resumable: rerunning the command continues, and leaves the same files as an unin
 
 from pathlib import Path
 
-from mvar_jax.cli.machine import add_machine_arguments, set_up_machine, wait_for_all
+from mvar_jax.cli.machine import add_machine_arguments, use_compilation_cache
 from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, check_seed, sampling_options
+from mvar_jax.processes import group
 
 SUMMARY = "sample images of given classes"
 
@@ -50,13 +51,14 @@ def run(args) -> int:
     options = sampling_options(args)
     check_positive(args, "num", "batch_size", "weight_shards")
     check_seed(args.seed)
-    set_up_machine(args.distributed, args.compilation_cache)
+    use_compilation_cache(args.compilation_cache)
 
     import jax
 
     from mvar_jax.api import check_labels, load
     from mvar_jax.checkpoints.class_names import class_names_of
     from mvar_jax.files.directories import make_directory
+    from mvar_jax.processes.shared import check_shared
     from mvar_jax.sampling.bulk import Order, draw_all, place_networks
     from mvar_jax.sharding import make_mesh
 
@@ -71,6 +73,7 @@ def run(args) -> int:
     check_labels(labels, model.num_classes)
     networks = place_networks(model.networks, mesh, args.dtype)
     out = Path(args.out)
+    check_shared("out", out)
     make_directory(out)
     order = Order(
         tuple(labels.tolist()),
@@ -88,7 +91,7 @@ def run(args) -> int:
         mesh,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        wait=lambda: wait_for_all("sample"),
+        wait=lambda: group.current().wait_for_all("sample"),
     )
     if jax.process_index() == 0:
         print(f"{out}: {len(order.labels_N)} images {'written' if is_new else 'already there'}")

@@ -4,12 +4,11 @@ import errno
 import functools
 import json
 import signal
-import sys
 from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
-from mvar_jax.cli.machine import add_machine_arguments, set_up_machine
-from mvar_jax.errors import InputError
+from mvar_jax.cli.machine import add_machine_arguments, use_compilation_cache
+from mvar_jax.errors import InputError, RunError
 
 SUMMARY = "train a tokenizer or a transformer from a config"
 
@@ -24,7 +23,7 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     """Return 0 if the run is complete or SIGTERM stopped it, 1 if it failed, 130 after Ctrl-C."""
     config = read_config(args.config, args.overrides)
-    set_up_machine(args.distributed, args.compilation_cache)
+    use_compilation_cache(args.compilation_cache)
 
     from mvar_jax import build
     from mvar_jax.training import loop
@@ -35,14 +34,10 @@ def run(args) -> int:
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
     try:
         result = loop.run(task, workdir, settings, config, prepare)
-    except loop.RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        print(f"error: {workdir}: {error.strerror}; its newest checkpoint is intact", file=sys.stderr)
-        return 1
+        raise RunError(f"{workdir}: {error.strerror}; its newest checkpoint is intact") from error
     return 130 if result.interrupted == signal.SIGINT else 0
 
 

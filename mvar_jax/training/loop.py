@@ -12,8 +12,9 @@ import jax
 
 from mvar_jax.checkpoints.best import Metric
 from mvar_jax.checkpoints.manager import Checkpoints
-from mvar_jax.errors import InputError, shorten
+from mvar_jax.errors import InputError, RunError, shorten
 from mvar_jax.hardware.machines import peak_flops
+from mvar_jax.processes.shared import check_shared
 from mvar_jax.training.logging import MetricLog, Progress, has_line
 from mvar_jax.training.profiling import Profiler, check_profile_steps
 from mvar_jax.training.protocol import Task
@@ -25,10 +26,6 @@ from mvar_jax.training.workdir import CONFIG_FILE, check_config, hold_workdir
 # signal waits for a few steps at most.
 _STEPS_AHEAD = 2
 _LEAST = {"eval_every_steps": 0, "save_every_steps": 0, "picture_every_steps": -1}  # 1 for the others
-
-
-class RunError(RuntimeError):
-    """A run that cannot continue, in one line; its last checkpoint is intact."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +102,7 @@ def run(
     """
     started_s = time.monotonic()
     workdir = Path(workdir)
+    check_shared("workdir", workdir)
     if (workdir / CONFIG_FILE).exists():
         check_config(workdir, config_json)  # before the lock file, so a refused run leaves no trace
     with StopFlag() as stop, hold_workdir(workdir):

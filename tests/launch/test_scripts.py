@@ -12,7 +12,7 @@ import yaml
 from mvar_jax import build
 from mvar_jax.__main__ import make_parser
 from mvar_jax.cli.configuration import read_config
-from mvar_jax.cli.machine import parse_distributed
+from mvar_jax.processes.join import parse_distributed
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
