@@ -42,10 +42,10 @@ class Hub:
     def _serve(self) -> None:
         while len(self._done) < self._count:
             for key, _ in self._selector.select(_POLL_S):
-                if key.fileobj is self._server:
+                if key.data is None:
                     self._accept()
                 else:
-                    self._read(key.fileobj, key.data)
+                    self._read(key.data)
             if self._failed_at is not None and time.monotonic() - self._failed_at > FAILURES_TOGETHER_S:
                 self._end()
                 return
@@ -69,7 +69,8 @@ class Hub:
         self._selector.register(connection, selectors.EVENT_READ, index)
         self._take(index, messages)
 
-    def _read(self, connection: Connection, index: int) -> None:
+    def _read(self, index: int) -> None:
+        connection = self._members[index]
         try:
             messages = connection.receive()
         except ValueError:

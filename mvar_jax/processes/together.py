@@ -16,8 +16,8 @@ CONSEQUENCE_S = 1.0
 def run_together(program: Callable[[], int], distributed: str = OFF) -> int:
     """Join the other processes, run a program and return its exit status.
 
-    InputError is reported in one line with status 2, RunError with status 1, an interruption with 130 and another signal
-    with STOPPED_STATUS. In a run of several processes these and any other exception end all processes, see
+    InputError is reported in one line with status 2, RunError with status 1, an interruption with 130 and another
+    signal with STOPPED_STATUS. In a run of several processes these and any other exception end all processes, see
     `group.Group.fail`.
 
     Args:
