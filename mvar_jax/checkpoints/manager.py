@@ -79,6 +79,14 @@ class Checkpoints:
         """Note a step's score: the checkpoint with the highest is kept in addition to the newest."""
         self._scores.add(step, score, self._manager.all_steps())
 
+    def drop_newest(self) -> int:
+        """Remove the newest checkpoint if there is an older one, and return the step of the newest one left."""
+        *older, newest = sorted(self._manager.all_steps())
+        if not older:
+            return newest
+        self._manager.delete(newest)
+        return older[-1]
+
     def save(self, state: Any, meta: dict) -> None:
         """Start writing `state` as the checkpoint of its own step; `meta` is any JSON object."""
         step = int(state.step)

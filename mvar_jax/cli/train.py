@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import hashlib
 import json
 import signal
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from mvar_jax.cli.configuration import add_config_argument, read_config
 from mvar_jax.cli.machine import add_machine_arguments, use_compilation_cache
 from mvar_jax.errors import InputError, RunError
+from mvar_jax.fields import flatten
+from mvar_jax.processes import group
 from mvar_jax.stopping import STOPPED_STATUS
 
 SUMMARY = "train a tokenizer or a transformer from a config"
@@ -26,11 +29,17 @@ def run(args) -> int:
     config = read_config(args.config, args.overrides)
     use_compilation_cache(args.compilation_cache)
 
+    import jax
+
     from mvar_jax import build
+    from mvar_jax.processes.cluster import describe as describe_machine
     from mvar_jax.training import loop
 
     settings = build.build_settings(config)
     task, modules, tokenizer_params = build.build_task(config)
+    check_same_in_all(config, task)
+    if jax.process_index() == 0:
+        print(describe_machine(jax.devices(), task.run.mesh.shape), flush=True)
     workdir = Path(args.workdir)
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
     try:
@@ -42,6 +51,16 @@ def run(args) -> int:
     if result.interrupted is None:
         return 0
     return 130 if result.interrupted == signal.SIGINT else STOPPED_STATUS
+
+
+def check_same_in_all(config: dict, task) -> None:
+    """Raise InputError in every process of the run unless all were given the same config and data."""
+    here = group.current()
+    here.check_same("config", "config", dict(flatten(config)))
+    for split, source in task.data.items():
+        names = hashlib.sha256(json.dumps(source.label_names).encode()).hexdigest()[:8]
+        identity = {"samples": len(source), "classes": len(source.label_names), "names": names}
+        here.check_same("data", f"{split} data with", identity)
 
 
 def keep_classes(workdir: Path, names: list[str]) -> None:

@@ -3,16 +3,15 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from mvar_jax.errors import InputError, shorten
+from mvar_jax.fields import flatten
 from mvar_jax.files.atomic import remove_leftovers, write_atomically
 
 CONFIG_FILE = "config.json"
@@ -45,7 +44,7 @@ def check_config(workdir: str | os.PathLike, config: dict) -> None:
         words = f"workdir {workdir} has no readable {CONFIG_FILE}: {shorten(error)}"
         raise _refuse(workdir, words, f"a readable {CONFIG_FILE}") from error
     if stored is not None:
-        given, expected = dict(_flatten(config)), dict(_flatten(stored))
+        given, expected = dict(flatten(config)), dict(flatten(stored))
         for key in [*given, *(key for key in expected if key not in given)]:
             if given.get(key) != expected.get(key) and not _is_changeable(key):
                 words = f"config.{key} is {given.get(key)!r}, but the run in {workdir} has {expected.get(key)!r}"
@@ -112,14 +111,6 @@ def _refuse(workdir: Path, words: str, expected: str) -> InputError:
 def _agree(is_good: bool) -> bool:
     """Return in every process the value of the first."""
     return bool(multihost_utils.broadcast_one_to_all(np.int32(is_good))) if jax.process_count() > 1 else is_good
-
-
-def _flatten(config: dict, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _is_changeable(key: str) -> bool:
