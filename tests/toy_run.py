@@ -1,4 +1,7 @@
-"""A toy task, and a process that trains it: python toy_run.py WORKDIR NUM_STEPS STEP_S [HOST:PORT,NUM,INDEX]."""
+"""A toy task, and a process that trains it.
+
+python toy_run.py WORKDIR NUM_STEPS STEP_S [HOST:PORT,NUM,INDEX] [sharded]
+"""
 
 import sys
 import time
@@ -7,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -43,10 +47,11 @@ def update(state, x_BD, step):
 class ToyTask(Task):
     examples_per_step = 4
 
-    def __init__(self, step_s=0.0, bad_steps=(), num_batches=10**6, on_step=None):
+    def __init__(self, step_s=0.0, bad_steps=(), num_batches=10**6, on_step=None, is_sharded=False):
         mesh = jax.make_mesh((jax.process_count(),), ("data",), axis_types=(AxisType.Auto,))
-        self._sharding = NamedSharding(mesh, P())
-        self._update = jax.jit(update, donate_argnums=0)
+        self._whole, self._rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data" if is_sharded else None))
+        placed = (self._shardings(), self._whole) if is_sharded else None
+        self._update = jax.jit(update, donate_argnums=0, out_shardings=placed)
         self._step_s, self._bad_steps, self._num_batches = step_s, bad_steps, num_batches
         self._on_step = on_step or (lambda step: None)
         self.num_inits = 0
@@ -59,11 +64,14 @@ class ToyTask(Task):
 
     def init_state(self):
         self.num_inits += 1
-        return jax.device_put(self._init(), self._sharding)
+        return jax.device_put(self._init(), self._shardings())
 
     def abstract_state(self):
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding)
-        return jax.tree.map(place, jax.eval_shape(self._init))
+        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.tree.map(place, jax.eval_shape(self._init), self._shardings())
+
+    def _shardings(self):
+        return jax.tree.map(lambda x: self._rows if x.ndim else self._whole, jax.eval_shape(self._init))
 
     def batches(self, start_step):
         for step in range(start_step, self._num_batches):
@@ -83,7 +91,8 @@ class ToyTask(Task):
         return {"loss": float(jnp.sum(state.ema["kernel_DD"] ** 2))}
 
     def pictures(self, state):
-        return {"weights": np.asarray(state.params["kernel_DD"])[..., None].repeat(3, -1).astype(np.uint8)}
+        kernel_DD = multihost_utils.process_allgather(state.params["kernel_DD"], tiled=True)
+        return {"weights": kernel_DD[..., None].repeat(3, -1).astype(np.uint8)}
 
 
 def make_settings(num_steps, **changes):
@@ -95,9 +104,10 @@ if __name__ == "__main__":
     logging._open_summary_writer = lambda folder: NoWriter()
 
     def train():
-        task = ToyTask(float(sys.argv[3]), on_step=lambda step: print("step", step, flush=True))
+        say = lambda step: print("step", step, flush=True)
+        task = ToyTask(float(sys.argv[3]), on_step=say, is_sharded="sharded" in sys.argv)
         result = run(task, sys.argv[1], make_settings(int(sys.argv[2])), {"lr": 0.01})
         print("result", result.step, result.interrupted, flush=True)
         return 0
 
-    sys.exit(run_together(train, *sys.argv[4:]))
+    sys.exit(run_together(train, *sys.argv[4:5]))

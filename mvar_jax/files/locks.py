@@ -1,7 +1,7 @@
 """One program at a time in a folder: a lock of the file system or, if there is none, a lease file.
 
-A lock (`flock`) ends with its process. File systems without locks (Lustre, FUSE) and object stores get a lease: a file
-that names its holder, who renews it all the time and removes it at the end. A lease that is not renewed for
+A lock (`flock`) ends with its process. File systems without locks (Lustre, FUSE) and object stores get a lease: a
+file that names its holder, who renews it all the time and removes it at the end. A lease that is not renewed for
 MVAR_LEASE_SECONDS (60) has expired; that of a process of this machine that no longer runs is recognised at once.
 """
 
@@ -54,7 +54,8 @@ def acquire(folder: Path, field: str) -> Lock:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            _say(f"{field} {folder}: its file system has no locks ({shorten(error)}); the lease {LEASE_FILE} is kept")
+            reason = f"its file system has no locks ({shorten(error)})"
+            _say(f"{field} {folder}: {reason}; the lease {LEASE_FILE} is kept instead")
         return _Lease(folder, field)
     except OSError as error:
         words = f"{field} {folder} cannot be written: {shorten(error)}"

@@ -1,6 +1,7 @@
 """A folder held for all processes of a run by the first one."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +12,22 @@ from mvar_jax.processes import group
 
 
 @contextlib.contextmanager
-def hold(field: str, folder: Path) -> Iterator[None]:
+def hold(field: str, folder: Path, has_lock: bool = True) -> Iterator[None]:
     """Hold a folder for this run, and remove what killed writers left in it.
 
-    Raises InputError in every process if another run holds the folder or if it cannot be written. field: option that
-    named it.
+    Args:
+      field: name of the option that gave the folder, for the error.
+      folder: made if it is missing.
+      has_lock: if False, nothing is held, which is said.
+
+    Raises InputError in every process if another run holds the folder or if it cannot be written.
     """
     here, lock, refusal = group.current(), None, None
+    if not has_lock:
+        if here.index == 0:
+            print(f"{field} {folder} is not locked: no other run may use it meanwhile", file=sys.stderr, flush=True)
+        yield
+        return
     if here.index == 0:
         try:
             lock = acquire(folder, field)

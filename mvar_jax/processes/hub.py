@@ -8,13 +8,13 @@ import hmac
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 
+from mvar_jax.processes.group import say_why
 from mvar_jax.processes.messages import Connection
 
-# Of failures that are reported together the one of the lowest process counts: others are often its consequence.
+# Of failures that come together a death counts most, then the lowest process: the others are often its consequence.
 FAILURES_TOGETHER_S = 0.5
 HELLO_S = 5.0  # a stranger must not hold the others up for longer
 LEAVE_S = 5.0  # how long the first process waits for the others: JAX aborts a process that loses the first one
@@ -35,16 +35,17 @@ class Hub:
         self._values: dict[int, tuple[str, object]] = {}
         self._done: set[int] = set()
         self._failures: dict[int, tuple[int, str]] = {}
+        self._dead: set[int] = set()
         self._failed_at: float | None = None
         threading.Thread(target=self._serve, name="hub", daemon=True).start()
 
     def _serve(self) -> None:
         while len(self._done) < self._count:
             for key, _ in self._selector.select(_POLL_S):
-                if key.fileobj is self._server:
+                if key.data is None:
                     self._accept()
                 else:
-                    self._read(key.fileobj, key.data)
+                    self._read(key.data)
             if self._failed_at is not None and time.monotonic() - self._failed_at > FAILURES_TOGETHER_S:
                 self._end()
                 return
@@ -59,8 +60,8 @@ class Hub:
         except ValueError:
             hello, messages = {}, []
         index = hello.get("index")
-        is_member = hmac.compare_digest(str(hello.get("token")), self.token) and index in range(self._count)
-        if not is_member or index in self._members:
+        is_trusted = hmac.compare_digest(str(hello.get("token")), self.token)
+        if not is_trusted or not isinstance(index, int) or not 0 <= index < self._count or index in self._members:
             connection.close()
             return
         sock.settimeout(None)
@@ -68,7 +69,8 @@ class Hub:
         self._selector.register(connection, selectors.EVENT_READ, index)
         self._take(index, messages)
 
-    def _read(self, connection: Connection, index: int) -> None:
+    def _read(self, index: int) -> None:
+        connection = self._members[index]
         try:
             messages = connection.receive()
         except ValueError:
@@ -77,6 +79,7 @@ class Hub:
             self._selector.unregister(connection)
             connection.close()
             if index not in self._done:
+                self._dead.add(index)
                 self._note(index, 1, "it ended without a word (killed, out of memory, or its host was lost)")
             return
         self._take(index, messages)
@@ -111,10 +114,9 @@ class Hub:
 
     def _end(self) -> None:
         """Print the reason, tell all others to leave, and the first process when they have."""
-        index = min(self._failures)
+        index = min(self._failures, key=lambda index: (index not in self._dead, index))
         status, reason = self._failures[index]
-        with contextlib.suppress(OSError, ValueError):
-            print(f"error: process {index} of {self._count}: {reason}", file=sys.stderr, flush=True)
+        say_why(status, f"process {index} of {self._count}: {reason}")
         others = {i: connection for i, connection in self._members.items() if i}
         for connection in others.values():
             connection.send(kind="leave", status=status)

@@ -12,7 +12,7 @@ import yaml
 from mvar_jax import build
 from mvar_jax.__main__ import make_parser
 from mvar_jax.cli.configuration import read_config
-from mvar_jax.processes.join import parse_distributed
+from mvar_jax.processes.cluster import find_place
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -75,11 +75,10 @@ def test_local_script_trains_every_config(record, config):
     assert read["num_steps"] == 7 and read["data"]["cache"] == "a folder"
 
 
-def test_slurm_script_starts_the_processes_of_one_run(record):
+def test_slurm_script_trains_the_config(record):
     result, words = record("slurm.sbatch", "configs/imagenet256_d24.py", "runs/x", *MORE)
     assert result.returncode == 0, result.stderr
-    assert words[1] == "--kill-on-bad-exit=1"
-    check_command(words[2:], "configs/imagenet256_d24.py", "runs/x", "auto")
+    check_command(words[words.index(".venv/bin/python") :], "configs/imagenet256_d24.py", "runs/x", "auto")
 
 
 def test_tpu_script_quotes_the_command_for_the_workers(record):
@@ -108,12 +107,10 @@ def test_jobset_trains_a_config_with_as_many_processes_as_pods():
     (container,) = pod["containers"]
     read = check_command(container["command"], "configs/imagenet256_d16.py", "/runs/imagenet256_d16", "auto")
     environment = {entry["name"]: entry.get("value", "1") for entry in container["env"]}
-    distributed = parse_distributed("auto", environment)
-    assert distributed["num_processes"] == spec["parallelism"] == spec["completions"]
-    assert distributed["coordinator_address"].startswith(f"{jobset['metadata']['name']}-{job['name']}-0-0.")
-    assert (
-        read["batch_size"] % (distributed["num_processes"] * container["resources"]["limits"]["nvidia.com/gpu"]) == 0
-    )
+    place = find_place(environment)
+    assert place.num_processes == spec["parallelism"] == spec["completions"]
+    assert place.coordinator_address.startswith(f"{jobset['metadata']['name']}-{job['name']}-0-0.")
+    assert read["batch_size"] % (place.num_processes * container["resources"]["limits"]["nvidia.com/gpu"]) == 0
     mounted = tuple(mount["mountPath"] for mount in container["volumeMounts"])
     assert read["data"]["cache"].startswith(mounted)
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
