@@ -8,8 +8,9 @@ from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
 from mvar_jax.cli.machine import add_machine_arguments, use_compilation_cache
-from mvar_jax.errors import STORAGE_ERRORS, InputError, RunError
+from mvar_jax.errors import STORAGE_ERRORS, InputError, RunError, shorten
 from mvar_jax.fields import flatten
+from mvar_jax.files.paths import as_path
 from mvar_jax.processes import group
 from mvar_jax.stopping import STOPPED_STATUS
 
@@ -21,11 +22,17 @@ def add_arguments(parser) -> None:
     add_config_argument(parser)
     add_machine_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics and pictures go here")
+    parser.add_argument(
+        "--no_lock",
+        action="store_true",
+        help="do not check that no other run uses WORKDIR: for storage that can neither lock nor keep a lease",
+    )
 
 
 def run(args) -> int:
     """Return 0 if the run is complete, 1 if it failed, 130 after Ctrl-C, STOPPED_STATUS after another signal."""
     config = read_config(args.config, args.overrides)
+    workdir = as_path(args.workdir, "workdir")
     use_compilation_cache(args.compilation_cache)
 
     import jax
@@ -39,10 +46,9 @@ def run(args) -> int:
     check_same_in_all(config, task)
     if jax.process_index() == 0:
         print(describe_machine(jax.devices(), task.run.mesh.shape), flush=True)
-    workdir = Path(args.workdir)
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
     try:
-        result = loop.run(task, workdir, settings, config, prepare)
+        result = loop.run(task, workdir, settings, config, prepare, has_lock=not args.no_lock)
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:
             raise
@@ -78,7 +84,7 @@ def keep_classes(workdir: Path, names: list[str]) -> None:
             write_json(path, names)
             return
     except OSError as error:
-        words = f"workdir {workdir} cannot be written: {error.strerror}"
+        words = f"workdir {workdir} cannot be written: {shorten(error)}"
         raise InputError(words, field="workdir", given=str(workdir), expected="a writable directory") from None
     except ValueError:
         words = f"workdir {workdir} has no readable {CLASSES_FILE}"
