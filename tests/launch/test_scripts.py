@@ -7,30 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
-
-from mvar_jax import build
-from mvar_jax.__main__ import make_parser
-from mvar_jax.cli.configuration import read_config
-from mvar_jax.cli.machine import parse_distributed
+from command_case import check_command
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), ROOT / ".ci" / "run"])
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("[!_]*.py"))
 MORE = ["--config.num_steps=7", "--config.data.cache=a folder"]
-
-
-def check_command(words: list[str], config: str, workdir: str, distributed: str) -> dict:
-    """Parse what a launch file runs as the program would; return the config."""
-    assert words[:4] == [".venv/bin/python", "-m", "mvar_jax", "train"]
-    args, overrides = make_parser().parse_known_args(words[3:])
-    assert all(word.startswith("--config.") for word in overrides), overrides
-    assert (args.config, args.workdir, args.distributed) == (config, workdir, distributed)
-    read = read_config(str(ROOT / args.config), overrides)
-    build.build_settings(read)
-    build.build_module(read)
-    return read
 
 
 @pytest.fixture
@@ -97,22 +80,3 @@ def test_missing_arguments_are_one_line_and_status_2(record, script):
     result, words = record(script, "configs/debug.py")
     assert result.returncode == 2 and not words
     assert result.stderr.count("\n") == 1 and "CONFIG and WORKDIR are required" in result.stderr
-
-
-def test_jobset_trains_a_config_with_as_many_processes_as_pods():
-    jobset = yaml.safe_load((LAUNCH / "k8s/jobset.yaml").read_text())
-    (job,) = jobset["spec"]["replicatedJobs"]
-    spec = job["template"]["spec"]
-    pod = spec["template"]["spec"]
-    (container,) = pod["containers"]
-    read = check_command(container["command"], "configs/imagenet256_d16.py", "/runs/imagenet256_d16", "auto")
-    environment = {entry["name"]: entry.get("value", "1") for entry in container["env"]}
-    distributed = parse_distributed("auto", environment)
-    assert distributed["num_processes"] == spec["parallelism"] == spec["completions"]
-    assert distributed["coordinator_address"].startswith(f"{jobset['metadata']['name']}-{job['name']}-0-0.")
-    assert (
-        read["batch_size"] % (distributed["num_processes"] * container["resources"]["limits"]["nvidia.com/gpu"]) == 0
-    )
-    mounted = tuple(mount["mountPath"] for mount in container["volumeMounts"])
-    assert read["data"]["cache"].startswith(mounted)
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
