@@ -18,11 +18,11 @@ MORE = ["--config.num_steps=7", "--config.data.cache=a folder"]
 
 @pytest.fixture
 def record(tmp_path):
-    """Stand-ins for python, srun and gcloud that write the words they are called with; and what was written."""
+    """Stand-ins for python and srun that write the words they are called with; and what was written."""
     written, folder = tmp_path / "words", tmp_path / "bin"
     (tmp_path / "copy/.venv/bin").mkdir(parents=True)
     folder.mkdir()
-    for path in (folder / "srun", folder / "gcloud", tmp_path / "copy/.venv/bin/python"):
+    for path in (folder / "srun", tmp_path / "copy/.venv/bin/python"):
         path.write_text(f'#!/bin/sh\nprintf "%s\\n" "$0" "$@" > {written}\n')
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     shutil.copytree(LAUNCH, tmp_path / "copy/launch")
@@ -64,18 +64,7 @@ def test_slurm_script_trains_the_config(record):
     check_command(words[words.index(".venv/bin/python") :], "configs/imagenet256_d24.py", "runs/x", "auto")
 
 
-def test_tpu_script_quotes_the_command_for_the_workers(record):
-    environment = {"TPU": "slice", "ZONE": "here"}
-    result, words = record("tpu_pod.sh", "configs/imagenet256_d30.py", "/mnt/my runs", *MORE, **environment)
-    assert result.returncode == 0, result.stderr
-    assert words[words.index("--worker") + 1] == "all"
-    remote = words[words.index("--command") + 1].removeprefix("cd ~/mvar_jax && exec ")
-    seen = subprocess.run(["bash", "-c", f'printf "%s\\n" {remote}'], capture_output=True, text=True, timeout=60)
-    read = check_command(seen.stdout.splitlines(), "configs/imagenet256_d30.py", "/mnt/my runs", "auto")
-    assert read["data"]["cache"] == "a folder"
-
-
-@pytest.mark.parametrize("script", ["local.sh", "slurm.sbatch", "tpu_pod.sh"])
+@pytest.mark.parametrize("script", ["local.sh", "slurm.sbatch"])
 def test_missing_arguments_are_one_line_and_status_2(record, script):
     result, words = record(script, "configs/debug.py")
     assert result.returncode == 2 and not words
