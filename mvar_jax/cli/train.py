@@ -1,6 +1,5 @@
 """Train a tokenizer or a transformer from a config; resumes the run that WORKDIR holds."""
 
-import errno
 import functools
 import hashlib
 import json
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
 from mvar_jax.cli.machine import add_machine_arguments, use_compilation_cache
-from mvar_jax.errors import InputError, RunError, shorten
+from mvar_jax.errors import STORAGE_ERRORS, InputError, RunError, shorten
 from mvar_jax.fields import flatten
 from mvar_jax.files.paths import as_path
 from mvar_jax.processes import group
@@ -51,7 +50,7 @@ def run(args) -> int:
     try:
         result = loop.run(task, workdir, settings, config, prepare, has_lock=not args.no_lock)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in STORAGE_ERRORS:
             raise
         raise RunError(f"{workdir}: {error.strerror}; its newest checkpoint is intact") from error
     if result.interrupted is None:
