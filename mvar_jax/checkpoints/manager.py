@@ -73,6 +73,16 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._start(self._scores.write)
 
+    def drop_newest(self) -> int:
+        """Remove the newest checkpoint if there is an older one, and return the step of the newest one left."""
+        self.wait()
+        *older, newest = sorted(self._known)
+        if not older:
+            return newest
+        by_first("dropped checkpoint", lambda: self._steps.remove(newest))
+        self._known = older
+        return older[-1]
+
     def save(self, state: Any, meta: dict) -> None:
         """Start writing `state` as the checkpoint of its own step; `meta` is any JSON object.
 
