@@ -1,12 +1,12 @@
 """From a config to modules, data and tasks. No ml_collections.ConfigDict goes below this file."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError
 from mvar_jax.fields import check_keys, from_dict, put_below
+from mvar_jax.files.paths import as_path
 
 # key -> whether it is a section; every config has exactly these
 COMMON_KEYS = {
@@ -218,8 +218,9 @@ def load_initial(path: str, transformer):
 
     if not path:
         return None
-    if Path(path).is_dir():
-        params = load_model(Path(path))[1].get("transformer")
+    directory = as_path(path, "config.init_from")
+    if directory.is_dir():
+        params = load_model(directory)[1].get("transformer")
         if params is None:
             raise InputError(
                 f"config.init_from={path} holds no transformer",
@@ -231,7 +232,7 @@ def load_initial(path: str, transformer):
         from mvar_jax.convert.weights import load_published
 
         params = load_published(path, transformer.sides)[1]
-    check_shapes(Path(path), "transformer", transformer, params)
+    check_shapes(directory, "transformer", transformer, params)
     return params
 
 
@@ -240,7 +241,7 @@ def load_tokenizer(directory: str):
     from mvar_jax.checkpoints.model_directory import load_model
     from mvar_jax.models.networks import Networks
 
-    path = Path(directory)
+    path = as_path(directory, "tokenizer")
     modules, params = load_model(path)
     if "tokenizer" not in modules:
         words = f"{path} holds no tokenizer"

@@ -5,6 +5,7 @@ import os
 import platform
 from pathlib import Path
 
+from mvar_jax.files.paths import as_path
 from mvar_jax.processes.join import AUTO, OFF
 
 
@@ -33,8 +34,10 @@ def use_compilation_cache(option: str) -> None:
     if option == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
     elif option != AUTO:
-        jax.config.update("jax_compilation_cache_dir", str(Path(option).absolute()))
-    elif not jax.config.jax_compilation_cache_dir:  # set by JAX_COMPILATION_CACHE_DIR
+        jax.config.update("jax_compilation_cache_dir", str(as_path(option, "compilation_cache").absolute()))
+    elif named := jax.config.jax_compilation_cache_dir:  # set by JAX_COMPILATION_CACHE_DIR
+        as_path(named, "JAX_COMPILATION_CACHE_DIR")  # a store is reached, or refused
+    else:
         jax.config.update("jax_compilation_cache_dir", str(default_cache_folder(os.environ)))
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
 from mvar_jax.cli.machine import add_machine_arguments, use_compilation_cache
-from mvar_jax.errors import InputError, RunError
+from mvar_jax.errors import InputError, RunError, shorten
+from mvar_jax.files.paths import as_path
 
 SUMMARY = "train a tokenizer or a transformer from a config"
 
@@ -23,6 +24,7 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     """Return 0 if the run is complete or SIGTERM stopped it, 1 if it failed, 130 after Ctrl-C."""
     config = read_config(args.config, args.overrides)
+    workdir = as_path(args.workdir, "workdir")
     use_compilation_cache(args.compilation_cache)
 
     from mvar_jax import build
@@ -30,7 +32,6 @@ def run(args) -> int:
 
     settings = build.build_settings(config)
     task, modules, tokenizer_params = build.build_task(config)
-    workdir = Path(args.workdir)
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
     try:
         result = loop.run(task, workdir, settings, config, prepare)
@@ -57,7 +58,7 @@ def keep_classes(workdir: Path, names: list[str]) -> None:
             write_json(path, names)
             return
     except OSError as error:
-        words = f"workdir {workdir} cannot be written: {error.strerror}"
+        words = f"workdir {workdir} cannot be written: {shorten(error)}"
         raise InputError(words, field="workdir", given=str(workdir), expected="a writable directory") from None
     except ValueError:
         words = f"workdir {workdir} has no readable {CLASSES_FILE}"

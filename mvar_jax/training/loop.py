@@ -13,6 +13,7 @@ import jax
 from mvar_jax.checkpoints.best import Metric
 from mvar_jax.checkpoints.manager import Checkpoints
 from mvar_jax.errors import InputError, RunError, shorten
+from mvar_jax.files.paths import as_path
 from mvar_jax.hardware.machines import peak_flops
 from mvar_jax.processes.shared import check_shared
 from mvar_jax.training.logging import MetricLog, Progress, has_line
@@ -101,7 +102,7 @@ def run(
       RunError: too many steps in a row without a finite loss, no more batches, or a failed save.
     """
     started_s = time.monotonic()
-    workdir = Path(workdir)
+    workdir = as_path(workdir, "workdir")
     check_shared("workdir", workdir)
     if (workdir / CONFIG_FILE).exists():
         check_config(workdir, config_json)  # before the lock file, so a refused run leaves no trace

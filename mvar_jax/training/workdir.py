@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.atomic import remove_leftovers, write_atomically
+from mvar_jax.files.paths import as_path
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
@@ -36,7 +37,7 @@ def check_config(workdir: str | os.PathLike, config: dict) -> None:
     Raises InputError if a key that decides what is learned differs (nothing is written), or if the workdir cannot be
     written.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir, "workdir")
     path = workdir / CONFIG_FILE
     config = json.loads(json.dumps(config))
     try:
