@@ -24,7 +24,7 @@ from mvar_jax.sharding import make_mesh, put_batch, replicated
 from mvar_jax.tokens.cache_reader import META_NAME, read_meta
 from mvar_jax.tokens.cache_writer import CacheWriter
 
-IMAGES_PER_SHARD = 4096  # an interruption loses at most so much work
+IMAGES_PER_SHARD = 8192  # an interruption loses at most so much work
 
 
 def view_rng(seed: int, view: int, index: int) -> np.random.Generator:
