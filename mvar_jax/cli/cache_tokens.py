@@ -22,9 +22,9 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--images_per_shard",
         type=int,
-        default=4096,
+        default=8192,
         metavar="N",
-        help="images of a file; an interruption loses at most one (default 4096)",
+        help="images of a file; an interruption loses at most one (default 8192)",
     )
 
 
