@@ -1,5 +1,6 @@
 """Train a tokenizer or a transformer from a config; resumes the run that WORKDIR holds."""
 
+import dataclasses
 import errno
 import functools
 import json
@@ -29,9 +30,14 @@ def run(args) -> int:
 
     from mvar_jax import build
     from mvar_jax.training import loop
+    from mvar_jax.training.saving import say
 
     settings = build.build_settings(config)
     task, modules, tokenizer_params = build.build_task(config)
+    settings = dataclasses.replace(settings, num_steps=task.run.num_steps)
+    if described := build.describe_epochs(config, task):
+        say(described)
+    config = build.with_steps(config, task.run)
     workdir = Path(args.workdir)
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
     try:
@@ -54,12 +60,13 @@ def keep_classes(workdir: Path, names: list[str]) -> None:
 
     Raises InputError if the run began with other classes, or the workdir cannot be written.
     """
+    from mvar_jax.checkpoints.manager import has_checkpoint
     from mvar_jax.checkpoints.model_directory import CLASSES_FILE
     from mvar_jax.files.atomic import write_json
 
     path = workdir / CLASSES_FILE
     try:
-        there = json.loads(path.read_text()) if path.exists() else names
+        there = json.loads(path.read_text()) if path.exists() and has_checkpoint(workdir) else names
         if there == names:
             workdir.mkdir(parents=True, exist_ok=True)
             write_json(path, names)
@@ -87,6 +94,7 @@ def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) 
     """
     import jax
 
+    from mvar_jax.checkpoints.manager import has_checkpoint
     from mvar_jax.checkpoints.model_directory import MODEL_FILE, write_model_file
     from mvar_jax.checkpoints.trees import save_tree
 
@@ -95,8 +103,8 @@ def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) 
     if jax.process_index():
         return
     keep_classes(workdir, list(task.data["train"].label_names))
-    if (workdir / MODEL_FILE).exists():
-        return
+    if (workdir / MODEL_FILE).exists() and has_checkpoint(workdir):
+        return  # without a checkpoint it may be of another config
     if tokenizer_params is not None:
         save_tree(workdir / "tokenizer", tokenizer_params)
     write_model_file(workdir, modules, trains=trains)

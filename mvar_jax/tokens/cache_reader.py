@@ -106,6 +106,7 @@ class TokenCache(TokenSource):
         self._num_records = int(self._starts[-1])
         self._expect("num_records", entry["num_records"], self._num_records, "the sum over the shards")
         self._shards = entry["shards"]
+        self._transform = entry.get("transform") or {}
         self._readers = [self._open_shard(shard) for shard in self._shards]
         self._memory: np.ndarray | None = None
         if self._num_records * self._record_bytes <= max_memory_bytes:
@@ -155,6 +156,13 @@ class TokenCache(TokenSource):
     def name_of(self, index: int) -> str:
         """Return the record's number."""
         return f"record {index}"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this split from others: also the images and the tokenizer that it was made of."""
+        # `path` is where the images lay
+        transform = {name: value for name, value in self._transform.items() if name != "path"}
+        made_of = {"transform": transform, "tokenizer": self.meta["tokenizer_fingerprint"]}
+        return {**super().identity(), "num_views": self._shape[0], **made_of}
 
     def read(self, numbers_B: np.ndarray, seed: int, index_B: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Read a batch, one view of each record; see `TokenSource.read`."""

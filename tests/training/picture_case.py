@@ -24,7 +24,9 @@ from mvar_jax.training.transformer_task import TransformerTask
 SIDES = (1, 2)
 # weights far larger than activations, spread over many layers
 TRANSFORMER = Transformer(SIDES, 1, 3, 16, 4, num_classes=3, depth=8, width=128, num_heads=8)
-TOKENIZER = Tokenizer(SIDES, vocab_size=16, code_width=4, ch=8, ch_mult=(1,), num_res_blocks=1, num_groups=4, num_phi=1)
+TOKENIZER = Tokenizer(
+    SIDES, vocab_size=16, code_width=4, ch=8, ch_mult=(1,), num_res_blocks=1, num_groups=4, num_phi=1
+)
 WIDE = TOKENIZER.clone(ch=128, num_groups=8)
 FEW = 5  # held-out images, which eight devices do not divide
 
