@@ -8,8 +8,9 @@ import sys
 
 from mvar_jax.cli.streams import guard_streams
 from mvar_jax.data.pillow_warnings import ignore_pillow_warnings
-from mvar_jax.errors import InputError
-from mvar_jax.stopping import STOPPED_STATUS, Stopped, raise_on_signals
+from mvar_jax.processes.join import OFF
+from mvar_jax.processes.together import run_together
+from mvar_jax.stopping import STOPPED_STATUS, raise_on_signals
 
 COMMANDS = ("train", "data", "cache_tokens", "sample", "edit", "reconstruct", "convert", "report")
 EXIT_STATUSES = (
@@ -39,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit status, see EXIT_STATUSES; bad input is reported in one line."""
+    """Run one command and return its exit status, see EXIT_STATUSES and `run_together`."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     if not argv:
@@ -51,17 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.overrides = rest
-    try:
-        return args.run(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return STOPPED_STATUS
+    return run_together(lambda: args.run(args), getattr(args, "distributed", OFF))
 
 
 def start() -> int:

@@ -1,12 +1,12 @@
 """From a config to modules, data and tasks. No ml_collections.ConfigDict goes below this file."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError
 from mvar_jax.fields import check_keys, from_dict, put_below
+from mvar_jax.files.paths import as_path
 
 # key -> whether it is a section; every config has exactly these
 COMMON_KEYS = {
@@ -152,34 +152,68 @@ def build_task(config: dict):
 def open_tokens(data: DataOptions, transformer):
     """Return (tokenizer with its weights, sources by split, transform or None) of a token cache or of images.
 
-    Raises InputError unless the config names exactly one of the two and tokenizer, transformer and data fit together.
+    Raises InputError if the config names neither, or unless tokenizer, transformer and data fit together.
     """
-    from mvar_jax.checkpoints.model_directory import fingerprint
-    from mvar_jax.tokens.cache_reader import TokenCache, read_meta
+    from mvar_jax.tokens.cache_reader import TokenCache
 
-    if bool(data.cache) == bool(data.tokenizer):
-        both = f"cache={data.cache!r} and tokenizer={data.tokenizer!r}"
+    if not (data.cache or data.tokenizer):
         raise InputError(
-            f"config.data must name either a token cache or a tokenizer that encodes images, got {both}",
+            "config.data must name a token cache or a tokenizer that encodes images, got cache='' and tokenizer=''",
             field="config.data",
-            given=both,
-            expected="exactly one of cache and tokenizer",
+            given="cache='' and tokenizer=''",
+            expected="cache or tokenizer",
         )
-    if data.tokenizer:
+    if not data.cache:
         networks = load_tokenizer(data.tokenizer)
         check_transformer_fits(transformer, networks.tokenizer)
         networks.tokenizer.check(data.image_size)
         return networks, {split: data.open(split) for split in SPLITS}, data.transform()
-    networks = load_tokenizer(read_meta(data.cache)["tokenizer_path"])
-    tokenizer = networks.tokenizer
-    check_transformer_fits(transformer, tokenizer)
+    networks = load_tokenizer_of_cache(data)
+    check_transformer_fits(transformer, networks.tokenizer)
     expected = {
-        "expect_fingerprint": fingerprint(tokenizer, networks.tokenizer_params),
-        "expect_sides": tokenizer.sides,
-        "expect_vocab_size": tokenizer.vocab_size,
+        "expect_sides": networks.tokenizer.sides,
+        "expect_vocab_size": networks.tokenizer.vocab_size,
         "max_memory_bytes": data.cache_memory_mib * 2**20,
     }
     return networks, {split: TokenCache(data.cache, split, **expected) for split in SPLITS}, None
+
+
+def load_tokenizer_of_cache(data: DataOptions):
+    """Load the tokenizer that made a cache: `data.tokenizer` if given, else the cache's own.
+
+    An older cache has none and names a path instead. Raises InputError if the tokenizer cannot be read or did not
+    make the cache.
+    """
+    from mvar_jax.checkpoints.model_directory import fingerprint
+    from mvar_jax.tokens.cache_reader import read_meta
+
+    meta = read_meta(data.cache)
+    inside = meta.get("tokenizer")
+    path = data.tokenizer or (
+        str(as_path(data.cache, "config.data.cache") / inside) if inside else meta["tokenizer_path"]
+    )
+    advice = "pass config.data.tokenizer=DIR with the tokenizer that made it, or encode again with cache_tokens"
+    try:
+        networks = load_tokenizer(path)
+    except InputError as error:
+        if data.tokenizer:
+            raise
+        words = f"the tokenizer of token cache {data.cache} cannot be read: {error}; {advice}"
+        raise InputError(
+            words, field="config.data.cache", given=data.cache, expected="a readable tokenizer"
+        ) from None
+    found, expected = fingerprint(networks.tokenizer, networks.tokenizer_params), meta["tokenizer_fingerprint"]
+    if found == expected:
+        return networks
+    if data.tokenizer:
+        what = f"config.data.tokenizer={path} is not the tokenizer that made token cache {data.cache}"
+    elif inside:
+        what = f"token cache {data.cache} holds another tokenizer than the one that made it"
+    else:
+        what = f"the tokenizer {path} has changed since it made token cache {data.cache}, perhaps by more training"
+    words = f"{what}: its fingerprint is {found}, not {expected}; {advice}"
+    field = "config.data.tokenizer" if data.tokenizer else "config.data.cache"
+    raise InputError(words, field=field, given=found, expected=expected)
 
 
 def with_classes_of(transformer, source, name: str):
@@ -210,8 +244,9 @@ def load_initial(path: str, transformer):
 
     if not path:
         return None
-    if Path(path).is_dir():
-        params = load_model(Path(path))[1].get("transformer")
+    directory = as_path(path, "config.init_from")
+    if directory.is_dir():
+        params = load_model(directory)[1].get("transformer")
         if params is None:
             raise InputError(
                 f"config.init_from={path} holds no transformer",
@@ -223,7 +258,7 @@ def load_initial(path: str, transformer):
         from mvar_jax.convert.weights import load_published
 
         params = load_published(path, transformer.sides)[1]
-    check_shapes(Path(path), "transformer", transformer, params)
+    check_shapes(directory, "transformer", transformer, params)
     return params
 
 
@@ -232,7 +267,7 @@ def load_tokenizer(directory: str):
     from mvar_jax.checkpoints.model_directory import load_model
     from mvar_jax.models.networks import Networks
 
-    path = Path(directory)
+    path = as_path(directory, "tokenizer")
     modules, params = load_model(path)
     if "tokenizer" not in modules:
         words = f"{path} holds no tokenizer"

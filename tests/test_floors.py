@@ -14,6 +14,7 @@ FLOORS = [
     "sharding",
     "ops",
     "files",
+    "processes",
     "models",
     "data",
     "hardware",

@@ -57,8 +57,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, error_type, *_):
-        # A second Ctrl-C must not wait for a save; the unfinished one is ignored by the next run.
-        if error_type and issubclass(error_type, KeyboardInterrupt):
+        # A second Ctrl-C must not wait for a save, nor an error for processes that may not come to the save's
+        # barriers. The next run ignores an unfinished save.
+        if error_type and (issubclass(error_type, KeyboardInterrupt) or jax.process_count() > 1):
             return
         try:
             self.close()

@@ -61,9 +61,11 @@ class DataOptions:
       num_views: views of each training image in a token cache: with crop=centre 1, or 2 with flip.
       cache: token cache that a transformer trains from; "" for none.
       cache_memory_mib: hold a split of the cache in memory if it is no larger than this; 0 reads from files.
-      tokenizer: model directory that encodes images inside the training step, instead of a cache.
+      tokenizer: model directory that encodes images inside the training step. Beside a cache, the tokenizer that made
+        it; "" takes the cache's own.
       num_threads: threads that prepare batches, in each worker process if there are any.
-      num_workers: worker processes that prepare batches; 0 for threads alone.
+      num_workers: worker processes that prepare batches; 0 for threads alone. Batches do not use /dev/shm, so its
+        size does not matter; a token cache in memory is held once for all of them.
       max_bad_share: share of a split's images that may be unreadable before the run stops.
 
     Raises:

@@ -16,7 +16,7 @@ from mvar_jax.digits.report import measure, write_report
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation.reconstruction import reconstruct
 from mvar_jax.files.images import save_png, side_by_side, tile_grid, to_uint8
-from mvar_jax.files.npz import save_npz
+from mvar_jax.files.npz import load_npz, save_npz
 from mvar_jax.training.tokenizer_step import count_hits
 
 GRID_CFG = 1.0  # guidance of samples.png
@@ -69,7 +69,7 @@ def report_digits(tokenizer_dir: Path, transformer_dir: Path, samples_dir: Path,
     model = load(transformer_dir)
     splits = load_digits(transformer_dir)
     (train, train_labels), (heldout, heldout_labels) = splits["train"], splits["val"]
-    samples, tokens = np.load(samples_dir / "samples.npz"), np.load(samples_dir / "tokens.npz")
+    samples, tokens = (load_npz(samples_dir / name) for name in ("samples.npz", "tokens.npz"))
 
     both, ids_NL = reconstruct(model, np.concatenate([heldout, train]), batch_size=64)
     reconstructions = both[: len(heldout)]

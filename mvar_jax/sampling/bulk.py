@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from mvar_jax.checkpoints.model_directory import fingerprint
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.atomic import remove_leftovers, write_json
+from mvar_jax.files.directories import remove_tree
 from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, tile_grid
 from mvar_jax.files.npz import Pieces, save_npz
 from mvar_jax.models.init import abstract_params
@@ -159,7 +159,7 @@ class _Batches:
             if not self.file(batch).exists():
                 message = f"out={self.out} has no batch {batch}: it must be a folder that all processes share"
                 raise InputError(message, field="out", given=str(self.out), expected="a folder all processes share")
-            with np.load(self.file(batch)) as arrays:
+            with self.file(batch).open("rb") as file, np.load(file) as arrays:
                 yield arrays[name]
 
 
@@ -199,10 +199,10 @@ def draw_all(
             if process_index == 0:
                 _join(batches)
         except OSError as error:
-            message = f"out={out} cannot be written ({error.strerror})"
+            message = f"out={out} cannot be written ({shorten(error)})"
             raise InputError(message, field="out", given=str(out), expected="a writable folder") from error
     if process_index == 0:
-        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        remove_tree(out / UNFINISHED)
     wait()
     return not is_complete
 

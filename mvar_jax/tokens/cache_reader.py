@@ -2,7 +2,8 @@
 
 A record is one image: its label (little-endian int32), then its token pyramids [views, L] row-major
 (little-endian uint16; int32 if the codebook has more than 65,536 entries). `cache.json` is written last, so
-a directory without it is not a cache. See cache_writer.py.
+a directory without it is not a cache. The folder `tokenizer` is the model directory of its tokenizer. See
+cache_writer.py.
 """
 
 import json
@@ -15,11 +16,13 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from mvar_jax.data.protocols import TokenSource
+from mvar_jax.data.shared_memory import SharedArray
 from mvar_jax.errors import InputError
 from mvar_jax.scales import areas_of
 from mvar_jax.tokens.philox import first_draws_below
 
 META_NAME = "cache.json"
+TOKENIZER_FOLDER = "tokenizer"  # of the cache's own tokenizer, a model directory; older caches have none
 FORMAT = 1
 LABEL_BYTES = 4
 _META_KEYS = {"tokenizer_fingerprint", "tokenizer_path", "sides", "vocab_size", "dtype", "label_names"}
@@ -63,8 +66,7 @@ class TokenCache(TokenSource):
     Args:
       path: directory of the cache.
       split: "train" or "val".
-      expect_fingerprint: fingerprint of the tokenizer in use; None compares nothing.
-      expect_sides: its sides; None compares nothing.
+      expect_sides: sides of the tokenizer in use; None compares nothing.
       expect_vocab_size: its codebook's size; None compares nothing.
       max_memory_bytes: a split of up to this size is held in memory; a larger one is read from its files on access.
 
@@ -78,7 +80,6 @@ class TokenCache(TokenSource):
         path: str | os.PathLike,
         split: str,
         *,
-        expect_fingerprint: str | None = None,
         expect_sides: Iterable[int] | None = None,
         expect_vocab_size: int | None = None,
         max_memory_bytes: int = 256 * 2**20,
@@ -90,8 +91,6 @@ class TokenCache(TokenSource):
         self.label_names = tuple(self.meta["label_names"])
         self.tokenizer_path: str = self.meta["tokenizer_path"]
         other = "the tokenizer in use; encode the images again with cache_tokens"
-        fingerprint = self.meta["tokenizer_fingerprint"]
-        self._expect("tokenizer_fingerprint", fingerprint, expect_fingerprint, other)
         self._expect("sides", self.sides, None if expect_sides is None else tuple(expect_sides), other)
         self._expect("vocab_size", self.vocab_size, expect_vocab_size, other)
         if split not in self.meta["splits"]:
@@ -108,11 +107,11 @@ class TokenCache(TokenSource):
         self._shards = entry["shards"]
         self._transform = entry.get("transform") or {}
         self._readers = [self._open_shard(shard) for shard in self._shards]
-        self._memory: np.ndarray | None = None
+        self._memory: SharedArray | None = None
         if self._num_records * self._record_bytes <= max_memory_bytes:
-            self._memory = np.concatenate(
-                [self._as_bytes(self._read_shard(reader, None)) for reader in self._readers]
-            )
+            self._memory = SharedArray((self._num_records, self._record_bytes), np.uint8)
+            for begin, end, reader in zip(self._starts, self._starts[1:], self._readers, strict=False):
+                self._memory.array[begin:end] = self._as_bytes(self._read_shard(reader, None))
 
     def __getstate__(self):
         return {**self.__dict__, "_readers": None}  # of the C++ library: every process opens its own
@@ -172,7 +171,7 @@ class TokenCache(TokenSource):
     def _read_views(self, numbers_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (ids [B, views, L] int32, labels [B] int32) of the records at these numbers."""
         if self._memory is not None:
-            bytes_Br = self._memory[numbers_B]
+            bytes_Br = self._memory.array[numbers_B]
         else:
             bytes_Br = np.empty((len(numbers_B), self._record_bytes), np.uint8)
             shard_B = np.searchsorted(self._starts, numbers_B, side="right") - 1

@@ -14,10 +14,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from mvar_jax.errors import InputError
 from mvar_jax.files.atomic import replacing, write_json
 from mvar_jax.scales import areas_of
-from mvar_jax.tokens.cache_reader import FORMAT, META_NAME, read_meta
+from mvar_jax.tokens.cache_reader import FORMAT, META_NAME, TOKENIZER_FOLDER, read_meta
 
 UNFINISHED = "unfinished"  # folder inside the cache's that holds the shards until the last one is finished
 _IDENTITY_NAME = "identity.json"
+_NO_IDENTITY = ("splits", "tokenizer_path", "tokenizer")  # keys that say nothing about the ids of a split
 _WRITE_OPTIONS = "group_size:1"
 
 Record = tuple[np.ndarray, int]
@@ -42,6 +43,8 @@ class CacheWriter:
       sides, vocab_size: of the tokenizer.
       tokenizer_fingerprint, tokenizer_path: stored for the reader.
       label_names: display name of each class, in the order of the labels.
+      save_tokenizer: writes the tokenizer into a folder of the cache, so that the cache works where it is copied to.
+        If None, the cache has no tokenizer of its own.
       process_index, process_count: of this process.
       wait: returns once all processes have called it.
     """
@@ -55,6 +58,7 @@ class CacheWriter:
         tokenizer_fingerprint: str,
         tokenizer_path: str,
         label_names: Iterable[str],
+        save_tokenizer: Callable[[Path], None] | None = None,
         process_index: int = 0,
         process_count: int = 1,
         wait: Callable[[], None] = lambda: None,
@@ -66,6 +70,7 @@ class CacheWriter:
             "format": FORMAT,
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "tokenizer_path": str(tokenizer_path),
+            "tokenizer": save_tokenizer and TOKENIZER_FOLDER,
             "sides": [int(side) for side in sides],
             "vocab_size": vocab_size,
             "dtype": self._dtype.name,
@@ -73,6 +78,7 @@ class CacheWriter:
             "splits": {},
         }
         self._num_tokens = sum(areas_of(self._meta["sides"]))
+        self._save_tokenizer = save_tokenizer
         self._process_index, self._process_count, self._wait = process_index, process_count, wait
 
     def __enter__(self) -> "CacheWriter":
@@ -164,7 +170,7 @@ class CacheWriter:
     def _forget_other_work(self, split: str) -> None:
         """Remove a split's shards that an interrupted writer of another cache left."""
         file = self._unfinished / f"{split}-{_IDENTITY_NAME}"
-        shared = {key: value for key, value in self._meta.items() if key not in ("splits", "tokenizer_path")}
+        shared = {key: value for key, value in self._meta.items() if key not in _NO_IDENTITY}
         identity = {**shared, "split": self._meta["splits"][split]}
         there = None
         with contextlib.suppress(OSError, ValueError):
@@ -205,6 +211,8 @@ class CacheWriter:
         self._remove_replaced()
         for name in [shard["name"] for split in splits.values() for shard in split["shards"]]:
             os.replace(self._unfinished / name, self._dir / name)
+        if self._save_tokenizer:
+            self._save_tokenizer(self._dir / TOKENIZER_FOLDER)
         write_json(self._dir / META_NAME, {**self._meta, "splits": splits})
         shutil.rmtree(self._unfinished)
 
@@ -213,6 +221,7 @@ class CacheWriter:
         with contextlib.suppress(InputError):
             splits = read_meta(self._dir)["splits"].values()
             (self._dir / META_NAME).unlink()
+            shutil.rmtree(self._dir / TOKENIZER_FOLDER, ignore_errors=True)
             for shard in [shard for split in splits for shard in split["shards"]]:
                 (self._dir / shard["name"]).unlink(missing_ok=True)
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from mvar_jax.checkpoints.model_directory import save_model
 from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.options import LoadOptions
 from mvar_jax.data.pipeline import DEFAULT_LOADING
@@ -178,7 +179,7 @@ def write_cache(
     Args:
       out: directory of the cache.
       tokenizer_path: where the tokenizer was loaded from; stored with the cache.
-      networks: the tokenizer and its weights.
+      networks: the tokenizer and its weights, which are written into the cache.
       tokenizer_fingerprint: of the tokenizer; stored with the cache.
       sources: image source of each split.
       transform: makes the views of an image.
@@ -208,6 +209,7 @@ def write_cache(
         tokenizer_fingerprint=tokenizer_fingerprint,
         tokenizer_path=str(tokenizer_path),
         label_names=sources["train"].label_names,
+        save_tokenizer=partial(_save_tokenizer, networks),
         process_index=process_index,
         process_count=process_count,
         wait=wait,
@@ -228,6 +230,10 @@ def write_cache(
                 check_stop=check_stop,
             )
     return True
+
+
+def _save_tokenizer(networks: Networks, folder: Path) -> None:
+    save_model(folder, {"tokenizer": networks.tokenizer}, {"tokenizer": networks.tokenizer_params})
 
 
 def _check_same(out: Path, tokenizer_fingerprint: str, descriptions: dict) -> None:

@@ -14,16 +14,19 @@ import jax
 
 from mvar_jax.checkpoints.best import Metric
 from mvar_jax.checkpoints.manager import Checkpoints
+from mvar_jax.errors import RunError
+from mvar_jax.files.paths import as_path
 from mvar_jax.hardware.machines import peak_flops
+from mvar_jax.processes.holding import hold
+from mvar_jax.processes.shared import check_shared
 from mvar_jax.training.logging import MetricLog, Progress, has_line
 from mvar_jax.training.profiling import Profiler
 from mvar_jax.training.protocol import Task
 from mvar_jax.training.resume_rules import check_resumable, keep_identity
-from mvar_jax.training.saving import RunError, Saver, say
+from mvar_jax.training.saving import Saver, say
 from mvar_jax.training.settings import LoopSettings
 from mvar_jax.training.stopping import RunStopFlag
 from mvar_jax.training.throughput import Throughput
-from mvar_jax.training.workdir import hold_workdir
 
 # Metrics are read this many steps late: the device always has work queued, but batches do not pile up on it and a
 # signal waits for a few steps at most.
@@ -44,6 +47,7 @@ def run(
     settings: LoopSettings,
     config_json: dict,
     prepare: Callable[[], None] = lambda: None,
+    has_lock: bool = True,
 ) -> RunResult:
     """Train to `settings.num_steps`, resuming from the newest checkpoint in `workdir`.
 
@@ -56,15 +60,17 @@ def run(
       settings: of the loop.
       config_json: the configuration, kept with the workdir and its checkpoints.
       prepare: called as soon as the workdir is held.
+      has_lock: refuse a workdir that another run holds.
 
     Raises:
       InputError: the workdir has another configuration, is in use or unwritable, or its checkpoint is damaged.
       RunError: too many steps in a row without a finite loss and gradient, no more batches, or a failed save.
     """
     started_s = time.monotonic()
-    workdir = Path(workdir)
+    workdir = as_path(workdir, "workdir")
+    check_shared("workdir", workdir)
     check_resumable(workdir, config_json, task.data_identity)  # before the lock, so a refused run leaves no trace
-    with RunStopFlag() as stop, hold_workdir(workdir):
+    with RunStopFlag() as stop, hold("workdir", workdir, has_lock):
         check_resumable(workdir, config_json, task.data_identity)
         keep_identity(workdir, config_json, task.data_identity)
         prepare()

@@ -7,7 +7,7 @@ themselves, must stay as they were once there is a checkpoint.
 import dataclasses
 import inspect
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mvar_jax.checkpoints.manager import has_checkpoint
 from mvar_jax.checkpoints.model_directory import LINEN_FIELDS
 from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError, shorten
+from mvar_jax.fields import flatten
 from mvar_jax.files.atomic import write_atomically
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
@@ -27,7 +28,6 @@ from mvar_jax.training.settings import LoopSettings
 from mvar_jax.training.task import RunOptions
 from mvar_jax.training.tokenizer_step import CodebookOptions
 from mvar_jax.training.transformer_step import PhaseOptions
-from mvar_jax.training.workdir import unwritable
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data_identity.json"
@@ -94,7 +94,7 @@ def check_resumable(workdir: Path, config: dict, data_identity: dict) -> None:
 def _check_config(workdir: Path, stored: dict, config: dict) -> list[str]:
     """Return the free keys that changed. Raises InputError if another one did."""
     rules, changed = rules_of(config.get("task")), []
-    before, now = dict(_flatten(stored)), dict(_flatten(config))
+    before, now = dict(flatten(stored)), dict(flatten(config))
     for key in [*now, *(key for key in before if key not in now)]:
         rule = rules.get(key, Rule(False))
         given, expected = now.get(key, rule.default), before.get(key, rule.default)
@@ -128,7 +128,7 @@ def _check_data(workdir: Path, stored: dict | None, data_identity: dict, moved: 
         )
         words += "resume it once with the old value, which notes it, or choose another workdir"
         raise InputError(words, field=key, expected="the value of the run")
-    before, now = dict(_flatten(stored)), dict(_flatten(json.loads(json.dumps(data_identity))))
+    before, now = dict(flatten(stored)), dict(flatten(json.loads(json.dumps(data_identity))))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             words = f"config.data names other data than those that the run in {workdir} began with: {key} is "
@@ -146,7 +146,9 @@ def keep_identity(workdir: Path, config: dict, data_identity: dict) -> None:
             if not path.exists() or path.read_text() != text:
                 write_atomically(path, text)
     except OSError as error:
-        raise unwritable(workdir, error) from error
+        raise _refuse(
+            workdir, f"workdir {workdir} cannot be written: {shorten(error)}", "a writable directory"
+        ) from error
 
 
 def _read(workdir: Path, name: str) -> dict | None:
@@ -157,12 +159,8 @@ def _read(workdir: Path, name: str) -> dict | None:
         return None
     except (OSError, ValueError) as error:
         words = f"workdir {workdir} has no readable {name}: {shorten(error)}"
-        raise InputError(words, field="workdir", given=str(workdir), expected=f"a readable {name}") from error
+        raise _refuse(workdir, words, f"a readable {name}") from error
 
 
-def _flatten(config: dict, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _refuse(workdir: Path, words: str, expected: str) -> InputError:
+    return InputError(words, field="workdir", given=str(workdir), expected=expected)

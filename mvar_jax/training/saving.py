@@ -6,12 +6,8 @@ from typing import Any
 import jax
 
 from mvar_jax.checkpoints.manager import Checkpoints
-from mvar_jax.errors import shorten
+from mvar_jax.errors import RunError, shorten
 from mvar_jax.training.state import all_finite
-
-
-class RunError(RuntimeError):
-    """A run that cannot continue, in one line; its last checkpoint is intact."""
 
 
 class Saver:

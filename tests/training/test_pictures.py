@@ -13,7 +13,7 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def report():
-    """See picture_case.py. XLA on a CPU gathers as early as it can unless it is told to save memory."""
+    """See picture_case.py. Unless asked to save memory, XLA on a CPU gathers as early as it can."""
     flags = "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

@@ -10,6 +10,7 @@ import pytest
 
 from mvar_jax.data.sources import ArraySource
 from mvar_jax.errors import InputError
+from mvar_jax.fields import flatten
 from mvar_jax.training import resume_rules
 from mvar_jax.training.resume_rules import check_resumable, keep_identity, rules_of
 
@@ -104,7 +105,7 @@ def test_every_key_of_the_shipped_configs_has_a_rule(task):
     for path in Path("configs").glob("[!_]*.py"):
         config = load(path.stem)
         if config["task"] == task:
-            assert not {key for key, _ in resume_rules._flatten(config)} - rules_of(task).keys()
+            assert not {key for key, _ in flatten(config)} - rules_of(task).keys()
 
 
 def test_before_a_checkpoint_nothing_binds(tmp_path):
