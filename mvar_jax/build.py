@@ -150,6 +150,8 @@ def open_tokens(data: DataOptions, transformer):
         "expect_sides": networks.tokenizer.sides,
         "expect_vocab_size": networks.tokenizer.vocab_size,
         "max_memory_bytes": data.cache_memory_mib * 2**20,
+        "disk_folder": data.cache_folder or None,
+        "max_disk_bytes": data.cache_disk_mib * 2**20,
     }
     return networks, {split: TokenCache(data.cache, split, **expected) for split in SPLITS}, None
 
@@ -165,9 +167,7 @@ def load_tokenizer_of_cache(data: DataOptions):
 
     meta = read_meta(data.cache)
     inside = meta.get("tokenizer")
-    path = data.tokenizer or (
-        str(as_path(data.cache, "config.data.cache") / inside) if inside else meta["tokenizer_path"]
-    )
+    path = data.tokenizer or (str(as_path(data.cache) / inside) if inside else meta["tokenizer_path"])
     advice = "pass config.data.tokenizer=DIR with the tokenizer that made it, or encode again with cache_tokens"
     try:
         networks = load_tokenizer(path)
