@@ -4,6 +4,7 @@ import os
 import pytest
 
 from mvar_jax.errors import InputError
+from mvar_jax.files.paths import as_path
 from mvar_jax.training.workdir import check_config
 
 CONFIG = {"depth": 8, "sides": (1, 2), "train": {"lr": 0.1, "log_every_steps": 5}, "mesh": {"data": 2}}
@@ -43,3 +44,13 @@ def test_unusable_workdir_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="workdir .* has no readable config.json: "):
         check_config(tmp_path, CONFIG)
+
+
+def test_workdir_in_a_store_keeps_and_checks_the_config(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workdir = f"{store.url}/run"
+    check_config(workdir, CONFIG)
+    assert json.loads((as_path(workdir) / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
+    with pytest.raises(InputError, match="config.depth is 9, but the run in (s3|gs)://bucket/run has 8"):
+        check_config(workdir, CONFIG | {"depth": 9})
+    assert not list(tmp_path.iterdir())
