@@ -1,7 +1,7 @@
 """Train a tokenizer or a transformer from a config; resumes the run that WORKDIR holds."""
 
+import dataclasses
 import functools
-import hashlib
 import json
 import signal
 from pathlib import Path
@@ -37,11 +37,16 @@ def run(args) -> int:
 
     from mvar_jax import build
     from mvar_jax.training import loop
+    from mvar_jax.training.saving import say
 
     settings = build.build_settings(config)
     task, modules, tokenizer_params = build.build_task(config)
     check_same_in_all(config, task)
     print_machine(task.run.mesh)
+    if described := build.describe_epochs(config, task):
+        say(described)
+    settings = dataclasses.replace(settings, num_steps=task.run.num_steps)
+    config = build.with_steps(config, task.run)
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
     try:
         result = loop.run(task, workdir, settings, config, prepare, has_lock=not args.no_lock)
@@ -58,10 +63,7 @@ def check_same_in_all(config: dict, task) -> None:
     """Raise InputError in every process of the run unless all were given the same config and data."""
     here = group.current()
     here.check_same("config", "config", dict(flatten(config)))
-    for split, source in task.data.items():
-        names = hashlib.sha256(json.dumps(source.label_names).encode()).hexdigest()[:8]
-        identity = {"samples": len(source), "classes": len(source.label_names), "names": names}
-        here.check_same("data", f"{split} data with", identity)
+    here.check_same("data", "data with", dict(flatten(task.data_identity)))
 
 
 def keep_classes(workdir: Path, names: list[str]) -> None:
@@ -69,12 +71,13 @@ def keep_classes(workdir: Path, names: list[str]) -> None:
 
     Raises InputError if the run began with other classes, or the workdir cannot be written.
     """
+    from mvar_jax.checkpoints.manager import has_checkpoint
     from mvar_jax.checkpoints.model_directory import CLASSES_FILE
     from mvar_jax.files.atomic import write_json
 
     path = workdir / CLASSES_FILE
     try:
-        there = json.loads(path.read_text()) if path.exists() else names
+        there = json.loads(path.read_text()) if path.exists() and has_checkpoint(workdir) else names
         if there == names:
             workdir.mkdir(parents=True, exist_ok=True)
             write_json(path, names)
@@ -102,6 +105,7 @@ def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) 
     """
     import jax
 
+    from mvar_jax.checkpoints.manager import has_checkpoint
     from mvar_jax.checkpoints.model_directory import MODEL_FILE, write_model_file
     from mvar_jax.checkpoints.trees import save_tree
 
@@ -110,8 +114,8 @@ def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) 
     if jax.process_index():
         return
     keep_classes(workdir, list(task.data["train"].label_names))
-    if (workdir / MODEL_FILE).exists():
-        return
+    if (workdir / MODEL_FILE).exists() and has_checkpoint(workdir):
+        return  # without a checkpoint it may be of another config
     if tokenizer_params is not None:
         save_tree(workdir / "tokenizer", tokenizer_params)
     write_model_file(workdir, modules, trains=trains)

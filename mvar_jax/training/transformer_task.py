@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from mvar_jax.checkpoints.model_directory import fingerprint
 from mvar_jax.files.images import min_zoom, tile_grid, to_uint8
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import Transformer
@@ -41,6 +42,7 @@ class TransformerTask(DataTask):
     ):
         super().__init__(run, transformer, data, {})
         self.initial_params = initial_params
+        self.data_identity["tokenizer"] = fingerprint(tokenizer.tokenizer, tokenizer.tokenizer_params)
         self.transformer, self.options = transformer, options
         # one copy on each device, for the ids of images, the teacher-forcing input and the pictures
         self.tokenizer = jax.device_put(jax.tree.map(np.asarray, tokenizer), self._whole)
