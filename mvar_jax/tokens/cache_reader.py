@@ -39,9 +39,9 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       InputError: there is no finished cache at `path`, or its `cache.json` is unreadable.
     """
-    reason = f"its {META_NAME} lacks keys or is not of format {FORMAT}"
+    reason, file = f"its {META_NAME} lacks keys or is not of format {FORMAT}", as_path(path, "cache") / META_NAME
     try:
-        meta = json.loads((as_path(path, "cache") / META_NAME).read_text())
+        meta = json.loads(file.read_text())
         is_complete = meta["format"] == FORMAT and meta.keys() >= _META_KEYS
         for split in meta["splits"].values():
             is_complete &= split.keys() >= _SPLIT_KEYS
