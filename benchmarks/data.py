@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -125,8 +126,9 @@ def write_tokens(root: Path, num: int) -> None:
     names = tuple(map(str, range(1000)))
     about = {"tokenizer_fingerprint": "none", "tokenizer_path": "none", "label_names": names}
     with CacheWriter(root, sides=sides, vocab_size=4096, **about) as writer:
-        options = {"num_views": 2, "transform": {}, "num_shards": max(1, num // 4096)}
+        options = {"num_views": 2, "transform": {}, "num_shards": max(1, num // 8192)}
         writer.write_split("train", read, num_images=num, **options)
+        writer.write_split("val", read, num_images=8, num_views=2, transform={})
 
 
 def measure_tokens(root: Path, rounds: int) -> dict:
@@ -146,6 +148,28 @@ def measure_tokens(root: Path, rounds: int) -> dict:
     for name, cache in caches.items():
         rates = [batch_rate(cache, None, 300, 1024, num_threads=2) for _ in range(rounds)]
         found[f"images/s from {name}"] = max(rates)
+    return found
+
+
+def _resident_mib(pid: int) -> float:
+    """Return a process's share of the memory in use: a page of n processes counts as 1/n for each."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / 1024
+
+
+def measure_workers(root: Path) -> dict:
+    """Return the memory of this process and four workers that read a cache held in memory, and without the cache."""
+    found = {}
+    for name, split in (("cache", "train"), ("tiny cache", "val")):
+        cache = TokenCache(root, split)
+        batches = train_batches(cache, None, batch_size=256, seed=0, options=LoadOptions(num_workers=4))
+        for _ in itertools.islice(batches, 64):
+            pass
+        processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+        found[f"parent and 4 workers, {name}, MiB"] = sum(map(_resident_mib, processes))
+        found[f"bytes of the {name} file, MiB"] = cache.meta["splits"][split]["bytes"] / 2**20
+        batches.close()
+        del cache, batches
     return found
 
 
@@ -191,6 +215,7 @@ def main() -> None:
         found = {
             "photographs, images/s": measure_photos(scratch / "photos", args.rounds),
             "tokens": measure_tokens(scratch / "tokens", args.rounds),
+            "workers": measure_workers(scratch / "tokens"),
             "start": measure_start(scratch / "names"),
         }
     (out / "data.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -10,6 +10,7 @@ from scipy.special import softmax
 from mvar_jax.checkpoints.class_names import ClassNames, class_names_of
 from mvar_jax.checkpoints.model_directory import load_model
 from mvar_jax.errors import InputError
+from mvar_jax.files.paths import as_path
 from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
@@ -278,8 +279,9 @@ def load(path: str | Path, which: str = "last") -> Model:
 
     Raises InputError if path is neither, or holds no such checkpoint or no tokenizer.
     """
-    modules, params = load_model(Path(path), which)
+    path = as_path(path, "checkpoint")
+    modules, params = load_model(path, which)
     if "tokenizer" not in modules:
         message = f"checkpoint={path} holds no tokenizer; choose a model directory or workdir that does"
         raise InputError(message, field="checkpoint", given=str(path), expected="a tokenizer")
-    return Model(Networks.of(modules, params), class_names_of(Path(path)))
+    return Model(Networks.of(modules, params), class_names_of(path))

@@ -1,18 +1,17 @@
 """From a config to modules, data and tasks. No ml_collections.ConfigDict goes below this file."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError
 from mvar_jax.fields import check_keys, from_dict, put_below
+from mvar_jax.files.paths import as_path
 
 # key -> whether it is a section; every config has exactly these
 COMMON_KEYS = {
     "task": False,
     "seed": False,
-    "num_steps": False,
     "batch_size": False,
     "log_every_steps": False,
     "eval_every_steps": False,
@@ -26,8 +25,9 @@ COMMON_KEYS = {
     "mesh": True,
 }
 SPLITS = ("train", "val")
-# keys that a config may leave out: their defaults are those of RunOptions and LoopSettings
-OPTIONAL_KEYS = ("accumulate_steps", "keep_best", "profile_steps")
+# keys that a config may leave out: their defaults are those of RunOptions and LoopSettings; one of the first two is
+# needed
+OPTIONAL_KEYS = ("num_steps", "epochs", "accumulate_steps", "keep_best", "profile_steps")
 TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "init_from": False}}
 
 
@@ -46,9 +46,11 @@ def check_config(config: dict) -> None:
         )
     known = COMMON_KEYS | TASK_KEYS[task]
     check_keys(config, (*known, *OPTIONAL_KEYS), "config")
-    for name, is_section in known.items():
+    for name, is_section in (known | dict.fromkeys(OPTIONAL_KEYS, False)).items():
         field = f"config.{name}"
         if name not in config:
+            if name in OPTIONAL_KEYS:
+                continue
             raise InputError(f"{field} is missing; every config of a {task} has it", field=field)
         if is_section != isinstance(config[name], dict):
             expected = "a section of keys" if is_section else "a plain value"
@@ -77,15 +79,15 @@ def build_module(config: dict):
 
 
 def build_settings(config: dict):
-    """Return the `LoopSettings` of a config."""
-    from mvar_jax.training.loop import LoopSettings
+    """Return the `LoopSettings` of a config; num_steps is 0 if it follows from epochs."""
+    from mvar_jax.training.settings import LoopSettings
 
     check_config(config)
-    return LoopSettings(**_given_fields(LoopSettings, config))
+    return LoopSettings(**_given_fields(LoopSettings, {"num_steps": 0} | config))
 
 
 def build_run(config: dict):
-    """Return the `RunOptions` of a config: seed, steps, batch, optimizer, mesh."""
+    """Return the `RunOptions` of a config: seed, steps or epochs, batch, optimizer, mesh."""
     from mvar_jax.sharding import MESH_AXES, make_mesh
     from mvar_jax.training.optimizer import OptimizerOptions
     from mvar_jax.training.task import RunOptions
@@ -95,7 +97,27 @@ def build_run(config: dict):
         "optimizer": from_dict(OptimizerOptions, config["optimizer"], "config.optimizer"),
         "mesh": make_mesh(**config["mesh"]),
     }
-    return RunOptions(**_given_fields(RunOptions, config | sections))
+    return RunOptions(**_given_fields(RunOptions, {"num_steps": 0} | config | sections))
+
+
+def with_steps(config: dict, run) -> dict:
+    """Return the config with the steps of a task's `RunOptions`, in which epochs have become steps."""
+    return {
+        **config,
+        "num_steps": run.num_steps,
+        "optimizer": {**config["optimizer"], "warmup_steps": run.optimizer.warmup_steps},
+    }
+
+
+def describe_epochs(config: dict, task) -> str:
+    """Return the steps that follow from the config's epochs, as a line; "" if it is given in steps."""
+    epochs, warmup = config.get("epochs"), config["optimizer"].get("warmup_epochs")
+    if not (epochs or warmup):
+        return ""
+    run, num_images = task.run, len(task.data["train"])
+    given = [f"{epochs:g} epochs"] * bool(epochs) + [f"{warmup:g} epochs of warm-up"] * bool(warmup)
+    steps = f"{run.num_steps} steps, the first {run.optimizer.warmup_steps} of them warm-up"
+    return f"{' with '.join(given)}: {num_images} images in batches of {run.batch_size} make {steps}"
 
 
 def _given_fields(cls: type, config: dict) -> dict[str, Any]:
@@ -115,12 +137,14 @@ def build_task(config: dict):
         options = from_dict(CodebookOptions, config["codebook"], "config.codebook")
         sources = {split: data.open(split) for split in SPLITS}
         task_data = TaskData(sources, data.transform(), data.loading())
+        run = run.with_images(len(sources["train"]))
         return TokenizerTask(run, module, options, task_data), {"tokenizer": module}, None
 
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
     module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
     initial = load_initial(config["init_from"], module)
+    run = run.with_images(len(sources["train"]))
     task = TransformerTask(run, module, options, tokenizer, TaskData(sources, transform, data.loading()), initial)
     return task, {"tokenizer": tokenizer.tokenizer, "transformer": module}, tokenizer.tokenizer_params
 
@@ -128,34 +152,68 @@ def build_task(config: dict):
 def open_tokens(data: DataOptions, transformer):
     """Return (tokenizer with its weights, sources by split, transform or None) of a token cache or of images.
 
-    Raises InputError unless the config names exactly one of the two and tokenizer, transformer and data fit together.
+    Raises InputError if the config names neither, or unless tokenizer, transformer and data fit together.
     """
-    from mvar_jax.checkpoints.model_directory import fingerprint
-    from mvar_jax.tokens.cache_reader import TokenCache, read_meta
+    from mvar_jax.tokens.cache_reader import TokenCache
 
-    if bool(data.cache) == bool(data.tokenizer):
-        both = f"cache={data.cache!r} and tokenizer={data.tokenizer!r}"
+    if not (data.cache or data.tokenizer):
         raise InputError(
-            f"config.data must name either a token cache or a tokenizer that encodes images, got {both}",
+            "config.data must name a token cache or a tokenizer that encodes images, got cache='' and tokenizer=''",
             field="config.data",
-            given=both,
-            expected="exactly one of cache and tokenizer",
+            given="cache='' and tokenizer=''",
+            expected="cache or tokenizer",
         )
-    if data.tokenizer:
+    if not data.cache:
         networks = load_tokenizer(data.tokenizer)
         check_transformer_fits(transformer, networks.tokenizer)
         networks.tokenizer.check(data.image_size)
         return networks, {split: data.open(split) for split in SPLITS}, data.transform()
-    networks = load_tokenizer(read_meta(data.cache)["tokenizer_path"])
-    tokenizer = networks.tokenizer
-    check_transformer_fits(transformer, tokenizer)
+    networks = load_tokenizer_of_cache(data)
+    check_transformer_fits(transformer, networks.tokenizer)
     expected = {
-        "expect_fingerprint": fingerprint(tokenizer, networks.tokenizer_params),
-        "expect_sides": tokenizer.sides,
-        "expect_vocab_size": tokenizer.vocab_size,
+        "expect_sides": networks.tokenizer.sides,
+        "expect_vocab_size": networks.tokenizer.vocab_size,
         "max_memory_bytes": data.cache_memory_mib * 2**20,
+        "disk_folder": data.cache_folder or None,
+        "max_disk_bytes": data.cache_disk_mib * 2**20,
     }
     return networks, {split: TokenCache(data.cache, split, **expected) for split in SPLITS}, None
+
+
+def load_tokenizer_of_cache(data: DataOptions):
+    """Load the tokenizer that made a cache: `data.tokenizer` if given, else the cache's own.
+
+    An older cache has none and names a path instead. Raises InputError if the tokenizer cannot be read or did not
+    make the cache.
+    """
+    from mvar_jax.checkpoints.model_directory import fingerprint
+    from mvar_jax.tokens.cache_reader import read_meta
+
+    meta = read_meta(data.cache)
+    inside = meta.get("tokenizer")
+    path = data.tokenizer or (str(as_path(data.cache) / inside) if inside else meta["tokenizer_path"])
+    advice = "pass config.data.tokenizer=DIR with the tokenizer that made it, or encode again with cache_tokens"
+    try:
+        networks = load_tokenizer(path)
+    except InputError as error:
+        if data.tokenizer:
+            raise
+        words = f"the tokenizer of token cache {data.cache} cannot be read: {error}; {advice}"
+        raise InputError(
+            words, field="config.data.cache", given=data.cache, expected="a readable tokenizer"
+        ) from None
+    found, expected = fingerprint(networks.tokenizer, networks.tokenizer_params), meta["tokenizer_fingerprint"]
+    if found == expected:
+        return networks
+    if data.tokenizer:
+        what = f"config.data.tokenizer={path} is not the tokenizer that made token cache {data.cache}"
+    elif inside:
+        what = f"token cache {data.cache} holds another tokenizer than the one that made it"
+    else:
+        what = f"the tokenizer {path} has changed since it made token cache {data.cache}, perhaps by more training"
+    words = f"{what}: its fingerprint is {found}, not {expected}; {advice}"
+    field = "config.data.tokenizer" if data.tokenizer else "config.data.cache"
+    raise InputError(words, field=field, given=found, expected=expected)
 
 
 def with_classes_of(transformer, source, name: str):
@@ -186,8 +244,9 @@ def load_initial(path: str, transformer):
 
     if not path:
         return None
-    if Path(path).is_dir():
-        params = load_model(Path(path))[1].get("transformer")
+    directory = as_path(path, "config.init_from")
+    if directory.is_dir():
+        params = load_model(directory)[1].get("transformer")
         if params is None:
             raise InputError(
                 f"config.init_from={path} holds no transformer",
@@ -199,7 +258,7 @@ def load_initial(path: str, transformer):
         from mvar_jax.convert.weights import load_published
 
         params = load_published(path, transformer.sides)[1]
-    check_shapes(Path(path), "transformer", transformer, params)
+    check_shapes(directory, "transformer", transformer, params)
     return params
 
 
@@ -208,7 +267,7 @@ def load_tokenizer(directory: str):
     from mvar_jax.checkpoints.model_directory import load_model
     from mvar_jax.models.networks import Networks
 
-    path = Path(directory)
+    path = as_path(directory, "tokenizer")
     modules, params = load_model(path)
     if "tokenizer" not in modules:
         words = f"{path} holds no tokenizer"

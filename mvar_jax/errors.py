@@ -1,4 +1,6 @@
-"""The exception that a user's mistake raises, and errors in one line."""
+"""The exceptions that end a command with one line, and errors in one line."""
+
+import errno
 
 
 class InputError(ValueError):
@@ -23,6 +25,14 @@ class InputError(ValueError):
 
 def _rebuild(message: str, field: str, given: object, expected: str | None) -> InputError:
     return InputError(message, field=field, given=given, expected=expected)
+
+
+# a full or lost disk: nothing is wrong with the program, so a traceback would only hide the reason
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV)
+
+
+class RunError(RuntimeError):
+    """A run that cannot continue, in one line: the command line exits with status 1."""
 
 
 def shorten(error: Exception) -> str:

@@ -43,6 +43,8 @@ from mvar_jax.sampling import analysis, editing, sampler
 from mvar_jax.sampling.sampler import SampleOptions, guided_logits, sample_pyramid
 from mvar_jax.training.transformer_step import phase_loss
 
+pytest_plugins = ["stores"]  # fixtures s3, gcs and store
+
 # what tests trace lives on, and walking it often takes a tenth of the time
 gc.set_threshold(200_000, 20, 100)
 

@@ -1,5 +1,10 @@
-"""A toy task, and a process that trains it: python toy_run.py WORKDIR NUM_STEPS STEP_S [HOST:PORT,NUM,INDEX]."""
+"""A toy task, and a process that trains it.
 
+python toy_run.py WORKDIR NUM_STEPS STEP_S [HOST:PORT,NUM,INDEX] [sharded]
+"""
+
+import errno
+import os
 import sys
 import time
 
@@ -7,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mvar_jax.cli.machine import start_distributed
+from mvar_jax.errors import InputError
+from mvar_jax.processes.together import run_together
 from mvar_jax.training import logging
 from mvar_jax.training.loop import LoopSettings, run
 from mvar_jax.training.protocol import Task
@@ -43,10 +50,11 @@ def update(state, x_BD, step):
 class ToyTask(Task):
     examples_per_step = 4
 
-    def __init__(self, step_s=0.0, bad_steps=(), num_batches=10**6, on_step=None):
+    def __init__(self, step_s=0.0, bad_steps=(), num_batches=10**6, on_step=None, is_sharded=False):
         mesh = jax.make_mesh((jax.process_count(),), ("data",), axis_types=(AxisType.Auto,))
-        self._sharding = NamedSharding(mesh, P())
-        self._update = jax.jit(update, donate_argnums=0)
+        self._whole, self._rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data" if is_sharded else None))
+        placed = (self._shardings(), self._whole) if is_sharded else None
+        self._update = jax.jit(update, donate_argnums=0, out_shardings=placed)
         self._step_s, self._bad_steps, self._num_batches = step_s, bad_steps, num_batches
         self._on_step = on_step or (lambda step: None)
         self.num_inits = 0
@@ -59,11 +67,14 @@ class ToyTask(Task):
 
     def init_state(self):
         self.num_inits += 1
-        return jax.device_put(self._init(), self._sharding)
+        return jax.device_put(self._init(), self._shardings())
 
     def abstract_state(self):
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding)
-        return jax.tree.map(place, jax.eval_shape(self._init))
+        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.tree.map(place, jax.eval_shape(self._init), self._shardings())
+
+    def _shardings(self):
+        return jax.tree.map(lambda x: self._rows if x.ndim else self._whole, jax.eval_shape(self._init))
 
     def batches(self, start_step):
         for step in range(start_step, self._num_batches):
@@ -83,7 +94,8 @@ class ToyTask(Task):
         return {"loss": float(jnp.sum(state.ema["kernel_DD"] ** 2))}
 
     def pictures(self, state):
-        return {"weights": np.asarray(state.params["kernel_DD"])[..., None].repeat(3, -1).astype(np.uint8)}
+        kernel_DD = multihost_utils.process_allgather(state.params["kernel_DD"], tiled=True)
+        return {"weights": kernel_DD[..., None].repeat(3, -1).astype(np.uint8)}
 
 
 def make_settings(num_steps, **changes):
@@ -93,7 +105,25 @@ def make_settings(num_steps, **changes):
 
 if __name__ == "__main__":
     logging._open_summary_writer = lambda folder: NoWriter()
-    start_distributed(*sys.argv[4:] or ["off"])
-    task = ToyTask(float(sys.argv[3]), on_step=lambda step: print("step", step, flush=True))
-    result = run(task, sys.argv[1], make_settings(int(sys.argv[2])), {"lr": 0.01})
-    print("result", result.step, result.interrupted, flush=True)
+
+    failing, failing_step, kind = os.environ.get("TOY_FAIL", "0:-1:").split(":")
+    failures = {
+        "input": InputError("201 bad images, but data.max_bad_share=0.01 allows 200", field="bad images"),
+        "disk": OSError(errno.ENOSPC, "No space left on device", "runs/toy/metrics.jsonl"),
+        "bug": ZeroDivisionError("by zero"),
+    }
+
+    def on_step(step):
+        print("step", step, flush=True)
+        if (jax.process_index(), step) == (int(failing), int(failing_step)):
+            if kind == "hang":
+                time.sleep(600)
+            raise failures[kind]
+
+    def train():
+        task = ToyTask(float(sys.argv[3]), on_step=on_step, is_sharded="sharded" in sys.argv)
+        result = run(task, sys.argv[1], make_settings(int(sys.argv[2])), {"lr": 0.01})
+        print("result", result.step, result.interrupted, flush=True)
+        return 0
+
+    sys.exit(run_together(train, *sys.argv[4:5]))

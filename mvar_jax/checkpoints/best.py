@@ -12,6 +12,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from mvar_jax.errors import InputError
 from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.paths import as_path
 
 SCORE_FILE = "scores.json"
 
@@ -81,6 +82,6 @@ class Scores(PreservationPolicy):
 
 def best_step(workdir: str | os.PathLike) -> int | None:
     """Return the step of a run's best checkpoint, None if no evaluation was scored."""
-    folder = Path(workdir) / "checkpoints"
+    folder = as_path(workdir) / "checkpoints"
     steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
     return Scores(folder).best_of(steps)

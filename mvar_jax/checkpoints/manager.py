@@ -57,8 +57,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, error_type, *_):
-        # A second Ctrl-C must not wait for a save; the unfinished one is ignored by the next run.
-        if error_type and issubclass(error_type, KeyboardInterrupt):
+        # A second Ctrl-C must not wait for a save, nor an error for processes that may not come to the save's
+        # barriers. The next run ignores an unfinished save.
+        if error_type and (issubclass(error_type, KeyboardInterrupt) or jax.process_count() > 1):
             return
         try:
             self.close()
@@ -77,6 +78,14 @@ class Checkpoints:
     def add_score(self, step: int, score: float) -> None:
         """Note a step's score: the checkpoint with the highest is kept in addition to the newest."""
         self._scores.add(step, score, self._manager.all_steps())
+
+    def drop_newest(self) -> int:
+        """Remove the newest checkpoint if there is an older one, and return the step of the newest one left."""
+        *older, newest = sorted(self._manager.all_steps())
+        if not older:
+            return newest
+        self._manager.delete(newest)
+        return older[-1]
 
     def save(self, state: Any, meta: dict) -> None:
         """Start writing `state` as the checkpoint of its own step; `meta` is any JSON object."""
@@ -141,6 +150,11 @@ def restore_weights(workdir: str | os.PathLike, step: int | None = None, prefer_
     # a lost average must not pass for a run that kept none
     has_ema = (folder / "ema").is_dir() or any(name.startswith("ema/") for name in read_checksums(folder))
     return read_item(folder, "ema" if prefer_ema and has_ema else "params")
+
+
+def has_checkpoint(workdir: str | os.PathLike) -> bool:
+    """Return whether a workdir holds a checkpoint; makes and changes nothing."""
+    return bool(_list_steps(Path(workdir).absolute() / CHECKPOINT_FOLDER))
 
 
 def _handler_registry() -> ocp.handlers.DefaultCheckpointHandlerRegistry:

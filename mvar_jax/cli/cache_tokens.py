@@ -3,11 +3,11 @@
 Resumable: rerunning the command continues with the first unfinished shard and leaves the same files.
 """
 
-from pathlib import Path
-
 from mvar_jax.cli.configuration import add_config_argument, read_config
-from mvar_jax.cli.machine import add_machine_arguments, set_up_machine, wait_for_all
+from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
 from mvar_jax.errors import InputError
+from mvar_jax.files.paths import as_path
+from mvar_jax.processes import group
 
 SUMMARY = "encode images into a token cache"
 
@@ -22,9 +22,9 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--images_per_shard",
         type=int,
-        default=4096,
+        default=8192,
         metavar="N",
-        help="images of a file; an interruption loses at most one (default 4096)",
+        help="images of a file; an interruption loses at most one (default 8192)",
     )
 
 
@@ -34,43 +34,52 @@ def run(args) -> int:
     from mvar_jax import build
 
     data = build.build_data(config)
+    tokenizer, out = as_path(args.tokenizer, "tokenizer"), as_path(args.out, "out")
     for name in ("batch_size", "images_per_shard"):
         if (given := getattr(args, name)) < 1:
             message = f"--{name} must be 1 or more, got {given}"
             raise InputError(message, field=name, given=given, expected="1 or more")
     data.transform().check_views(data.num_views)
-    set_up_machine(args.distributed, args.compilation_cache)
+    use_compilation_cache(args.compilation_cache)
 
     import jax
 
     from mvar_jax.api import load
     from mvar_jax.checkpoints.model_directory import fingerprint
     from mvar_jax.files.directories import make_directory
+    from mvar_jax.processes.holding import hold
+    from mvar_jax.processes.shared import check_shared
+    from mvar_jax.stopping import StopFlag
     from mvar_jax.tokens.cache_reader import read_meta
     from mvar_jax.tokens.encode import write_cache
 
-    model = load(args.tokenizer)
+    if group.current().count > 1:
+        print_machine()
+    model = load(tokenizer)
     model.tokenizer.check(data.image_size)
-    make_directory(Path(args.out))
+    check_shared("out", out)
+    make_directory(out)
     sources = {split: data.open(split) for split in ("train", "val")}
-    is_new = write_cache(
-        args.out,
-        Path(args.tokenizer).absolute(),
-        model.networks,
-        fingerprint(model.tokenizer, model.tokenizer_params),
-        sources,
-        data.transform(),
-        data.describe(),
-        num_views=data.num_views,
-        seed=config["seed"],
-        batch_size=args.batch_size,
-        images_per_shard=args.images_per_shard,
-        loading=data.loading(),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        wait=lambda: wait_for_all("cache_tokens"),
-    )
-    splits = read_meta(args.out)["splits"] if jax.process_index() == 0 else {}
+    with hold("out", out), StopFlag(notice="stopping; the finished shards are kept") as stop:
+        is_new = write_cache(
+            out,
+            tokenizer.absolute(),
+            model.networks,
+            fingerprint(model.tokenizer, model.tokenizer_params),
+            sources,
+            data.transform(),
+            data.describe(),
+            num_views=data.num_views,
+            seed=config["seed"],
+            batch_size=args.batch_size,
+            images_per_shard=args.images_per_shard,
+            loading=data.loading(),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            wait=lambda: group.current().wait_for_all("cache_tokens"),
+            check_stop=stop.raise_if_set,
+        )
+    splits = read_meta(out)["splits"] if jax.process_index() == 0 else {}
     for split, entry in splits.items():
         per_image = entry["bytes"] / max(1, entry["num_records"])
         bad = f", {len(entry['skipped'])} skipped" if entry.get("skipped") else ""

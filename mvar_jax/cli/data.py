@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
 from mvar_jax.errors import InputError
+from mvar_jax.files.paths import as_path
 
 SUMMARY = "check a data set and report what is in it"
 MAX_BAD_SHOWN = 20
@@ -25,7 +26,7 @@ def run(args) -> int:
     config = read_config(args.config, args.overrides)
     from mvar_jax import build
 
-    data = build.build_data(config)
+    out, data = as_path(args.out, "out"), build.build_data(config)
     if not 0 <= args.num_pictures <= 10_000:
         raise InputError(
             f"--num_pictures must be from 0 to 10000, got {args.num_pictures}",
@@ -41,7 +42,6 @@ def run(args) -> int:
     from mvar_jax.files.directories import make_directory
     from mvar_jax.files.images import save_png, tile_grid
 
-    out = Path(args.out)
     make_directory(out)
     found, is_fine = {}, True
     for split, source in sources.items():

@@ -87,6 +87,7 @@ def run(args) -> int:
     from mvar_jax.cli.labels import parse_labels
     from mvar_jax.cli.machine import AUTO, use_compilation_cache
     from mvar_jax.errors import InputError
+    from mvar_jax.files.paths import as_path
 
     options = sampling_options(args)
     if (args.mask is None) == (args.expand is None):
@@ -95,7 +96,8 @@ def run(args) -> int:
         raise InputError(message, field="mask", given=args.mask, expected="one of --mask and --expand")
     check_positive(args, "num")
     check_seed(args.seed)
-    labels = parse_labels(args.label, class_names_of(Path(args.checkpoint)))
+    checkpoint, out = as_path(args.checkpoint, "checkpoint"), as_path(args.out, "out")
+    labels = parse_labels(args.label, class_names_of(checkpoint))
 
     from mvar_jax.api import check_labels, load
     from mvar_jax.files.directories import make_directory
@@ -104,14 +106,14 @@ def run(args) -> int:
     from mvar_jax.sampling.editing import SOFTNESS, check_border, check_mask
 
     use_compilation_cache(AUTO)
-    model = load(args.checkpoint)
+    model = load(checkpoint)
     check_labels(labels, model.num_classes)
     side = model.tokenizer.image_size
     softness = SOFTNESS if args.softness is None else args.softness
     image_YX3, mask_YX = read_image_and_mask(args, side)
     check_border(args.border, softness, side)
     check_mask(mask_YX, side)
-    make_directory(Path(args.out))
+    make_directory(out)
     after, _ = model.edit(
         from_levels(image_YX3[None]),
         mask_YX,
@@ -121,5 +123,5 @@ def run(args) -> int:
         softness=softness,
         **dataclasses.asdict(options),
     )
-    write_edits(image_YX3, mask_YX, to_uint8(after), args.num, Path(args.out))
+    write_edits(image_YX3, mask_YX, to_uint8(after), args.num, out)
     return 0

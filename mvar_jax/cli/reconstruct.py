@@ -32,8 +32,10 @@ def find_images(path: Path) -> list[Path]:
 def run(args) -> int:
     """Check the model and every image, then write the results."""
     from mvar_jax.errors import InputError
+    from mvar_jax.files.paths import as_path
 
-    files = find_images(Path(args.images))
+    out = as_path(args.out, "out")
+    files = find_images(as_path(args.images, "images"))
     if args.batch_size < 1:
         message = f"--batch_size must be 1 or more, got {args.batch_size}"
         raise InputError(message, field="batch_size", given=args.batch_size, expected="1 or more")
@@ -48,7 +50,7 @@ def run(args) -> int:
     transform = PhotoTransform(model.tokenizer.image_size, flip=False)
     for file in files:  # so that nothing is written if one cannot be read
         read_image(file)
-    make_directory(Path(args.out))
+    make_directory(out)
     load_one = lambda file: transform(read_image(file))
-    print(write_reconstructions(model, files, load_one, Path(args.out), args.batch_size, args.save_tokens))
+    print(write_reconstructions(model, files, load_one, out, args.batch_size, args.save_tokens))
     return 0

@@ -1,7 +1,6 @@
 """Measure a digits run (reconstructions, samples, copies, codebook, curves) and write its report and figures."""
 
 import json
-from pathlib import Path
 
 SUMMARY = "measure a digits run and write its report"
 
@@ -19,17 +18,20 @@ def run(args) -> int:
     """Run the command; the exit status is 0 even if a figure misses its bound, which the report states."""
     from mvar_jax.digits.measure_run import report_digits
     from mvar_jax.errors import InputError
+    from mvar_jax.files.paths import as_path
 
-    for name in ("transformer", "tokenizer", "samples", "stages"):
-        if not Path(getattr(args, name)).exists():
+    names = ("transformer", "tokenizer", "samples", "stages", "out")
+    paths = {name: as_path(getattr(args, name), name) for name in names}
+    for name in names[:-1]:
+        if not paths[name].exists():
             given = getattr(args, name)
             raise InputError(f"--{name}={given} does not exist", field=name, given=given, expected="an existing path")
     try:
-        stages = json.loads(Path(args.stages).read_text())
+        stages = json.loads(paths["stages"].read_text())
     except ValueError:
         message = f"--stages={args.stages} must be the JSON log that launch/stage.py writes"
         raise InputError(message, field="stages", given=args.stages, expected="a JSON log") from None
-    passed = report_digits(Path(args.tokenizer), Path(args.transformer), Path(args.samples), stages, Path(args.out))
-    print((Path(args.out) / "report.md").read_text())
+    passed = report_digits(paths["tokenizer"], paths["transformer"], paths["samples"], stages, paths["out"])
+    print((paths["out"] / "report.md").read_text())
     print("all requirements passed" if passed else "some requirements failed, see the table")
     return 0

@@ -3,10 +3,9 @@
 Resumable: rerunning the command continues, and leaves the same files as an uninterrupted run.
 """
 
-from pathlib import Path
-
-from mvar_jax.cli.machine import add_machine_arguments, set_up_machine, wait_for_all
+from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
 from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, check_seed, sampling_options
+from mvar_jax.processes import group
 
 SUMMARY = "sample images of given classes"
 
@@ -46,31 +45,38 @@ def run(args) -> int:
     """Run the command; everything is checked before the first file is written."""
     from mvar_jax.cli.labels import parse_labels
     from mvar_jax.errors import InputError
+    from mvar_jax.files.paths import as_path
 
     options = sampling_options(args)
     check_positive(args, "num", "batch_size", "weight_shards")
     check_seed(args.seed)
-    set_up_machine(args.distributed, args.compilation_cache)
+    checkpoint, out = as_path(args.checkpoint, "checkpoint"), as_path(args.out, "out")
+    use_compilation_cache(args.compilation_cache)
 
     import jax
 
     from mvar_jax.api import check_labels, load
     from mvar_jax.checkpoints.class_names import class_names_of
     from mvar_jax.files.directories import make_directory
+    from mvar_jax.processes.holding import hold
+    from mvar_jax.processes.shared import check_shared
     from mvar_jax.sampling.bulk import Order, draw_all, place_networks
     from mvar_jax.sharding import make_mesh
+    from mvar_jax.stopping import StopFlag
 
-    labels = parse_labels(args.labels, class_names_of(Path(args.checkpoint)))
+    if group.current().count > 1:
+        print_machine()
+    labels = parse_labels(args.labels, class_names_of(checkpoint))
     devices = jax.local_devices()
     if len(devices) % args.weight_shards:
         expected = f"a divisor of {len(devices)}, the number of this process's devices"
         message = f"--weight_shards must be {expected}, got {args.weight_shards}"
         raise InputError(message, field="weight_shards", given=args.weight_shards, expected=expected)
     mesh = make_mesh(fsdp=args.weight_shards, devices=devices)
-    model = load(args.checkpoint, args.which)
+    model = load(checkpoint, args.which)
     check_labels(labels, model.num_classes)
     networks = place_networks(model.networks, mesh, args.dtype)
-    out = Path(args.out)
+    check_shared("out", out)
     make_directory(out)
     order = Order(
         tuple(labels.tolist()),
@@ -81,15 +87,17 @@ def run(args) -> int:
         args.save_tokens,
         args.truncate_uint8,
     )
-    is_new = draw_all(
-        networks,
-        order,
-        out,
-        mesh,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        wait=lambda: wait_for_all("sample"),
-    )
+    with hold("out", out), StopFlag(notice="stopping after this batch") as stop:
+        is_new = draw_all(
+            networks,
+            order,
+            out,
+            mesh,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            wait=lambda: group.current().wait_for_all("sample"),
+            check_stop=stop.raise_if_set,
+        )
     if jax.process_index() == 0:
         print(f"{out}: {len(order.labels_N)} images {'written' if is_new else 'already there'}")
     return 0

@@ -1,15 +1,18 @@
 """Train a tokenizer or a transformer from a config; resumes the run that WORKDIR holds."""
 
-import errno
+import dataclasses
 import functools
 import json
 import signal
-import sys
 from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
-from mvar_jax.cli.machine import add_machine_arguments, set_up_machine
-from mvar_jax.errors import InputError
+from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
+from mvar_jax.errors import STORAGE_ERRORS, InputError, RunError, shorten
+from mvar_jax.fields import flatten
+from mvar_jax.files.paths import as_path
+from mvar_jax.processes import group
+from mvar_jax.stopping import STOPPED_STATUS
 
 SUMMARY = "train a tokenizer or a transformer from a config"
 
@@ -19,31 +22,48 @@ def add_arguments(parser) -> None:
     add_config_argument(parser)
     add_machine_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics and pictures go here")
+    parser.add_argument(
+        "--no_lock",
+        action="store_true",
+        help="do not check that no other run uses WORKDIR: for storage that can neither lock nor keep a lease",
+    )
 
 
 def run(args) -> int:
-    """Return 0 if the run is complete or SIGTERM stopped it, 1 if it failed, 130 after Ctrl-C."""
+    """Return 0 if the run is complete, 1 if it failed, 130 after Ctrl-C, STOPPED_STATUS after another signal."""
     config = read_config(args.config, args.overrides)
-    set_up_machine(args.distributed, args.compilation_cache)
+    workdir = as_path(args.workdir, "workdir")
+    use_compilation_cache(args.compilation_cache)
 
     from mvar_jax import build
     from mvar_jax.training import loop
+    from mvar_jax.training.saving import say
 
     settings = build.build_settings(config)
     task, modules, tokenizer_params = build.build_task(config)
-    workdir = Path(args.workdir)
+    check_same_in_all(config, task)
+    print_machine(task.run.mesh)
+    if described := build.describe_epochs(config, task):
+        say(described)
+    settings = dataclasses.replace(settings, num_steps=task.run.num_steps)
+    config = build.with_steps(config, task.run)
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
     try:
-        result = loop.run(task, workdir, settings, config, prepare)
-    except loop.RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        result = loop.run(task, workdir, settings, config, prepare, has_lock=not args.no_lock)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in STORAGE_ERRORS:
             raise
-        print(f"error: {workdir}: {error.strerror}; its newest checkpoint is intact", file=sys.stderr)
-        return 1
-    return 130 if result.interrupted == signal.SIGINT else 0
+        raise RunError(f"{workdir}: {error.strerror}; its newest checkpoint is intact") from error
+    if result.interrupted is None:
+        return 0
+    return 130 if result.interrupted == signal.SIGINT else STOPPED_STATUS
+
+
+def check_same_in_all(config: dict, task) -> None:
+    """Raise InputError in every process of the run unless all were given the same config and data."""
+    here = group.current()
+    here.check_same("config", "config", dict(flatten(config)))
+    here.check_same("data", "data with", dict(flatten(task.data_identity)))
 
 
 def keep_classes(workdir: Path, names: list[str]) -> None:
@@ -51,18 +71,19 @@ def keep_classes(workdir: Path, names: list[str]) -> None:
 
     Raises InputError if the run began with other classes, or the workdir cannot be written.
     """
+    from mvar_jax.checkpoints.manager import has_checkpoint
     from mvar_jax.checkpoints.model_directory import CLASSES_FILE
     from mvar_jax.files.atomic import write_json
 
     path = workdir / CLASSES_FILE
     try:
-        there = json.loads(path.read_text()) if path.exists() else names
+        there = json.loads(path.read_text()) if path.exists() and has_checkpoint(workdir) else names
         if there == names:
             workdir.mkdir(parents=True, exist_ok=True)
             write_json(path, names)
             return
     except OSError as error:
-        words = f"workdir {workdir} cannot be written: {error.strerror}"
+        words = f"workdir {workdir} cannot be written: {shorten(error)}"
         raise InputError(words, field="workdir", given=str(workdir), expected="a writable directory") from None
     except ValueError:
         words = f"workdir {workdir} has no readable {CLASSES_FILE}"
@@ -84,6 +105,7 @@ def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) 
     """
     import jax
 
+    from mvar_jax.checkpoints.manager import has_checkpoint
     from mvar_jax.checkpoints.model_directory import MODEL_FILE, write_model_file
     from mvar_jax.checkpoints.trees import save_tree
 
@@ -92,8 +114,8 @@ def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) 
     if jax.process_index():
         return
     keep_classes(workdir, list(task.data["train"].label_names))
-    if (workdir / MODEL_FILE).exists():
-        return
+    if (workdir / MODEL_FILE).exists() and has_checkpoint(workdir):
+        return  # without a checkpoint it may be of another config
     if tokenizer_params is not None:
         save_tree(workdir / "tokenizer", tokenizer_params)
     write_model_file(workdir, modules, trains=trains)

@@ -3,6 +3,7 @@
 A tensor is a small record until it is read, so a training checkpoint costs only the memory of the tensors used.
 """
 
+import contextlib
 import io
 import math
 import os
@@ -10,13 +11,13 @@ import pickle
 import pickletools
 import zipfile
 import zlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from mvar_jax.errors import InputError, shorten
+from mvar_jax.files.paths import as_path
 
 DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -136,16 +137,20 @@ class TorchFile:
     """
 
     def __init__(self, field: str, path: str | os.PathLike):
-        self.field, self.path = field, Path(path)
+        self.field, self.path = field, as_path(path, field)
         self._read_storage: tuple[Storage, np.ndarray] | None = None
+        self._opened = contextlib.ExitStack()
         try:
-            with self.path.open("rb") as file:
-                head = file.read(len(LEGACY_MAGIC))
-            if head == LEGACY_MAGIC:
+            file = self._opened.enter_context(self.path.open("rb"))
+            if file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
                 raise self.refuse("it has torch's old format; load it and save it again with torch >= 1.6")
-            self._zip = zipfile.ZipFile(self.path)
+            self._zip = self._opened.enter_context(zipfile.ZipFile(file))
         except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+            self.close()
             raise self.refuse(shorten(error)) from None
+        except InputError:
+            self.close()
+            raise
         try:
             self._check_size()
             self._prefix = self._find_prefix()
@@ -163,7 +168,7 @@ class TorchFile:
         self.close()
 
     def close(self) -> None:
-        self._zip.close()
+        self._opened.close()
 
     def refuse(self, reason: str) -> InputError:
         """Return an InputError with the reason why the file cannot be read."""

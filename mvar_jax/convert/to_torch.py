@@ -14,6 +14,7 @@ from mvar_jax.convert.sizes import NUM_GROUPS
 from mvar_jax.convert.weights import entries_of
 from mvar_jax.errors import InputError
 from mvar_jax.files.directories import check_new, new_directory
+from mvar_jax.files.paths import as_path
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 
@@ -27,9 +28,9 @@ def to_torch(checkpoint: str | os.PathLike, out: str | os.PathLike) -> list[Path
     bits; the other buffers of the published modules are derived. Raises InputError if `checkpoint` is not a model,
     `out` is not new or empty, or the published program cannot represent the model.
     """
-    out = Path(out)
+    out = as_path(out, "to_torch")
     check_new("to_torch", out)
-    modules, params = load_model(Path(checkpoint))
+    modules, params = load_model(as_path(checkpoint, "checkpoint"))
     files = {}
     for kind, module in modules.items():
         state = to_published(entries_of(kind, module), jax.tree.map(np.asarray, params[kind]))

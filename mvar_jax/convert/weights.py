@@ -3,12 +3,11 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import flax.linen as nn
 import numpy as np
 
-from mvar_jax.checkpoints.model_directory import module_from_dict, save_model
+from mvar_jax.checkpoints.model_directory import MODEL_FILE, module_from_dict, save_model
 from mvar_jax.convert.names import (
     PUBLISHED_BUFFERS,
     Entry,
@@ -21,6 +20,7 @@ from mvar_jax.convert.reader import TorchFile
 from mvar_jax.convert.sizes import StateDict, find_state_dict, tokenizer_fields, transformer_fields, window_fields
 from mvar_jax.errors import InputError
 from mvar_jax.files.directories import check_new, new_directory
+from mvar_jax.files.paths import as_path
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.transformer import Transformer
 
@@ -77,7 +77,7 @@ def convert(
     Options that are None must follow from the files or from the published programs. Raises InputError if they do
     not, or if a file cannot be converted, and then leaves nothing at `out`.
     """
-    out = Path(out)
+    out = as_path(out, "out")
     check_new("out", out)
     given = {"kernel_size": kernel_size, "refine_step": refine_step, "conditioning": conditioning}
     if tokenizer_path is None and transformer_path is None:
@@ -102,7 +102,7 @@ def convert(
             fields = tokenizer_fields(state, patch_nums)
             check_pair(state, fields, modules.get("transformer"))
             modules["tokenizer"], params["tokenizer"] = read_module("tokenizer", state, fields)
-    with new_directory("out", out) as temporary:
+    with new_directory("out", out, MODEL_FILE) as temporary:
         save_model(temporary, modules, params)
     return modules
 

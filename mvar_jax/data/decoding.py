@@ -6,7 +6,8 @@ import os
 import numpy as np
 from PIL import Image, ImageOps, WebPImagePlugin  # noqa: F401 (importing it registers the format)
 
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, shorten
+from mvar_jax.files.paths import as_path
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -74,9 +75,8 @@ def read_image(path: str | os.PathLike, field: str = "images") -> np.ndarray:
       InputError: the file is missing, is not an image or exceeds MAX_PIXELS.
     """
     try:
-        with open(path, "rb") as file:
-            return np.asarray(open_rgb(file.read()))
+        return np.asarray(open_rgb(as_path(path, field).read_bytes()))
     except (OSError, BadImage) as error:
         expected = "a readable image"
-        message = f"--{field} must be {expected}, got {str(path)!r} ({error})"
+        message = f"--{field} must be {expected}, got {str(path)!r} ({shorten(error)})"
         raise InputError(message, field=field, given=str(path), expected=expected) from None

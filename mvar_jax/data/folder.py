@@ -1,6 +1,7 @@
-"""A folder tree as a source: PATH/train/CLASS/* and PATH/val/CLASS/*."""
+"""A folder tree as a source: PATH/train/CLASS/* and PATH/val/CLASS/*, on this machine or in an object store."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 from mvar_jax.data.decoding import SUFFIXES, BadImage
 from mvar_jax.data.names import Names
 from mvar_jax.data.protocols import ImageSource
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, shorten
+from mvar_jax.files.paths import as_path, is_store
 
 
 def _refuse(message: str, given: str | os.PathLike, expected: str) -> InputError:
@@ -18,22 +20,37 @@ def _refuse(message: str, given: str | os.PathLike, expected: str) -> InputError
 
 def list_classes(path: str | os.PathLike) -> tuple[str, ...]:
     """Return the class folders of PATH/train by name, without hidden ones. Raises InputError if there are none."""
-    train, expected = Path(path) / "train", "a folder that holds train/CLASS/"
+    train, expected = as_path(path, "data.path") / "train", "a folder that holds train/CLASS/"
     try:
-        with os.scandir(train) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] not in "._")
+        names = _list_folders(train)
     except OSError as error:
-        message = f"data.path must be {expected}, got {str(path)!r} ({error.strerror})"
+        message = f"data.path must be {expected}, got {str(path)!r} ({shorten(error)})"
         raise _refuse(message, path, expected) from None
     if not names:
         raise _refuse(f"data.path must be {expected}; {train} has no class folders", path, expected)
     return tuple(names)
 
 
-def _list_images(folder: Path) -> list[str]:
+def _list_folders(folder: Path) -> list[str]:
+    if is_store(folder):
+        return [name for name in folder.list_folders() if name[0] not in "._"]  # type: ignore[attr-defined]
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES)]
-    return sorted(name for name in names if not name.startswith("."))
+        return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] not in "._")
+
+
+def _list_images(split: Path, classes: Sequence[str]) -> list[list[str]]:
+    """Return the sorted image names of each class folder."""
+    if is_store(split):  # one listing for all: a folder is no more than a prefix there
+        by_class: dict[str, list[str]] = {name: [] for name in classes}
+        for name in split.find():  # type: ignore[attr-defined]
+            folder, _, image = name.partition("/")
+            if folder in by_class and "/" not in image:
+                by_class[folder].append(image)
+        listed = list(by_class.values())
+    else:
+        listed = [os.listdir(split / name) if (split / name).is_dir() else [] for name in classes]
+    is_image = lambda name: name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return [sorted(filter(is_image, names)) for names in listed]
 
 
 class FolderSource(ImageSource):
@@ -44,18 +61,17 @@ class FolderSource(ImageSource):
     """
 
     def __init__(self, path: str | os.PathLike, split: str):
-        self._folder = Path(path) / split
+        self._folder = as_path(path, "data.path") / split
         self.label_names = list_classes(path)
         if not self._folder.is_dir():
             expected = f"a folder that holds {split}/CLASS/ and train/CLASS/"
             raise _refuse(f"data.path must be {expected}; {self._folder} does not exist", path, expected)
-        found = {entry.name for entry in os.scandir(self._folder) if entry.is_dir() and entry.name[0] not in "._"}
-        unknown = sorted(found - set(self.label_names))
+        unknown = sorted(set(_list_folders(self._folder)) - set(self.label_names))
         if unknown:
             extra = self._folder / unknown[0]
             message = f"{extra} must be one of the classes of {path}/train; remove it or add its training images"
             raise _refuse(message, extra, f"one of the classes of {path}/train")
-        per_class = [_list_images(self._folder / name) if name in found else [] for name in self.label_names]
+        per_class = _list_images(self._folder, self.label_names)
         self._labels = np.repeat(np.arange(len(per_class), dtype=np.int32), [len(names) for names in per_class])
         self._names = Names(name for names in per_class for name in names)
         if not len(self._names):
@@ -71,8 +87,7 @@ class FolderSource(ImageSource):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            with open(f"{self._folder}/{self.name_of(index)}", "rb") as file:
-                data = file.read()
+            data = (self._folder / self.name_of(index)).read_bytes()
         except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror}") from None
+            raise BadImage(f"cannot be read: {shorten(error)}") from None
         return {"image": data, "label": int(self._labels[index])}

@@ -7,7 +7,6 @@ gets mask 0.
 """
 
 import functools
-import signal
 from collections.abc import Callable, Iterator
 
 import grain
@@ -15,9 +14,9 @@ import numpy as np
 
 from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.options import LoadOptions
-from mvar_jax.data.pillow_warnings import ignore_pillow_warnings
 from mvar_jax.data.protocols import ImageSource, Source, Transform
 from mvar_jax.data.skipped import Skipped
+from mvar_jax.data.workers import run_workers
 from mvar_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -80,24 +79,16 @@ def _collate(rows: list[tuple[np.ndarray, int] | None]) -> Batch:
     return {"image": np.stack(pixels), "label": np.array(labels, np.int32)}
 
 
-def _set_up_worker(worker: int, num_workers: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the one that trains decides what follows from it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ignore_pillow_warnings()
-
-
 def _prefetch(first: int, stop: int, make_batch, skipped: Skipped, options: LoadOptions) -> Iterator[Batch]:
     """Yield batches in order. Bad images travel with their batch, so that a worker process can report them."""
-    buffer_size = max(4, 2 * options.num_threads) if options.num_threads else 0
-    read = grain.ReadOptions(num_threads=options.num_threads, prefetch_buffer_size=buffer_size)
-    batches = grain.MapDataset.range(first, stop).map(make_batch).to_iter_dataset(read)
-    if options.num_workers:
-        from absl import flags
 
-        flags.FLAGS.mark_as_parsed()  # grain reads a flag, which fails if nobody has parsed any
-        workers = grain.MultiprocessingOptions(num_workers=options.num_workers, per_worker_buffer_size=2)
-        batches = batches.mp_prefetch(workers, worker_init_fn=_set_up_worker)
-    iterator = iter(batches)
+    def batches_of(worker: int, num_workers: int) -> Iterator[tuple[Batch, Bad]]:
+        buffer_size = max(4, 2 * options.num_threads) if options.num_threads else 0
+        read = grain.ReadOptions(num_threads=options.num_threads, prefetch_buffer_size=buffer_size)
+        steps = grain.MapDataset.range(first + worker, stop, num_workers)
+        return iter(steps.map(make_batch).to_iter_dataset(read))
+
+    iterator = run_workers(batches_of, options.num_workers) if options.num_workers else batches_of(0, 1)
     try:
         for batch, bad in iterator:
             for number, name, reason in bad:

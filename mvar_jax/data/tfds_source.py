@@ -4,6 +4,7 @@ from typing import Any
 
 from mvar_jax.data.protocols import ImageSource
 from mvar_jax.errors import InputError, shorten
+from mvar_jax.files.paths import local_path
 
 _VALIDATION_NAMES = ("validation", "val", "test")
 
@@ -25,7 +26,10 @@ def _find_builder(name: str, data_dir: str):
     if not name:
         raise _refuse(name, "; set it with --config.data.name=NAME", expected)
     try:
-        builder = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
+        folder = str(local_path(data_dir, "data.path", "ArrayRecord files are read in place")) if data_dir else None
+        builder = tfds.builder(name, data_dir=folder, try_gcs=False)
+    except InputError:
+        raise
     except DatasetNotFoundError:
         raise _refuse(name, "", expected) from None
     except Exception as error:  # raised by the set's own code

@@ -5,7 +5,6 @@ import math
 import operator
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from mvar_jax.digits import judge
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation import statistics
 from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.paths import as_path
 from mvar_jax.ops import metrics
 
 
@@ -254,7 +254,7 @@ def _markdown(figures: Mapping, rows: list[dict]) -> str:
 
 def write_report(out_dir: str | os.PathLike, figures: Mapping) -> bool:
     """Write report.json and report.md, each atomically; return whether every requirement is met."""
-    out_dir = Path(out_dir)
+    out_dir = as_path(out_dir, "out")
     rows = check_requirements(figures)
     passed = all(row["passed"] for row in rows)
     content = _finite({"passed": passed, "requirements": rows, "figures": figures})

@@ -1,20 +1,28 @@
-"""Atomic writes: readers see the old file or the whole new one, never a part."""
+"""Atomic writes: readers see the old file or the whole new one, never a part.
+
+A disk renames a finished temporary file; an object store has no rename, but one upload is atomic.
+"""
 
 import contextlib
 import json
 import os
 import re
 import shutil
+import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # of `temporary_path`
+from mvar_jax.files.paths import as_path, is_store
+
+_TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9_-]+-)?\d+\.tmp")  # of `temporary_path`; of older versions: without a host
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the name under which `path` is written first: hidden, in the same folder, with the process id."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Return the name under which `path` is written first: hidden, in the same folder, with host and process id."""
+    host = re.sub(r"[^A-Za-z0-9_]+", "-", socket.gethostname())[:63]
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}.tmp")
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
@@ -22,6 +30,8 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 
     Call it only while no process writes there. What cannot be removed stays, since it harms nothing.
     """
+    if is_store(folder):
+        return  # unfinished uploads are no objects
     for path in folder.glob(f".{name}.tmp"):
         if not _TEMPORARY.fullmatch(path.name):
             continue
@@ -34,11 +44,17 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path. It replaces `path` if the block succeeds and is removed if the block raises.
+    """Yield a temporary path of this machine. It replaces `path` if the block succeeds, else it is removed.
 
     Missing parent folders are made.
     """
-    path = Path(path)
+    path = as_path(path)
+    if is_store(path):
+        with tempfile.TemporaryDirectory(prefix="mvar_") as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            path.upload(temporary)  # type: ignore[attr-defined]
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
@@ -50,8 +66,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     """Write a whole file. Text is encoded as UTF-8."""
+    data, path = content.encode() if isinstance(content, str) else content, as_path(path)
+    if is_store(path):
+        path.write_bytes(data)
+        return
     with replacing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(data)
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

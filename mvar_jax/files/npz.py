@@ -32,6 +32,12 @@ def save_npz(path: Path, **arrays: np.ndarray | Pieces) -> None:
                 _write_pieces(file, name, pieces)
 
 
+def load_npz(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a file. Raises ValueError if they need pickle."""
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
 def _write_pieces(file, name: str, pieces: Pieces) -> None:
     dtype, num_rows = np.dtype(pieces.dtype), 0
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(pieces.shape)}

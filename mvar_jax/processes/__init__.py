@@ -1,1 +1,1 @@
-"""The processes of one run: how they meet, agree and watch one another."""
+"""The processes of one run: how they join, agree, and leave together."""

@@ -7,8 +7,8 @@ When all batches are complete, their arrays are joined to samples.npz. Process i
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mvar_jax.checkpoints.model_directory import fingerprint
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.atomic import remove_leftovers, write_json
+from mvar_jax.files.directories import remove_tree
 from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, tile_grid
 from mvar_jax.files.npz import Pieces, save_npz
 from mvar_jax.models.init import abstract_params
@@ -158,7 +159,7 @@ class _Batches:
             if not self.file(batch).exists():
                 message = f"out={self.out} has no batch {batch}: it must be a folder that all processes share"
                 raise InputError(message, field="out", given=str(self.out), expected="a folder all processes share")
-            with np.load(self.file(batch)) as arrays:
+            with self.file(batch).open("rb") as file, np.load(file) as arrays:
                 yield arrays[name]
 
 
@@ -171,6 +172,7 @@ def draw_all(
     process_index: int = 0,
     process_count: int = 1,
     wait: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> bool:
     """Write the files of an order; return False if they are already complete.
 
@@ -178,6 +180,7 @@ def draw_all(
       networks: weights placed on the mesh, see `place_networks`.
       mesh: of this process's devices alone.
       wait: returns when all processes have called it.
+      check_stop: called before each batch; what it raises ends the work once the finished batches are written.
 
     Raises InputError if the folder holds samples of another order, or cannot be written.
     """
@@ -190,20 +193,21 @@ def draw_all(
         try:
             (out / UNFINISHED).mkdir(exist_ok=True)
             own = range(process_index, batches.count, process_count)
-            _draw_missing(networks, batches, own, mesh, identity, is_shown=process_index == 0)
+            draw = functools.partial(_draw, networks, batches, mesh=mesh, check_stop=check_stop)
+            _write_missing(draw, batches, own, identity, is_shown=process_index == 0)
             wait()
             if process_index == 0:
                 _join(batches)
         except OSError as error:
-            message = f"out={out} cannot be written ({error.strerror})"
+            message = f"out={out} cannot be written ({shorten(error)})"
             raise InputError(message, field="out", given=str(out), expected="a writable folder") from error
     if process_index == 0:
-        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        remove_tree(out / UNFINISHED)
     wait()
     return not is_complete
 
 
-def _draw_missing(networks, batches: _Batches, own: range, mesh: Mesh, identity: dict, is_shown: bool) -> None:
+def _write_missing(draw: Callable, batches: _Batches, own: range, identity: dict, is_shown: bool) -> None:
     missing = [batch for batch in own if not batches.file(batch).exists()]
     sizes = {batch: len(batches.rows(batch)) for batch in own}
     num_done = sum(sizes.values()) - sum(sizes[batch] for batch in missing)
@@ -212,7 +216,7 @@ def _draw_missing(networks, batches: _Batches, own: range, mesh: Mesh, identity:
         pool = stack.enter_context(ThreadPoolExecutor(NUM_WRITERS))
         bar = {"desc": "sample", "unit": " images", "bar_format": PROGRESS, "mininterval": 1, "disable": not is_shown}
         progress = stack.enter_context(tqdm(total=sum(sizes.values()), initial=num_done, **bar))
-        for batch, arrays in _draw(networks, batches, missing, mesh):
+        for batch, arrays in draw(missing):
             if not (
                 batches.out / IDENTITY_FILE
             ).exists():  # not earlier, so that a failure in the first batch leaves no file
@@ -225,10 +229,13 @@ def _draw_missing(networks, batches: _Batches, own: range, mesh: Mesh, identity:
             future.result()
 
 
-def _draw(networks: Networks, batches: _Batches, missing: list[int], mesh: Mesh) -> Iterator[tuple[int, dict]]:
+def _draw(
+    networks: Networks, batches: _Batches, missing: list[int], mesh: Mesh, check_stop: Callable[[], None]
+) -> Iterator[tuple[int, dict]]:
     """Yield (batch, its arrays) of each missing batch; start the next batch before fetching the last."""
     order, started = batches.order, None
     for batch in [*missing, None]:
+        check_stop()
         ready, started = started, None
         if batch is not None:
             started = batch, _start(networks, order, batches.rows(batch), batches.size, mesh)

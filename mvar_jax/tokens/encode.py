@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from mvar_jax.checkpoints.model_directory import save_model
 from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.options import LoadOptions
 from mvar_jax.data.pipeline import DEFAULT_LOADING
@@ -16,13 +17,14 @@ from mvar_jax.data.protocols import ImageSource, Transform
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.data.sources import SPLITS
 from mvar_jax.errors import InputError
+from mvar_jax.files.paths import as_path
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.sharding import make_mesh, put_batch, replicated
 from mvar_jax.tokens.cache_reader import META_NAME, read_meta
 from mvar_jax.tokens.cache_writer import CacheWriter
 
-IMAGES_PER_SHARD = 4096  # an interruption loses at most so much work
+IMAGES_PER_SHARD = 8192  # an interruption loses at most so much work
 
 
 def view_rng(seed: int, view: int, index: int) -> np.random.Generator:
@@ -124,7 +126,7 @@ def encode_range(
 def _write_split(
     writer: CacheWriter, encoder: Encoder, source: ImageSource, transform: Transform, skipped: Skipped, **options
 ):
-    """Write one split; options: num_views, seed, description, images_per_shard, num_threads."""
+    """Write one split; options: num_views, seed, description, images_per_shard, num_threads, check_stop."""
     split, num_views, seed = skipped.split, options["num_views"], options["seed"]
     with tqdm(total=len(source), desc=f"encode {split}", unit="image", mininterval=1) as progress:
 
@@ -140,6 +142,7 @@ def _write_split(
             for record in encode_range(encoder, source, transform, begin, end, skip=skip, **numbers):
                 yield record
                 progress.update()
+                options["check_stop"]()
 
         writer.write_split(
             split,
@@ -170,13 +173,14 @@ def write_cache(
     process_index: int = 0,
     process_count: int = 1,
     wait: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> bool:
     """Write a token cache. Resumable: after an interruption it continues with the first unfinished shard.
 
     Args:
-      out: directory of the cache.
+      out: directory of the cache, on this machine or in an object store.
       tokenizer_path: where the tokenizer was loaded from; stored with the cache.
-      networks: the tokenizer and its weights.
+      networks: the tokenizer and its weights, which are written into the cache.
       tokenizer_fingerprint: of the tokenizer; stored with the cache.
       sources: image source of each split.
       transform: makes the views of an image.
@@ -184,6 +188,7 @@ def write_cache(
       num_views: views of each training image; a validation image has the first alone.
       seed: of the augmentation of views.
       process_index, process_count, wait: see `CacheWriter`.
+      check_stop: called after each image; what it raises ends the work, and the finished shards stay.
 
     Returns:
       False if `out` already holds the same cache.
@@ -192,7 +197,7 @@ def write_cache(
       InputError: `out` holds a cache of another tokenizer or of other images, or too many images are bad.
     """
     transform.check_views(num_views)
-    out, views = Path(out), {"train": num_views, "val": 1}
+    out, views = as_path(out, "out"), {"train": num_views, "val": 1}
     descriptions = {split: {**description, "num_views": views[split], "seed": seed} for split in SPLITS}
     if (out / META_NAME).exists():
         _check_same(out, tokenizer_fingerprint, descriptions)
@@ -205,6 +210,7 @@ def write_cache(
         tokenizer_fingerprint=tokenizer_fingerprint,
         tokenizer_path=str(tokenizer_path),
         label_names=sources["train"].label_names,
+        save_tokenizer=partial(_save_tokenizer, networks),
         process_index=process_index,
         process_count=process_count,
         wait=wait,
@@ -222,8 +228,13 @@ def write_cache(
                 description=descriptions[split],
                 images_per_shard=images_per_shard,
                 num_threads=max(1, loading.num_threads),
+                check_stop=check_stop,
             )
     return True
+
+
+def _save_tokenizer(networks: Networks, folder: Path) -> None:
+    save_model(folder, {"tokenizer": networks.tokenizer}, {"tokenizer": networks.tokenizer_params})
 
 
 def _check_same(out: Path, tokenizer_fingerprint: str, descriptions: dict) -> None:

@@ -1,11 +1,13 @@
 """Traces of some steps by JAX's profiler, for TensorBoard or Perfetto."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
 from mvar_jax.errors import InputError
+from mvar_jax.files.directories import local_folder
 
 PROFILE_FOLDER = "profile"
 
@@ -23,7 +25,7 @@ class Profiler:
     """A profiler that records the steps first .. end - 1 in workdir/profile, nothing if `profile_steps` is ()."""
 
     def __init__(self, workdir: Path, profile_steps: tuple[int, ...]):
-        self._folder = str(workdir / PROFILE_FOLDER)
+        self._folder, self._recorded = workdir / PROFILE_FOLDER, contextlib.ExitStack()
         self._first, self._end = profile_steps or (0, 0)
         self._is_recording = False
 
@@ -42,10 +44,11 @@ class Profiler:
         if not is_due:
             self._stop()
             return
-        jax.profiler.start_trace(self._folder)
+        jax.profiler.start_trace(str(self._recorded.enter_context(local_folder(self._folder))))
         self._is_recording = True
 
     def _stop(self) -> None:
         if self._is_recording:
-            jax.profiler.stop_trace()
             self._is_recording = False
+            with self._recorded:  # the profiler writes the trace when it stops
+                jax.profiler.stop_trace()

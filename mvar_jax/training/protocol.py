@@ -9,9 +9,15 @@ import numpy as np
 
 
 class Task(abc.ABC):
-    """A model in training. Its state is a dataclass pytree with step, params, ema, opt_state and extra."""
+    """A model in training. Its state is a dataclass pytree with step, params, ema, opt_state and extra.
+
+    Attributes:
+      examples_per_step: images of a step.
+      data_identity: what the data are, wherever they lie, as a JSON object: a run resumes only with the same.
+    """
 
     examples_per_step: int
+    data_identity: dict[str, Any] = {}  # noqa: RUF012
 
     @abc.abstractmethod
     def init_state(self) -> Any:
@@ -29,7 +35,8 @@ class Task(abc.ABC):
     def train_step(self, state: Any, batch: dict[str, np.ndarray], step: int) -> tuple[Any, dict[str, jax.Array]]:
         """Dispatch one step, which may donate `state`; return the new state and metrics.
 
-        Metrics are scalars or [S] vectors, among them `loss` and `is_bad` (1 if the loss was not finite).
+        Metrics are scalars or [S] vectors, among them `loss` and `is_bad`: 1 if the loss or the gradient was
+        not finite. Such a step must leave the weights as they were.
         """
 
     @abc.abstractmethod
@@ -38,8 +45,8 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, state: Any) -> dict[str, float | list[float]]:
-        """Return means over the validation data."""
+        """Return means over the validation data, among them `loss`."""
 
     @abc.abstractmethod
     def pictures(self, state: Any) -> dict[str, np.ndarray]:
-        """Return images by name, uint8 [Y, X, 3]."""
+        """Return images by name, uint8 [Y, X, 3]. Every process calls this, and the first one writes them."""

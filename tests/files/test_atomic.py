@@ -1,12 +1,17 @@
 import os
+import re
+import socket
 
 import pytest
 
 from mvar_jax.files.atomic import remove_leftovers, replacing, temporary_path, write_atomically, write_json
 
 
-def test_temporary_name_is_hidden_in_the_same_folder_and_belongs_to_the_process(tmp_path):
-    assert temporary_path(tmp_path / "a.json") == tmp_path / f".a.json.{os.getpid()}.tmp"
+def test_temporary_name_is_hidden_in_the_same_folder_and_belongs_to_host_and_process(tmp_path, monkeypatch):
+    path = temporary_path(tmp_path / "a.json")
+    assert path.parent == tmp_path and re.fullmatch(rf"\.a\.json\.[\w-]+-{os.getpid()}\.tmp", path.name)
+    monkeypatch.setattr(socket, "gethostname", lambda: "node.7")
+    assert temporary_path(tmp_path / "a.json").name == f".a.json.node-7-{os.getpid()}.tmp" != path.name
 
 
 def test_file_takes_its_place_only_after_the_block(tmp_path):
@@ -40,9 +45,11 @@ def test_json_that_cannot_be_written_keeps_the_old_file(tmp_path):
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
-    for name in (".a.png.123.tmp", ".tree.7.tmp", ".tree.old.7.tmp", ".b.tmp", "c.7.tmp", ".hidden"):
+    kept = {".b.tmp", "c.7.tmp", ".hidden", ".tree.x-y.tmp"}
+    own = temporary_path(tmp_path / "d").name
+    for name in (*kept, ".a.png.123.tmp", ".tree.7.tmp", ".tree.old.host-7.tmp", own):
         (tmp_path / name).mkdir() if "tree" in name else (tmp_path / name).write_text("half")
     remove_leftovers(tmp_path, "tree.*")
-    assert {path.name for path in tmp_path.iterdir()} == {".a.png.123.tmp", ".b.tmp", "c.7.tmp", ".hidden"}
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, ".a.png.123.tmp", own}
     remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {".b.tmp", "c.7.tmp", ".hidden"}
+    assert {path.name for path in tmp_path.iterdir()} == kept

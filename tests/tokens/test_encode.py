@@ -63,7 +63,7 @@ def cache(parts):
 
 
 def _contents(path):
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
 
 
 def test_cache_holds_both_flips_and_skips_and_lists_what_is_bad(parts, tmp_path):
@@ -206,14 +206,75 @@ def test_encoding_on_two_devices_leaves_the_files_of_one(parts, tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "config.data must name either a token cache or a tokenizer"),
-        ({"cache": "a", "tokenizer": "b"}, "config.data must name either .*got cache='a' and tokenizer='b'"),
+        ({}, "config.data must name a token cache or a tokenizer"),
+        ({"cache": "a", "tokenizer": "b"}, "a must be a finished token cache"),
         ({"tokenizer": "none"}, "none"),
     ],
 )
-def test_transformer_without_exactly_one_of_cache_and_tokenizer_is_refused(data, message):
+def test_transformer_without_cache_and_tokenizer_is_refused(data, message):
     with pytest.raises(InputError, match=message):
         build.build_task(_config(**data))
+
+
+@pytest.fixture(scope="module")
+def moved(parts, tmp_path_factory):
+    """A cache far from where it was made, by a tokenizer that is gone."""
+    root = tmp_path_factory.mktemp("moved")
+    shutil.copytree(parts.tokenizer, root / "gone")
+    _write_by_command(SimpleNamespace(**vars(parts) | {"tokenizer": root / "gone"}), root / "made")
+    shutil.rmtree(root / "gone")
+    (root / "made").rename(root / "cache")
+    return root / "cache"
+
+
+def _older(cache, folder, tokenizer):
+    """The cache as 0.1.0 wrote it: without a tokenizer of its own."""
+    shutil.copytree(cache, folder)
+    shutil.rmtree(folder / "tokenizer")
+    meta = json.loads((folder / "cache.json").read_text())
+    del meta["tokenizer"]
+    (folder / "cache.json").write_text(json.dumps(meta | {"tokenizer_path": str(tokenizer)}))
+    return folder
+
+
+def _open(**data):
+    networks, sources, transform = build.open_tokens(build.build_data(_config(**data)), MODEL)
+    assert transform is None and len(sources["train"]) == 15
+    return networks
+
+
+def test_cache_works_where_it_was_copied_to(parts, moved):
+    networks = _open(cache=str(moved))
+    equal = jax.tree.map(np.array_equal, networks.tokenizer_params, parts.networks.tokenizer_params)
+    assert all(jax.tree.leaves(equal)) and networks.tokenizer == TOKENIZER
+
+
+def test_tokenizer_beside_a_cache_is_taken_if_it_made_the_cache(parts, moved, tmp_path):
+    _open(cache=str(moved), tokenizer=str(parts.tokenizer))
+    older = _older(moved, tmp_path / "older", tmp_path / "gone")
+    _open(cache=str(older), tokenizer=str(parts.tokenizer))
+    _open(cache=str(_older(moved, tmp_path / "beside", parts.tokenizer)))
+
+
+def test_other_tokenizer_than_the_cache_s_is_refused_with_the_reason(parts, moved, tmp_path):
+    params = seeded_params(TOKENIZER, seed=1)
+    save_model(tmp_path / "other", {"tokenizer": TOKENIZER}, {"tokenizer": params})
+    other = str(tmp_path / "other")
+    with pytest.raises(
+        InputError, match=f"data.tokenizer={other} is not the tokenizer that made token cache {moved}"
+    ):
+        _open(cache=str(moved), tokenizer=other)
+    older = _older(moved, tmp_path / "older", other)
+    with pytest.raises(InputError, match=f"{other} has changed since it made .*, perhaps by more training"):
+        _open(cache=str(older))
+    gone = _older(moved, tmp_path / "lonely", tmp_path / "gone")
+    with pytest.raises(InputError, match="lonely cannot be read: .*gone.*; pass config.data.tokenizer=DIR"):
+        _open(cache=str(gone))
+    shutil.copytree(moved, tmp_path / "mixed")
+    shutil.rmtree(tmp_path / "mixed/tokenizer")
+    shutil.copytree(other, tmp_path / "mixed/tokenizer")
+    with pytest.raises(InputError, match="mixed holds another tokenizer than the one that made it"):
+        _open(cache=str(tmp_path / "mixed"))
 
 
 def test_number_of_classes_that_the_data_do_not_have_is_refused(parts):

@@ -57,7 +57,6 @@ def _assert_holds(cache, records):
 def test_cache_returns_what_was_written(tmp_path, num_shards, vocab_size, max_memory_bytes):
     train, val = _write(tmp_path, num_shards, vocab_size)
     expected = {
-        "expect_fingerprint": "abc",
         "expect_sides": SIDES,
         "expect_vocab_size": vocab_size,
         "max_memory_bytes": max_memory_bytes,
@@ -217,7 +216,6 @@ def test_writer_refuses_records(tmp_path, records, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"expect_fingerprint": "xyz"}, "tokenizer_fingerprint 'abc', not 'xyz'"),
         ({"expect_sides": (1, 2, 4)}, r"sides \(1, 2, 3\), not \(1, 2, 4\)"),
         ({"expect_vocab_size": 64}, "vocab_size 50, not 64"),
         ({"split": "test"}, "split must be one of train, val.*'test'"),

@@ -1,0 +1,62 @@
+"""One program in all processes of a run: an error of one ends all with the same exit status."""
+
+import time
+import traceback
+from collections.abc import Callable
+
+from mvar_jax.errors import STORAGE_ERRORS, InputError, RunError, shorten
+from mvar_jax.files.paths import is_store
+from mvar_jax.processes import group
+from mvar_jax.processes.join import OFF, join, part
+from mvar_jax.stopping import STOPPED_STATUS, Stopped
+
+# An error waits for the news that another process failed first: a lost process breaks the others' collectives.
+CONSEQUENCE_S = 1.0
+
+
+def run_together(program: Callable[[], int], distributed: str = OFF) -> int:
+    """Join the other processes, run a program and return its exit status.
+
+    InputError is reported in one line with status 2, RunError and a full or lost disk with status 1, an interruption
+    with 130 and another signal with STOPPED_STATUS. In a run of several processes these and any other exception end
+    all processes, see `group.Group.fail`.
+
+    Args:
+      program: returns an exit status; 0 if all went well.
+      distributed: the option of this name.
+    """
+    try:
+        join(distributed)
+        status = program()
+        part()
+        return status
+    except InputError as error:
+        return _end(2, str(error))
+    except RunError as error:
+        _let_the_cause_come()
+        return _end(1, str(error))
+    except KeyboardInterrupt:
+        return _end(130, "interrupted")
+    except Stopped as stopped:
+        return _end(STOPPED_STATUS, str(stopped))
+    except Exception as error:
+        _let_the_cause_come()
+        if isinstance(error, OSError) and (error.errno in STORAGE_ERRORS or is_store(str(error.filename or ""))):
+            return _end(1, f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
+        if group.current().count == 1:
+            raise
+        traceback.print_exc()
+        return _end(1, f"{type(error).__name__}: {shorten(error)}")
+
+
+def _let_the_cause_come() -> None:
+    if group.current().count > 1:
+        time.sleep(CONSEQUENCE_S)  # if another process failed first, this one is told to leave meanwhile
+
+
+def _end(status: int, reason: str) -> int:
+    here = group.current()
+    if here.count > 1:
+        here.fail(status, reason)
+    group.say_why(status, reason)
+    return status
