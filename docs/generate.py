@@ -188,11 +188,12 @@ def option_row(action: argparse.Action) -> Row:
 
 def commands_page() -> str:
     """Return docs/commands.md."""
-    from mvar_jax.__main__ import make_parser
+    from mvar_jax.__main__ import EXIT_STATUSES, make_parser
 
     (commands,) = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     parts = [
-        "# Commands\n\n`mvar COMMAND` and `python -m mvar_jax COMMAND` are the same; `--help` prints this too.\n"
+        "# Commands\n\n`mvar COMMAND` and `python -m mvar_jax COMMAND` are the same; `--help` prints this too.\n",
+        EXIT_STATUSES + "\n",
     ]
     summaries = [f"- [{choice.dest}](#{choice.dest}): {choice.help}" for choice in commands._choices_actions]
     parts.append("\n".join(summaries) + "\n")

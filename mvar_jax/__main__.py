@@ -6,11 +6,18 @@ import gc
 import importlib
 import sys
 
+from mvar_jax.cli.streams import guard_streams
 from mvar_jax.data.pillow_warnings import ignore_pillow_warnings
 from mvar_jax.processes.join import OFF
 from mvar_jax.processes.together import run_together
+from mvar_jax.stopping import STOPPED_STATUS, raise_on_signals
 
 COMMANDS = ("train", "data", "cache_tokens", "sample", "edit", "reconstruct", "convert", "report")
+EXIT_STATUSES = (
+    "Exit status: 0 complete; 1 failed; 2 bad input, nothing changed; 130 stopped by Ctrl-C; "
+    f"{STOPPED_STATUS} stopped early by SIGTERM or SIGHUP (time limit, preemption, maintenance, lost terminal): the "
+    "same command continues."
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """Return a parser of all commands and their arguments; imports no heavy library."""
-    parser = Parser(prog="mvar", description="MVAR in JAX: train, sample, edit, evaluate.")
+    parser = Parser(prog="mvar", description="MVAR in JAX: train, sample, edit, evaluate.", epilog=EXIT_STATUSES)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f"mvar_jax.cli.{name}")
@@ -33,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit status; see `run_together`."""
+    """Run one command and return its exit status, see EXIT_STATUSES and `run_together`."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     if not argv:
@@ -50,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def start() -> int:
     """Run `main` as the entry point of a process."""
+    guard_streams()
+    raise_on_signals()
     # tracing creates many objects that stay alive; collecting them often, and at exit, takes a tenth of a short run
     gc.set_threshold(200_000, 20, 100)
     atexit.register(gc.freeze)

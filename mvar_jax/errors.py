@@ -1,5 +1,7 @@
 """The exceptions that end a command with one line, and errors in one line."""
 
+import errno
+
 
 class InputError(ValueError):
     """A mistake in what a user gave: the command line prints the message as one line and exits with status 2.
@@ -23,6 +25,10 @@ class InputError(ValueError):
 
 def _rebuild(message: str, field: str, given: object, expected: str | None) -> InputError:
     return InputError(message, field=field, given=given, expected=expected)
+
+
+# a full or lost disk: nothing is wrong with the program, so a traceback would only hide the reason
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV)
 
 
 class RunError(RuntimeError):

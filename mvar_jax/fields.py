@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from mvar_jax.errors import InputError
@@ -40,3 +40,12 @@ def put_below(error: InputError, where: str) -> InputError:
     """Return the error of a field as the error of `where`.field, in the message too."""
     message = f"{where}.{error}" if str(error).startswith(error.field) else f"{where}: {error}"
     return InputError(message, field=f"{where}.{error.field}", given=error.given, expected=error.expected)
+
+
+def flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (key, value) of nested dicts in order; keys of inner dicts follow those of outer ones after a dot."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parent.parent / "mvar_jax"
 # lowest first; a package imports only from packages listed before it, and from itself
 FLOORS = [
     "errors",
+    "stopping",
     "fields",
     "scales",
     "sharding",

@@ -1,5 +1,10 @@
-"""A toy task, and a process that trains it: python toy_run.py WORKDIR NUM_STEPS STEP_S [HOST:PORT,NUM,INDEX] [sharded]."""
+"""A toy task, and a process that trains it.
 
+python toy_run.py WORKDIR NUM_STEPS STEP_S [HOST:PORT,NUM,INDEX] [sharded]
+"""
+
+import errno
+import os
 import sys
 import time
 
@@ -11,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mvar_jax.errors import InputError
 from mvar_jax.processes.together import run_together
 from mvar_jax.training import logging
 from mvar_jax.training.loop import LoopSettings, run
@@ -100,9 +106,22 @@ def make_settings(num_steps, **changes):
 if __name__ == "__main__":
     logging._open_summary_writer = lambda folder: NoWriter()
 
+    failing, failing_step, kind = os.environ.get("TOY_FAIL", "0:-1:").split(":")
+    failures = {
+        "input": InputError("201 bad images, but data.max_bad_share=0.01 allows 200", field="bad images"),
+        "disk": OSError(errno.ENOSPC, "No space left on device", "runs/toy/metrics.jsonl"),
+        "bug": ZeroDivisionError("by zero"),
+    }
+
+    def on_step(step):
+        print("step", step, flush=True)
+        if (jax.process_index(), step) == (int(failing), int(failing_step)):
+            if kind == "hang":
+                time.sleep(600)
+            raise failures[kind]
+
     def train():
-        say = lambda step: print("step", step, flush=True)
-        task = ToyTask(float(sys.argv[3]), on_step=say, is_sharded="sharded" in sys.argv)
+        task = ToyTask(float(sys.argv[3]), on_step=on_step, is_sharded="sharded" in sys.argv)
         result = run(task, sys.argv[1], make_settings(int(sys.argv[2])), {"lr": 0.01})
         print("result", result.step, result.interrupted, flush=True)
         return 0

@@ -57,8 +57,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, error_type, *_):
-        # A second Ctrl-C must not wait for a save, nor an error for processes that will not come to the save's barriers.
-        # The next run ignores an unfinished save.
+        # A second Ctrl-C must not wait for a save, nor an error for processes that may not come to the save's
+        # barriers. The next run ignores an unfinished save.
         if error_type and (issubclass(error_type, KeyboardInterrupt) or jax.process_count() > 1):
             return
         try:
@@ -78,6 +78,14 @@ class Checkpoints:
     def add_score(self, step: int, score: float) -> None:
         """Note a step's score: the checkpoint with the highest is kept in addition to the newest."""
         self._scores.add(step, score, self._manager.all_steps())
+
+    def drop_newest(self) -> int:
+        """Remove the newest checkpoint if there is an older one, and return the step of the newest one left."""
+        *older, newest = sorted(self._manager.all_steps())
+        if not older:
+            return newest
+        self._manager.delete(newest)
+        return older[-1]
 
     def save(self, state: Any, meta: dict) -> None:
         """Start writing `state` as the checkpoint of its own step; `meta` is any JSON object."""

@@ -58,9 +58,11 @@ def run(args) -> int:
     from mvar_jax.api import check_labels, load
     from mvar_jax.checkpoints.class_names import class_names_of
     from mvar_jax.files.directories import make_directory
+    from mvar_jax.processes.holding import hold
     from mvar_jax.processes.shared import check_shared
     from mvar_jax.sampling.bulk import Order, draw_all, place_networks
     from mvar_jax.sharding import make_mesh
+    from mvar_jax.stopping import StopFlag
 
     labels = parse_labels(args.labels, class_names_of(checkpoint))
     devices = jax.local_devices()
@@ -83,15 +85,17 @@ def run(args) -> int:
         args.save_tokens,
         args.truncate_uint8,
     )
-    is_new = draw_all(
-        networks,
-        order,
-        out,
-        mesh,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        wait=lambda: group.current().wait_for_all("sample"),
-    )
+    with hold("out", out), StopFlag(notice="stopping after this batch") as stop:
+        is_new = draw_all(
+            networks,
+            order,
+            out,
+            mesh,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            wait=lambda: group.current().wait_for_all("sample"),
+            check_stop=stop.raise_if_set,
+        )
     if jax.process_index() == 0:
         print(f"{out}: {len(order.labels_N)} images {'written' if is_new else 'already there'}")
     return 0

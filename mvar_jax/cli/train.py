@@ -1,15 +1,18 @@
 """Train a tokenizer or a transformer from a config; resumes the run that WORKDIR holds."""
 
-import errno
 import functools
+import hashlib
 import json
 import signal
 from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
 from mvar_jax.cli.machine import add_machine_arguments, use_compilation_cache
-from mvar_jax.errors import InputError, RunError, shorten
+from mvar_jax.errors import STORAGE_ERRORS, InputError, RunError, shorten
+from mvar_jax.fields import flatten
 from mvar_jax.files.paths import as_path
+from mvar_jax.processes import group
+from mvar_jax.stopping import STOPPED_STATUS
 
 SUMMARY = "train a tokenizer or a transformer from a config"
 
@@ -19,27 +22,50 @@ def add_arguments(parser) -> None:
     add_config_argument(parser)
     add_machine_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics and pictures go here")
+    parser.add_argument(
+        "--no_lock",
+        action="store_true",
+        help="do not check that no other run uses WORKDIR: for storage that can neither lock nor keep a lease",
+    )
 
 
 def run(args) -> int:
-    """Return 0 if the run is complete or SIGTERM stopped it, 1 if it failed, 130 after Ctrl-C."""
+    """Return 0 if the run is complete, 1 if it failed, 130 after Ctrl-C, STOPPED_STATUS after another signal."""
     config = read_config(args.config, args.overrides)
     workdir = as_path(args.workdir, "workdir")
     use_compilation_cache(args.compilation_cache)
 
+    import jax
+
     from mvar_jax import build
+    from mvar_jax.processes.cluster import describe as describe_machine
     from mvar_jax.training import loop
 
     settings = build.build_settings(config)
     task, modules, tokenizer_params = build.build_task(config)
+    check_same_in_all(config, task)
+    if jax.process_index() == 0:
+        print(describe_machine(jax.devices(), task.run.mesh.shape), flush=True)
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
     try:
-        result = loop.run(task, workdir, settings, config, prepare)
+        result = loop.run(task, workdir, settings, config, prepare, has_lock=not args.no_lock)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in STORAGE_ERRORS:
             raise
         raise RunError(f"{workdir}: {error.strerror}; its newest checkpoint is intact") from error
-    return 130 if result.interrupted == signal.SIGINT else 0
+    if result.interrupted is None:
+        return 0
+    return 130 if result.interrupted == signal.SIGINT else STOPPED_STATUS
+
+
+def check_same_in_all(config: dict, task) -> None:
+    """Raise InputError in every process of the run unless all were given the same config and data."""
+    here = group.current()
+    here.check_same("config", "config", dict(flatten(config)))
+    for split, source in task.data.items():
+        names = hashlib.sha256(json.dumps(source.label_names).encode()).hexdigest()[:8]
+        identity = {"samples": len(source), "classes": len(source.label_names), "names": names}
+        here.check_same("data", f"{split} data with", identity)
 
 
 def keep_classes(workdir: Path, names: list[str]) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mvar_jax.errors import InputError
 
@@ -42,7 +43,7 @@ class Place:
     num_devices: int | None = None
 
     @property
-    def arguments(self) -> dict[str, object]:
+    def arguments(self) -> dict[str, Any]:
         """Return the arguments of `jax.distributed.initialize`."""
         return {
             "coordinator_address": self.coordinator_address,

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from mvar_jax.errors import InputError
 from mvar_jax.processes.messages import Connection
+from mvar_jax.stopping import STOPPED_STATUS
 
 CONNECT_S = 30
 ANSWER_S = 10  # after which a process that failed no longer waits for the first one
@@ -61,8 +62,7 @@ class Group:
 
     def fail(self, status: int, reason: str) -> NoReturn:
         """End all processes with this exit status; the first one prints the reason."""
-        with contextlib.suppress(OSError, ValueError):
-            print(f"error: {reason}", file=sys.stderr, flush=True)
+        say_why(status, reason)
         leave(status)
 
     def close(self) -> None:
@@ -112,6 +112,12 @@ class JoinedGroup(Group):
         if not self._is_closing:
             words = "the first process ended without a word (killed, out of memory, or its host was lost)"
             Group.fail(self, 1, words)
+
+
+def say_why(status: int, reason: str) -> None:
+    """Print why a command ends: an error unless a signal was the reason."""
+    with contextlib.suppress(OSError, ValueError):
+        print(reason if status in (STOPPED_STATUS, 130) else f"error: {reason}", file=sys.stderr, flush=True)
 
 
 def leave(status: int) -> NoReturn:

@@ -8,10 +8,10 @@ import hmac
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 
+from mvar_jax.processes.group import say_why
 from mvar_jax.processes.messages import Connection
 
 # Of failures that come together a death counts most, then the lowest process: the others are often its consequence.
@@ -42,10 +42,10 @@ class Hub:
     def _serve(self) -> None:
         while len(self._done) < self._count:
             for key, _ in self._selector.select(_POLL_S):
-                if key.fileobj is self._server:
+                if key.data is None:
                     self._accept()
                 else:
-                    self._read(key.fileobj, key.data)
+                    self._read(key.data)
             if self._failed_at is not None and time.monotonic() - self._failed_at > FAILURES_TOGETHER_S:
                 self._end()
                 return
@@ -60,8 +60,8 @@ class Hub:
         except ValueError:
             hello, messages = {}, []
         index = hello.get("index")
-        is_member = hmac.compare_digest(str(hello.get("token")), self.token) and index in range(self._count)
-        if not is_member or index in self._members:
+        is_trusted = hmac.compare_digest(str(hello.get("token")), self.token)
+        if not is_trusted or not isinstance(index, int) or not 0 <= index < self._count or index in self._members:
             connection.close()
             return
         sock.settimeout(None)
@@ -69,7 +69,8 @@ class Hub:
         self._selector.register(connection, selectors.EVENT_READ, index)
         self._take(index, messages)
 
-    def _read(self, connection: Connection, index: int) -> None:
+    def _read(self, index: int) -> None:
+        connection = self._members[index]
         try:
             messages = connection.receive()
         except ValueError:
@@ -115,8 +116,7 @@ class Hub:
         """Print the reason, tell all others to leave, and the first process when they have."""
         index = min(self._failures, key=lambda index: (index not in self._dead, index))
         status, reason = self._failures[index]
-        with contextlib.suppress(OSError, ValueError):
-            print(f"error: process {index} of {self._count}: {reason}", file=sys.stderr, flush=True)
+        say_why(status, f"process {index} of {self._count}: {reason}")
         others = {i: connection for i, connection in self._members.items() if i}
         for connection in others.values():
             connection.send(kind="leave", status=status)

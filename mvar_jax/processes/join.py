@@ -4,6 +4,7 @@ import os
 
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.processes import group
+from mvar_jax.processes.cluster import check_devices, count_cards, find_place
 from mvar_jax.processes.hub import Hub
 
 OFF = "off"
@@ -24,15 +25,16 @@ def join(option: str) -> None:
         return
     import jax
 
-    arguments = parse_distributed(option, os.environ)
+    place = find_place(os.environ, parse_distributed(option), count_cards())
     try:
         jax.distributed.initialize(
-            **arguments, heartbeat_timeout_seconds=_HEARTBEAT_S, shutdown_timeout_seconds=_SHUTDOWN_S
+            **place.arguments, heartbeat_timeout_seconds=_HEARTBEAT_S, shutdown_timeout_seconds=_SHUTDOWN_S
         )
     except (ValueError, RuntimeError) as error:
         words = f"--distributed={option}: the processes of the run did not meet: {shorten(error)}"
         raise InputError(words, field="distributed", given=option, expected="processes that can meet") from None
     group.set_current(_join_group())
+    check_devices(place, jax.local_device_count(), jax.default_backend())
 
 
 def part() -> None:
@@ -49,13 +51,14 @@ def _join_group() -> group.Group:
     # JAX has no public call for its key-value store; Orbax uses this one too.
     from jax._src.distributed import global_state as state
 
-    if state.num_processes == 1:
+    client, address = state.client, state.coordinator_address
+    if state.num_processes == 1 or client is None or address is None:
         return group.Group()
     if state.process_id == 0:
         hub = Hub(state.num_processes, _port())
-        state.client.key_value_set(_GROUP_KEY, f"{hub.port} {hub.token}")
-    port, token = state.client.blocking_key_value_get(_GROUP_KEY, 1000 * group.CONNECT_S).split()
-    host = "localhost" if state.process_id == 0 else state.coordinator_address.rsplit(":", 1)[0].strip("[]")
+        client.key_value_set(_GROUP_KEY, f"{hub.port} {hub.token}")
+    port, token = client.blocking_key_value_get(_GROUP_KEY, 1000 * group.CONNECT_S).split()
+    host = "localhost" if state.process_id == 0 else address.rsplit(":", 1)[0].strip("[]")
     return group.JoinedGroup(state.process_id, state.num_processes, (host, int(port)), token)
 
 
@@ -67,18 +70,14 @@ def _port() -> int:
     raise InputError(words, field=PORT_VARIABLE, given=text, expected="0 to 65535")
 
 
-def parse_distributed(option: str, environment) -> dict:
-    """Return the arguments of `jax.distributed.initialize`; {} lets JAX detect the cluster itself."""
+def parse_distributed(option: str) -> tuple[str, int, int] | None:
+    """Return (HOST:PORT, number of processes, number of this one), or None if the environment names them."""
     if option == AUTO:
-        names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        given = [environment.get(name) for name in names]
-        if not all(given):
-            return {}
-        option = ",".join(given)
+        return None
     parts = option.split(",")
     is_complete = len(parts) == 3 and ":" in parts[0] and parts[1].isdecimal() and parts[2].isdecimal()
     if not is_complete or int(parts[2]) >= int(parts[1]):
         expected = "off, auto, or HOST:PORT,NUM,INDEX such as 10.0.0.1:1234,2,0"
         words = f"--distributed must be {expected}, got {option}"
         raise InputError(words, field="distributed", given=option, expected=expected)
-    return {"coordinator_address": parts[0], "num_processes": int(parts[1]), "process_id": int(parts[2])}
+    return parts[0], int(parts[1]), int(parts[2])

@@ -1,13 +1,13 @@
 """One program in all processes of a run: an error of one ends all with the same exit status."""
 
-import sys
 import time
 import traceback
 from collections.abc import Callable
 
-from mvar_jax.errors import InputError, RunError, shorten
+from mvar_jax.errors import STORAGE_ERRORS, InputError, RunError, shorten
 from mvar_jax.processes import group
 from mvar_jax.processes.join import OFF, join, part
+from mvar_jax.stopping import STOPPED_STATUS, Stopped
 
 # An error waits for the news that another process failed first: a lost process breaks the others' collectives.
 CONSEQUENCE_S = 1.0
@@ -16,8 +16,9 @@ CONSEQUENCE_S = 1.0
 def run_together(program: Callable[[], int], distributed: str = OFF) -> int:
     """Join the other processes, run a program and return its exit status.
 
-    InputError is reported in one line with status 2, RunError with status 1, an interruption with 130. In a run of
-    several processes these and any other exception end all processes: see `group.Group.fail`.
+    InputError is reported in one line with status 2, RunError and a full or lost disk with status 1, an interruption
+    with 130 and another signal with STOPPED_STATUS. In a run of several processes these and any other exception end
+    all processes, see `group.Group.fail`.
 
     Args:
       program: returns an exit status; 0 if all went well.
@@ -35,10 +36,14 @@ def run_together(program: Callable[[], int], distributed: str = OFF) -> int:
         return _end(1, str(error))
     except KeyboardInterrupt:
         return _end(130, "interrupted")
+    except Stopped as stopped:
+        return _end(STOPPED_STATUS, str(stopped))
     except Exception as error:
+        _let_the_cause_come()
+        if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+            return _end(1, f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
         if group.current().count == 1:
             raise
-        _let_the_cause_come()
         traceback.print_exc()
         return _end(1, f"{type(error).__name__}: {shorten(error)}")
 
@@ -52,5 +57,5 @@ def _end(status: int, reason: str) -> int:
     here = group.current()
     if here.count > 1:
         here.fail(status, reason)
-    print(reason if status == 130 else f"error: {reason}", file=sys.stderr)
+    group.say_why(status, reason)
     return status

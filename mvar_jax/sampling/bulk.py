@@ -7,6 +7,7 @@ When all batches are complete, their arrays are joined to samples.npz. Process i
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -171,6 +172,7 @@ def draw_all(
     process_index: int = 0,
     process_count: int = 1,
     wait: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> bool:
     """Write the files of an order; return False if they are already complete.
 
@@ -178,6 +180,7 @@ def draw_all(
       networks: weights placed on the mesh, see `place_networks`.
       mesh: of this process's devices alone.
       wait: returns when all processes have called it.
+      check_stop: called before each batch; what it raises ends the work once the finished batches are written.
 
     Raises InputError if the folder holds samples of another order, or cannot be written.
     """
@@ -190,7 +193,8 @@ def draw_all(
         try:
             (out / UNFINISHED).mkdir(exist_ok=True)
             own = range(process_index, batches.count, process_count)
-            _draw_missing(networks, batches, own, mesh, identity, is_shown=process_index == 0)
+            draw = functools.partial(_draw, networks, batches, mesh=mesh, check_stop=check_stop)
+            _write_missing(draw, batches, own, identity, is_shown=process_index == 0)
             wait()
             if process_index == 0:
                 _join(batches)
@@ -203,7 +207,7 @@ def draw_all(
     return not is_complete
 
 
-def _draw_missing(networks, batches: _Batches, own: range, mesh: Mesh, identity: dict, is_shown: bool) -> None:
+def _write_missing(draw: Callable, batches: _Batches, own: range, identity: dict, is_shown: bool) -> None:
     missing = [batch for batch in own if not batches.file(batch).exists()]
     sizes = {batch: len(batches.rows(batch)) for batch in own}
     num_done = sum(sizes.values()) - sum(sizes[batch] for batch in missing)
@@ -212,7 +216,7 @@ def _draw_missing(networks, batches: _Batches, own: range, mesh: Mesh, identity:
         pool = stack.enter_context(ThreadPoolExecutor(NUM_WRITERS))
         bar = {"desc": "sample", "unit": " images", "bar_format": PROGRESS, "mininterval": 1, "disable": not is_shown}
         progress = stack.enter_context(tqdm(total=sum(sizes.values()), initial=num_done, **bar))
-        for batch, arrays in _draw(networks, batches, missing, mesh):
+        for batch, arrays in draw(missing):
             if not (
                 batches.out / IDENTITY_FILE
             ).exists():  # not earlier, so that a failure in the first batch leaves no file
@@ -225,10 +229,13 @@ def _draw_missing(networks, batches: _Batches, own: range, mesh: Mesh, identity:
             future.result()
 
 
-def _draw(networks: Networks, batches: _Batches, missing: list[int], mesh: Mesh) -> Iterator[tuple[int, dict]]:
+def _draw(
+    networks: Networks, batches: _Batches, missing: list[int], mesh: Mesh, check_stop: Callable[[], None]
+) -> Iterator[tuple[int, dict]]:
     """Yield (batch, its arrays) of each missing batch; start the next batch before fetching the last."""
     order, started = batches.order, None
     for batch in [*missing, None]:
+        check_stop()
         ready, started = started, None
         if batch is not None:
             started = batch, _start(networks, order, batches.rows(batch), batches.size, mesh)

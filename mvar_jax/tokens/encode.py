@@ -126,7 +126,7 @@ def encode_range(
 def _write_split(
     writer: CacheWriter, encoder: Encoder, source: ImageSource, transform: Transform, skipped: Skipped, **options
 ):
-    """Write one split; options: num_views, seed, description, images_per_shard, num_threads."""
+    """Write one split; options: num_views, seed, description, images_per_shard, num_threads, check_stop."""
     split, num_views, seed = skipped.split, options["num_views"], options["seed"]
     with tqdm(total=len(source), desc=f"encode {split}", unit="image", mininterval=1) as progress:
 
@@ -142,6 +142,7 @@ def _write_split(
             for record in encode_range(encoder, source, transform, begin, end, skip=skip, **numbers):
                 yield record
                 progress.update()
+                options["check_stop"]()
 
         writer.write_split(
             split,
@@ -172,6 +173,7 @@ def write_cache(
     process_index: int = 0,
     process_count: int = 1,
     wait: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> bool:
     """Write a token cache. Resumable: after an interruption it continues with the first unfinished shard.
 
@@ -186,6 +188,7 @@ def write_cache(
       num_views: views of each training image; a validation image has the first alone.
       seed: of the augmentation of views.
       process_index, process_count, wait: see `CacheWriter`.
+      check_stop: called after each image; what it raises ends the work, and the finished shards stay.
 
     Returns:
       False if `out` already holds the same cache.
@@ -225,6 +228,7 @@ def write_cache(
                 description=descriptions[split],
                 images_per_shard=images_per_shard,
                 num_threads=max(1, loading.num_threads),
+                check_stop=check_stop,
             )
     return True
 

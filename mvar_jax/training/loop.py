@@ -1,7 +1,9 @@
 """The training loop. It knows tasks (steps, batches, evaluations) and neither images nor models."""
 
 import dataclasses
+import math
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,16 +14,18 @@ import jax
 
 from mvar_jax.checkpoints.best import Metric
 from mvar_jax.checkpoints.manager import Checkpoints
-from mvar_jax.errors import InputError, RunError, shorten
+from mvar_jax.errors import InputError, RunError
 from mvar_jax.files.paths import as_path
 from mvar_jax.hardware.machines import peak_flops
+from mvar_jax.processes.holding import hold
 from mvar_jax.processes.shared import check_shared
 from mvar_jax.training.logging import MetricLog, Progress, has_line
 from mvar_jax.training.profiling import Profiler, check_profile_steps
 from mvar_jax.training.protocol import Task
-from mvar_jax.training.stopping import StopFlag
+from mvar_jax.training.saving import Saver, say
+from mvar_jax.training.stopping import RunStopFlag
 from mvar_jax.training.throughput import Throughput
-from mvar_jax.training.workdir import CONFIG_FILE, check_config, hold_workdir
+from mvar_jax.training.workdir import CONFIG_FILE, check_config
 
 # Metrics are read this many steps late: the device always has work queued, but batches do not pile up on it and a
 # signal waits for a few steps at most.
@@ -40,7 +44,7 @@ class LoopSettings:
       picture_every_steps: steps between image grids; 0 draws them only at the end, -1 never.
       save_every_steps: steps between checkpoints; 0 saves only at the end.
       keep_checkpoints: number of newest checkpoints to keep.
-      max_bad_steps: steps in a row without a finite loss after which the run stops.
+      max_bad_steps: steps in a row without a finite loss and gradient after which the run stops.
       keep_best: evaluation metric whose best checkpoint is kept too, as loss or psnr_db:max; "" keeps none.
       profile_steps: (first, end) of the steps that the profiler records into WORKDIR/profile; () records none.
 
@@ -84,11 +88,12 @@ def run(
     settings: LoopSettings,
     config_json: dict,
     prepare: Callable[[], None] = lambda: None,
+    has_lock: bool = True,
 ) -> RunResult:
     """Train to `settings.num_steps`, resuming from the newest checkpoint in `workdir`.
 
-    A resumed run gives bit-equal metrics and weights. SIGINT and SIGTERM end a run at a step boundary with a
-    checkpoint; a second SIGINT raises KeyboardInterrupt at once.
+    A resumed run gives bit-equal metrics and weights. SIGINT, SIGTERM and SIGHUP end a run at a step boundary
+    with a checkpoint, unless it is the last one; a second SIGINT raises KeyboardInterrupt at once.
 
     Args:
       task: what is trained.
@@ -96,47 +101,48 @@ def run(
       settings: of the loop.
       config_json: the configuration, kept with the workdir and its checkpoints.
       prepare: called as soon as the workdir is held.
+      has_lock: refuse a workdir that another run holds.
 
     Raises:
       InputError: the workdir has another configuration, is in use or unwritable, or its checkpoint is damaged.
-      RunError: too many steps in a row without a finite loss, no more batches, or a failed save.
+      RunError: too many steps in a row without a finite loss and gradient, no more batches, or a failed save.
     """
     started_s = time.monotonic()
     workdir = as_path(workdir, "workdir")
     check_shared("workdir", workdir)
     if (workdir / CONFIG_FILE).exists():
         check_config(workdir, config_json)  # before the lock file, so a refused run leaves no trace
-    with StopFlag() as stop, hold_workdir(workdir):
+    with RunStopFlag() as stop, hold("workdir", workdir, has_lock):
         check_config(workdir, config_json)
         prepare()
         with Checkpoints(workdir, settings.keep_checkpoints) as checkpoints:
             newest = checkpoints.latest_step()
             if newest is not None and _is_complete(workdir, newest, settings.num_steps):
-                _say(f"{workdir} already holds step {newest} of {settings.num_steps}: nothing to do")
+                say(f"{workdir} already holds step {newest} of {settings.num_steps}: nothing to do")
                 return RunResult(newest, None, time.monotonic() - started_s)
             if newest is None:
                 state = task.init_state()
             else:
                 state = checkpoints.restore(task.abstract_state())
-                _say(f"resuming from step {newest} of {settings.num_steps} in {workdir}")
+                say(f"resuming from step {newest} of {settings.num_steps} in {workdir}")
             start = int(state.step)
             with (
                 MetricLog(workdir, start) as log,
                 Progress(start, settings.num_steps, task.examples_per_step) as progress,
                 Profiler(workdir, settings.profile_steps) as profiler,
             ):
-                loop = _Loop(task, workdir, settings, config_json, checkpoints, log, progress, profiler)
-                step, interrupted = loop.train(state, task.batches(start), start, newest, stop)
+                saver = Saver(workdir, checkpoints, config_json, None if newest is None else start)
+                loop = _Loop(task, settings, checkpoints, saver, log, progress, profiler)
+                step, interrupted = loop.train(state, task.batches(start), start, stop)
     return RunResult(step, interrupted, time.monotonic() - started_s)
 
 
 @dataclasses.dataclass
 class _Loop:
     _task: Task
-    _workdir: Path
     _settings: LoopSettings
-    _config_json: dict
     _checkpoints: Checkpoints
+    _saver: Saver
     _log: MetricLog
     _progress: Progress
     _profiler: Profiler
@@ -147,15 +153,11 @@ class _Loop:
         self._has_peak = peak is not None
         self._throughput = Throughput(self._task.examples_per_step, peak and peak * jax.device_count())
         self._pending: deque[tuple[int, dict[str, jax.Array]]] = deque()
-        self._num_bad = 0
-        self._saved_step: int | None = None
+        self._num_bad = 0  # steps in a row, up to the last one read
 
-    def train(
-        self, state: Any, batches: Iterator, start: int, newest: int | None, stop: "StopFlag"
-    ) -> tuple[int, int | None]:
-        """Return the number of steps done and the signal that ended the run early or None."""
+    def train(self, state: Any, batches: Iterator, start: int, stop: RunStopFlag) -> tuple[int, int | None]:
+        """Return the number of steps done and the signal that ended the run before its last step, or None."""
         settings = self._settings
-        self._saved_step = newest
         for step in range(start, settings.num_steps + 1):
             # A boundary: `step` updates are done. DO NOT REORDER.
             # 1. Write the metrics of the steps before the checkpoint: a run resumed from it skips these steps.
@@ -163,10 +165,15 @@ class _Loop:
             # 3. Evaluate after saving: a resumed run repeats the evaluation.
             is_last = step == settings.num_steps
             interrupted = stop.agreed_number(step)
-            if is_last or interrupted or (step > start and _is_due(step, settings.save_every_steps)):
-                self._save(state, step)
-            if interrupted:
-                break
+            is_due = is_last or interrupted or (step > start and _is_due(step, settings.save_every_steps))
+            if is_due or self._saver.is_owed:
+                self._save(state, step, is_proven=is_last and self._is_proven_by_evaluation(state))
+            if is_last and self._saver.is_owed:
+                raise RunError(f"the weights of the last step, {step}, are not good to keep; {self._saver.kept()}")
+            if interrupted and not is_last:
+                self._saver.wait()
+                self._say_stopped(interrupted, step)
+                return step, interrupted
             self._observe(state, step, is_last)
             if is_last:
                 break
@@ -178,8 +185,12 @@ class _Loop:
             state, metrics = self._task.train_step(state, batch, step)
             self._pending.append((step, metrics))
             self._read_finished(_STEPS_AHEAD)
-        self._wait_for_save()
-        return step, interrupted
+        self._saver.wait()
+        return settings.num_steps, None
+
+    def _say_stopped(self, number: int, step: int) -> None:
+        name, steps = signal.Signals(number).name, f"step {step} of {self._settings.num_steps}"
+        say(f"stopped by {name} at {steps}; {self._saver.kept()}; the same command continues")
 
     def _observe(self, state: Any, step: int, is_last: bool) -> None:
         """Write pictures and evaluate, if due."""
@@ -208,9 +219,10 @@ class _Loop:
             return
         score = self._best.score(metrics)
         if step > 0 and self._checkpoints.is_best(score):
-            self._save(state, step)
-            self._wait_for_save()  # write the score only after its checkpoint
-            self._checkpoints.add_score(step, score)
+            self._save(state, step, is_proven=True)  # by the finite score
+            if self._saver.saved_step == step:
+                self._saver.wait()  # write the score only after its checkpoint
+                self._checkpoints.add_score(step, score)
 
     def _read_finished(self, num_left: int) -> None:
         """Wait for all but the newest `num_left` steps and read their metrics."""
@@ -223,31 +235,22 @@ class _Loop:
             self._progress.show(step + 1, metrics["loss"])
             self._num_bad = self._num_bad + 1 if is_bad else 0
             if self._num_bad >= self._settings.max_bad_steps:
+                self._saver.drop_poisoned(step + 1 - self._num_bad)
                 raise RunError(
-                    f"the loss was not finite for {self._num_bad} steps in a row, up to step {step}; "
-                    f"{self._workdir} keeps the checkpoint of step {self._saved_step}"
+                    f"the loss or its gradient was not finite for {self._num_bad} steps in a row, up to step {step}; "
+                    f"{self._saver.kept()}"
                 )
 
-    def _save(self, state: Any, step: int) -> None:
+    def _save(self, state: Any, step: int, is_proven: bool = False) -> None:
+        """Save the state unless it may be poisoned. is_proven: it is good although the last step was not."""
         self._read_finished(0)
-        if step == (self._saved_step or 0):  # already on disk, or step 0, a function of the seed alone
-            return
-        assert int(state.step) == step, "a step counts even if its update was skipped"
         with self._throughput.pause():
-            try:
-                self._checkpoints.save(state, {"step": step, "config": self._config_json})
-            except Exception as error:  # from this save or the previous one, which ran in the background
-                raise self._save_error(error) from error
-        self._saved_step = step
+            self._saver.save(state, step, is_good=is_proven or not self._num_bad)
 
-    def _wait_for_save(self) -> None:
-        try:
-            self._checkpoints.wait()
-        except Exception as error:
-            raise self._save_error(error) from error
-
-    def _save_error(self, error: Exception) -> RunError:
-        return RunError(f"a checkpoint could not be written to {self._workdir}: {shorten(error)}")
+    def _is_proven_by_evaluation(self, state: Any) -> bool:
+        """Return whether the weights after a bad last step are good: no step follows that would show it."""
+        self._read_finished(0)
+        return bool(self._num_bad) and math.isfinite(self._task.evaluate(state)["loss"])
 
 
 def _is_complete(workdir: Path, newest: int, num_steps: int) -> bool:
@@ -257,8 +260,3 @@ def _is_complete(workdir: Path, newest: int, num_steps: int) -> bool:
 
 def _is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
-
-
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, flush=True)

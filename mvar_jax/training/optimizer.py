@@ -94,7 +94,9 @@ def clip_by_norm(grads, clip_norm: float):
     return jax.tree.map(lambda g: g * factor, grads), norm
 
 
-def apply_gradients(options: OptimizerOptions, state, grads, learning_rate, weight_decay, trains_start: bool = True):
+def apply_gradients(
+    options: OptimizerOptions, state, grads, learning_rate, weight_decay, trains_start: bool = True, loss=0.0
+):
     """Take one AdamW step with decoupled decay; return (state, metrics grad_norm and is_bad).
 
     Args:
@@ -103,8 +105,9 @@ def apply_gradients(options: OptimizerOptions, state, grads, learning_rate, weig
       grads: gradients, a tree like the parameters.
       learning_rate, weight_decay: of this step.
       trains_start: False leaves the start position and its moments alone.
+      loss: of this step.
 
-    A non-finite gradient changes nothing in the state except its step, and sets is_bad.
+    A non-finite gradient or loss changes nothing in the state except its step, and sets is_bad.
     """
     grads, norm = clip_by_norm(grads, options.clip_norm)
     updates, opt_state = make_adam(options, state.params).update(grads, state.opt_state, state.params)
@@ -122,7 +125,7 @@ def apply_gradients(options: OptimizerOptions, state, grads, learning_rate, weig
     ema = state.ema
     if ema is not None:
         ema = jax.tree.map(lambda e, p: options.ema_decay * e + (1 - options.ema_decay) * p, ema, params)
-    is_good = jnp.isfinite(norm)
+    is_good = jnp.isfinite(norm) & jnp.isfinite(loss)
     moved = (params, ema, opt_state)
     kept = (state.params, state.ema, state.opt_state)
     params, ema, opt_state = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), moved, kept)

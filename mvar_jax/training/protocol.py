@@ -29,7 +29,8 @@ class Task(abc.ABC):
     def train_step(self, state: Any, batch: dict[str, np.ndarray], step: int) -> tuple[Any, dict[str, jax.Array]]:
         """Dispatch one step, which may donate `state`; return the new state and metrics.
 
-        Metrics are scalars or [S] vectors, among them `loss` and `is_bad` (1 if the loss was not finite).
+        Metrics are scalars or [S] vectors, among them `loss` and `is_bad`: 1 if the loss or the gradient was
+        not finite. Such a step must leave the weights as they were.
         """
 
     @abc.abstractmethod
@@ -38,8 +39,8 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, state: Any) -> dict[str, float | list[float]]:
-        """Return means over the validation data."""
+        """Return means over the validation data, among them `loss`."""
 
     @abc.abstractmethod
     def pictures(self, state: Any) -> dict[str, np.ndarray]:
-        """Return images by name, uint8 [Y, X, 3]."""
+        """Return images by name, uint8 [Y, X, 3]. Every process calls this, and the first one writes them."""

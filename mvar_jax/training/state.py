@@ -54,6 +54,13 @@ def _box_like(opt_state, axes):
     return jax.tree_util.tree_map_with_path(box, opt_state)
 
 
+@jax.jit
+def all_finite(state) -> jax.Array:
+    """Return whether every number of a tree is finite, as one bool that all processes hold."""
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+
+
 def init_sharded(make_boxed_state, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """Return (state created sharded on the mesh, the same as ShapeDtypeStructs with shardings)."""
     abstract = abstract_sharded(make_boxed_state, mesh)

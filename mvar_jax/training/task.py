@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mvar_jax.data.options import LoadOptions
@@ -15,7 +15,7 @@ from mvar_jax.data.pipeline import eval_batches, train_batches
 from mvar_jax.data.protocols import Source, Transform
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.errors import InputError
-from mvar_jax.sharding import check_batch_size, check_sizes, put_batch, replicated, use_mesh
+from mvar_jax.sharding import check_batch_size, check_sizes, constrain, num_shards_of, put_batch, replicated, use_mesh
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.protocol import Task
 from mvar_jax.training.state import TrainState, abstract_sharded, init_sharded, make_state
@@ -141,10 +141,11 @@ class DataTask(Task):
         """Return the weights to evaluate: the moving average, if one is kept."""
         return state.params if state.ema is None else state.ema
 
-    def weights_at_hand(self, state: TrainState):
-        """Return `averaged` as arrays that this process may use alone; every process must call this."""
-        params = self.averaged(state)
-        return params if jax.process_count() == 1 else multihost_utils.process_allgather(params, tiled=True)
+    def picture_rows(self, num: int = NUM_PICTURES) -> jax.Array:
+        """Return the numbers of the pictures, the last one repeated until they divide over the devices of a batch."""
+        num_shards = num_shards_of("batch", self.run.mesh)
+        rows = jnp.minimum(jnp.arange(-(-num // num_shards) * num_shards), num - 1)
+        return constrain(rows, "batch")
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Return the batch on the mesh, with sample numbers as uint32 for random keys."""

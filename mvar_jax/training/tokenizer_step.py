@@ -121,7 +121,9 @@ def train_step(
     is_early = state.step < options.warmup_steps + options.usage_early_steps
     decay = jnp.where(is_early, options.usage_decay_early, options.usage_decay)
     hits_ema_SV = decay * state.extra["hits"] + (1 - decay) * hits_SV
-    state, metrics = apply_gradients(recipe.optimizer, state, grads, learning_rate, weight_decay)
+    hits_before_SV = state.extra["hits"]
+    state, metrics = apply_gradients(recipe.optimizer, state, grads, learning_rate, weight_decay, loss=loss)
+    hits_ema_SV = jnp.where(metrics["is_bad"], hits_before_SV, hits_ema_SV)
     state = state.replace(extra={"hits": hits_ema_SV})
     usage_S = usage_percent(hits_ema_SV, B, model.sides[-1] ** 2)
     measured = {"psnr_db": psnr_of_error(parts["mse"], 2), "quantizer_loss": parts["quantizer_loss"]}
@@ -148,6 +150,7 @@ def redraw_codes(model: Tokenizer, options: CodebookOptions, state: TrainState, 
     scale_V = jax.random.categorical(keys[0], jnp.log(weights_S), shape=(V,))
     drawn_Vc = picks[scale_V, jnp.arange(V)]
     is_dead_V = (jnp.sum(state.extra["hits"], axis=0) < options.revive_below) | is_first
+    is_dead_V &= jnp.isfinite(drawn_Vc).all(axis=1)  # features that are not finite must not poison the codebook
     dead = is_dead_V[:, None]
 
     def replace(path, leaf, fresh):

@@ -8,11 +8,11 @@ import numpy as np
 
 from mvar_jax.data.pipeline import eval_batches
 from mvar_jax.files.images import min_zoom, side_by_side, to_uint8
-from mvar_jax.models.networks import Networks, apply_tokenizer
+from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.ops.metrics import perplexity, psnr_of_error
 from mvar_jax.ops.pixels import as_images
-from mvar_jax.sampling.sampler import decode_features
+from mvar_jax.sampling.sampler import decode_in_chunks
 from mvar_jax.sharding import use_mesh
 from mvar_jax.training import tokenizer_step
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
@@ -34,6 +34,7 @@ class TokenizerTask(DataTask):
         redraw = functools.partial(tokenizer_step.redraw_codes, tokenizer, options)
         self._redraw = jax.jit(redraw, **{**placed, "out_shardings": self.shardings})
         self._evaluate = jax.jit(self._eval_step, out_shardings=self._whole)
+        self.reconstruct = jax.jit(self._reconstruct, out_shardings=self._whole)
 
     def train_step(self, state, batch, step: int):
         """Take one step; redraw unused codes first, if due."""
@@ -84,19 +85,20 @@ class TokenizerTask(DataTask):
             "codebook_used_percent": float(100 * (hits_SV.sum(axis=0) > 0).mean()),
         }
 
+    def _reconstruct(self, params, pixels_NYX3: jax.Array) -> jax.Array:
+        networks = Networks(self.tokenizer, params)
+        images = as_images(pixels_NYX3[self.picture_rows(len(pixels_NYX3))])
+        ids_BL = networks.apply_tokenizer(images, method="encode")
+        return decode_in_chunks(networks, networks.apply_tokenizer(ids_BL, method="f_hats")[-1])
+
     def pictures(self, state) -> dict[str, np.ndarray]:
         """Return held-out images next to their reconstructions."""
-        params = self.weights_at_hand(state)
-        if jax.process_index():
-            return {}
         data = self.data["val"]
+        # every process reads the same few images and computes its part of them
         batches = eval_batches(data, self.transform, batch_size=min(NUM_PICTURES, len(data)), options=self.loading)
         pixels = next(batches)["image"]
         batches.close()
-        networks = Networks(self.tokenizer, params)
-        f_hat = apply_tokenizer(
-            networks, apply_tokenizer(networks, as_images(jnp.asarray(pixels)), "encode"), "f_hats"
-        )[-1]
-        reconstructions = np.asarray(decode_features(networks, f_hat))
+        with use_mesh(self.run.mesh):
+            reconstructions = np.asarray(self.reconstruct(self.averaged(state), pixels))[: len(pixels)]
         zoom = min_zoom(pixels.shape[1])
         return {"reconstructions": side_by_side(pixels, to_uint8(reconstructions), 4, zoom=zoom)}

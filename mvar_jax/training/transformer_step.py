@@ -144,7 +144,9 @@ def train_step(
         nll_S = nll_S.at[cut].set(nll_s / areas[cut])
         hits_S = hits_S.at[cut].set(hits_s / areas[cut])
     trains_start = any(phase.trains_start for phase in phases)
-    state, metrics = apply_gradients(recipe.optimizer, state, total_grads, learning_rate, weight_decay, trains_start)
+    state, metrics = apply_gradients(
+        recipe.optimizer, state, total_grads, learning_rate, weight_decay, trains_start, total_loss
+    )
     return state, {"loss": total_loss, "loss_per_scale": nll_S, "accuracy_per_scale": hits_S, **metrics}
 
 

@@ -1,7 +1,6 @@
 """The task that trains a transformer from a token cache or from images."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.files.images import min_zoom, tile_grid, to_uint8
@@ -43,9 +42,8 @@ class TransformerTask(DataTask):
         super().__init__(run, transformer, data, {})
         self.initial_params = initial_params
         self.transformer, self.options = transformer, options
-        self._tokenizer_on_host = jax.tree.map(np.asarray, tokenizer)
-        # one copy on each device, for the ids of images and the teacher-forcing input
-        self.tokenizer = jax.device_put(self._tokenizer_on_host, self._whole)
+        # one copy on each device, for the ids of images, the teacher-forcing input and the pictures
+        self.tokenizer = jax.device_put(jax.tree.map(np.asarray, tokenizer), self._whole)
         recipe = transformer_step.TransformerRecipe(
             transformer, run.optimizer, options, run.seed, run.accumulate_steps
         )
@@ -59,6 +57,7 @@ class TransformerTask(DataTask):
 
         self._step = jax.jit(step, static_argnums=0, donate_argnums=1, out_shardings=(self.shardings, self._whole))
         self._evaluate = jax.jit(evaluate, out_shardings=self._whole)
+        self.draw_pictures = jax.jit(self._draw_pictures, out_shardings=self._whole)
 
     def train_step(self, state, batch, step: int):
         """Take one step over the phases that are due."""
@@ -89,13 +88,14 @@ class TransformerTask(DataTask):
             "accuracy_per_scale": (hits_S / rows / areas).tolist(),
         }
 
+    def _draw_pictures(self, params, tokenizer: Networks) -> jax.Array:
+        index = self.picture_rows()
+        networks = tokenizer.replace(transformer=self.transformer, params=params)
+        labels, keys = index % self.transformer.num_classes, keys_of_samples(self.run.seed, index)
+        return sample(networks, labels, keys, SampleOptions(cfg=1.5), ("images",))[0]
+
     def pictures(self, state) -> dict[str, np.ndarray]:
         """Return one sample of each of the first classes, from fixed seeds and guidance 1.5."""
-        params = self.weights_at_hand(state)
-        if jax.process_index():
-            return {}
-        networks = self._tokenizer_on_host.replace(transformer=self.transformer, params=params)
-        labels = jnp.arange(NUM_PICTURES) % self.transformer.num_classes
-        keys = keys_of_samples(self.run.seed, np.arange(NUM_PICTURES))
-        (images,) = sample(networks, labels, keys, SampleOptions(cfg=1.5), ("images",))
+        with use_mesh(self.run.mesh):
+            images = np.asarray(self.draw_pictures(self.averaged(state), self.tokenizer))[:NUM_PICTURES]
         return {"samples": tile_grid(to_uint8(images), 8, zoom=min_zoom(images.shape[1]))}

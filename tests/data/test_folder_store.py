@@ -1,12 +1,46 @@
 """Images in an object store: the same source as of the same folder on a disk."""
 
-import shutil
-
-import numpy as np
 import pytest
-from image_files import write_png
+from image_files import write_tree
 
+from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.folder import FolderSource
 from mvar_jax.errors import InputError
 from mvar_jax.files.directories import upload_folder
 from mvar_jax.files.paths import as_path
+
+
+def test_folder_in_a_store_equals_the_folder_on_a_disk(store, tmp_path):
+    write_tree(tmp_path, classes=("ant", "bee.wild", "cat"))
+    (tmp_path / "train/ant/notes.txt").write_text("no image")
+    (tmp_path / "train/ant/.hidden.jpg").write_text("no image")
+    (tmp_path / "train/ant/deeper").mkdir()
+    (tmp_path / "train/ant/deeper/9.jpg").write_text("no image of the class")
+    (tmp_path / "train/readme.md").write_text("no class")
+    url = f"{store.url}/images"
+    upload_folder(tmp_path, as_path(url))
+    for split in ("train", "val"):
+        ours, theirs = FolderSource(url, split), FolderSource(tmp_path, split)
+        assert ours.label_names == theirs.label_names == ("ant", "bee.wild", "cat")
+        assert [ours.name_of(i) for i in range(len(ours))] == [theirs.name_of(i) for i in range(len(theirs))]
+        assert [ours[i] for i in range(len(ours))] == [theirs[i] for i in range(len(theirs))]
+    (as_path(url) / "val/ant/0.jpg").unlink()
+    with pytest.raises(BadImage, match="cannot be read"):
+        ours[0]  # of val
+
+
+def test_class_that_only_validation_has_is_refused_in_a_store_too(s3, tmp_path):
+    write_tree(tmp_path)
+    (tmp_path / "val/dog").mkdir()
+    (tmp_path / "val/dog/0.jpg").write_text("x")
+    url = f"{s3.url}/more_classes"
+    upload_folder(tmp_path, as_path(url))
+    with pytest.raises(InputError, match=f"{url}/val/dog must be one of the classes of {url}/train"):
+        FolderSource(url, "val")
+
+
+def test_folder_that_is_not_in_the_store_is_refused(s3):
+    with pytest.raises(
+        InputError, match="data.path must be a folder that holds train/CLASS/, got 's3://bucket/none'"
+    ):
+        FolderSource(f"{s3.url}/none", "train")

@@ -5,18 +5,14 @@ import pytest
 from mvar_jax.errors import InputError
 from mvar_jax.processes import join
 
-VARIABLES = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
-EXPECTED = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
 
-
-def test_processes_are_those_of_the_option_or_of_the_variables_or_for_jax_to_find():
-    assert join.parse_distributed("a:1,2,1", {}) == EXPECTED
-    assert join.parse_distributed("auto", VARIABLES) == EXPECTED
-    assert join.parse_distributed("auto", {}) == {}
+def test_processes_are_those_of_the_option_or_of_the_environment():
+    assert join.parse_distributed("a:1,2,1") == ("a:1", 2, 1)
+    assert join.parse_distributed("auto") is None
 
 
 @pytest.mark.parametrize("option", ["on", "a:1", "a,2,0", "a:1,2,2", "a:1,two,0"])
 def test_processes_that_cannot_be_meant_are_refused(option):
     with pytest.raises(InputError, match="distributed must be .*HOST:PORT,NUM,INDEX.*, got") as caught:
-        join.parse_distributed(option, {})
+        join.parse_distributed(option)
     assert caught.value.field == "distributed" and caught.value.given == option

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from mvar_jax.__main__ import main
+from mvar_jax.__main__ import start
 from mvar_jax.training import logging
 
 
@@ -16,4 +16,4 @@ class NoWriter:
 
 if __name__ == "__main__":
     logging._open_summary_writer = lambda folder: NoWriter()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(start())

@@ -112,7 +112,7 @@ def test_run_killed_five_times_and_terminated_ends_bit_equal_to_a_whole_one(tmp_
     assert_same_run(tmp_path, whole_run)
 
 
-@pytest.mark.parametrize("stop_step", [1, 4, 7, 22])
+@pytest.mark.parametrize("stop_step", [1, 4, 7])
 def test_interrupted_run_resumes_bit_equal(tmp_path, whole_run, stop_step):
     before = signal.getsignal(signal.SIGINT)
     task = ToyTask(on_step=lambda step: step == stop_step and os.kill(os.getpid(), signal.SIGINT))
@@ -120,6 +120,12 @@ def test_interrupted_run_resumes_bit_equal(tmp_path, whole_run, stop_step):
     assert result[:2] == (stop_step + 1, signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     run(ToyTask(), tmp_path, make_settings(NUM_STEPS), CONFIG)
+    assert_same_run(tmp_path, whole_run)
+
+
+def test_run_stopped_in_its_last_step_is_complete(tmp_path, whole_run):
+    task = ToyTask(on_step=lambda step: step == NUM_STEPS - 1 and os.kill(os.getpid(), signal.SIGTERM))
+    assert run(task, tmp_path, make_settings(NUM_STEPS), CONFIG)[:2] == (NUM_STEPS, None)
     assert_same_run(tmp_path, whole_run)
 
 

@@ -104,6 +104,15 @@ def test_a_bad_gradient_leaves_everything_but_the_step(bad):
         jax.tree.map(np.testing.assert_array_equal, getattr(second, name), getattr(first, name))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_loss_leaves_everything_but_the_step_though_its_gradient_is_finite(bad):
+    first, _ = step(new_state(), GRADS)
+    second, metrics = jax.jit(lambda state: apply_gradients(OPTIONS, state, GRADS, 0.01, 0.05, loss=bad))(first)
+    assert metrics["is_bad"] == 1 and int(second.step) == 2
+    for name in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(second, name), getattr(first, name))
+
+
 def test_no_moving_average_is_kept_where_it_is_off():
     options = OptimizerOptions()
     state, _ = step(new_state(options), GRADS, options=options)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -105,31 +104,3 @@ def test_two_processes_killed_and_resumed_as_one_equal_one_process(tmp_path, cac
     assert ours.keys() == expected.keys() and ("train", 8) in ours
     for key, loss in expected.items():
         np.testing.assert_allclose(ours[key], loss, rtol=1e-5, err_msg=str(key))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(tmp_path, number):
-    address, environment = free_address(), os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "tests/toy_run.py", str(tmp_path), "100000", "0.02"]
-    pair = [
-        subprocess.Popen(
-            [*command, f"{address},2,{i}"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-        for i in range(2)
-    ]
-    try:
-        wait_for(tmp_path / "checkpoints" / "4", pair)
-        pair[1].send_signal(number)
-        outputs = finish(*pair)
-    finally:
-        for process in pair:
-            process.kill()
-    ends = [output.split("result")[1].split()[:2] for output in outputs]
-    assert ends[0][0] == ends[1][0] and (tmp_path / "checkpoints" / ends[0][0]).is_dir()
-    assert [int(end[1]) for end in ends] == [signal.SIGTERM, number]

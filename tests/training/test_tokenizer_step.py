@@ -124,6 +124,19 @@ def test_redrawn_codes_are_residuals_of_the_batch(step, history, encode):
     jax.tree.map(np.testing.assert_array_equal, *encoders)
 
 
+def test_weights_that_are_not_finite_poison_neither_codes_nor_statistics(history):
+    """A redraw and a step with an encoder that gives NaN leave the rest of the state as it was."""
+    state = history[1][0]
+    spoilt = {**state.params, "encoder": jax.tree.map(lambda x: x * np.nan, state.params["encoder"])}
+    state = state.replace(params=spoilt)
+    new = quick_jit(functools.partial(redraw_codes, MODEL, OPTIONS))(state, {"image": PIXELS}, jax.random.key(4))
+    np.testing.assert_array_equal(new.params["codebook"], state.params["codebook"])
+    step = quick_jit(functools.partial(train_step, TokenizerRecipe(MODEL, OPTIMIZER, OPTIONS)))
+    new, metrics = step(state, {"image": PIXELS}, 0.01, 0.0)
+    assert metrics["is_bad"] == 1
+    np.testing.assert_array_equal(new.extra["hits"], state.extra["hits"])
+
+
 def test_codes_are_redrawn_after_the_warm_up_and_then_at_intervals_to_a_last_step():
     options = CodebookOptions(warmup_steps=30, revive_every_steps=15, revive_until_step=60)
     assert [step for step in range(100) if options.is_redraw_due(step)] == [30, 45, 60]

@@ -1,0 +1,94 @@
+"""Two processes of one training run: what goes wrong in one of them ends both, soon and with one reason."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_kill import ROOT, end_all, free_address, wait_for_step
+
+END_S = 15
+
+
+def start(workdirs, environment=None, steps=10**6):
+    address = free_address()
+    return [
+        subprocess.Popen(
+            [sys.executable, "tests/toy_run.py", str(workdir), str(steps), "0.02", f"{address},2,{index}"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | (environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, workdir in enumerate(workdirs)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "reason"),
+    [
+        ("1:6:input", 2, "process 1 of 2: 201 bad images, but data.max_bad_share=0.01 allows 200"),
+        ("0:6:disk", 1, "process 0 of 2: runs/toy/metrics.jsonl: No space left on device"),
+        ("1:6:bug", 1, "process 1 of 2: ZeroDivisionError: by zero"),
+    ],
+)
+def test_an_error_in_the_middle_ends_both_with_its_reason_once(tmp_path, failure, status, reason):
+    pair = start([tmp_path] * 2, {"TOY_FAIL": failure})
+    wait_for_step(pair[0], 6)
+    statuses, _, errors = end_all(pair, END_S)
+    assert statuses == [status] * 2
+    assert f"error: {reason}\n" in errors[0]
+    assert "".join(errors).count("error: ") == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["4"]
+
+
+def test_workdirs_of_their_own_are_refused_by_both_before_anything_is_written(tmp_path):
+    pair = start([tmp_path / "a", tmp_path / "b"], {"MVAR_SHARED_SECONDS": "2"})
+    statuses, _, errors = end_all(pair, 120)
+    assert statuses == [2, 2]
+    assert "must be on storage that all processes share: process 1 of 2" in errors[0]
+    assert "".join(errors).count("error: ") == 1
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_a_workdir_in_use_is_refused_by_both_with_the_reason_of_the_one_that_saw_it(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "tests/toy_run.py", str(tmp_path), "1000000", "0.02"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        try:
+            wait_for_step(holder, 1)
+            statuses, _, errors = end_all(start([tmp_path] * 2), 120)
+        finally:
+            holder.kill()
+    assert statuses == [2, 2]
+    assert f"workdir {tmp_path} is in use" in errors[0] and "".join(errors).count("error: ") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_one_lets_both_save_and_the_next_start_is_bit_equal(tmp_path, number):
+    pair = start([tmp_path / "a"] * 2)
+    wait_for_step(pair[0], 6)
+    pair[1].send_signal(number)
+    statuses, outputs, errors = end_all(pair, 60)
+    assert statuses == [0, 0], errors
+    step = int(outputs[0].split("result")[1].split()[0])
+    assert (tmp_path / "a" / "checkpoints" / str(step)).is_dir()
+    for workdir in ("a", "b"):
+        statuses, _, errors = end_all(start([tmp_path / workdir] * 2, steps=step + 10), 120)
+        assert statuses == [0, 0], errors
+    resumed, undisturbed = (
+        [json.loads(line) for line in (tmp_path / workdir / "metrics.jsonl").read_text().splitlines()]
+        for workdir in ("a", "b")
+    )
+    losses = lambda lines: {(line["kind"], line["step"]): line["loss"] for line in lines}
+    later = {key: loss for key, loss in losses(resumed).items() if key[1] > step}
+    assert later and later.items() <= losses(undisturbed).items()

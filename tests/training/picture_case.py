@@ -1,0 +1,79 @@
+"""Pictures of both tasks, drawn with weights sharded over eight virtual devices and with all on one; prints JSON."""
+
+import json
+import types
+
+import jax
+import numpy as np
+from small_case import seeded_params
+
+from mvar_jax.data.options import LoadOptions
+from mvar_jax.data.sources import SyntheticSource
+from mvar_jax.data.transforms import PhotoTransform
+from mvar_jax.models.networks import Networks
+from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.transformer import Transformer
+from mvar_jax.sharding import make_mesh, use_mesh
+from mvar_jax.training.optimizer import OptimizerOptions
+from mvar_jax.training.task import RunOptions, TaskData
+from mvar_jax.training.tokenizer_step import CodebookOptions
+from mvar_jax.training.tokenizer_task import TokenizerTask
+from mvar_jax.training.transformer_step import PhaseOptions
+from mvar_jax.training.transformer_task import TransformerTask
+
+SIDES = (1, 2)
+# weights far larger than activations, spread over many layers
+TRANSFORMER = Transformer(SIDES, 1, 3, 16, 4, num_classes=3, depth=8, width=128, num_heads=8)
+TOKENIZER = Tokenizer(
+    SIDES, vocab_size=16, code_width=4, ch=8, ch_mult=(1,), num_res_blocks=1, num_groups=4, num_phi=1
+)
+WIDE = TOKENIZER.clone(ch=128, num_groups=8)
+FEW = 5  # held-out images, which eight devices do not divide
+
+
+def tasks(mesh) -> dict:
+    sources = {split: SyntheticSource(split, seed=0, size=FEW) for split in ("train", "val")}
+    data = TaskData(sources, PhotoTransform(2, flip=False), LoadOptions())
+    run = RunOptions(0, 10, 8, OptimizerOptions(), mesh)
+    networks = Networks(TOKENIZER, seeded_params(TOKENIZER, std=0.5))
+    return {
+        "samples": TransformerTask(run, TRANSFORMER, PhaseOptions(), networks, data),
+        "reconstructions": TokenizerTask(run, WIDE, CodebookOptions(), data),
+    }
+
+
+def draw(task, module) -> tuple[np.ndarray, dict]:
+    """Return the picture, and the bytes of the weights and of what one device holds while it is drawn."""
+    params = jax.device_put(seeded_params(module, std=0.05), task.shardings.params)
+    (picture,) = task.pictures(types.SimpleNamespace(params=params, ema=None)).values()
+    with use_mesh(task.run.mesh):
+        if isinstance(task, TransformerTask):
+            program = task.draw_pictures.lower(params, task.tokenizer).compile()
+        else:
+            program = task.reconstruct.lower(params, np.zeros((FEW, 2, 2, 3), np.uint8)).compile()
+    memory = program.memory_analysis()
+    sizes = {
+        "weights": sum(x.nbytes for x in jax.tree.leaves(params)),
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+    }
+    return picture, sizes
+
+
+def main():
+    sharded, single = tasks(make_mesh(data=1, fsdp=8)), tasks(make_mesh(devices=jax.devices()[:1]))
+    report = {"devices": len(jax.devices())}
+    for name, module in (("samples", TRANSFORMER), ("reconstructions", WIDE)):
+        (picture, sizes), (expected, _) = draw(sharded[name], module), draw(single[name], module)
+        difference = np.abs(picture.astype(int) - expected.astype(int))
+        report[name] = {
+            **sizes,
+            "same_shape": picture.shape == expected.shape,
+            "worst": int(difference.max()),
+            "spread": float(expected.std()),
+        }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
