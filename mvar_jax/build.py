@@ -191,7 +191,9 @@ def load_tokenizer_of_cache(data: DataOptions):
 
     meta = read_meta(data.cache)
     inside = meta.get("tokenizer")
-    path = data.tokenizer or (str(as_path(data.cache) / inside) if inside else meta["tokenizer_path"])
+    path = data.tokenizer or (
+        str(as_path(data.cache, "config.data.cache") / inside) if inside else meta["tokenizer_path"]
+    )
     advice = "pass config.data.tokenizer=DIR with the tokenizer that made it, or encode again with cache_tokens"
     try:
         networks = load_tokenizer(path)

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from fsspec.asyn import AsyncFileSystem
 from test_token_cache import _contents, _from, _records, _write, _write_dying, _writer
 
 from mvar_jax.data.options import LoadOptions
@@ -20,17 +19,13 @@ from mvar_jax.tokens import cache_writer, copies, shards
 from mvar_jax.tokens.cache_reader import TokenCache
 from mvar_jax.tokens.cache_writer import UNFINISHED
 
-gcsfs = pytest.importorskip("gcsfs", reason="gcsfs not installed: pip install -e '.[test]'")
-
 NUM_SHARDS = 4
 DEADLINE_S = 60
 
 
 @pytest.fixture
-def folder(store, tmp_path, monkeypatch):
+def folder(store, tmp_path):
     """A new folder of a store."""
-    # GCS's move of an object, which the emulator does not have; gcsfs tries for half a minute, then copies
-    monkeypatch.setattr(gcsfs.GCSFileSystem, "_mv_file", AsyncFileSystem._mv_file)
     return as_path(f"{store.url}/{tmp_path.parent.name}-{tmp_path.name}")
 
 
