@@ -238,6 +238,11 @@ def _read_weights(folder: Path, prefer_ema: bool) -> Any:
     return trees.read_item(folder, "ema" if prefer_ema and has_ema else "params")
 
 
+def has_checkpoint(workdir: str | os.PathLike) -> bool:
+    """Return whether a workdir holds a checkpoint; makes and changes nothing."""
+    return bool(steps_of(workdir).all())
+
+
 def _restore(folder: Path, abstract_state: Any) -> Any:
     read_item = orbax_format.read_item if orbax_format.is_orbax(folder) else trees.read_item
     restored = {name: read_item(folder, name, abstract) for name, abstract in _items_of(abstract_state).items()}
