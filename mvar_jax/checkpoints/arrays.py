@@ -2,13 +2,17 @@
 
 An array is a grid of objects, one for each device's shard or part of it, and each object a grid of chunks. A process
 writes the objects of its own shards and reads the chunks of its own shards, whatever the mesh was at the save.
+The layout is in `zarr.json`, whose checksum is among its attributes.
 """
 
 import itertools
+import json
 import math
 import os
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +21,7 @@ import numpy as np
 import tensorstore as ts
 from jax.sharding import Sharding
 
+from mvar_jax.errors import shorten
 from mvar_jax.files.paths import scheme_of
 
 OBJECT_BYTES = 2**28  # tensorstore puts an object on S3 in one request, which S3 limits to 5 GB
@@ -26,6 +31,8 @@ _BYTES_UNDER_WAY = 2**30  # of host memory for copies that are being read or wri
 _RETRIES = {"max_retries": 7, "initial_delay": "1s", "max_delay": "16s"}
 _BYTES_CODEC = {"name": "bytes", "configuration": {"endian": "little"}}
 _CHECKSUM_CODEC = {"name": "crc32c"}
+_LAYOUT_FILE = "zarr.json"
+_LAYOUTS_AT_ONCE = 32
 # tensorstore's codes for bytes that were read and are not what was written
 _DAMAGE_CODES = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
 
@@ -47,6 +54,33 @@ class Layout(NamedTuple):
         object_shape = _shrink(shard_shape, OBJECT_BYTES // dtype.itemsize)
         chunk_shape = _shrink(object_shape, CHUNK_BYTES // dtype.itemsize)
         return cls(dtype.name, tuple(shape), object_shape, chunk_shape)
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, Any]) -> "Layout":
+        """Return the layout that zarr's metadata describe, if they are those of `metadata`."""
+        object_shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        first = metadata["codecs"][0]
+        is_cut = first["name"] == "sharding_indexed"
+        chunk_shape = first["configuration"]["chunk_shape"] if is_cut else object_shape
+        return cls(metadata["data_type"], tuple(metadata["shape"]), tuple(object_shape), tuple(chunk_shape))
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Return zarr's metadata of the array."""
+        codecs: list[dict] = [_BYTES_CODEC, _CHECKSUM_CODEC]
+        if self.chunk_shape != self.object_shape:
+            chunks = {"chunk_shape": self.chunk_shape, "codecs": codecs, "index_codecs": codecs}
+            codecs = [{"name": "sharding_indexed", "configuration": chunks | {"index_location": "end"}}]
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": self.shape,
+            "data_type": self.dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.object_shape}},
+            "chunk_key_encoding": {"name": "default"},
+            "fill_value": False if self.dtype == "bool" else 0,
+            "codecs": codecs,
+        }
 
     @property
     def object_bytes(self) -> int:
@@ -111,9 +145,45 @@ def write(folder: Path, pieces: Iterable[Piece]) -> None:
         future.result()
 
 
-def read(folder: Path, arrays: Sequence[tuple[str, Layout, Sharding]]) -> list[jax.Array]:
+def write_layouts(folder: Path, layouts: Mapping[str, Layout]) -> None:
+    """Write the layouts of arrays: one process does."""
+
+    def write_one(name: str) -> None:
+        path = folder / name / _LAYOUT_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_encode(layouts[name]))
+
+    with ThreadPoolExecutor(_LAYOUTS_AT_ONCE) as threads:
+        list(threads.map(write_one, layouts))
+
+
+def read_layouts(folder: Path, names: Sequence[str]) -> list[Layout]:
+    """Return the layouts of arrays. Raises ReadError."""
+
+    def read_one(name: str) -> Layout:
+        try:
+            data = (folder / name / _LAYOUT_FILE).read_bytes()
+        except FileNotFoundError:
+            raise ReadError(name, f"NOT_FOUND: {_LAYOUT_FILE} is missing") from None
+        except OSError as error:
+            raise ReadError(name, shorten(error)) from error
+        try:
+            layout = Layout.from_metadata(json.loads(data))
+        except (ValueError, LookupError, TypeError):
+            layout = None
+        if layout is None or _encode(layout) != data:
+            raise ReadError(name, f"DATA_LOSS: {_LAYOUT_FILE} is not what was written")
+        return layout
+
+    with ThreadPoolExecutor(_LAYOUTS_AT_ONCE) as threads:
+        return list(threads.map(read_one, names))
+
+
+def read(folder: Path, named: Sequence[tuple[str, Sharding]]) -> list[jax.Array]:
     """Read this process's shards of arrays. Raises ReadError."""
     context = _context()
+    layouts = read_layouts(folder, [name for name, _ in named])
+    arrays = [(name, layout, sharding) for (name, sharding), layout in zip(named, layouts, strict=True)]
 
     def start(array: tuple[str, Layout, Sharding]):
         name, layout, sharding = array
@@ -138,6 +208,11 @@ def read(folder: Path, arrays: Sequence[tuple[str, Layout, Sharding]]) -> list[j
         return shards * len(sharding.addressable_devices)
 
     return [finish(array, futures) for array, futures in _overlap(arrays, start, shard_bytes)]
+
+
+def _encode(layout: Layout) -> bytes:
+    text = json.dumps(layout.metadata)
+    return json.dumps(layout.metadata | {"attributes": {"crc32": zlib.crc32(text.encode())}}).encode()
 
 
 def _starts(index: Index) -> tuple[int, ...]:
@@ -173,25 +248,11 @@ def _context() -> ts.Context:
 
 
 def _open(folder: Path, name: str, layout: Layout, context: ts.Context) -> ts.TensorStore:
-    """Open an array by its layout alone: nothing is read, and no file with metadata is needed."""
-    codecs: list[dict] = [_BYTES_CODEC, _CHECKSUM_CODEC]
-    if layout.chunk_shape != layout.object_shape:
-        chunks = {"chunk_shape": layout.chunk_shape, "codecs": codecs, "index_codecs": codecs}
-        codecs = [{"name": "sharding_indexed", "configuration": chunks | {"index_location": "end"}}]
-    metadata = {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": layout.shape,
-        "data_type": layout.dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": layout.object_shape}},
-        "chunk_key_encoding": {"name": "default"},
-        "fill_value": False if layout.dtype == "bool" else 0,
-        "codecs": codecs,
-    }
+    """Open an array by its layout alone: nothing is read."""
     spec = {
         "driver": "zarr3",
         "kvstore": _kvstore(folder / name),
-        "metadata": metadata,
+        "metadata": layout.metadata,
         "open": True,
         "assume_metadata": True,
         "store_data_equal_to_fill_value": True,

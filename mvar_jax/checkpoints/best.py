@@ -7,7 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mvar_jax.checkpoints.steps import steps_of
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
+
+from mvar_jax.checkpoints.steps import checkpoint_folder, list_steps
 from mvar_jax.errors import InputError
 from mvar_jax.files.atomic import write_atomically
 
@@ -41,8 +43,11 @@ class Metric:
         return value if self.is_more_better else -value
 
 
-class Scores:
-    """Scores of the evaluated steps, in `checkpoints/scores.json`. A score counts while its checkpoint exists."""
+class Scores(PreservationPolicy):
+    """Scores of the evaluated steps, in `checkpoints/scores.json`; as an Orbax policy it keeps the best step.
+
+    A score counts only while its checkpoint exists.
+    """
 
     def __init__(self, folder: Path, score_of_step: dict[int, float]):
         self._path, self._score_of_step = folder / SCORE_FILE, score_of_step
@@ -66,6 +71,11 @@ class Scores:
         """Write the scores: one process does."""
         write_atomically(self._path, json.dumps(self._score_of_step) + "\n")
 
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Return for each checkpoint whether it is the best."""
+        best = self.best_of([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step == best for checkpoint in checkpoints]
+
 
 def read_scores(folder: Path) -> dict[int, float]:
     """Return step -> score of a folder of checkpoints; empty if there are none or they are unreadable."""
@@ -77,5 +87,5 @@ def read_scores(folder: Path) -> dict[int, float]:
 
 def best_step(workdir: str | os.PathLike) -> int | None:
     """Return the step of a run's best checkpoint, None if no evaluation was scored."""
-    steps = steps_of(workdir)
-    return Scores(steps.folder, read_scores(steps.folder)).best_of(steps.all())
+    folder = checkpoint_folder(workdir)
+    return Scores(folder, read_scores(folder)).best_of(list_steps(folder))

@@ -1,25 +1,32 @@
 """Checkpoints of a run."""
 
+import contextlib
 import dataclasses
 import os
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from mvar_jax.checkpoints import arrays, orbax_format, trees
-from mvar_jax.checkpoints.agreement import by_all, by_first
+from mvar_jax.checkpoints.array_handler import tree_handler
 from mvar_jax.checkpoints.best import Scores, read_scores
-from mvar_jax.checkpoints.index import DamagedError, Index, read_index, write_index
-from mvar_jax.checkpoints.leaves import layouts_of, own_pieces
-from mvar_jax.checkpoints.steps import steps_of
+from mvar_jax.checkpoints.checksums import DamagedError, check_files, error_fields, has_item, write_checksums
+from mvar_jax.checkpoints.quiet import quiet_orbax
+from mvar_jax.checkpoints.steps import atomicity_of, checkpoint_folder, list_steps, set_aside, unfinished
+from mvar_jax.checkpoints.trees import TREE_FILE, read_item
 from mvar_jax.errors import InputError, shorten
+from mvar_jax.processes import group
+
+_META = "meta"
+_META_FILE = "meta/metadata"
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, `workdir/checkpoints/STEP/{params,ema,optimizer}`.
+    """The checkpoints of one workdir, `workdir/checkpoints/STEP/{params,ema,optimizer,meta}`, kept by Orbax.
 
     Saving is asynchronous; the state may be donated as soon as `save` returns, after the copy from the devices to the
     host. Remains of a killed save are never taken for a checkpoint, and are removed here. Every process of a run
@@ -29,25 +36,49 @@ class Checkpoints:
       workdir: of the run.
       keep: number of newest checkpoints to keep; the best one is kept too.
 
-    Raises InputError in every process if the folder cannot be made or read.
+    Raises InputError if the folder cannot be made or read.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int):
-        self._workdir, self._keep = workdir, keep
-        self._steps = steps_of(workdir)
-        self._background: threading.Thread | None = None
-        self._error: BaseException | None = None
-        # All processes must decide alike, so what they know comes from the first one and from their own calls, never
-        # from how far their background is.
-        self._known, scores = by_first("list of checkpoints", self._clean)
-        self._scores = Scores(self._steps.folder, {step: score for step, score in scores})
+        self._workdir, self._folder = workdir, checkpoint_folder(workdir)
+        self._saving: tuple[int, list[str]] = (0, [])
+        self._thread = ThreadPoolExecutor(1)  # writes the scores
+        self._written_scores: Future[None] = self._thread.submit(lambda: None)
+        with contextlib.ExitStack() as quiet:
+            quiet.enter_context(quiet_orbax())
+            try:
+                self._manager = ocp.CheckpointManager(
+                    self._folder, options=self._options(keep), handler_registry=_handler_registry()
+                )
+            except OSError as error:
+                words = f"workdir {workdir} cannot be written: {shorten(error)}"
+                raise InputError(
+                    words, field="workdir", given=str(workdir), expected="a writable directory"
+                ) from error
+            # saves run in the background, so Orbax stays quiet until `close`
+            self._quiet = quiet.pop_all()
+
+    def _options(self, keep: int) -> ocp.CheckpointManagerOptions:
+        # all processes must keep the same checkpoints, so they take what the first one reads
+        here = group.current()
+        scores = here.gather("scores", list(read_scores(self._folder).items()) if here.index == 0 else None)[0]
+        self._scores = Scores(self._folder, dict(scores))
+        return ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), self._scores]),
+            cleanup_tmp_directories=True,
+            single_host_load_and_broadcast=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            atomicity_options=atomicity_of(self._folder),
+            # the training loop would wait while Orbax asks the storage whether the new step exists
+            file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, error_type, *_):
-        # A second Ctrl-C must not wait for a save, nor an error for processes that will not come to the save's end.
-        # The next run ignores an unfinished save.
+        # A second Ctrl-C must not wait for a save, nor an error for processes that may not come to the save's
+        # barriers. The next run ignores an unfinished save.
         if error_type and (issubclass(error_type, KeyboardInterrupt) or jax.process_count() > 1):
             return
         try:
@@ -58,29 +89,27 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """Return the newest checkpoint's step, None if there is no checkpoint."""
-        return max(self._known, default=None)
+        return self._manager.latest_step()
 
     def is_best(self, score: float) -> bool:
         """Return whether a score (more is better) beats those of all checkpoints."""
-        return self._scores.is_best(score, self._known)
+        return self._scores.is_best(score, self._manager.all_steps())
 
     def add_score(self, step: int, score: float) -> None:
         """Note a step's score: the checkpoint with the highest is kept in addition to the newest.
 
         It is written in the background, after the checkpoint.
         """
-        self._scores.add(step, score, self._known)
-        if jax.process_index() == 0:
-            self._start(self._scores.write)
+        self._scores.add(step, score, self._manager.all_steps())
+        if group.current().index == 0:
+            self._written_scores = self._thread.submit(self._write_scores)
 
     def drop_newest(self) -> int:
         """Remove the newest checkpoint if there is an older one, and return the step of the newest one left."""
-        self.wait()
-        *older, newest = sorted(self._known)
+        *older, newest = sorted(self._manager.all_steps())
         if not older:
             return newest
-        by_first("dropped checkpoint", lambda: self._steps.remove(newest))
-        self._known = older
+        self._manager.delete(newest)
         return older[-1]
 
     def save(self, state: Any, meta: dict) -> None:
@@ -88,16 +117,12 @@ class Checkpoints:
 
         Raises what the last save raised.
         """
-        step = int(state.step)
         self.wait()
-        items = _items_of(state)
-        index = Index({name: layouts_of(tree) for name, tree in items.items()}, meta)
-        pieces = own_pieces(items)
-        self._known.append(step)
-        kept = {*sorted(self._known)[-self._keep :], self._scores.best_of(self._known)}
-        outdated = [step for step in self._known if step not in kept]
-        self._known = [step for step in self._known if step in kept]
-        self._start(lambda: self._write(step, index, pieces, outdated))
+        step, items = int(state.step), _items_of(state)
+        self._saving = step, [*(f"{name}/{TREE_FILE}" for name in items), _META_FILE]
+        args = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+        composite = ocp.args.Composite(**args, **{_META: ocp.args.JsonSave(meta)})
+        self._manager.save(step, args=composite, force=True)
 
     def restore(self, abstract_state: Any, strict: bool = False, say: Callable[[str], None] = print) -> Any:
         """Load the newest checkpoint that is not damaged.
@@ -113,88 +138,56 @@ class Checkpoints:
           InputError: there is no checkpoint, none is good, storage cannot be reached, or the arrays differ from
             `abstract_state`.
         """
-        if not self._known:
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
             raise _no_checkpoint("workdir", self._workdir)
         damage: list[DamagedError] = []
-        for step in reversed(self._known):
+        for step in steps:
             try:
-                state = self._restore_together(step, abstract_state)
+                state = _restore_together(self._folder / str(step), abstract_state)
             except DamagedError as error:
                 damage.append(error)
                 if strict:
                     break
                 continue
-            self._set_aside(damage, step, say)
+            if damage:
+                self._set_aside(dict(zip(steps, damage, strict=False)), step, say)
             return state
         raise damage[0]
 
     def wait(self) -> None:
         """Return when the last `save` is stored and visible; raise what it raised."""
-        if self._background is not None:
-            self._background.join()
-            self._background = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        self._manager.wait_until_finished()
+        self._written_scores.result()
 
     def close(self) -> None:
-        """Wait for the last `save`."""
-        self.wait()
-
-    def _clean(self) -> tuple[list[int], list[tuple[int, float]]]:
-        """Return the steps and their scores."""
-        try:
-            self._steps.clean()
-            return self._steps.all(), list(read_scores(self._steps.folder).items())
-        except OSError as error:
-            words = f"workdir {self._workdir} cannot be written: {shorten(error)}"
-            raise InputError(
-                words, field="workdir", given=str(self._workdir), expected="a writable directory"
-            ) from error
-
-    def _start(self, function: Callable[[], None]) -> None:
-        """Call a function in the background, after all that was started before, unless that failed."""
-        before = self._background
-
-        def run() -> None:
-            if before is not None:
-                before.join()
+        """Wait for the last `save` and release the folder."""
+        with self._quiet, self._thread:
             try:
-                if self._error is None:
-                    function()
-            except BaseException as error:  # raised by `wait`
-                self._error = error
+                self._written_scores.result()
+            finally:
+                self._manager.close()
 
-        # not waited for when Python ends: what is unfinished then is ignored by the next run
-        self._background = threading.Thread(target=run, name="checkpoint", daemon=True)
-        self._background.start()
+    def _write_checksums(self) -> None:
+        # Orbax calls this in the first process when all items are written, and before it makes the step visible.
+        step, names = self._saving
+        write_checksums(unfinished(self._folder, step), names)
 
-    def _write(self, step: int, index: Index, pieces: list[arrays.Piece], outdated: list[int]) -> None:
-        """Write this process's part; the first process completes the checkpoint when all have written theirs."""
-        by_first("begin of a checkpoint", lambda: self._steps.begin(step))
-        by_all("arrays of a checkpoint", lambda: arrays.write(self._steps.unfinished(step), pieces))
-        by_first("commit of a checkpoint", lambda: self._commit(step, index))
-        if jax.process_index() == 0:
-            for old in outdated:
-                self._steps.remove(old)
-
-    def _commit(self, step: int, index: Index) -> None:
-        write_index(self._steps.unfinished(step), index)
-        self._steps.commit(step)
-
-    def _restore_together(self, step: int, abstract_state: Any) -> Any:
-        """Raise in every process what the first process with an error met."""
-        return by_all("restored checkpoint", lambda: _restore(self._steps[step], abstract_state))
-
-    def _set_aside(self, damage: list[DamagedError], good_step: int, say: Callable[[str], None]) -> None:
-        damaged_steps = [step for step in self._known if step > good_step]
-        self._known = [step for step in self._known if step <= good_step]
-        if not damaged_steps:
+    def _write_scores(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception:  # raised by `wait` too; a score without its checkpoint does not count
             return
-        fates = by_first("damaged checkpoints", lambda: [self._steps.set_aside(step) for step in damaged_steps])
-        if jax.process_index() == 0:
-            for error, fate in zip(damage, reversed(fates), strict=True):
-                say(f"{error}; {fate}; resuming from step {good_step} instead")
+        self._scores.write()
+
+    def _set_aside(self, damage: dict[int, DamagedError], good_step: int, say: Callable[[str], None]) -> None:
+        here = group.current()
+        if here.index == 0:
+            for step, error in damage.items():
+                aside = set_aside(self._folder, step)
+                say(f"{error}; it is now {aside}; resuming from step {good_step} instead")
+        here.wait_for_all("damaged checkpoints")
+        self._manager.reload()
 
 
 def restore_weights(workdir: str | os.PathLike, step: int | None = None, prefer_ema: bool = True) -> Any:
@@ -206,45 +199,54 @@ def restore_weights(workdir: str | os.PathLike, step: int | None = None, prefer_
 
     Raises InputError if there is no checkpoint, no such step, or a damaged one.
     """
-    steps = steps_of(workdir)
-    there = steps.all()
-    if not there:
+    folder = checkpoint_folder(workdir)
+    steps = list_steps(folder)
+    if not steps:
         raise _no_checkpoint("checkpoint", workdir)
-    if step is not None and step not in there:
-        names = ", ".join(map(str, there))
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, steps))
         raise InputError(
-            f"{workdir} has no checkpoint of step {step}, only of {names}", field="step", given=step, expected=names
+            f"{workdir} has no checkpoint of step {step}, only of {there}", field="step", given=step, expected=there
         )
-    step = there[-1] if step is None else step
+    step = steps[-1] if step is None else step
     try:
-        return _read_weights(steps[step], prefer_ema)
+        return _read_weights(folder / str(step), prefer_ema)
     except DamagedError as error:
-        for older in reversed([other for other in there if other < step]):
+        for older in reversed([other for other in steps if other < step]):
             try:
-                _read_weights(steps[older], prefer_ema)
+                _read_weights(folder / str(older), prefer_ema)
             except InputError:
                 continue
-            words = f"{error}; the newest good one is of step {older}: move {steps[step]} away to load it"
+            words = f"{error}; the newest good one is of step {older}: move {folder / str(step)} away to load it"
             raise DamagedError(words, field=error.field, given=error.given, expected=error.expected) from error
         raise
 
 
-def _read_weights(folder: Path, prefer_ema: bool) -> Any:
-    # a lost average must not pass for a run that kept none
-    if orbax_format.is_orbax(folder):
-        has_ema = orbax_format.has_item(folder, "ema")
-        return orbax_format.read_item(folder, "ema" if prefer_ema and has_ema else "params")
-    has_ema = "ema" in read_index(folder).items
-    return trees.read_item(folder, "ema" if prefer_ema and has_ema else "params")
-
-
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
     """Return whether a workdir holds a checkpoint; makes and changes nothing."""
-    return bool(steps_of(workdir).all())
+    return bool(list_steps(checkpoint_folder(workdir)))
+
+
+def _read_weights(folder: Path, prefer_ema: bool) -> Any:
+    # a lost average must not pass for a run that kept none
+    return read_item(folder, "ema" if prefer_ema and has_item(folder, "ema") else "params")
+
+
+def _restore_together(folder: Path, abstract_state: Any) -> Any:
+    """Restore a checkpoint; raise DamagedError in every process if one meets damage. Other errors end the run."""
+    state, damage = None, None
+    try:
+        state = _restore(folder, abstract_state)
+    except DamagedError as error:
+        damage = error
+    for words in group.current().gather(f"damage of {folder.name}", damage and str(damage)):
+        if words:
+            raise damage or DamagedError(words, **error_fields(folder))
+    return state
 
 
 def _restore(folder: Path, abstract_state: Any) -> Any:
-    read_item = orbax_format.read_item if orbax_format.is_orbax(folder) else trees.read_item
+    check_files(folder, _META)
     restored = {name: read_item(folder, name, abstract) for name, abstract in _items_of(abstract_state).items()}
     rest = restored["optimizer"]
     return dataclasses.replace(
@@ -255,6 +257,12 @@ def _restore(folder: Path, abstract_state: Any) -> Any:
         opt_state=rest["opt_state"],
         extra=rest["extra"],
     )
+
+
+def _handler_registry() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add(None, ocp.args.PyTreeSave, tree_handler())
+    return registry
 
 
 def _items_of(state: Any) -> dict[str, Any]:

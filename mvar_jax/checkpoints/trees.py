@@ -1,9 +1,10 @@
-"""Weight trees: a folder of arrays with an index, whole trees or items of a checkpoint.
+"""Weight trees and the items of a checkpoint, written and read by Orbax.
 
-A tree is written under another name and renamed when complete, and the index comes last, so a kill at any moment
-leaves the previous state readable.
+On a file system a tree is written under another name and renamed when complete, so a kill at any moment leaves the
+previous state readable.
 """
 
+import functools
 import glob
 import os
 import shutil
@@ -12,18 +13,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import SingleDeviceSharding
 
-from mvar_jax.checkpoints import arrays, orbax_format
-from mvar_jax.checkpoints.arrays import Layout
-from mvar_jax.checkpoints.index import INDEX_FILE, Index, Keys, damaged, read_index, unreadable, write_index
-from mvar_jax.checkpoints.leaves import file_name, find_difference, flatten, nest, whole_pieces
-from mvar_jax.checkpoints.steps import remove_folder
+from mvar_jax.checkpoints import arrays
+from mvar_jax.checkpoints.array_handler import tree_handler
+from mvar_jax.checkpoints.checksums import check_files, damaged, has_item, unreadable, write_checksums
+from mvar_jax.checkpoints.quiet import quiet_orbax
+from mvar_jax.checkpoints.steps import atomicity_of
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.atomic import remove_leftovers, temporary_path
-from mvar_jax.files.paths import as_path, scheme_of
+from mvar_jax.files.paths import as_path, is_store
 
-_ITEM = "weights"
+TREE_FILE = ocp.path.format_utils.PYTREE_METADATA_FILE  # Orbax's description of a tree
 
 
 def save_tree(path: str | os.PathLike, tree: Any) -> None:
@@ -35,10 +38,7 @@ def save_tree(path: str | os.PathLike, tree: Any) -> None:
     if jax.process_index():
         return
     path = as_path(path)
-    if scheme_of(path):
-        (path / INDEX_FILE).unlink(missing_ok=True)
-        if path.is_dir():
-            remove_folder(path)
+    if is_store(path):
         _write_tree(path, tree)
         return
     path = path.absolute()
@@ -53,7 +53,7 @@ def save_tree(path: str | os.PathLike, tree: Any) -> None:
 
 
 def load_tree(path: str | os.PathLike) -> Any:
-    """Load what `save_tree` wrote, in this version or in 0.1: nested dicts of arrays on the default device.
+    """Load what `save_tree` wrote: nested dicts of arrays on the default device.
 
     Raises InputError if there is no such directory or it is damaged.
     """
@@ -61,42 +61,65 @@ def load_tree(path: str | os.PathLike) -> Any:
     if not path.is_dir():
         words = f"{path} is not a directory of saved weights"
         raise InputError(words, field="checkpoint", given=str(path), expected="a directory of saved weights")
-    return orbax_format.read_item(path.absolute(), "") if orbax_format.is_orbax(path) else read_item(path, _ITEM)
+    return read_item(path if is_store(path) else path.absolute())
 
 
-def read_item(folder: Path, name: str, abstract: Any = None) -> Any:
-    """Load the item `name` of a folder, placed as the ShapeDtypeStructs of `abstract` say.
+def read_item(folder: Path, name: str = "", abstract: Any = None) -> Any:
+    """Load the item `name` of a checkpoint, placed as the ShapeDtypeStructs of `abstract` say.
 
     Each process reads the parts that its devices hold, and their checksums are checked. Without `abstract` all there
-    is, on the default device. Raises InputError if the item is missing or holds other arrays than `abstract`,
-    DamagedError if something that was read is damaged.
+    is, on the default device; name "" is a tree on its own. Raises InputError if the item is missing or holds other
+    arrays than `abstract`, DamagedError if something that was read is damaged.
     """
-    items = read_index(folder).items
-    if name not in items:
+    if name and not has_item(folder, name):
         raise unreadable(folder, f"it has no {name}")
-    layouts = items[name]
-    if abstract is None:
-        one = SingleDeviceSharding(jax.local_devices()[0])
-        return nest(_read(folder, name, layouts, dict.fromkeys(layouts, one)))
-    wanted = flatten(abstract)
-    if difference := find_difference(dict(layouts), wanted):
-        raise unreadable(folder, difference)
-    leaves = _read(folder, name, layouts, {keys: leaf.sharding for keys, leaf in wanted.items()})
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
-
-
-def _read(folder: Path, item: str, layouts: dict[Keys, Layout], shardings: dict[Keys, Sharding]) -> dict[Keys, Any]:
-    wanted = [(file_name(item, keys), layouts[keys], sharding) for keys, sharding in shardings.items()]
+    check_files(folder, name)
     try:
-        return dict(zip(shardings, arrays.read(folder, wanted), strict=True))
+        with quiet_orbax():
+            return _read_tree(folder, name, abstract)
     except arrays.ReadError as error:
+        place = f"{name}/{error.name}".lstrip("/")
         if error.is_damage:
-            raise damaged(folder, f"{error.name} is damaged ({shorten(error)})") from error
-        raise unreadable(folder, f"{error.name}: {shorten(error)}") from error
+            raise damaged(folder, f"{place} is damaged ({shorten(error)})") from error
+        raise unreadable(folder, f"{place}: {shorten(error)}") from error
+    except InputError:
+        raise
+    except Exception as error:  # Orbax and tensorstore raise whatever their layers raise
+        raise unreadable(folder, shorten(error)) from error
+
+
+def _read_tree(folder: Path, name: str, abstract: Any) -> Any:
+    # Orbax's Checkpointer waits for all processes, for ever if one of them meets damage; its handler does not
+    handler, path = tree_handler(), epath.Path(folder / name)
+    stored = handler.metadata(path).tree
+    if abstract is None:
+        sharding = SingleDeviceSharding(jax.local_devices()[0])
+        describe = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        abstract = jax.tree.map(describe, stored)
+    elif difference := _find_difference(stored, abstract):
+        raise unreadable(folder, difference)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return handler.restore(path, args=ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args))
+
+
+def _find_difference(stored: Any, abstract: Any) -> str | None:
+    # Orbax would convert other dtypes silently, and its own messages span many lines.
+    stored, wanted = _describe_leaves(stored), _describe_leaves(abstract)
+    for name in sorted(stored.keys() | wanted.keys()):
+        if stored.get(name) != wanted.get(name):
+            return f"{name} is {stored.get(name, 'absent')}, in this model {wanted.get(name, 'absent')}"
+    return None
+
+
+def _describe_leaves(tree: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    name_of = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {name_of(path): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _write_tree(folder: Path, tree: Any) -> None:
-    pieces = whole_pieces(_ITEM, jax.tree.map(np.asarray, tree))
-    arrays.write(folder, pieces)
-    layouts = {keys: Layout.of(leaf.dtype, leaf.shape, leaf.shape) for keys, leaf in flatten(tree).items()}
-    write_index(folder, Index({_ITEM: layouts}, {}))
+    alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="save_tree")
+    options = {"multiprocessing_options": alone, "atomicity_options": atomicity_of(folder)}
+    with quiet_orbax(), ocp.Checkpointer(tree_handler(), **options) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.PyTreeSave(jax.tree.map(np.asarray, tree)), force=True)
+    write_checksums(folder, [TREE_FILE])

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mvar_jax.checkpoints.manager import Checkpoints
+from mvar_jax.processes.together import run_together
 from mvar_jax.training.state import TrainState
 
 SIDE = 1024
@@ -52,8 +53,7 @@ def restore(workdir, abstract):
     return checked_step(state), num_read
 
 
-def main(workdir, address, index):
-    jax.distributed.initialize(address, 4, int(index))
+def main(workdir, index):
     sharded, abstract = make_state(1, P(None, "fsdp"))
     with Checkpoints(workdir, 3) as checkpoints:
         checkpoints.save(sharded, {})
@@ -72,7 +72,9 @@ def main(workdir, address, index):
     with Checkpoints(workdir, 3) as checkpoints:
         checkpoints.save(make_state(3, P(None, "fsdp"))[0], {})
     print("restored", *restore(workdir, abstract), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    workdir, address, index = sys.argv[1:]
+    sys.exit(run_together(lambda: main(workdir, index), f"{address},4,{index}"))

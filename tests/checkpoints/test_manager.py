@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mvar_jax.checkpoints import arrays
-from mvar_jax.checkpoints.index import DamagedError, read_index
+from mvar_jax.checkpoints.checksums import DamagedError
 from mvar_jax.checkpoints.manager import Checkpoints, restore_weights
 from mvar_jax.checkpoints.trees import load_tree, save_tree
 from mvar_jax.errors import InputError
@@ -59,7 +60,7 @@ def test_state_is_bit_equal_and_keeps_its_types_after_restore(tmp_path, has_ema)
         restored = checkpoints.restore(abstract(state))
     assert_equal_trees(restored, state)
     assert restored.params["dense"]["kernel"].sharding == state.params["dense"]["kernel"].sharding
-    assert read_index(tmp_path / "checkpoints/3").meta == {"step": 3}
+    assert json.loads((tmp_path / "checkpoints/3/meta/metadata").read_text()) == {"step": 3}
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -150,12 +151,20 @@ def damage_array(folder):
     flip(biggest_file(folder / "params"))
 
 
-def damage_index(folder):
-    flip(folder / "checkpoint.jsonl")
+def damage_description(folder):
+    flip(folder / "params/_METADATA")
 
 
-def remove_index(folder):
-    (folder / "checkpoint.jsonl").unlink()
+def remove_description(folder):
+    (folder / "params/_METADATA").unlink()
+
+
+def damage_layout(folder):
+    flip(folder / "params/dense.kernel/zarr.json")
+
+
+def remove_checksums(folder):
+    (folder / "checksums.jsonl").unlink()
 
 
 def remove_a_file(folder):
@@ -167,7 +176,15 @@ def cut_a_file(folder):
     path.write_bytes(path.read_bytes()[:-5])
 
 
-DAMAGES = [damage_array, damage_index, remove_index, remove_a_file, cut_a_file]
+DAMAGES = [
+    damage_array,
+    damage_description,
+    damage_layout,
+    remove_description,
+    remove_checksums,
+    remove_a_file,
+    cut_a_file,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -246,23 +263,26 @@ def test_storage_that_cannot_be_reached_is_no_damage(tmp_path, monkeypatch):
 
 
 def test_any_changed_byte_of_any_file_is_found(tmp_path, monkeypatch):
-    """The arrays' chunks carry CRC32C checksums of tensorstore, the index its own."""
+    """The arrays' chunks carry CRC32C checksums of tensorstore; Orbax's descriptions and `meta` are in a list."""
     monkeypatch.setattr(arrays, "OBJECT_BYTES", 512)
     monkeypatch.setattr(arrays, "CHUNK_BYTES", 128)
     tree = {"matrix": jnp.arange(256.0).reshape(16, 16), "half": jnp.ones((4, 4), jnp.bfloat16)}
     state = TrainState(jnp.int32(3), tree, None, {}, {})
     save(tmp_path, state)
     folder = tmp_path / "checkpoints/3"
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    assert len(files) == 5
-    for path in files:
-        whole = path.read_bytes()
-        for position in range(0, len(whole), 5):
-            flip(path, position)
-            with pytest.raises(DamagedError):
-                read_all(tmp_path, state)
-            path.write_bytes(whole)
-    assert_equal_trees(read_all(tmp_path, state), state)
+    # written after the checksums, and nobody reads what is in them
+    marks = ("commit_success.txt", "_CHECKPOINT_METADATA")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in marks]
+    assert len(files) == 4 + 3 + 2 + 1 + 1  # objects and layouts of the arrays, descriptions, meta, checksums
+    with Checkpoints(tmp_path, 3) as checkpoints:
+        for path in files:
+            whole = path.read_bytes()
+            for position in range(0, len(whole), 5):
+                flip(path, position)
+                with pytest.raises(DamagedError):
+                    checkpoints.restore(abstract(state))
+                path.write_bytes(whole)
+        assert_equal_trees(checkpoints.restore(abstract(state)), state)
 
 
 def test_whole_item_is_read_beside_a_damaged_one(tmp_path):

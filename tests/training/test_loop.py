@@ -15,7 +15,6 @@ import pytest
 import toy_run
 from toy_run import NoWriter, ToyTask, make_settings
 
-from mvar_jax.checkpoints.index import read_index
 from mvar_jax.checkpoints.manager import Checkpoints, restore_weights
 from mvar_jax.errors import InputError
 from mvar_jax.training import logging
@@ -64,7 +63,7 @@ def test_lines_are_those_of_the_intervals_and_of_both_ends(whole_run):
     assert steps == {"train": list(range(0, NUM_STEPS, 2)), "eval": [0, 5, 10, 15, 20, NUM_STEPS]}
     assert os.listdir(whole_run / "pictures") == [f"weights_{NUM_STEPS:06d}.png"]
     assert sorted(os.listdir(whole_run / "checkpoints")) == ["20", "23"]
-    assert read_index(whole_run / "checkpoints/23").meta["config"] == CONFIG
+    assert json.loads((whole_run / "checkpoints/23/meta/metadata").read_text())["config"] == CONFIG
 
 
 @pytest.mark.parametrize(("every", "steps"), [(-1, []), (0, [6]), (4, [4, 6])])
