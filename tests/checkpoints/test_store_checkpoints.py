@@ -53,28 +53,29 @@ def test_best_checkpoint_is_kept_in_a_store(workdir):
     assert steps_in(workdir) == ["2", "4", "scores.json"]
 
 
-def test_checkpoint_without_its_index_is_no_checkpoint_and_is_removed(workdir):
+def test_checkpoint_without_its_commit_mark_is_no_checkpoint_and_is_removed(workdir):
     save(workdir, make_state(1), make_state(2))
-    (workdir / "checkpoints/2/checkpoint.jsonl").unlink()  # it is written last
+    (workdir / "checkpoints/2/commit_success.txt").unlink()  # it is written last
     assert_equal_trees(restore_weights(workdir), make_state(1).ema)
     with Checkpoints(workdir, 3) as checkpoints:
         assert checkpoints.latest_step() == 1
-    assert steps_in(workdir) == ["1"]
+        checkpoints.save(make_state(3), {})
+    assert steps_in(workdir) == ["1", "3"]
 
 
-def test_damaged_checkpoint_in_a_store_is_kept_until_its_step_is_saved_again(workdir):
+def test_damaged_checkpoint_in_a_store_is_kept_and_its_step_can_be_saved_again(workdir):
     states, lines = [make_state(step) for step in (1, 2)], []
     save(workdir, *states)
-    flip(workdir / "checkpoints/2/params/dense/kernel/c/0/0")
+    flip(workdir / "checkpoints/2/params/dense.kernel/c/0/0")
     with pytest.raises(InputError, match="newest good one is of step 1"):
         restore_weights(workdir, prefer_ema=False)
     assert_equal_trees(read_all(workdir, states[0], say=lines.append), states[0])
     (line,) = lines
-    assert "params/dense/kernel is damaged" in line and "is kept until step 2 is saved again" in line
+    assert "params/dense.kernel is damaged" in line and f"it is now {workdir}/checkpoints/2.damaged" in line
     with Checkpoints(workdir, 3) as checkpoints:
         assert checkpoints.latest_step() == 1
-    assert steps_in(workdir) == ["1", "2"]  # looked at, not removed
-    save(workdir, states[1])
+        checkpoints.save(states[1], {})
+    assert steps_in(workdir) == ["1", "2", "2.damaged"]
     assert_equal_trees(read_all(workdir, states[1]), states[1])
 
 
@@ -82,8 +83,8 @@ def test_tree_in_a_store_is_replaced_and_its_damage_found(workdir):
     for step in (1, 2):
         save_tree(workdir / "weights", make_state(step).params)
     assert_equal_trees(load_tree(workdir / "weights"), make_state(2).params)
-    flip(workdir / "weights/weights/dense/kernel/c/0/0")
-    with pytest.raises(InputError, match="dense/kernel is damaged"):
+    flip(workdir / "weights/dense.kernel/c/0/0")
+    with pytest.raises(InputError, match="dense.kernel is damaged"):
         load_tree(workdir / "weights")
 
 
@@ -115,7 +116,7 @@ def test_save_returns_while_the_store_answers_nothing(fragile):
     assert best_step("s3://fragile/silent") == 2
 
 
-@pytest.mark.parametrize("part", ["/8/params/", "/8/checkpoint.jsonl"])
+@pytest.mark.parametrize("part", ["/8/params/", "/8/checksums.jsonl"])
 def test_store_that_dies_in_a_save_leaves_the_newest_good_checkpoint_and_the_next_run_ends_bit_equal(
     fragile, tmp_path, part
 ):
