@@ -7,6 +7,7 @@ Version 0.1 wrote `checksums.json`, which lists the arrays' files too.
 import json
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ class DamagedError(InputError):
 
 def write_checksums(folder: Path, names: Iterable[str]) -> None:
     """Write the checksums of files of a folder into it."""
-    line = json.dumps({name: _checksum(folder / name) for name in names})
+    names = list(names)
+    with ThreadPoolExecutor() as threads:
+        values = threads.map(_checksum, [folder / name for name in names])
+        line = json.dumps(dict(zip(names, values, strict=True)))
     write_atomically(folder / _FILE, f"{line}\n{json.dumps({'crc32': zlib.crc32(line.encode())})}\n")
 
 
@@ -49,10 +53,15 @@ def read_checksums(folder: Path) -> dict[str, int]:
 
 
 def check_files(folder: Path, item: str) -> None:
-    """Raise DamagedError if a listed file of an item is missing or changed. Item "" is the whole folder."""
-    for name, value in read_checksums(folder).items():
-        if not name.startswith(f"{item}/" if item else ""):
-            continue
+    """Check the listed files of an item; item "" is the whole folder.
+
+    Raises InputError if there is no such item, DamagedError if a file is missing or changed.
+    """
+    prefix = f"{item}/" if item else ""
+    values = {name: value for name, value in read_checksums(folder).items() if name.startswith(prefix)}
+    if not values:
+        raise unreadable(folder, f"it has no {item}")
+    for name, value in values.items():
         try:
             is_whole = _checksum(folder / name) == value
         except FileNotFoundError:

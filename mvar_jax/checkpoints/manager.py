@@ -246,8 +246,12 @@ def _restore_together(folder: Path, abstract_state: Any) -> Any:
 
 
 def _restore(folder: Path, abstract_state: Any) -> Any:
-    check_files(folder, _META)
-    restored = {name: read_item(folder, name, abstract) for name, abstract in _items_of(abstract_state).items()}
+    items = _items_of(abstract_state)
+    with ThreadPoolExecutor() as threads:  # an object store answers slowly, and Orbax asks one thing after the other
+        checked = threads.submit(check_files, folder, _META)
+        trees = threads.map(lambda name: read_item(folder, name, items[name]), items)
+        restored = dict(zip(items, trees, strict=True))
+        checked.result()
     rest = restored["optimizer"]
     return dataclasses.replace(
         abstract_state,

@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mvar_jax.checkpoints import arrays
 from mvar_jax.checkpoints.array_handler import tree_handler
-from mvar_jax.checkpoints.checksums import check_files, damaged, has_item, unreadable, write_checksums
+from mvar_jax.checkpoints.checksums import check_files, damaged, unreadable, write_checksums
 from mvar_jax.checkpoints.quiet import quiet_orbax
 from mvar_jax.checkpoints.steps import atomicity_of
 from mvar_jax.errors import InputError, shorten
@@ -71,8 +71,6 @@ def read_item(folder: Path, name: str = "", abstract: Any = None) -> Any:
     is, on the default device; name "" is a tree on its own. Raises InputError if the item is missing or holds other
     arrays than `abstract`, DamagedError if something that was read is damaged.
     """
-    if name and not has_item(folder, name):
-        raise unreadable(folder, f"it has no {name}")
     check_files(folder, name)
     try:
         with quiet_orbax():
