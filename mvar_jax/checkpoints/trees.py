@@ -21,7 +21,6 @@ from mvar_jax.checkpoints import arrays
 from mvar_jax.checkpoints.array_handler import tree_handler
 from mvar_jax.checkpoints.checksums import check_files, damaged, unreadable, write_checksums
 from mvar_jax.checkpoints.quiet import quiet_orbax
-from mvar_jax.checkpoints.steps import atomicity_of
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.atomic import remove_leftovers, temporary_path
 from mvar_jax.files.paths import as_path, is_store
@@ -39,7 +38,9 @@ def save_tree(path: str | os.PathLike, tree: Any) -> None:
         return
     path = as_path(path)
     if is_store(path):
+        path.rmtree(missing_ok=True)  # type: ignore[attr-defined]  # of a store
         _write_tree(path, tree)
+        (path / ocp.path.atomicity.COMMIT_SUCCESS_FILE).write_text("")  # Orbax's mark of a complete folder
         return
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,8 +117,10 @@ def _describe_leaves(tree: Any) -> dict[str, str]:
 
 
 def _write_tree(folder: Path, tree: Any) -> None:
-    alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="save_tree")
-    options = {"multiprocessing_options": alone, "atomicity_options": atomicity_of(folder)}
-    with quiet_orbax(), ocp.Checkpointer(tree_handler(), **options) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(jax.tree.map(np.asarray, tree)), force=True)
+    # Orbax's Checkpointer counts saves, and a count that differs between processes breaks their next save together
+    handler, path = tree_handler(), epath.Path(folder)
+    with quiet_orbax():
+        path.mkdir(parents=True)
+        handler.save(path, args=ocp.args.PyTreeSave(jax.tree.map(np.asarray, tree)))
+        handler.finalize(path)
     write_checksums(folder, [TREE_FILE])

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mvar_jax.checkpoints.manager import Checkpoints
+from mvar_jax.checkpoints.trees import save_tree
 from mvar_jax.processes.together import run_together
 from mvar_jax.training.state import TrainState
 
@@ -55,6 +56,7 @@ def restore(workdir, abstract):
 
 def main(workdir, index):
     sharded, abstract = make_state(1, P(None, "fsdp"))
+    save_tree(Path(workdir) / "tokenizer", {"kernel": np.ones((4, 4))})  # by the first process alone
     with Checkpoints(workdir, 3) as checkpoints:
         checkpoints.save(sharded, {})
         checkpoints.wait()
