@@ -1,4 +1,6 @@
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import random
@@ -17,6 +19,7 @@ from toy_run import NoWriter, ToyTask, make_settings
 
 from mvar_jax.checkpoints.manager import Checkpoints, restore_weights
 from mvar_jax.errors import InputError
+from mvar_jax.processes.holding import hold
 from mvar_jax.training import logging
 from mvar_jax.training.loop import RunError, run
 
@@ -230,6 +233,26 @@ def test_workdir_in_use_is_refused(tmp_path):
     refused = []
     run(ToyTask(on_step=run_again), tmp_path, make_settings(4), CONFIG)
     assert refused == [2]
+
+
+def test_workdir_in_use_is_not_looked_at_if_asked_so(tmp_path, capfd):
+    with hold("workdir", tmp_path):
+        run(ToyTask(), tmp_path, make_settings(4), CONFIG, has_lock=False)
+    assert f"workdir {tmp_path} is not locked: no other run may use it meanwhile\n" in capfd.readouterr().err
+    assert (tmp_path / "checkpoints" / "4").is_dir()
+
+
+def test_workdir_without_locks_is_held_by_a_lease_that_ends_with_the_run(tmp_path, monkeypatch, capfd):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    seen = []
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    run(ToyTask(on_step=lambda step: seen.append((tmp_path / ".lease").exists())), tmp_path, make_settings(4), CONFIG)
+    assert seen == [True] * 4 and not (tmp_path / ".lease").exists()
+    assert (
+        "its file system has no locks (Function not implemented); the lease .lease is kept" in capfd.readouterr().err
+    )
 
 
 def test_other_configuration_changes_nothing_once_there_is_a_checkpoint(tmp_path):
