@@ -107,7 +107,7 @@ def gcs() -> Iterator[Store]:
 
 
 def _copy_instead_of_moving(patch: pytest.MonkeyPatch) -> None:
-    """Replace GCS's move of an object, which the emulator does not have: gcsfs tries for half a minute, then copies."""
+    """Replace GCS's move of an object, which the emulator lacks: gcsfs tries for half a minute, then copies."""
     import gcsfs  # reads the environment
     from fsspec.asyn import AsyncFileSystem
 

@@ -152,6 +152,11 @@ def restore_weights(workdir: str | os.PathLike, step: int | None = None, prefer_
     return read_item(folder, "ema" if prefer_ema and has_ema else "params")
 
 
+def has_checkpoint(workdir: str | os.PathLike) -> bool:
+    """Return whether a workdir holds a checkpoint; makes and changes nothing."""
+    return bool(_list_steps(Path(workdir).absolute() / CHECKPOINT_FOLDER))
+
+
 def _handler_registry() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
     array_handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_CUT_BYTES)
     types = ((jax.Array, array_handler), (np.ndarray, ocp.type_handlers.NumpyHandler()))

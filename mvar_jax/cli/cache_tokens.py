@@ -4,7 +4,7 @@ Resumable: rerunning the command continues with the first unfinished shard and l
 """
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
-from mvar_jax.cli.machine import add_machine_arguments, use_compilation_cache
+from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
 from mvar_jax.errors import InputError, RunError, shorten
 from mvar_jax.files.paths import as_path
 from mvar_jax.processes import group
@@ -53,6 +53,8 @@ def run(args) -> int:
     from mvar_jax.tokens.cache_reader import read_meta
     from mvar_jax.tokens.encode import write_cache
 
+    if group.current().count > 1:
+        print_machine()
     model = load(tokenizer)
     model.tokenizer.check(data.image_size)
     check_shared("out", out)

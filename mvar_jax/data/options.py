@@ -5,6 +5,7 @@ import math
 
 from mvar_jax.data.protocols import ImageSource, Transform
 from mvar_jax.errors import InputError
+from mvar_jax.fields import FREE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,20 +85,20 @@ class DataOptions:
     shift_px: float = 0.0
     scale: float = 0.0
     shear: float = 0.0
-    path: str = ""
+    path: str = dataclasses.field(default="", metadata=FREE)
     name: str = ""
     crop: str = "centre"
     min_crop: float = 0.8
     upright: bool = True
     num_views: int = 1
-    cache: str = ""
-    cache_memory_mib: int = 256
-    cache_disk_mib: int = 8192
-    cache_folder: str = ""
-    tokenizer: str = ""
-    num_threads: int = 1
-    num_workers: int = 0
-    max_bad_share: float = 0.01
+    cache: str = dataclasses.field(default="", metadata=FREE)
+    cache_memory_mib: int = dataclasses.field(default=256, metadata=FREE)
+    cache_disk_mib: int = dataclasses.field(default=8192, metadata=FREE)
+    cache_folder: str = dataclasses.field(default="", metadata=FREE)
+    tokenizer: str = dataclasses.field(default="", metadata=FREE)
+    num_threads: int = dataclasses.field(default=1, metadata=FREE)
+    num_workers: int = dataclasses.field(default=0, metadata=FREE)
+    max_bad_share: float = dataclasses.field(default=0.01, metadata=FREE)
 
     def __post_init__(self):
         self.loading()

@@ -39,9 +39,9 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       InputError: there is no finished cache at `path`, or its `cache.json` is unreadable.
     """
-    reason = f"its {META_NAME} lacks keys or is not of format {FORMAT}"
+    reason, file = f"its {META_NAME} lacks keys or is not of format {FORMAT}", as_path(path, "cache") / META_NAME
     try:
-        meta = json.loads((as_path(path, "cache") / META_NAME).read_text())
+        meta = json.loads(file.read_text())
         is_complete = meta["format"] == FORMAT and meta.keys() >= _META_KEYS
         for split in meta["splits"].values():
             is_complete &= split.keys() >= _SPLIT_KEYS
@@ -112,6 +112,7 @@ class TokenCache(TokenSource):
         self._num_records = int(self._starts[-1])
         check_equal(path, "num_records", entry["num_records"], self._num_records, "the sum over the shards")
         self._copies: Copies | None = None
+        self._transform = entry.get("transform") or {}
         self._memory: SharedArray | None = None
         with self._naming_the_store():
             if is_store(self._dir):
@@ -143,6 +144,13 @@ class TokenCache(TokenSource):
     def name_of(self, index: int) -> str:
         """Return the record's number."""
         return f"record {index}"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this split from others: also the images and the tokenizer that it was made of."""
+        # `path` is where the images lay
+        transform = {name: value for name, value in self._transform.items() if name != "path"}
+        made_of = {"transform": transform, "tokenizer": self.meta["tokenizer_fingerprint"]}
+        return {**super().identity(), "num_views": self._shape[0], **made_of}
 
     def read(self, numbers_B: np.ndarray, seed: int, index_B: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Read a batch, one view of each record; see `TokenSource.read`."""

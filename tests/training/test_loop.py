@@ -232,11 +232,28 @@ def test_workdir_in_use_is_refused(tmp_path):
     assert refused == [2]
 
 
-def test_other_configuration_leaves_no_trace(tmp_path):
+def test_other_configuration_changes_nothing_once_there_is_a_checkpoint(tmp_path):
+    """Before the first checkpoint it replaces the old one."""
     (tmp_path / "config.json").write_text('{"lr": 0.5}')
-    with pytest.raises(InputError, match="config.lr is 0.01, but the run in .* has 0.5"):
-        run(ToyTask(), tmp_path, make_settings(4), CONFIG)
-    assert os.listdir(tmp_path) == ["config.json"]
+    run(ToyTask(), tmp_path, make_settings(4), CONFIG)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(InputError, match="config.lr is 0.5, but the run in .* has 0.01"):
+        run(ToyTask(), tmp_path, make_settings(4), {"lr": 0.5})
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_second_start_with_another_configuration_leaves_that_of_the_running_one(tmp_path):
+    """The lock refuses it before it writes, although no checkpoint binds yet."""
+
+    def start_other(step):
+        if step == 1:
+            with pytest.raises(InputError, match="in use by another run"):
+                run(ToyTask(), tmp_path, make_settings(4), {"lr": 0.5})
+            refused.append(json.loads((tmp_path / "config.json").read_text()))
+
+    refused = []
+    run(ToyTask(on_step=start_other), tmp_path, make_settings(4), CONFIG)
+    assert refused == [CONFIG]
 
 
 def test_run_outside_the_main_thread_installs_no_handlers(tmp_path):
