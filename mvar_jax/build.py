@@ -174,6 +174,8 @@ def open_tokens(data: DataOptions, transformer):
         "expect_sides": networks.tokenizer.sides,
         "expect_vocab_size": networks.tokenizer.vocab_size,
         "max_memory_bytes": data.cache_memory_mib * 2**20,
+        "disk_folder": data.cache_folder or None,
+        "max_disk_bytes": data.cache_disk_mib * 2**20,
     }
     return networks, {split: TokenCache(data.cache, split, **expected) for split in SPLITS}, None
 

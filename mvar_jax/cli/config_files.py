@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mvar_jax
 from mvar_jax.errors import InputError
+from mvar_jax.files.paths import local_path
 
 _PACKAGE = "configs"
 
@@ -30,7 +31,7 @@ def find_config(config: str) -> Path:
     `digits` and `configs/digits.py` name the same shipped config, so the commands of its docstring
     work in any folder. Raises InputError if there is neither.
     """
-    path = Path(config)
+    path = local_path(config, "config", "it is a Python file")
     if path.is_file():
         return path
     names = shipped_names()

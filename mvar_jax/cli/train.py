@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
-from mvar_jax.cli.machine import add_machine_arguments, use_compilation_cache
+from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
 from mvar_jax.errors import STORAGE_ERRORS, InputError, RunError, shorten
 from mvar_jax.fields import flatten
 from mvar_jax.files.paths import as_path
@@ -35,17 +35,14 @@ def run(args) -> int:
     workdir = as_path(args.workdir, "workdir")
     use_compilation_cache(args.compilation_cache)
 
-    import jax
-
     from mvar_jax import build
-    from mvar_jax.processes.cluster import describe as describe_machine
     from mvar_jax.training import loop
     from mvar_jax.training.saving import say
 
     settings = build.build_settings(config)
     task, modules, tokenizer_params = build.build_task(config)
     check_same_in_all(config, task)
-    say(describe_machine(jax.devices(), task.run.mesh.shape))
+    print_machine(task.run.mesh)
     if described := build.describe_epochs(config, task):
         say(described)
     settings = dataclasses.replace(settings, num_steps=task.run.num_steps)

@@ -1,8 +1,8 @@
 """WebDataset-style tars as a source: PATH/train*.tar and PATH/val*.tar (or in folders PATH/train, PATH/val).
 
 A sample is KEY.jpg (.jpeg, .png, .webp) and KEY.cls, its label as decimal digits. PATH/classes.txt, if it
-exists, names the classes, one a line. Tars are read in place by an index of offsets. The index is kept next to its
-tar as NAME.tar.index.npz if the folder is writable, and rebuilt if the tar has changed.
+exists, names the classes, one a line. Tars are read in place, also in an object store, by an index of offsets. The
+index is kept next to its tar as NAME.tar.index.npz if the folder is writable, and rebuilt if the tar has changed.
 """
 
 import contextlib
@@ -18,8 +18,9 @@ from tqdm import tqdm
 from mvar_jax.data.decoding import SUFFIXES, BadImage
 from mvar_jax.data.names import Names
 from mvar_jax.data.protocols import ImageSource
-from mvar_jax.errors import InputError
-from mvar_jax.files.npz import save_npz
+from mvar_jax.errors import InputError, shorten
+from mvar_jax.files.npz import load_npz, save_npz
+from mvar_jax.files.paths import as_path, is_store
 
 INDEX_SUFFIX = ".index.npz"
 CLASSES_FILE = "classes.txt"
@@ -42,7 +43,7 @@ def _scan(path: Path) -> dict[str, np.ndarray]:
     images: dict[str, tuple[int, int, str]] = {}
     labels: dict[str, int] = {}
     try:
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 archive.members = []  # tarfile keeps every header otherwise
                 key, suffix = _split_key(member.name)
@@ -72,7 +73,8 @@ def read_index(path: Path) -> dict[str, np.ndarray]:
     status, index_file = path.stat(), path.with_name(path.name + INDEX_SUFFIX)
     stamp = np.array([status.st_size, status.st_mtime_ns])
     damaged = (OSError, ValueError, KeyError, zipfile.BadZipFile)
-    with contextlib.suppress(*damaged), np.load(index_file, allow_pickle=False) as saved:
+    with contextlib.suppress(*damaged):
+        saved = load_npz(index_file)
         if np.array_equal(saved["stamp"], stamp):
             return {key: saved[key] for key in ("offset", "size", "label", "name")}
     index = _scan(path)
@@ -99,7 +101,7 @@ class TarSource(ImageSource):
         if not len(self._names):
             expected = f"{', '.join(SUFFIXES)} files in its {split} tars"
             raise _refuse(f"data.path must hold {expected}, got {str(path)!r}", path, expected)
-        self.label_names = _read_classes(Path(path))
+        self.label_names = _read_classes(as_path(path, "data.path"))
         out_of_range = (self._labels < 0) | (self._labels >= len(self.label_names))
         if out_of_range.any():
             given, allowed = int(self._labels[out_of_range][0]), f"0 to {len(self.label_names) - 1}"
@@ -124,18 +126,23 @@ class TarSource(ImageSource):
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
         tar = int(self._tar[index])
+        offset, size = int(self._offset[index]), int(self._size[index])
         try:
+            if is_store(self._tars[tar]):
+                data = self._tars[tar].read_range(offset, size)  # type: ignore[attr-defined]
+                return {"image": data, "label": int(self._labels[index])}
             if tar not in self._files:  # if two threads open it at once, one descriptor stays open unused
                 self._files[tar] = os.open(self._tars[tar], os.O_RDONLY)
-            data = os.pread(self._files[tar], int(self._size[index]), int(self._offset[index]))
+            data = os.pread(self._files[tar], size, offset)
         except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror}") from None
+            raise BadImage(f"cannot be read: {shorten(error)}") from None
         return {"image": data, "label": int(self._labels[index])}
 
 
 def find_tars(path: str | os.PathLike, split: str) -> list[Path]:
     """Return the tars of a split by name. Raises InputError if there are none."""
-    found = sorted([*Path(path).glob(f"{split}*.tar"), *(Path(path) / split).glob("*.tar")])
+    folder = as_path(path, "data.path")
+    found = sorted([*folder.glob(f"{split}*.tar"), *(folder / split).glob("*.tar")])
     if not found:
         expected = f"a folder that holds {split}*.tar or {split}/*.tar"
         raise _refuse(f"data.path must be {expected}, got {str(path)!r}", path, expected)

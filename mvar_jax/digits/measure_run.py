@@ -16,6 +16,7 @@ from mvar_jax.digits.report import measure, write_report
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation.reconstruction import reconstruct
 from mvar_jax.files.images import save_png, side_by_side, tile_grid, to_uint8
+from mvar_jax.files.lines import read_lines
 from mvar_jax.files.npz import load_npz, save_npz
 from mvar_jax.training.tokenizer_step import count_hits
 
@@ -25,8 +26,7 @@ IMAGES_PER_CLASS = 10
 
 def read_metrics(workdir: Path, kind: str) -> list[dict]:
     """Return the lines of one kind, "train" or "eval", of a run's metrics.jsonl, oldest first."""
-    lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
+    return [line for line in read_lines(workdir / "metrics.jsonl") if line["kind"] == kind]
 
 
 def column(lines: list[dict], name: str) -> tuple[list[int], list]:

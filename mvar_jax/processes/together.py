@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable
 
 from mvar_jax.errors import STORAGE_ERRORS, InputError, RunError, shorten
+from mvar_jax.files.paths import is_store
 from mvar_jax.processes import group
 from mvar_jax.processes.join import OFF, join, part
 from mvar_jax.stopping import STOPPED_STATUS, Stopped
@@ -40,7 +41,7 @@ def run_together(program: Callable[[], int], distributed: str = OFF) -> int:
         return _end(STOPPED_STATUS, str(stopped))
     except Exception as error:
         _let_the_cause_come()
-        if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+        if isinstance(error, OSError) and (error.errno in STORAGE_ERRORS or is_store(str(error.filename or ""))):
             return _end(1, f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
         if group.current().count == 1:
             raise

@@ -1,7 +1,6 @@
 """Output of a run: metrics.jsonl, TensorBoard events, image files and one line of progress."""
 
 import io
-import json
 import math
 import os
 import queue
@@ -9,6 +8,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from mvar_jax.errors import RunError, shorten
 from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.directories import local_folder, upload_folder
+from mvar_jax.files.lines import open_lines, read_lines
+from mvar_jax.files.paths import as_path, is_store
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+UPLOAD_S = 60.0  # between uploads of events to a store, or 50 times as long as an upload takes
 PICTURE_FOLDER = "pictures"
 
 
@@ -31,27 +36,28 @@ class MetricLog:
     """
 
     def __init__(self, workdir: str | os.PathLike, start_step: int):
-        self._workdir = Path(workdir)
+        self._workdir = as_path(workdir, "workdir")
         self._is_writing = jax.process_index() == 0
         if self._is_writing:
-            path = self._workdir / METRICS_FILE
-            _drop_lines_from(path, start_step)
-            self._file = path.open("a")
+            self._lines = open_lines(self._workdir / METRICS_FILE, lambda line: line["step"] < start_step)
             self._tensorboard = _TensorBoard(self._workdir / TENSORBOARD_FOLDER)
 
     def __enter__(self) -> "MetricLog":
         return self
 
     def __exit__(self, error_type, *_):
-        self.close(wait=not (error_type and issubclass(error_type, KeyboardInterrupt)))
+        try:
+            self.close(wait=not (error_type and issubclass(error_type, KeyboardInterrupt)))
+        except RunError:
+            if error_type is None:
+                raise
 
     def write(self, step: int, kind: Literal["train", "eval"], metrics: dict[str, Any]) -> None:
         """Write one line; values are numbers or [S] vectors, kept to float32 precision, non-finite ones as null."""
         if not self._is_writing:
             return
         values = {name: _round(value) for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self._file.flush()
+        self._lines.write({"step": step, "kind": kind, **values})
         self._tensorboard.add("write_scalars", step, _name_scalars(kind, values))
 
     def write_pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
@@ -64,17 +70,28 @@ class MetricLog:
             write_atomically(folder / f"{name}_{step:06d}.png", _encode_png(picture_YX3))
         self._tensorboard.add("write_images", step, {k: v[None] for k, v in pictures.items()})
 
-    def close(self, wait: bool = True) -> None:
-        """Close the files. wait: until the TensorBoard events are written."""
+    def flush(self) -> None:
+        """Return when all lines can be read by others. Raises RunError if they cannot be written."""
         if self._is_writing:
-            self._file.close()
+            self._call(self._lines.flush)
+
+    def _call(self, method: Callable[[], None]) -> None:
+        try:
+            method()
+        except OSError as error:
+            raise RunError(f"{self._workdir / METRICS_FILE} cannot be written: {shorten(error)}") from error
+
+    def close(self, wait: bool = True) -> None:
+        """Close the files. wait: until the TensorBoard events are written. Raises RunError as `flush`."""
+        if self._is_writing:
             self._tensorboard.close(wait)
+            self._call(self._lines.close)
 
 
 def has_line(workdir: str | os.PathLike, kind: str, step: int) -> bool:
     """Return whether metrics.jsonl already has the line of this step."""
-    lines = _read_lines(Path(workdir) / METRICS_FILE)
-    return any(line["kind"] == kind and line["step"] == step for _, line in lines)
+    lines = read_lines(as_path(workdir) / METRICS_FILE)
+    return any(line["kind"] == kind and line["step"] == step for line in lines)
 
 
 class Progress:
@@ -145,12 +162,20 @@ class _TensorBoard:
     def _write_all(self, folder: Path) -> None:
         writer = None
         try:
-            writer = _open_summary_writer(folder)
-            while item := self._queue.get():
-                method, step, values = item
-                getattr(writer, method)(step, values)
-                if self._queue.empty():
-                    writer.flush()
+            with local_folder(folder) as place:  # TensorFlow writes to no s3://, and to no emulator
+                writer = _open_summary_writer(place)
+                upload_s = time.monotonic() + UPLOAD_S
+                while item := self._queue.get():
+                    method, step, values = item
+                    getattr(writer, method)(step, values)
+                    if self._queue.empty():
+                        writer.flush()
+                    if is_store(folder) and time.monotonic() > upload_s:
+                        began_s = time.monotonic()
+                        upload_folder(place, folder)
+                        now_s = time.monotonic()
+                        upload_s = now_s + max(UPLOAD_S, 50 * (now_s - began_s))
+                writer.flush()
         except ImportError as error:
             text = f"TensorBoard events are not written ({error}); pip install 'mvar_jax[tensorboard]' brings them"
             print(text, file=sys.stderr, flush=True)
@@ -168,23 +193,6 @@ def _open_summary_writer(folder: Path):
     from clu.metric_writers import SummaryWriter
 
     return SummaryWriter(str(folder))
-
-
-def _read_lines(path: Path) -> list[tuple[str, dict]]:
-    """Return (text, object) of each whole line; a kill may have cut the last one."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            lines.append((text, json.loads(text)))
-        except ValueError:
-            continue
-    return lines
-
-
-def _drop_lines_from(path: Path, step: int) -> None:
-    if path.exists():
-        kept = [text + "\n" for text, line in _read_lines(path) if line["step"] < step]
-        write_atomically(path, "".join(kept))
 
 
 def _round(value: Any) -> Any:

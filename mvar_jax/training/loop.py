@@ -205,6 +205,7 @@ class _Loop:
         """Save the state unless it may be poisoned. is_proven: it is good although the last step was not."""
         self._read_finished(0)
         with self._throughput.pause():
+            self._log.flush()  # a run resumed from this checkpoint does not write these lines again
             self._saver.save(state, step, is_good=is_proven or not self._num_bad)
 
     def _is_proven_by_evaluation(self, state: Any) -> bool:

@@ -74,3 +74,8 @@ def test_unknown_config_is_refused_with_the_shipped_names(elsewhere, name):
     with pytest.raises(InputError, match=f"{', '.join(shipped_names())}, got {name}. Did you mean digits?") as caught:
         read_config(name, [])
     assert caught.value.field == "config" and caught.value.given == name
+
+
+def test_config_in_an_object_store_is_refused():
+    with pytest.raises(InputError, match="config must be a path of this machine's file systems, since it is"):
+        find_config("gs://bucket/my.py")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from stand_ins import ROOT, make_program
 
-JOB = "4242"
+JOB = str(os.getpid())  # the port of the processes follows from it: one of its own for each run of the tests
 
 SRUN = """#!{python}
 import argparse, os, signal, subprocess, sys, time
@@ -33,7 +33,7 @@ num_tasks = int(os.environ["SLURM_NTASKS"])
 num_cards = int(os.environ.get("SLURM_GPUS_PER_NODE", 0))
 
 def environment_of(task):
-    step = dict(SLURM_STEP_NODELIST="node1", SLURM_STEP_NUM_NODES="1", SLURM_STEP_TASKS_PER_NODE=str(num_tasks))
+    step = dict(SLURM_STEP_NODELIST="localhost", SLURM_STEP_NUM_NODES="1", SLURM_STEP_TASKS_PER_NODE=str(num_tasks))
     step |= dict(SLURM_PROCID=str(task), SLURM_LOCALID=str(task), SLURM_NODEID="0")
     if num_cards:
         step |= dict(SLURM_GPUS_ON_NODE=str(num_cards), CUDA_VISIBLE_DEVICES=",".join(map(str, range(num_cards))))

@@ -107,3 +107,20 @@ def test_every_card_and_every_processor_is_used(slurm, options, cards_of_task, n
     lines = sorted(map(json.loads, (slurm.copy / "cards").read_text().splitlines()))
     expected = [[i, len(cards_of_task), list(cards), str(num_cpus)] for i, cards in enumerate(cards_of_task)]
     assert lines == expected
+
+
+JOIN = """
+import os, jax
+from mvar_jax.processes.cluster import describe, find_place
+jax.distributed.initialize(**find_place(os.environ).arguments, initialization_timeout=100)
+open(f"joined-{jax.process_index()}", "w").write(describe(jax.devices(), {}))
+"""
+
+
+def test_processes_of_a_job_join_one_another(slurm):
+    """jax itself finds the coordinator in the variables of the step, as on a cluster."""
+    slurm.set_program(JOIN)
+    status = slurm.submit(*ARGUMENTS, options=["--ntasks-per-node=2"], JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    assert status == 0, slurm.log.read_text()
+    for index in range(2):
+        assert (slurm.copy / f"joined-{index}").read_text() == "2 processes x 1 device (cpu)"

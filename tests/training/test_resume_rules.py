@@ -11,6 +11,7 @@ import pytest
 from mvar_jax.data.sources import ArraySource
 from mvar_jax.errors import InputError
 from mvar_jax.fields import flatten
+from mvar_jax.files.paths import as_path
 from mvar_jax.training import resume_rules
 from mvar_jax.training.resume_rules import check_resumable, keep_identity, rules_of
 
@@ -158,3 +159,13 @@ def test_identity_tells_data_by_number_classes_and_names(tmp_path):
     assert same == make(100, ("a", "b")) == json.loads(json.dumps(same))
     others = [make(101, ("a", "b")), make(100, ("b", "a")), make(100, ("ab",)), make(100, ("a", "b"), Named)]
     assert all(other != same for other in others)
+
+
+def test_config_is_kept_and_checked_in_a_store(store, monkeypatch):
+    workdir = as_path(store.url) / "resume_rules"
+    keep_identity(workdir, load("debug_transformer"), DATA)
+    assert workdir.find() == ["config.json", "data_identity.json"]
+    monkeypatch.setattr(resume_rules, "has_checkpoint", lambda workdir: True)
+    check_resumable(workdir, load("debug_transformer"), DATA)
+    with pytest.raises(InputError, match=f"config.seed is 9, but the run in {workdir} has 0"):
+        check_resumable(workdir, change(load("debug_transformer"), "seed", 9), DATA)

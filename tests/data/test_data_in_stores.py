@@ -1,10 +1,16 @@
 """Images in an object store: the same source as of the same folder on a disk."""
 
+import io
+import pickle
+import tarfile
+
 import pytest
 from image_files import write_tree
 
+from mvar_jax.data import tars
 from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.folder import FolderSource
+from mvar_jax.data.sources import open_source
 from mvar_jax.errors import InputError
 from mvar_jax.files.directories import upload_folder
 from mvar_jax.files.paths import as_path
@@ -44,3 +50,35 @@ def test_folder_that_is_not_in_the_store_is_refused(s3):
         InputError, match="data.path must be a folder that holds train/CLASS/, got 's3://bucket/none'"
     ):
         FolderSource(f"{s3.url}/none", "train")
+
+
+def write_tar(path, split, numbers):
+    with tarfile.open(path, "w") as archive:
+        for number in numbers:
+            for name, data in (
+                (f"{number:03d}.cls", str(number % 3)),
+                (f"{number:03d}.jpg", f"{split} {number}" * 99),
+            ):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data.encode()))
+
+
+def test_tars_in_a_store_equal_tars_on_a_disk_and_are_scanned_once(store, tmp_path, monkeypatch):
+    for split, numbers in (("train-0", range(5)), ("train-1", range(5, 8)), ("val", range(3))):
+        write_tar(tmp_path / f"{split}.tar", split, numbers)
+    url = f"{store.url}/tars"
+    upload_folder(tmp_path, as_path(url))
+    items = lambda source: [(source.name_of(i), source[i]) for i in range(len(source))]
+    for split in ("train", "val"):
+        expected = items(tars.TarSource(tmp_path, split))
+        source = tars.TarSource(url, split)
+        assert items(source) == expected and items(pickle.loads(pickle.dumps(source))) == expected
+    monkeypatch.setattr(tars, "_scan", lambda path: pytest.fail(f"{path} is scanned again"))
+    assert items(tars.TarSource(url, "val")) == expected
+
+
+def test_prepared_data_sets_must_lie_on_this_machine(s3):
+    pytest.importorskip("tensorflow_datasets", reason="extra tfds")
+    with pytest.raises(InputError, match="data.path must be a path of this machine's file systems, since"):
+        open_source("tfds", "train", path=f"{s3.url}/tfds", tfds_name="imagenet2012")
