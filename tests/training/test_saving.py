@@ -114,10 +114,7 @@ def test_a_run_does_not_begin_with_a_checkpoint_that_an_older_version_poisoned(t
         patch.setattr(loop._Loop, "_save", lambda self, state, step, **more: self._saver.save(state, step, True))
         with pytest.raises(RunError, match="for 9 steps in a row"):
             run(poisoned, tmp_path, make_settings(30, max_bad_steps=9), CONFIG)
-    words = (
-        "the checkpoint of step 8 in .* holds numbers that are not finite; move it away to resume from an older one"
-    )
-    with pytest.raises(RunError, match=words):
+    with pytest.raises(RunError, match=r"checkpoint of step 12 in .* numbers that are not finite; move it away to"):
         run(ToyTask(), tmp_path, make_settings(30), CONFIG)
 
 
