@@ -126,7 +126,7 @@ def write_tokens(root: Path, num: int) -> None:
     names = tuple(map(str, range(1000)))
     about = {"tokenizer_fingerprint": "none", "tokenizer_path": "none", "label_names": names}
     with CacheWriter(root, sides=sides, vocab_size=4096, **about) as writer:
-        options = {"num_views": 2, "transform": {}, "num_shards": max(1, num // 4096)}
+        options = {"num_views": 2, "transform": {}, "num_shards": max(1, num // 8192)}
         writer.write_split("train", read, num_images=num, **options)
         writer.write_split("val", read, num_images=8, num_views=2, transform={})
 

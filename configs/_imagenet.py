@@ -2,13 +2,7 @@
 
 import ml_collections
 
-NUM_TRAIN_IMAGES = 1_281_167
 SIDES = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
-
-
-def num_steps_of(epochs: int, batch_size: int) -> int:
-    """Return the optimizer steps of whole epochs, the last batch of each filled up."""
-    return epochs * -(-NUM_TRAIN_IMAGES // batch_size)
 
 
 def make_config(
@@ -25,11 +19,12 @@ def make_config(
     final_weight_decay: float | None = None,
     is_sharded: bool = False,
 ) -> ml_collections.ConfigDict:
-    """Return the config of a transformer on a token cache of ImageNet; the warm-up is a fiftieth of the steps."""
+    """Return the config of a transformer on a token cache of ImageNet; the warm-up is a fiftieth of it."""
     c = ml_collections.ConfigDict()
     c.task = "transformer"
     c.seed = 0
-    c.num_steps = num_steps_of(epochs, batch_size)
+    c.num_steps = 0  # instead of epochs
+    c.epochs = float(epochs)
     c.batch_size = batch_size
     c.accumulate_steps = 1
     c.log_every_steps = 100
@@ -56,7 +51,7 @@ def make_config(
     c.optimizer = dict(
         base_learning_rate=base_learning_rate,
         schedule="lin0",
-        warmup_steps=round(c.num_steps / 50),
+        warmup_epochs=epochs / 50,
         warmup_factor=0.005,
         final_factor=final_factor,
         weight_decay=0.05,

@@ -141,7 +141,15 @@ A config file is Python with a function `get_config()` that returns an `ml_colle
 examples, each with its command. `train`, `data` and `cache_tokens` read one by `--config`, and any key can be set on
 the command line: `--config.optimizer.weight_decay=0.1`. An unknown key is an error.
 
-A default is what a config without the key means. A key without a default must be in every config of its task.
+A default is what a config without the key means. A key without a default must be in every config of its task; of
+`num_steps` and `epochs` exactly one is above 0.
+
+A run that has a checkpoint resumes with the keys it began with. The keys marked `free` may change: they do not change
+what is learned. `data.path`, `data.cache` and `data.tokenizer` are free because the data themselves are compared:
+`data_identity.json` in the workdir has the number of images, the classes and the names of 64 images of each split,
+the fingerprint of the tokenizer, and what a token cache was made of. `epochs` and `optimizer.warmup_epochs` are free
+because the steps that follow from them are compared. A key that a newer version added counts as its default in an
+older run.
 """
 
 
@@ -163,10 +171,16 @@ def code(text: str | None) -> str:
 
 def configuration_page() -> str:
     """Return docs/configuration.md."""
+    from mvar_jax.training.resume_rules import rules_of
+
     parts = [CONFIGURATION_INTRO]
     for title, rows in config_sections().items():
-        cells = [(code(row.name), code(row.type), code(row.default), row.meaning) for row in rows]
-        parts.append(f"## {title}\n\n" + table(("key", "type", "default", "meaning"), cells))
+        section, *condition = title.removesuffix(")").split()
+        rules = rules_of("tokenizer" if "tokenizer" in condition else "transformer")
+        prefix = "" if title == "Top level" else section.rstrip(",") + "."
+        free = {row.name: "free" * rules[prefix + row.name].is_free for row in rows}
+        cells = [(code(row.name), code(row.type), code(row.default), free[row.name], row.meaning) for row in rows]
+        parts.append(f"## {title}\n\n" + table(("key", "type", "default", "resume", "meaning"), cells))
     return HEADER + "\n".join(parts)
 
 

@@ -12,7 +12,6 @@ from mvar_jax.files.paths import as_path
 COMMON_KEYS = {
     "task": False,
     "seed": False,
-    "num_steps": False,
     "batch_size": False,
     "log_every_steps": False,
     "eval_every_steps": False,
@@ -26,8 +25,9 @@ COMMON_KEYS = {
     "mesh": True,
 }
 SPLITS = ("train", "val")
-# keys that a config may leave out: their defaults are those of RunOptions and LoopSettings
-OPTIONAL_KEYS = ("accumulate_steps", "keep_best", "profile_steps")
+# keys that a config may leave out: their defaults are those of RunOptions and LoopSettings; one of the first two is
+# needed
+OPTIONAL_KEYS = ("num_steps", "epochs", "accumulate_steps", "keep_best", "profile_steps")
 TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "init_from": False}}
 
 
@@ -46,9 +46,11 @@ def check_config(config: dict) -> None:
         )
     known = COMMON_KEYS | TASK_KEYS[task]
     check_keys(config, (*known, *OPTIONAL_KEYS), "config")
-    for name, is_section in known.items():
+    for name, is_section in (known | dict.fromkeys(OPTIONAL_KEYS, False)).items():
         field = f"config.{name}"
         if name not in config:
+            if name in OPTIONAL_KEYS:
+                continue
             raise InputError(f"{field} is missing; every config of a {task} has it", field=field)
         if is_section != isinstance(config[name], dict):
             expected = "a section of keys" if is_section else "a plain value"
@@ -77,15 +79,15 @@ def build_module(config: dict):
 
 
 def build_settings(config: dict):
-    """Return the `LoopSettings` of a config."""
-    from mvar_jax.training.loop import LoopSettings
+    """Return the `LoopSettings` of a config; num_steps is 0 if it follows from epochs."""
+    from mvar_jax.training.settings import LoopSettings
 
     check_config(config)
-    return LoopSettings(**_given_fields(LoopSettings, config))
+    return LoopSettings(**_given_fields(LoopSettings, {"num_steps": 0} | config))
 
 
 def build_run(config: dict):
-    """Return the `RunOptions` of a config: seed, steps, batch, optimizer, mesh."""
+    """Return the `RunOptions` of a config: seed, steps or epochs, batch, optimizer, mesh."""
     from mvar_jax.sharding import MESH_AXES, make_mesh
     from mvar_jax.training.optimizer import OptimizerOptions
     from mvar_jax.training.task import RunOptions
@@ -95,7 +97,27 @@ def build_run(config: dict):
         "optimizer": from_dict(OptimizerOptions, config["optimizer"], "config.optimizer"),
         "mesh": make_mesh(**config["mesh"]),
     }
-    return RunOptions(**_given_fields(RunOptions, config | sections))
+    return RunOptions(**_given_fields(RunOptions, {"num_steps": 0} | config | sections))
+
+
+def with_steps(config: dict, run) -> dict:
+    """Return the config with the steps of a task's `RunOptions`, in which epochs have become steps."""
+    return {
+        **config,
+        "num_steps": run.num_steps,
+        "optimizer": {**config["optimizer"], "warmup_steps": run.optimizer.warmup_steps},
+    }
+
+
+def describe_epochs(config: dict, task) -> str:
+    """Return the steps that follow from the config's epochs, as a line; "" if it is given in steps."""
+    epochs, warmup = config.get("epochs"), config["optimizer"].get("warmup_epochs")
+    if not (epochs or warmup):
+        return ""
+    run, num_images = task.run, len(task.data["train"])
+    given = [f"{epochs:g} epochs"] * bool(epochs) + [f"{warmup:g} epochs of warm-up"] * bool(warmup)
+    steps = f"{run.num_steps} steps, the first {run.optimizer.warmup_steps} of them warm-up"
+    return f"{' with '.join(given)}: {num_images} images in batches of {run.batch_size} make {steps}"
 
 
 def _given_fields(cls: type, config: dict) -> dict[str, Any]:
@@ -115,12 +137,14 @@ def build_task(config: dict):
         options = from_dict(CodebookOptions, config["codebook"], "config.codebook")
         sources = {split: data.open(split) for split in SPLITS}
         task_data = TaskData(sources, data.transform(), data.loading())
+        run = run.with_images(len(sources["train"]))
         return TokenizerTask(run, module, options, task_data), {"tokenizer": module}, None
 
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
     module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
     initial = load_initial(config["init_from"], module)
+    run = run.with_images(len(sources["train"]))
     task = TransformerTask(run, module, options, tokenizer, TaskData(sources, transform, data.loading()), initial)
     return task, {"tokenizer": tokenizer.tokenizer, "transformer": module}, tokenizer.tokenizer_params
 
@@ -150,6 +174,8 @@ def open_tokens(data: DataOptions, transformer):
         "expect_sides": networks.tokenizer.sides,
         "expect_vocab_size": networks.tokenizer.vocab_size,
         "max_memory_bytes": data.cache_memory_mib * 2**20,
+        "disk_folder": data.cache_folder or None,
+        "max_disk_bytes": data.cache_disk_mib * 2**20,
     }
     return networks, {split: TokenCache(data.cache, split, **expected) for split in SPLITS}, None
 

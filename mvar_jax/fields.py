@@ -7,6 +7,9 @@ from typing import Any
 
 from mvar_jax.errors import InputError
 
+# metadata of a field that does not change what is learned, so a run may resume with another value
+FREE = {"is_free": True}
+
 
 def from_dict(cls: type, values: dict, where: str, hidden: Collection[str] = ()) -> Any:
     """Return a dataclass with these fields; lists become tuples.

@@ -82,11 +82,12 @@ def start_gcs() -> Store:
     return Store(f"gs://{BUCKET}", server.stop, environment)
 
 
-def _serve(start) -> Iterator[Store]:
+def _serve(start, prepare=lambda patch: None) -> Iterator[Store]:
     store = start()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in store.environment.items():
             patch.setenv(name, value)
+        prepare(patch)
         forget_connections()
         yield store
         forget_connections()
@@ -104,7 +105,15 @@ def s3() -> Iterator[Store]:
 def gcs() -> Iterator[Store]:
     """A GCS emulator for the whole session."""
     need(_GCS_PACKAGES)
-    yield from _serve(start_gcs)
+    yield from _serve(start_gcs, _copy_instead_of_moving)
+
+
+def _copy_instead_of_moving(patch: pytest.MonkeyPatch) -> None:
+    """Replace GCS's move of an object, which the emulator lacks: gcsfs tries for half a minute, then copies."""
+    import gcsfs  # reads the environment
+    from fsspec.asyn import AsyncFileSystem
+
+    patch.setattr(gcsfs.GCSFileSystem, "_mv_file", AsyncFileSystem._mv_file)
 
 
 @pytest.fixture(params=["s3", "gcs"])

@@ -78,13 +78,15 @@ def test_scales_that_do_not_end_at_the_latent_side_are_refused_with_both():
     assert caught.value.field == "config.model.sides" and caught.value.given == (1, 2, 3, 5, 7)
 
 
-def test_optional_keys_are_the_fields_with_a_default():
+def test_optional_keys_are_the_fields_with_a_default_and_the_steps_that_epochs_replace():
     plain = [field for cls in (LoopSettings, RunOptions) for field in dataclasses.fields(cls)]
-    assert set(build.OPTIONAL_KEYS) == {field.name for field in plain if field.default is not dataclasses.MISSING}
+    with_default = {field.name for field in plain if field.default is not dataclasses.MISSING}
+    assert set(build.OPTIONAL_KEYS) == {"num_steps", *with_default}
 
 
 def test_optional_keys_mean_their_defaults_unless_given():
-    config = {name: value for name, value in load("debug").items() if name not in build.OPTIONAL_KEYS}
+    optional = set(build.OPTIONAL_KEYS) - {"num_steps"}
+    config = {name: value for name, value in load("debug").items() if name not in optional}
     assert build.build_run(config) == build.build_run(config | {"accumulate_steps": 1})
     assert build.build_run(config | {"accumulate_steps": 2}).accumulate_steps == 2
     assert build.build_settings(config) == build.build_settings(config | {"keep_best": "", "profile_steps": ()})
@@ -124,3 +126,68 @@ def test_data_field_without_a_meaning_for_the_source_is_refused(source, field, v
     with pytest.raises(InputError, match=f"config.data.{field} has no meaning for data.source={source}") as caught:
         build.DataOptions(source=source, image_size=32, **{field: value})
     assert caught.value.field == f"config.data.{field}" and caught.value.given == value
+
+
+# name -> (epochs, batch, steps, warm-up) of the published recipe on the 1,281,167 images of ImageNet
+PUBLISHED = {
+    "imagenet256_d16": (300, 448, 858_000, 17_160),
+    "imagenet256_d16_finetune": (80, 448, 228_800, 4_576),
+    "imagenet256_d20": (250, 192, 1_668_250, 33_365),
+    "imagenet256_d20_finetune": (80, 192, 533_840, 10_677),
+    "imagenet256_d24": (350, 448, 1_001_000, 20_020),
+    "imagenet256_d24_finetune": (80, 448, 228_800, 4_576),
+    "imagenet256_d30": (350, 1024, 438_200, 8_764),
+    "imagenet256_var_d16": (200, 768, 333_800, 6_676),
+    "imagenet512_d16": (300, 192, 2_001_900, 40_038),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_steps_of_the_published_recipes_follow_from_their_epochs(name):
+    config = load(name)
+    run = build.build_run(config).with_images(1_281_167)
+    epochs, batch_size, num_steps, warmup = PUBLISHED[name]
+    assert (config["epochs"], run.batch_size) == (epochs, batch_size)
+    assert (run.num_steps, run.optimizer.warmup_steps) == (num_steps, warmup)
+    kept = build.with_steps(config, run)
+    assert kept["num_steps"] == num_steps and kept["optimizer"]["warmup_steps"] == warmup
+    assert kept["epochs"] == epochs
+
+
+@pytest.mark.parametrize(("batch_size", "num_images"), [(64, 1_281_167), (448, 1000), (7, 7)])
+def test_epochs_count_passes_whatever_batch_and_data(batch_size, num_images):
+    config = load("imagenet256_d16") | {"batch_size": batch_size, "epochs": 2.5}
+    config["optimizer"] |= {"warmup_epochs": 0.5}
+    run = build.build_run(config).with_images(num_images)
+    steps_per_epoch = -(-num_images // batch_size)
+    assert run.num_steps == round(2.5 * steps_per_epoch)
+    assert run.optimizer.warmup_steps == round(0.5 * steps_per_epoch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_steps": 5}, "exactly one of config.num_steps and config.epochs must be above 0, got 5 and 300.0"),
+        ({"epochs": 0.0}, "exactly one of config.num_steps and config.epochs must be above 0, got 0 and 0.0"),
+        ({"epochs": -1.0}, "config.epochs must be a number of at least 0, got -1.0"),
+        ({"epochs": "many"}, "config.epochs must be a number of at least 0, got 'many'"),
+        ({"epochs": 6.0}, "config.optimizer.warmup_epochs must be below config.epochs=6.0, got 6.0"),
+    ],
+)
+def test_epochs_and_steps_that_contradict_each_other_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        build.build_run(load("imagenet256_d16") | change)
+
+
+def test_warm_up_in_both_units_is_refused():
+    config = load("imagenet256_d16")
+    config["optimizer"] |= {"warmup_steps": 10}
+    with pytest.raises(InputError, match="only one of config.optimizer.warmup_steps and .*, got 10 and 6.0; set the"):
+        build.build_run(config)
+
+
+def test_warm_up_in_epochs_that_is_no_shorter_than_the_steps_is_refused_once_the_data_are_open():
+    config = load("digits")
+    config["optimizer"] |= {"warmup_steps": 0, "warmup_epochs": 30.0}
+    with pytest.raises(InputError, match="warmup_steps must be below config.num_steps=900, got 1350"):
+        build.build_run(config).with_images(1437)

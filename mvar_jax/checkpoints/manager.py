@@ -229,6 +229,11 @@ def restore_weights(workdir: str | os.PathLike, step: int | None = None, prefer_
         raise
 
 
+def has_checkpoint(workdir: str | os.PathLike) -> bool:
+    """Return whether a workdir holds a checkpoint; makes and changes nothing."""
+    return bool(steps_of(workdir).all())
+
+
 def _read_weights(folder: Path, prefer_ema: bool) -> Any:
     # a lost average must not pass for a run that kept none
     if orbax_format.is_orbax(folder):

@@ -4,8 +4,8 @@ Resumable: rerunning the command continues with the first unfinished shard and l
 """
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
-from mvar_jax.cli.machine import add_machine_arguments, use_compilation_cache
-from mvar_jax.errors import InputError
+from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
+from mvar_jax.errors import InputError, RunError, shorten
 from mvar_jax.files.paths import as_path
 from mvar_jax.processes import group
 
@@ -22,9 +22,9 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--images_per_shard",
         type=int,
-        default=4096,
+        default=8192,
         metavar="N",
-        help="images of a file; an interruption loses at most one (default 4096)",
+        help="images of a file; an interruption loses at most one (default 8192)",
     )
 
 
@@ -53,30 +53,36 @@ def run(args) -> int:
     from mvar_jax.tokens.cache_reader import read_meta
     from mvar_jax.tokens.encode import write_cache
 
+    if group.current().count > 1:
+        print_machine()
     model = load(tokenizer)
     model.tokenizer.check(data.image_size)
     check_shared("out", out)
     make_directory(out)
     sources = {split: data.open(split) for split in ("train", "val")}
-    with hold("out", out), StopFlag(notice="stopping; the finished shards are kept") as stop:
-        is_new = write_cache(
-            out,
-            tokenizer.absolute(),
-            model.networks,
-            fingerprint(model.tokenizer, model.tokenizer_params),
-            sources,
-            data.transform(),
-            data.describe(),
-            num_views=data.num_views,
-            seed=config["seed"],
-            batch_size=args.batch_size,
-            images_per_shard=args.images_per_shard,
-            loading=data.loading(),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            wait=lambda: group.current().wait_for_all("cache_tokens"),
-            check_stop=stop.raise_if_set,
-        )
+    try:
+        with hold("out", out), StopFlag(notice="stopping; the finished shards are kept") as stop:
+            is_new = write_cache(
+                out,
+                tokenizer.absolute(),
+                model.networks,
+                fingerprint(model.tokenizer, model.tokenizer_params),
+                sources,
+                data.transform(),
+                data.describe(),
+                num_views=data.num_views,
+                seed=config["seed"],
+                batch_size=args.batch_size,
+                images_per_shard=args.images_per_shard,
+                loading=data.loading(),
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                wait=lambda: group.current().wait_for_all("cache_tokens"),
+                check_stop=stop.raise_if_set,
+            )
+    except OSError as error:  # a full disk, a store that is gone
+        words = f"{error.filename or out}: {shorten(error)}; the finished shards are kept: run the command again"
+        raise RunError(words) from error
     splits = read_meta(out)["splits"] if jax.process_index() == 0 else {}
     for split, entry in splits.items():
         per_image = entry["bytes"] / max(1, entry["num_records"])

@@ -27,6 +27,16 @@ def add_machine_arguments(parser) -> None:
     )
 
 
+def print_machine(mesh=None) -> None:
+    """Print the processes of the run, their devices and the mesh over all of them, if there is one."""
+    import jax
+
+    from mvar_jax.processes.cluster import describe
+
+    if jax.process_index() == 0:
+        print(describe(jax.devices(), mesh.shape if mesh else {}), flush=True)
+
+
 def use_compilation_cache(option: str) -> None:
     """Set JAX's persistent cache. If the folder cannot be made, JAX warns and the run continues."""
     import jax

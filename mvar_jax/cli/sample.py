@@ -3,7 +3,7 @@
 Resumable: rerunning the command continues, and leaves the same files as an uninterrupted run.
 """
 
-from mvar_jax.cli.machine import add_machine_arguments, use_compilation_cache
+from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
 from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, check_seed, sampling_options
 from mvar_jax.processes import group
 
@@ -64,6 +64,8 @@ def run(args) -> int:
     from mvar_jax.sharding import make_mesh
     from mvar_jax.stopping import StopFlag
 
+    if group.current().count > 1:
+        print_machine()
     labels = parse_labels(args.labels, class_names_of(checkpoint))
     devices = jax.local_devices()
     if len(devices) % args.weight_shards:

@@ -1,13 +1,13 @@
 """Train a tokenizer or a transformer from a config; resumes the run that WORKDIR holds."""
 
+import dataclasses
 import functools
-import hashlib
 import json
 import signal
 from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
-from mvar_jax.cli.machine import add_machine_arguments, use_compilation_cache
+from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
 from mvar_jax.errors import STORAGE_ERRORS, InputError, RunError, shorten
 from mvar_jax.fields import flatten
 from mvar_jax.files.paths import as_path
@@ -37,17 +37,18 @@ def run(args) -> int:
     workdir = as_path(args.workdir, "workdir")
     use_compilation_cache(args.compilation_cache)
 
-    import jax
-
     from mvar_jax import build
-    from mvar_jax.processes.cluster import describe as describe_machine
     from mvar_jax.training import loop
+    from mvar_jax.training.saving import say
 
     settings = build.build_settings(config)
     task, modules, tokenizer_params = build.build_task(config)
     check_same_in_all(config, task)
-    if jax.process_index() == 0:
-        print(describe_machine(jax.devices(), task.run.mesh.shape), flush=True)
+    print_machine(task.run.mesh)
+    if described := build.describe_epochs(config, task):
+        say(described)
+    settings = dataclasses.replace(settings, num_steps=task.run.num_steps)
+    config = build.with_steps(config, task.run)
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
     try:
         result = loop.run(task, workdir, settings, config, prepare, strict=args.strict, has_lock=not args.no_lock)
@@ -64,10 +65,7 @@ def check_same_in_all(config: dict, task) -> None:
     """Raise InputError in every process of the run unless all were given the same config and data."""
     here = group.current()
     here.check_same("config", "config", dict(flatten(config)))
-    for split, source in task.data.items():
-        names = hashlib.sha256(json.dumps(source.label_names).encode()).hexdigest()[:8]
-        identity = {"samples": len(source), "classes": len(source.label_names), "names": names}
-        here.check_same("data", f"{split} data with", identity)
+    here.check_same("data", "data with", dict(flatten(task.data_identity)))
 
 
 def keep_classes(workdir: Path, names: list[str]) -> None:
@@ -75,12 +73,13 @@ def keep_classes(workdir: Path, names: list[str]) -> None:
 
     Raises InputError if the run began with other classes, or the workdir cannot be written.
     """
+    from mvar_jax.checkpoints.manager import has_checkpoint
     from mvar_jax.checkpoints.model_directory import CLASSES_FILE
     from mvar_jax.files.atomic import write_json
 
     path = workdir / CLASSES_FILE
     try:
-        there = json.loads(path.read_text()) if path.exists() else names
+        there = json.loads(path.read_text()) if path.exists() and has_checkpoint(workdir) else names
         if there == names:
             workdir.mkdir(parents=True, exist_ok=True)
             write_json(path, names)
@@ -108,6 +107,7 @@ def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) 
     """
     import jax
 
+    from mvar_jax.checkpoints.manager import has_checkpoint
     from mvar_jax.checkpoints.model_directory import MODEL_FILE, write_model_file
     from mvar_jax.checkpoints.trees import save_tree
 
@@ -116,8 +116,8 @@ def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) 
     if jax.process_index():
         return
     keep_classes(workdir, list(task.data["train"].label_names))
-    if (workdir / MODEL_FILE).exists():
-        return
+    if (workdir / MODEL_FILE).exists() and has_checkpoint(workdir):
+        return  # without a checkpoint it may be of another config
     if tokenizer_params is not None:
         save_tree(workdir / "tokenizer", tokenizer_params)
     write_model_file(workdir, modules, trains=trains)

@@ -5,6 +5,7 @@ import math
 
 from mvar_jax.data.protocols import ImageSource, Transform
 from mvar_jax.errors import InputError
+from mvar_jax.fields import FREE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,9 @@ class DataOptions:
       num_views: views of each training image in a token cache: with crop=centre 1, or 2 with flip.
       cache: token cache that a transformer trains from; "" for none.
       cache_memory_mib: hold a split of the cache in memory if it is no larger than this; 0 reads from files.
+      cache_disk_mib: copy shards of a cache in an object store to this machine's disk, up to this size in all; more
+        records are read from the store one by one. Copies are kept for the next run.
+      cache_folder: folder of these copies, shared by the processes of a machine; "" for one in the temporary folder.
       tokenizer: model directory that encodes images inside the training step. Beside a cache, the tokenizer that made
         it; "" takes the cache's own.
       num_threads: threads that prepare batches, in each worker process if there are any.
@@ -81,22 +85,25 @@ class DataOptions:
     shift_px: float = 0.0
     scale: float = 0.0
     shear: float = 0.0
-    path: str = ""
+    path: str = dataclasses.field(default="", metadata=FREE)
     name: str = ""
     crop: str = "centre"
     min_crop: float = 0.8
     upright: bool = True
     num_views: int = 1
-    cache: str = ""
-    cache_memory_mib: int = 256
-    tokenizer: str = ""
-    num_threads: int = 1
-    num_workers: int = 0
-    max_bad_share: float = 0.01
+    cache: str = dataclasses.field(default="", metadata=FREE)
+    cache_memory_mib: int = dataclasses.field(default=256, metadata=FREE)
+    cache_disk_mib: int = dataclasses.field(default=8192, metadata=FREE)
+    cache_folder: str = dataclasses.field(default="", metadata=FREE)
+    tokenizer: str = dataclasses.field(default="", metadata=FREE)
+    num_threads: int = dataclasses.field(default=1, metadata=FREE)
+    num_workers: int = dataclasses.field(default=0, metadata=FREE)
+    max_bad_share: float = dataclasses.field(default=0.01, metadata=FREE)
 
     def __post_init__(self):
         self.loading()
         _check_range("cache_memory_mib", self.cache_memory_mib)
+        _check_range("cache_disk_mib", self.cache_disk_mib)
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in self.idle_fields():
             given, default = getattr(self, name), defaults[name]
@@ -113,7 +120,7 @@ class DataOptions:
 
     def describe(self) -> dict:
         """Return the fields that decide on the pixels, which are stored with a cache of their tokens."""
-        left_out = {"num_views", "cache", "cache_memory_mib", "tokenizer"}
+        left_out = {"num_views", "cache", "cache_memory_mib", "cache_disk_mib", "cache_folder", "tokenizer"}
         left_out |= {"num_threads", "num_workers", "max_bad_share"}
         left_out |= set(self.idle_fields()) - {"flip"}  # caches of digits have always listed it
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}

@@ -5,9 +5,18 @@ There are two kinds of source: images, read one by one and transformed, and toke
 """
 
 import abc
+import hashlib
+from collections.abc import Iterable
 from typing import Any, Literal, Protocol
 
 import numpy as np
+
+_NUM_NAMES = 64  # a name of a TFDS set is a read of the set
+
+
+def _digest(texts: Iterable[str]) -> str:
+    """Return a hex digest of a sequence of texts; file names need not be UTF-8."""
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 class Source(abc.ABC):
@@ -31,6 +40,19 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def name_of(self, index: int) -> str:
         """Return the name by which a person finds item `index`."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells these data from others wherever they lie, as a JSON object.
+
+        Number of items, classes and the names of some items: reading all items would take too long.
+        """
+        numbers = sorted({i * len(self) // _NUM_NAMES for i in range(_NUM_NAMES)}) if len(self) else []
+        return {
+            "holds": self.field,
+            "num_items": len(self),
+            "classes": _digest(self.label_names),
+            "names": _digest(self.name_of(number) for number in numbers),
+        }
 
 
 class ImageSource(Source):

@@ -12,6 +12,7 @@ from typing import Any
 
 from mvar_jax.data.pillow_warnings import ignore_pillow_warnings
 from mvar_jax.data.shared_memory import Message, receive
+from mvar_jax.errors import RunError
 
 _ITEMS_AHEAD = 2  # of each worker, packed and not yet taken
 # The process that trains decides what follows from these, which reach every process of a terminal or a Slurm step.
@@ -25,7 +26,7 @@ def run_workers(items_of: Callable[[int, int], Iterator[Any]], num_workers: int)
       items_of: (worker, num_workers) -> the items of one worker, called in its process. It may be a closure.
 
     Raises:
-      ChildProcessError: a worker was killed.
+      RunError: a worker was killed.
       Exception: what `items_of` or its items raise in a worker.
     """
     context = multiprocessing.get_context("spawn")
@@ -71,12 +72,12 @@ def run_workers(items_of: Callable[[int, int], Iterator[Any]], num_workers: int)
             atexit.unregister(end_all)
 
 
-def _describe_death(worker: int, process) -> ChildProcessError:
+def _describe_death(worker: int, process) -> RunError:
     process.join(timeout=10)
     status = process.exitcode
     how = f"was killed by signal {-status}" if status and status < 0 else f"ended with status {status}"
     hint = "; if memory ran out, use fewer or smaller batches" if status == -signal.SIGKILL else ""
-    return ChildProcessError(f"worker process {worker} of data.num_workers {how}{hint}")
+    return RunError(f"worker process {worker} of data.num_workers {how}{hint}")
 
 
 def _work(channel: socket.socket, worker: int, num_workers: int) -> None:

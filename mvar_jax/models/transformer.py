@@ -1,5 +1,6 @@
 """The scale- and spatial-Markov transformer (MVAR section 3) and, with the same parameters, VAR."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.errors import InputError
+from mvar_jax.fields import FREE
 from mvar_jax.models.layers import Adaptive, Block, alternate, layer_norm, normal
 from mvar_jax.scales import BLOCK_DIAGONAL, CONDITIONINGS, Phase, Pyramid
 from mvar_jax.sharding import constrain, named_axes
@@ -75,9 +77,9 @@ class Transformer(nn.Module):
     init_gamma: float = 1e-5
     init_head: float = 0.02
     class_init_std: float | None = None
-    window_backend: str = "auto"
-    remat: str = "dots"
-    scan_unroll: int = 1
+    window_backend: str = dataclasses.field(default="auto", metadata=FREE)
+    remat: str = dataclasses.field(default="dots", metadata=FREE)
+    scan_unroll: int = dataclasses.field(default=1, metadata=FREE)
     dtype: Any = jnp.float32
 
     @property

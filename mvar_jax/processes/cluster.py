@@ -18,7 +18,6 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK"))
 
-
 _Processes = tuple[str | None, int | None, int | None]  # address of the first, their number, number of this one
 
 
@@ -203,7 +202,7 @@ def _divide_cards(node: _Node) -> tuple[tuple[int, ...], int | None]:
 def _find_node(environment: Mapping[str, str], num_cards: int | None) -> _Node:
     shown = environment.get("CUDA_VISIBLE_DEVICES")
     visible = None if shown is None else _parse_visible(shown)
-    on_node = _read_int(environment, "SLURM_GPUS_ON_NODE") if environment.get("SLURM_GPUS_ON_NODE") else None
+    on_node = _read_int(environment, "SLURM_GPUS_ON_NODE", 0) or None
     if all(name in environment for name in OPEN_MPI):
         num_tasks, local_id = (_read_int(environment, name) for name in OPEN_MPI[2:])
         return _Node(num_tasks, local_id, on_node or num_cards, on_node is not None, visible)
@@ -217,7 +216,7 @@ def _count_slurm_tasks(environment: Mapping[str, str]) -> int:
     """Return the number of tasks of this step on this node."""
     text = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE")
     if not text:
-        num_nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES") or 1)
+        num_nodes = _read_int(environment, "SLURM_STEP_NUM_NODES", 1)
         return -(-_read_int(environment, "SLURM_NTASKS") // num_nodes)
     counts: list[int] = []
     for part in text.split(","):  # such as 2(x3),1: two tasks on each of three nodes, one on the fourth
@@ -226,7 +225,7 @@ def _count_slurm_tasks(environment: Mapping[str, str]) -> int:
             message = f"SLURM_STEP_TASKS_PER_NODE must be a list of numbers such as 2(x3),1, got {text}"
             raise InputError(message, field="SLURM_STEP_TASKS_PER_NODE", given=text, expected="numbers")
         counts += [int(match[1])] * int(match[2] or 1)
-    index = int(environment.get("SLURM_NODEID") or 0)
+    index = _read_int(environment, "SLURM_NODEID", 0)
     return counts[index] if index < len(counts) else counts[-1]
 
 
@@ -248,11 +247,12 @@ def _parse_device_ids(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _read_int(environment: Mapping[str, str], name: str) -> int:
-    if not environment[name].isdecimal():
-        message = f"{name} must be a whole number, got {environment[name]}"
-        raise InputError(message, field=name, given=environment[name], expected="a whole number")
-    return int(environment[name])
+def _read_int(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name) or ("" if default is None else str(default))
+    if not text.isdecimal():
+        message = f"{name} must be a whole number, got {text or 'nothing'}"
+        raise InputError(message, field=name, given=text, expected="a whole number")
+    return int(text)
 
 
 def _count(number: int, singular: str, plural: str | None = None) -> str:

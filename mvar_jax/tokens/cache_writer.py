@@ -3,8 +3,9 @@
 import contextlib
 import json
 import os
-import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from mvar_jax.errors import InputError
 from mvar_jax.files.atomic import replacing, write_json
+from mvar_jax.files.directories import remove_tree
+from mvar_jax.files.paths import as_path, is_store
 from mvar_jax.scales import areas_of
 from mvar_jax.tokens.cache_reader import FORMAT, META_NAME, TOKENIZER_FOLDER, read_meta
+from mvar_jax.tokens.shards import WRITE_OPTIONS
 
 UNFINISHED = "unfinished"  # folder inside the cache's that holds the shards until the last one is finished
 _IDENTITY_NAME = "identity.json"
+_NUM_UPLOADS = 2  # at once, each of a shard that lies on a disk of this machine
+_NUM_MOVES = 16  # at once, inside a store
 _NO_IDENTITY = ("splits", "tokenizer_path", "tokenizer")  # keys that say nothing about the ids of a split
-_WRITE_OPTIONS = "group_size:1"
 
 Record = tuple[np.ndarray, int]
 # (begin, end, skipped) -> the records of images begin to end; bad ones are appended to `skipped` instead
@@ -32,14 +37,14 @@ class CacheWriter:
     Until then its shards are in the folder `unfinished` of `out_dir`. The next writer of the same cache keeps
     them, a writer of another cache removes them. An older cache in `out_dir` stays until the new one is complete.
     Several processes share the work: shard i belongs to process `i % process_count`, and process 0 puts the cache
-    together.
+    together. In an object store a shard is uploaded in the background while the next one is written.
 
         with CacheWriter(out_dir, ...) as writer:
             writer.write_split("train", read_records, num_images=1437, num_views=2, transform={...})
             writer.write_split("val", ...)
 
     Args:
-      out_dir: directory of the cache.
+      out_dir: directory of the cache, on this machine or in an object store.
       sides, vocab_size: of the tokenizer.
       tokenizer_fingerprint, tokenizer_path: stored for the reader.
       label_names: display name of each class, in the order of the labels.
@@ -63,7 +68,7 @@ class CacheWriter:
         process_count: int = 1,
         wait: Callable[[], None] = lambda: None,
     ):
-        self._dir = Path(out_dir)
+        self._dir = as_path(out_dir, "out")
         self._unfinished = self._dir / UNFINISHED
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
         self._meta: dict[str, Any] = {
@@ -79,6 +84,9 @@ class CacheWriter:
         }
         self._num_tokens = sum(areas_of(self._meta["sides"]))
         self._save_tokenizer = save_tokenizer
+        self._entries: dict[str, dict[str, Any]] = {}  # of finished shards
+        self._uploads = ThreadPoolExecutor(_NUM_UPLOADS, thread_name_prefix="token_uploads")
+        self._uploading: deque[Future[None]] = deque()
         self._process_index, self._process_count, self._wait = process_index, process_count, wait
 
     def __enter__(self) -> "CacheWriter":
@@ -116,16 +124,19 @@ class CacheWriter:
         bounds = [shard * num_images // num_shards for shard in range(num_shards + 1)]
         names = [f"{split}-{shard:05d}-of-{num_shards:05d}.array_record" for shard in range(num_shards)]
         plan = {"num_images": num_images, "num_views": num_views, "transform": transform, "names": names}
+        plan["compressed"] = False
         self._meta["splits"][split] = plan
         self._forget_other_work(split)
         for shard in range(self._process_index, num_shards, self._process_count):
             if self._finished(names[shard]) is None:
                 self._write_shard(names[shard], read_records, bounds[shard], bounds[shard + 1], num_views)
+        self._wait_for_uploads(0)
 
     def _write_shard(self, name: str, read_records: ReadRecords, begin: int, end: int, num_views: int) -> None:
         path, skipped, num_records = self._unfinished / name, [], 0
-        with replacing(path) as temporary:
-            with contextlib.closing(ArrayRecordWriter(str(temporary), _WRITE_OPTIONS)) as writer:
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(replacing(path))
+            with contextlib.closing(ArrayRecordWriter(str(temporary), WRITE_OPTIONS)) as writer:
                 for ids, label in self._checked(read_records(begin, end, skipped), num_views):
                     writer.write(np.array(label, "<i4").tobytes() + ids.astype(self._dtype).tobytes())
                     num_records += 1
@@ -133,8 +144,23 @@ class CacheWriter:
                 found = f"{num_records} records and {len(skipped)} skipped images"
                 message = f"num_images {end - begin} must be the sum of {found} of {name}"
                 raise InputError(message, field="num_images", given=end - begin, expected=found)
-        entry = {"name": name, "num_records": num_records, "bytes": path.stat().st_size}
-        write_json(self._entry_file(name), {"shard": entry, "skipped": skipped})
+            entry = {"name": name, "num_records": num_records, "bytes": temporary.stat().st_size}
+            finish = stack.pop_all()
+
+        def put_in_place() -> None:
+            finish.close()
+            write_json(self._entry_file(name), {"shard": entry, "skipped": skipped})
+
+        if is_store(path):
+            self._wait_for_uploads(_NUM_UPLOADS)
+            self._uploading.append(self._uploads.submit(put_in_place))
+        else:
+            put_in_place()
+
+    def _wait_for_uploads(self, num_left: int) -> None:
+        """Wait until so many uploads are under way; raise what one of the others raised."""
+        while len(self._uploading) > num_left:
+            self._uploading.popleft().result()
 
     def _checked(self, records: Iterable[Record], num_views: int) -> Iterator[Record]:
         num_labels, vocab_size = len(self._meta["label_names"]), self._meta["vocab_size"]
@@ -161,10 +187,15 @@ class CacheWriter:
 
     def _finished(self, name: str) -> dict[str, Any] | None:
         """Return the content of a finished shard's own JSON, or None if the shard is still to be written."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if name in self._entries:
+            return self._entries[name]
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             entry = json.loads(self._entry_file(name).read_text())
-            if (self._unfinished / name).stat().st_size == entry["shard"]["bytes"]:
-                return entry
+            # a writer killed while it put the cache together has moved some shards
+            for path in (self._unfinished / name, self._dir / name):
+                if path.is_file() and path.stat().st_size == entry["shard"]["bytes"]:
+                    self._entries[name] = entry
+                    return entry
         return None
 
     def _forget_other_work(self, split: str) -> None:
@@ -173,7 +204,7 @@ class CacheWriter:
         shared = {key: value for key, value in self._meta.items() if key not in _NO_IDENTITY}
         identity = {**shared, "split": self._meta["splits"][split]}
         there = None
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(FileNotFoundError, ValueError):
             there = json.loads(file.read_text())
         if self._process_index == 0 and there != json.loads(json.dumps(identity)):
             for path in self._unfinished.glob(f"{split}-*"):
@@ -182,9 +213,11 @@ class CacheWriter:
         self._wait()
 
     def __exit__(self, exception_type, exception, traceback) -> None:
+        self._uploads.shutdown(cancel_futures=exception_type is not None)
         if exception_type is not None:
-            if self._process_count == 1 and not list(self._unfinished.glob("*.array_record")):
-                shutil.rmtree(self._unfinished)  # there is nothing worth keeping
+            with contextlib.suppress(OSError):  # of a store that is gone
+                if self._process_count == 1 and not list(self._unfinished.glob("*.array_record")):
+                    remove_tree(self._unfinished)  # there is nothing worth keeping
             return
         self._wait()
         if self._process_index == 0:
@@ -204,24 +237,31 @@ class CacheWriter:
                 "num_records": sum(shard["num_records"] for shard in shards),
                 "num_views": plan["num_views"],
                 "bytes": sum(shard["bytes"] for shard in shards),
+                "compressed": plan["compressed"],
                 "shards": shards,
                 "transform": plan["transform"],
                 "skipped": [bad for entry in entries for bad in entry["skipped"]],
             }
         self._remove_replaced()
-        for name in [shard["name"] for split in splits.values() for shard in split["shards"]]:
-            os.replace(self._unfinished / name, self._dir / name)
+        names = [shard["name"] for split in splits.values() for shard in split["shards"]]
+        with ThreadPoolExecutor(_NUM_MOVES if is_store(self._dir) else 1) as threads:
+            list(threads.map(self._move, names))
         if self._save_tokenizer:
             self._save_tokenizer(self._dir / TOKENIZER_FOLDER)
         write_json(self._dir / META_NAME, {**self._meta, "splits": splits})
-        shutil.rmtree(self._unfinished)
+        remove_tree(self._unfinished)
+
+    def _move(self, name: str) -> None:
+        """Move a shard to its place, unless a killed writer has done so. A store copies it and removes the first."""
+        if (self._unfinished / name).exists():
+            (self._unfinished / name).rename(self._dir / name)
 
     def _remove_replaced(self) -> None:
         """Remove the older cache, its `cache.json` first."""
         with contextlib.suppress(InputError):
             splits = read_meta(self._dir)["splits"].values()
             (self._dir / META_NAME).unlink()
-            shutil.rmtree(self._dir / TOKENIZER_FOLDER, ignore_errors=True)
+            remove_tree(self._dir / TOKENIZER_FOLDER)
             for shard in [shard for split in splits for shard in split["shards"]]:
                 (self._dir / shard["name"]).unlink(missing_ok=True)
 

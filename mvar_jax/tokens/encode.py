@@ -17,13 +17,14 @@ from mvar_jax.data.protocols import ImageSource, Transform
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.data.sources import SPLITS
 from mvar_jax.errors import InputError
+from mvar_jax.files.paths import as_path
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.sharding import make_mesh, put_batch, replicated
 from mvar_jax.tokens.cache_reader import META_NAME, read_meta
 from mvar_jax.tokens.cache_writer import CacheWriter
 
-IMAGES_PER_SHARD = 4096  # an interruption loses at most so much work
+IMAGES_PER_SHARD = 8192  # an interruption loses at most so much work
 
 
 def view_rng(seed: int, view: int, index: int) -> np.random.Generator:
@@ -177,7 +178,7 @@ def write_cache(
     """Write a token cache. Resumable: after an interruption it continues with the first unfinished shard.
 
     Args:
-      out: directory of the cache.
+      out: directory of the cache, on this machine or in an object store.
       tokenizer_path: where the tokenizer was loaded from; stored with the cache.
       networks: the tokenizer and its weights, which are written into the cache.
       tokenizer_fingerprint: of the tokenizer; stored with the cache.
@@ -196,7 +197,7 @@ def write_cache(
       InputError: `out` holds a cache of another tokenizer or of other images, or too many images are bad.
     """
     transform.check_views(num_views)
-    out, views = Path(out), {"train": num_views, "val": 1}
+    out, views = as_path(out, "out"), {"train": num_views, "val": 1}
     descriptions = {split: {**description, "num_views": views[split], "seed": seed} for split in SPLITS}
     if (out / META_NAME).exists():
         _check_same(out, tokenizer_fingerprint, descriptions)

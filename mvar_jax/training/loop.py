@@ -14,64 +14,23 @@ import jax
 
 from mvar_jax.checkpoints.best import Metric
 from mvar_jax.checkpoints.manager import Checkpoints
-from mvar_jax.errors import InputError, RunError
+from mvar_jax.errors import RunError
 from mvar_jax.files.paths import as_path
 from mvar_jax.hardware.machines import peak_flops
 from mvar_jax.processes.holding import hold
 from mvar_jax.processes.shared import check_shared
 from mvar_jax.training.logging import MetricLog, Progress, has_line
-from mvar_jax.training.profiling import Profiler, check_profile_steps
+from mvar_jax.training.profiling import Profiler
 from mvar_jax.training.protocol import Task
-from mvar_jax.training.saving import Saver, say
+from mvar_jax.training.resume_rules import check_resumable, keep_identity
+from mvar_jax.training.saving import Saver, check_first, say
+from mvar_jax.training.settings import LoopSettings
 from mvar_jax.training.stopping import RunStopFlag
 from mvar_jax.training.throughput import Throughput
-from mvar_jax.training.workdir import CONFIG_FILE, check_config
 
 # Metrics are read this many steps late: the device always has work queued, but batches do not pile up on it and a
 # signal waits for a few steps at most.
 _STEPS_AHEAD = 2
-_LEAST = {"eval_every_steps": 0, "save_every_steps": 0, "picture_every_steps": -1}  # 1 for the others
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopSettings:
-    """Options of the training loop.
-
-    Attributes:
-      num_steps: optimizer steps of the whole run.
-      log_every_steps: steps between lines of metrics.jsonl.
-      eval_every_steps: steps between evaluations; 0 evaluates only at the start and at the end.
-      picture_every_steps: steps between image grids; 0 draws them only at the end, -1 never.
-      save_every_steps: steps between checkpoints; 0 saves only at the end.
-      keep_checkpoints: number of newest checkpoints to keep.
-      max_bad_steps: steps in a row without a finite loss and gradient after which the run stops.
-      keep_best: evaluation metric whose best checkpoint is kept too, as loss or psnr_db:max; "" keeps none.
-      profile_steps: (first, end) of the steps that the profiler records into WORKDIR/profile; () records none.
-
-    Raises InputError for values out of range.
-    """
-
-    num_steps: int
-    log_every_steps: int
-    eval_every_steps: int
-    picture_every_steps: int
-    save_every_steps: int
-    keep_checkpoints: int
-    max_bad_steps: int
-    keep_best: str = ""
-    profile_steps: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if field.type is not int:
-                continue
-            value = getattr(self, field.name)
-            least = _LEAST.get(field.name, 1)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                words = f"config.{field.name} must be a whole number of at least {least}, got {value!r}"
-                raise InputError(words, field=field.name, given=value, expected=f"{least} or more")
-        Metric.parse(self.keep_best)
-        check_profile_steps(self.profile_steps)
 
 
 class RunResult(NamedTuple):
@@ -112,10 +71,10 @@ def run(
     started_s = time.monotonic()
     workdir = as_path(workdir, "workdir")
     check_shared("workdir", workdir)
-    if (workdir / CONFIG_FILE).exists():
-        check_config(workdir, config_json)  # before the lock file, so a refused run leaves no trace
+    check_resumable(workdir, config_json, task.data_identity)  # before the lock, so a refused run leaves no trace
     with RunStopFlag() as stop, hold("workdir", workdir, has_lock):
-        check_config(workdir, config_json)
+        check_resumable(workdir, config_json, task.data_identity)
+        keep_identity(workdir, config_json, task.data_identity)
         prepare()
         with Checkpoints(workdir, settings.keep_checkpoints) as checkpoints:
             newest = checkpoints.latest_step()
@@ -129,6 +88,7 @@ def run(
                 newest = int(state.step)
                 say(f"resuming from step {newest} of {settings.num_steps} in {workdir}")
             start = int(state.step)
+            check_first(state, workdir, None if newest is None else start)
             with (
                 MetricLog(workdir, start) as log,
                 Progress(start, settings.num_steps, task.examples_per_step) as progress,

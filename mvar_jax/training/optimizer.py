@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mvar_jax.errors import InputError
+from mvar_jax.fields import FREE
 from mvar_jax.training.schedules import check_schedule, learning_rate_factor, weight_decay_at
 
 UNDECAYED = ("bias", "q_bias", "v_bias", "scale", "log_scale", "pos_start", "pos_embed", "level_embed")
@@ -21,6 +22,7 @@ class OptimizerOptions:
       base_learning_rate: peak learning rate for a batch of 256; the peak is this times batch_size / 256.
       schedule: shape after the warm-up: cos, lin, lin0, lin00, exp, or lin<T> such as lin0.3.
       warmup_steps: steps of linear growth from warmup_factor to the peak.
+      warmup_epochs: the same in passes over the training images, instead of warmup_steps.
       warmup_factor: learning rate of the first step, relative to the peak.
       final_factor: learning rate of the last step, relative to the peak.
       weight_decay: decoupled weight decay of the matrices.
@@ -37,6 +39,7 @@ class OptimizerOptions:
     base_learning_rate: float = 1e-4
     schedule: str = "lin0"
     warmup_steps: int = 0
+    warmup_epochs: float = dataclasses.field(default=0.0, metadata=FREE)  # a run is compared by its steps
     warmup_factor: float = 0.005
     final_factor: float = 0.1
     weight_decay: float = 0.05
@@ -52,9 +55,21 @@ class OptimizerOptions:
         if not 0 <= self.ema_decay < 1:
             words = f"config.optimizer.ema_decay must be from 0 (off) to below 1, got {self.ema_decay}"
             raise InputError(words, field="ema_decay", given=self.ema_decay, expected="0 to below 1")
-        if self.warmup_steps < 0:
-            words = f"config.optimizer.warmup_steps must be 0 or more, got {self.warmup_steps}"
-            raise InputError(words, field="warmup_steps", given=self.warmup_steps, expected="0 or more")
+        for name in ("warmup_steps", "warmup_epochs"):
+            if (given := getattr(self, name)) < 0:
+                words = f"config.optimizer.{name} must be 0 or more, got {given}"
+                raise InputError(words, field=name, given=given, expected="0 or more")
+        if self.warmup_steps and self.warmup_epochs:
+            both = f"{self.warmup_steps} and {self.warmup_epochs}"
+            words = "only one of config.optimizer.warmup_steps and config.optimizer.warmup_epochs may be above 0, "
+            words += f"got {both}; set the other to 0"
+            raise InputError(words, field="warmup_epochs", given=both, expected="one of them to be 0")
+
+    def with_steps(self, steps_per_epoch: int) -> "OptimizerOptions":
+        """Return the options with warmup_epochs turned into warmup_steps."""
+        if not self.warmup_epochs:
+            return self
+        return dataclasses.replace(self, warmup_steps=round(self.warmup_epochs * steps_per_epoch), warmup_epochs=0.0)
 
     def at(self, step: int, num_steps: int, batch_size: int) -> tuple[float, float]:
         """Return (learning rate, weight decay) of iteration `step`."""

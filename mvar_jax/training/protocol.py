@@ -9,9 +9,15 @@ import numpy as np
 
 
 class Task(abc.ABC):
-    """A model in training. Its state is a dataclass pytree with step, params, ema, opt_state and extra."""
+    """A model in training. Its state is a dataclass pytree with step, params, ema, opt_state and extra.
+
+    Attributes:
+      examples_per_step: images of a step.
+      data_identity: what the data are, wherever they lie, as a JSON object: a run resumes only with the same.
+    """
 
     examples_per_step: int
+    data_identity: dict[str, Any] = {}  # noqa: RUF012
 
     @abc.abstractmethod
     def init_state(self) -> Any:

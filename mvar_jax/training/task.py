@@ -15,6 +15,7 @@ from mvar_jax.data.pipeline import eval_batches, train_batches
 from mvar_jax.data.protocols import Source, Transform
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.errors import InputError
+from mvar_jax.fields import FREE
 from mvar_jax.sharding import check_batch_size, check_sizes, constrain, num_shards_of, put_batch, replicated, use_mesh
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.protocol import Task
@@ -29,11 +30,12 @@ class RunOptions:
 
     Attributes:
       seed: seed of the initial weights, the order of samples, augmentation and dropout.
-      num_steps: optimizer steps of the whole run.
+      num_steps: optimizer steps of the whole run; 0, or no such key, if epochs is given.
       batch_size: images of an optimizer step, over all devices and processes.
       optimizer: options of AdamW.
       mesh: devices by axis.
       accumulate_steps: equal parts of a batch whose gradients are added up, to save memory.
+      epochs: passes over the training images, instead of num_steps; the last batch of each is filled up.
 
     Raises InputError for values out of range.
     """
@@ -42,18 +44,35 @@ class RunOptions:
     num_steps: int
     batch_size: int
     optimizer: OptimizerOptions
-    mesh: Mesh
-    accumulate_steps: int = 1
+    mesh: Mesh = dataclasses.field(metadata=FREE)
+    accumulate_steps: int = dataclasses.field(default=1, metadata=FREE)
+    epochs: float = dataclasses.field(default=0.0, metadata=FREE)  # a run is compared by its steps
 
     def __post_init__(self):
         if self.accumulate_steps < 1:
             words = f"config.accumulate_steps must be 1 or more, got {self.accumulate_steps}"
             raise InputError(words, field="accumulate_steps", given=self.accumulate_steps, expected="1 or more")
         check_batch_size(self.batch_size, self.mesh, self.accumulate_steps)
-        warmup, end = self.optimizer.warmup_steps, max(self.num_steps, 1)
-        if warmup >= end:
-            words = f"config.optimizer.warmup_steps must be below config.num_steps={self.num_steps}, got {warmup}"
-            raise InputError(words, field="warmup_steps", given=warmup, expected=f"0 to {end - 1}")
+        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int | float) or self.epochs < 0:
+            words = f"config.epochs must be a number of at least 0, got {self.epochs!r}"
+            raise InputError(words, field="epochs", given=self.epochs, expected="0 or more")
+        if (self.num_steps > 0) == (self.epochs > 0):
+            both = f"{self.num_steps} and {self.epochs}"
+            words = f"exactly one of config.num_steps and config.epochs must be above 0, got {both}"
+            raise InputError(f"{words}; set the other to 0", field="num_steps", given=both, expected="one above 0")
+        # of different units they are compared by `with_images`
+        for warmup_name, end_name in (("warmup_steps", "num_steps"), ("warmup_epochs", "epochs")):
+            warmup, end = getattr(self.optimizer, warmup_name), getattr(self, end_name)
+            if end and warmup >= end:
+                words = f"config.optimizer.{warmup_name} must be below config.{end_name}={end}, got {warmup}"
+                raise InputError(words, field=warmup_name, given=warmup, expected=f"0 to below {end}")
+
+    def with_images(self, num_images: int) -> "RunOptions":
+        """Return the options with epochs turned into steps. num_images: of the training split."""
+        steps_per_epoch = -(-num_images // self.batch_size)
+        num_steps = self.num_steps or max(1, round(self.epochs * steps_per_epoch))
+        optimizer = self.optimizer.with_steps(steps_per_epoch)
+        return dataclasses.replace(self, num_steps=num_steps, epochs=0.0, optimizer=optimizer)
 
     def rates(self, step: int) -> tuple[np.float32, np.float32]:
         """Return (learning rate, weight decay) of a step."""
@@ -82,6 +101,7 @@ class DataTask(Task):
         self.data, self.transform, self.loading = data.sources, data.transform, data.loading
         # split -> bad samples found by this process
         share = data.loading.max_bad_share
+        self.data_identity = {split: source.identity() for split, source in data.sources.items()}
         self.skipped = {split: Skipped(split, len(source), share) for split, source in data.sources.items()}
         self.examples_per_step = run.batch_size
         # rbg: compiling many threefry draws takes most of a small model's start

@@ -33,7 +33,7 @@ class TokenizerTask(DataTask):
         self._step = jax.jit(step, **placed)
         redraw = functools.partial(tokenizer_step.redraw_codes, tokenizer, options)
         self._redraw = jax.jit(redraw, **{**placed, "out_shardings": self.shardings})
-        self._evaluate = jax.jit(self._eval_step, out_shardings=self._whole)
+        self.evaluate_batch = jax.jit(self._eval_step, out_shardings=self._whole)
         self.reconstruct = jax.jit(self._reconstruct, out_shardings=self._whole)
 
     def train_step(self, state, batch, step: int):
@@ -75,7 +75,7 @@ class TokenizerTask(DataTask):
     def evaluate(self, state) -> dict:
         """Return held-out mse, PSNR (mean over images, dB), codebook usage and perplexity of the averaged weights."""
         with use_mesh(self.run.mesh):
-            parts = [self._evaluate(self.averaged(state), batch) for batch in self.eval_batches()]
+            parts = [self.evaluate_batch(self.averaged(state), batch) for batch in self.eval_batches()]
         error, psnr, hits_SV, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(4))
         return {
             "loss": float(error / rows),

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from mvar_jax.checkpoints.model_directory import fingerprint
 from mvar_jax.files.images import min_zoom, tile_grid, to_uint8
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import Transformer
@@ -41,6 +42,7 @@ class TransformerTask(DataTask):
     ):
         super().__init__(run, transformer, data, {})
         self.initial_params = initial_params
+        self.data_identity["tokenizer"] = fingerprint(tokenizer.tokenizer, tokenizer.tokenizer_params)
         self.transformer, self.options = transformer, options
         # one copy on each device, for the ids of images, the teacher-forcing input and the pictures
         self.tokenizer = jax.device_put(jax.tree.map(np.asarray, tokenizer), self._whole)
@@ -56,7 +58,7 @@ class TransformerTask(DataTask):
             return transformer_step.eval_step(transformer, params, with_input(tokenizer, batch))
 
         self._step = jax.jit(step, static_argnums=0, donate_argnums=1, out_shardings=(self.shardings, self._whole))
-        self._evaluate = jax.jit(evaluate, out_shardings=self._whole)
+        self.evaluate_batch = jax.jit(evaluate, out_shardings=self._whole)
         self.draw_pictures = jax.jit(self._draw_pictures, out_shardings=self._whole)
 
     def train_step(self, state, batch, step: int):
@@ -79,7 +81,7 @@ class TransformerTask(DataTask):
         """Return token-weighted means over the validation split, in nats a token: averaged weights, no dropout."""
         with use_mesh(self.run.mesh):
             params = self.averaged(state)
-            parts = [self._evaluate(params, batch, self.tokenizer) for batch in self.eval_batches()]
+            parts = [self.evaluate_batch(params, batch, self.tokenizer) for batch in self.eval_batches()]
         nll_S, hits_S, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(3))
         areas = np.asarray(self.transformer.pyramid.areas)
         return {

@@ -14,6 +14,7 @@ import pytest
 
 from mvar_jax.data.shared_memory import Message, SharedArray
 from mvar_jax.data.workers import run_workers
+from mvar_jax.errors import RunError
 
 PROGRAM = Path(__file__).with_name("worker_run.py")
 SHARED_MEMORY = Path("/dev/shm")
@@ -96,7 +97,7 @@ def test_killed_worker_is_named_with_its_signal():
     workers = sorted(child.pid for child in multiprocessing.active_children())
     os.kill(workers[1], signal.SIGKILL)
     words = "worker process . of data.num_workers was killed by signal 9; if memory ran out, use fewer"
-    with pytest.raises(ChildProcessError, match=words):
+    with pytest.raises(RunError, match=words):
         for _ in range(10):
             next(items)
     _wait_until(lambda: not any(map(_is_alive, workers)), "the other worker outlives the iterator")

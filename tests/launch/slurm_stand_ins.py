@@ -17,7 +17,7 @@ from pathlib import Path
 
 from stand_ins import ROOT, make_program
 
-JOB = "4242"
+JOB = str(os.getpid())  # the port of the processes follows from it: one of its own for each run of the tests
 
 SRUN = """#!{python}
 import argparse, os, signal, subprocess, sys, time
@@ -33,7 +33,7 @@ num_tasks = int(os.environ["SLURM_NTASKS"])
 num_cards = int(os.environ.get("SLURM_GPUS_PER_NODE", 0))
 
 def environment_of(task):
-    step = dict(SLURM_STEP_NODELIST="node1", SLURM_STEP_NUM_NODES="1", SLURM_STEP_TASKS_PER_NODE=str(num_tasks))
+    step = dict(SLURM_STEP_NODELIST="localhost", SLURM_STEP_NUM_NODES="1", SLURM_STEP_TASKS_PER_NODE=str(num_tasks))
     step |= dict(SLURM_PROCID=str(task), SLURM_LOCALID=str(task), SLURM_NODEID="0")
     if num_cards:
         step |= dict(SLURM_GPUS_ON_NODE=str(num_cards), CUDA_VISIBLE_DEVICES=",".join(map(str, range(num_cards))))
@@ -129,7 +129,7 @@ class Slurm:
                 try:
                     if on_start:
                         on_start(self, attempt)
-                    status = self._script.wait(60)
+                    status = self._script.wait(200)
                 finally:
                     self._clean_up()
             if self.num_requeues == before:
@@ -154,7 +154,7 @@ class Slurm:
         os.killpg(self._script.pid, signal.SIGTERM)
 
     def wait_for(self, path: Path) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while not path.exists():
             assert time.monotonic() < deadline and self._script.poll() is None, self.log.read_text()
             time.sleep(0.02)

@@ -1,10 +1,12 @@
 """What becomes of a command that is run apart from the terminal: how often it runs, its log, its end."""
 
+import fcntl
 import os
 import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -85,6 +87,11 @@ def test_command_runs_again_only_while_it_stops_early(supervised, statuses, num_
 
 def test_start_returns_while_the_command_goes_on_without_a_terminal(supervised):
     """Started from a terminal that is then closed: SIGHUP must not reach the command."""
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     master, slave = pty.openpty()
     starting = subprocess.Popen(
         supervised.arguments("start", TRAINING),
@@ -92,7 +99,7 @@ def test_start_returns_while_the_command_goes_on_without_a_terminal(supervised):
         stdin=slave,
         stdout=slave,
         stderr=slave,
-        preexec_fn=os.setsid,
+        preexec_fn=take_terminal,
     )
     assert starting.wait(60) == 0
     os.close(slave)

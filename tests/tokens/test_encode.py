@@ -63,7 +63,7 @@ def cache(parts):
 
 
 def _contents(path):
-    return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file() and file.name != ".lock"}
 
 
 def test_cache_holds_both_flips_and_skips_and_lists_what_is_bad(parts, tmp_path):

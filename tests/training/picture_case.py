@@ -1,4 +1,7 @@
-"""Pictures of both tasks, drawn with weights sharded over eight virtual devices and with all on one; prints JSON."""
+"""Pictures of both tasks, drawn with weights sharded over eight virtual devices and with all on one, and evaluation.
+
+Prints JSON: how the pictures differ, and the bytes that one device holds meanwhile.
+"""
 
 import json
 import types
@@ -42,22 +45,25 @@ def tasks(mesh) -> dict:
     }
 
 
+def bytes_of(program) -> dict:
+    memory = program.memory_analysis()
+    return {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
+
+
 def draw(task, module) -> tuple[np.ndarray, dict]:
-    """Return the picture, and the bytes of the weights and of what one device holds while it is drawn."""
+    """Return the picture, and the bytes of the weights and of one device while it draws and while it evaluates."""
     params = jax.device_put(seeded_params(module, std=0.05), task.shardings.params)
     (picture,) = task.pictures(types.SimpleNamespace(params=params, ema=None)).values()
+    batch = next(task.eval_batches())
     with use_mesh(task.run.mesh):
         if isinstance(task, TransformerTask):
-            program = task.draw_pictures.lower(params, task.tokenizer).compile()
+            drawing = task.draw_pictures.lower(params, task.tokenizer)
+            evaluation = task.evaluate_batch.lower(params, batch, task.tokenizer)
         else:
-            program = task.reconstruct.lower(params, np.zeros((FEW, 2, 2, 3), np.uint8)).compile()
-    memory = program.memory_analysis()
-    sizes = {
-        "weights": sum(x.nbytes for x in jax.tree.leaves(params)),
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-    }
-    return picture, sizes
+            drawing = task.reconstruct.lower(params, np.zeros((FEW, 2, 2, 3), np.uint8))
+            evaluation = task.evaluate_batch.lower(params, batch)
+    sizes = {name: bytes_of(part.compile()) for name, part in (("drawing", drawing), ("evaluation", evaluation))}
+    return picture, {"weights": sum(x.nbytes for x in jax.tree.leaves(params)), **sizes}
 
 
 def main():

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mvar_jax.errors import RunError
+from mvar_jax.files import lines
+from mvar_jax.files.lines import read_lines as read_json_lines
+from mvar_jax.files.paths import as_path
 from mvar_jax.training import logging
 from mvar_jax.training.logging import MetricLog, Progress, has_line
 
@@ -141,3 +145,46 @@ def test_real_event_files_hold_scalars_and_pictures(tmp_path):
     assert sorted(events.Tags()["tensors"]) == ["loss/scale_0", "loss/scale_1", "samples"]
     (event,) = events.Tensors("loss/scale_1")
     assert event.step == 2 and make_ndarray(event.tensor_proto) == 2.5
+
+
+def test_log_in_a_store_holds_lines_pictures_and_real_events(s3, tmp_path):
+    workdir = as_path(s3.url) / "log"
+    picture_YX3 = np.full((4, 6, 3), 7, np.uint8)
+    for start in (0, 2):
+        with MetricLog(workdir, start) as log:
+            for step in range(start, 4):
+                log.write(step, "train", {"loss": float(start)})
+            log.flush()
+            assert has_line(workdir, "train", 3) and not has_line(workdir, "eval", 3)
+            log.write_pictures(3, {"samples": picture_YX3})
+    assert [(line["step"], line["loss"]) for line in read_json_lines(workdir / "metrics.jsonl")] == [
+        *((step, 0) for step in range(2)),
+        *((step, 2) for step in range(2, 4)),
+    ]
+    assert (workdir / "pictures/samples_000003.png").is_file()
+    events = list((workdir / "tensorboard").glob("events.*"))
+    assert len(events) == 2
+    for path in events:
+        path.download(tmp_path / path.name)
+    assert read_scalar_steps(tmp_path, "loss") == [0, 1, 2, 3, 2, 3]
+
+
+def read_scalar_steps(folder, name):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    steps = []
+    for path in sorted(folder.glob("events.*")):
+        for event in EventFileLoader(str(path)).Load():
+            steps += [event.step for value in event.summary.value if value.tag == name]
+    return steps
+
+
+def test_store_that_takes_no_lines_ends_the_run_with_one_sentence(s3, writer, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "no answer")
+
+    words = "s3://bucket/failing/metrics.jsonl cannot be written: no answer"
+    with pytest.raises(RunError, match=words), MetricLog(as_path(s3.url) / "failing", 0) as log:
+        log.write(0, "train", {"loss": 1.0})
+        monkeypatch.setattr(lines, "write_atomically", fail)
+        log.flush()

@@ -18,7 +18,7 @@ def without_tensorboard(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"num_steps": 0}, {"save_every_steps": -1}, {"picture_every_steps": -2}, {"log_every_steps": 2.5}]
+    "change", [{"num_steps": -1}, {"save_every_steps": -1}, {"picture_every_steps": -2}, {"log_every_steps": 2.5}]
 )
 def test_impossible_settings_are_refused(change):
     good = dict.fromkeys((field for field in LoopSettings.__dataclass_fields__), 1)

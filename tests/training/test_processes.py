@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +24,7 @@ def start(workdir, cache, devices, *more, steps=9):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     overrides = [f"--config.num_steps={steps}", "--config.save_every_steps=4", "--config.eval_every_steps=0"]
-    overrides += ["--config.picture_every_steps=-1"]
+    overrides += ["--config.picture_every_steps=3"]
     overrides += ["--config.codebook.warmup_steps=0", "--config.codebook.revive_every_steps=0"]
     command = [
         sys.executable,
@@ -68,6 +69,10 @@ def read_losses(workdir):
     return {(line["kind"], line["step"]): line["loss"] for line in lines}
 
 
+def read_picture(workdir, step):
+    return np.asarray(Image.open(workdir / "pictures" / f"reconstructions_{step:06d}.png"), int)
+
+
 def wait_for(path, processes):
     deadline = time.monotonic() + 120
     while not path.exists():
@@ -90,7 +95,7 @@ def one_process(tmp_path_factory, cache):
 
 
 def test_two_processes_killed_and_resumed_as_one_equal_one_process(tmp_path, cache, one_process):
-    pair = start_pair(tmp_path, cache)
+    pair = start_pair(tmp_path, cache, "--config.mesh.data=1", "--config.mesh.fsdp=4")
     try:
         wait_for(tmp_path / "checkpoints" / "4", pair)
     finally:
@@ -98,6 +103,9 @@ def test_two_processes_killed_and_resumed_as_one_equal_one_process(tmp_path, cac
             process.kill()
             process.communicate()
     assert not (tmp_path / "checkpoints" / "9").exists()
+    # each process held a half of the weights; step 3 is before the checkpoint, so nobody draws its picture again
+    drawn, expected = (read_picture(workdir, step=3) for workdir in (tmp_path, one_process))
+    assert np.abs(drawn - expected).max() <= 1 and expected.std() > 10
     (output,) = finish(start(tmp_path, cache, 4))
     assert "resuming from step" in output
     ours, expected = read_losses(tmp_path), read_losses(one_process)
