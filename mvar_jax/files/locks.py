@@ -94,7 +94,7 @@ class _Lease:
     def __init__(self, folder: Path, field: str):
         self._folder, self._field, self._path = folder, field, folder / LEASE_FILE
         self._seconds = _lease_seconds()
-        self._name = {**_own_name(), "holder": secrets.token_hex(8), "beat": 0}
+        self._name = {**_own_name(), "holder": secrets.token_hex(8), "seconds": self._seconds, "beat": 0}
         while not self._take():
             self._make_way()
         self._is_over = threading.Event()
@@ -139,11 +139,11 @@ class _Lease:
         holder = _parse(there)
         if not there or _has_ended(holder):
             return self._remove(there)
-        who = _describe(holder)
-        _say(f"{self._field} {self._folder} has a lease of {who}: waiting up to {self._seconds:.0f} s for a renewal")
-        deadline = time.monotonic() + self._seconds
+        who, seconds = _describe(holder), holder.get("seconds", self._seconds)
+        _say(f"{self._field} {self._folder} has a lease of {who}: waiting up to {seconds:.0f} s for a renewal")
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            time.sleep(min(1.0, self._seconds / _BEATS))
+            time.sleep(min(1.0, seconds / _BEATS))
             now = self._read()
             if now and now != there:
                 raise _refuse(self._folder, self._field, _parse(now))

@@ -36,7 +36,9 @@ def filesystem(scheme: str) -> Any:
 
     # the library prints tracebacks of every failed try; its errors reach us anyway
     logging.getLogger(STORES[scheme]).addHandler(logging.NullHandler())
-    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
+    # botocore's 10 connections are few for the records of a batch, read one by one
+    options = {"config_kwargs": {"max_pool_connections": 64}} if scheme == "s3" else {}
+    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
 
 
 if hasattr(os, "register_at_fork"):

@@ -9,7 +9,6 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from array_record.python.array_record_module import ArrayRecordReader
 from mvar_jax.errors import InputError
 from mvar_jax.files.stores import StorePath
 from mvar_jax.tokens.copies import Copies
+from mvar_jax.tokens.requests import requests
 
 WRITE_OPTIONS = "group_size:1,uncompressed"
 _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # with group size 1, for random access
-_NUM_REQUESTS = 64  # to a store at once
 # A file is a sequence of chunks, here of one record each, after a first chunk that marks the format. Every block of
 # 64 KiB begins with a header, which may lie inside a chunk.
 _BLOCK, _BLOCK_HEADER = 2**16, 24
@@ -150,7 +149,7 @@ class StoreShard:
                 self._local = self._open_local(path)
         if self._local is not None:
             return self._local.start(positions)
-        records = [_requests().submit(self._read_record, position) for position in positions]
+        records = [requests().submit(self._read_record, position) for position in positions]
         return lambda: np.stack([np.frombuffer(record.result(), np.uint8) for record in records])
 
     def _read_record(self, position: int) -> bytes:
@@ -202,12 +201,6 @@ def open_shards(
         if entry["name"] not in there:
             raise refuse(cache, "a complete token cache", f"{entry['name']} is missing")
     return [StoreShard(cache / entry["name"], entry, record_bytes, cache, copies, has_ranges) for entry in entries]
-
-
-@functools.cache
-def _requests() -> ThreadPoolExecutor:
-    """Return the threads of this process that wait for a store."""
-    return ThreadPoolExecutor(_NUM_REQUESTS, thread_name_prefix="token_requests")
 
 
 def _data_bytes(record_bytes: int) -> int:

@@ -23,7 +23,7 @@ from mvar_jax.training.logging import MetricLog, Progress, has_line
 from mvar_jax.training.profiling import Profiler
 from mvar_jax.training.protocol import Task
 from mvar_jax.training.resume_rules import check_resumable, keep_identity
-from mvar_jax.training.saving import Saver, say
+from mvar_jax.training.saving import Saver, check_first, say
 from mvar_jax.training.settings import LoopSettings
 from mvar_jax.training.stopping import RunStopFlag
 from mvar_jax.training.throughput import Throughput
@@ -88,6 +88,7 @@ def run(
                 newest = int(state.step)
                 say(f"resuming from step {newest} of {settings.num_steps} in {workdir}")
             start = int(state.step)
+            check_first(state, workdir, None if newest is None else start)
             with (
                 MetricLog(workdir, start) as log,
                 Progress(start, settings.num_steps, task.examples_per_step) as progress,

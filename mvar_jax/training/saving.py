@@ -75,6 +75,26 @@ class Saver:
         return RunError(f"a checkpoint could not be written to {self._workdir}: {shorten(error)}")
 
 
+def check_first(state: Any, workdir: Path, saved_step: int | None) -> None:
+    """Raise RunError if the state that a run begins with is not finite.
+
+    Also compiles, before the first step, the check that every save makes.
+
+    Args:
+      state: the state.
+      workdir: the run's folder.
+      saved_step: step of the checkpoint that it comes from; None for initial weights.
+    """
+    if all_finite(state):
+        return
+    if saved_step is None:
+        raise RunError("the initial weights are not finite; let config.init_from name others")
+    raise RunError(
+        f"the checkpoint of step {saved_step} in {workdir} holds numbers that are not finite; move it away to resume "
+        "from an older one"
+    )
+
+
 def say(line: str) -> None:
     """Print a line of the run, once for all its processes."""
     if jax.process_index() == 0:

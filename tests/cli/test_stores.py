@@ -9,6 +9,7 @@ from mvar_jax.__main__ import main
 from mvar_jax.files.directories import upload_folder
 from mvar_jax.files.locks import acquire
 from mvar_jax.files.paths import as_path
+from mvar_jax.processes.holding import hold
 
 SAMPLE = ["sample", "--labels=0-2", "--num=2", "--batch_size=4", "--save_tokens", "--compilation_cache=off"]
 
@@ -71,3 +72,12 @@ def test_missing_bucket_ends_with_one_sentence_and_status_2(s3, tiny_model, caps
     assert len(lines) == 1 and "s3://no-such-bucket/out" in lines[0]
     assert main(["sample", "--labels=0", "--checkpoint=s3://no-such-bucket/model", "--out=out"]) == 2
     assert "s3://no-such-bucket/model has no readable model.json" in capsys.readouterr().err
+
+
+def test_cache_that_another_program_writes_is_refused(run, tmp_path, capsys):
+    """On a disk; samples are tried in a store."""
+    out = tmp_path / "tokens"
+    with hold("out", out):
+        assert main([*run.cache, f"--out={out}"]) == 2
+    assert f"out {out} is in use by another run, process {os.getpid()} on " in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [".lock"]

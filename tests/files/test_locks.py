@@ -104,24 +104,25 @@ def test_missing_locks_are_said_with_what_is_kept_instead(start, tmp_path):
     assert end(process) == (0, words)
 
 
-def write_foreign_lease(folder, beat=0):
+def write_foreign_lease(folder, seconds, beat=0):
     holder = {"host": "node-7", "pid": 1, "started": "1", "machine": "elsewhere", "holder": "ab", "beat": beat}
+    holder["seconds"] = seconds
     (folder / locks.LEASE_FILE).write_text(json.dumps(holder))
 
 
-def test_lease_of_another_machine_expires(start, tmp_path):
-    write_foreign_lease(tmp_path)
-    process = start(tmp_path, "noflock", seconds=2)
+def test_lease_of_another_machine_expires_when_its_holder_said(start, tmp_path):
+    write_foreign_lease(tmp_path, seconds=2)
+    process = start(tmp_path, "noflock", seconds=3600)
     assert first_line(process) == "held"
     errors = end(process)[1]
     assert "a lease of process 1 on node-7: waiting up to 2 s" in errors and "has expired and is taken over" in errors
 
 
 def test_lease_of_another_machine_that_is_renewed_is_respected(start, tmp_path):
-    write_foreign_lease(tmp_path)
-    process = start(tmp_path, "noflock")
+    write_foreign_lease(tmp_path, seconds=600)
+    process = start(tmp_path, "noflock", seconds=1)
     for beat in range(1, DEADLINE_S * 10):
-        write_foreign_lease(tmp_path, beat)
+        write_foreign_lease(tmp_path, 600, beat)
         if process.poll() is not None:
             break
         time.sleep(0.1)
@@ -134,7 +135,7 @@ def test_of_several_that_find_a_dead_lease_one_takes_it(start, tmp_path):
     dead = start(tmp_path, "noflock")
     assert first_line(dead) == "held"
     dead.kill()
-    rivals = [start(tmp_path, "noflock", seconds=6) for _ in range(4)]
+    rivals = [start(tmp_path, "noflock", seconds=12) for _ in range(4)]
     answers = [first_line(rival) for rival in rivals]
     assert answers.count("held") == 1, answers
     (winner,) = (rival for rival, answer in zip(rivals, answers, strict=True) if answer == "held")

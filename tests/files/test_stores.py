@@ -12,7 +12,7 @@ from PIL import Image
 from mvar_jax.errors import InputError
 from mvar_jax.files import paths
 from mvar_jax.files.atomic import replacing, write_atomically, write_json
-from mvar_jax.files.directories import check_new, make_directory, new_directory, remove_tree
+from mvar_jax.files.directories import check_new, local_folder, make_directory, new_directory, remove_tree
 from mvar_jax.files.images import save_png
 from mvar_jax.files.npz import save_npz
 from mvar_jax.files.paths import as_path, local_path
@@ -204,3 +204,13 @@ def test_store_that_does_not_answer_is_one_sentence(tmp_path, monkeypatch):
     last = result.stderr.splitlines()[-1]
     assert last.startswith("mvar_jax.errors.InputError: workdir=s3://bucket/run cannot be reached: "), result.stderr
     assert "127.0.0.1:9" in last
+
+
+def test_folder_of_a_library_that_writes_only_here_is_uploaded(folder, tmp_path):
+    with local_folder(folder) as place:
+        (place / "plugins").mkdir()
+        (place / "plugins/trace").write_text("x")
+        assert not folder.exists()
+    assert folder.find() == ["plugins/trace"] and not place.exists()
+    with local_folder(tmp_path) as place:
+        assert place == tmp_path

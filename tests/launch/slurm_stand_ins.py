@@ -129,7 +129,7 @@ class Slurm:
                 try:
                     if on_start:
                         on_start(self, attempt)
-                    status = self._script.wait(60)
+                    status = self._script.wait(200)
                 finally:
                     self._clean_up()
             if self.num_requeues == before:
@@ -154,7 +154,7 @@ class Slurm:
         os.killpg(self._script.pid, signal.SIGTERM)
 
     def wait_for(self, path: Path) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while not path.exists():
             assert time.monotonic() < deadline and self._script.poll() is None, self.log.read_text()
             time.sleep(0.02)

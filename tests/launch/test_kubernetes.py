@@ -200,7 +200,8 @@ def test_stops_do_not_use_up_the_restarts_after_failures(jobset):
     assert cluster.state == "running"
 
 
-def test_data_workers_have_memory_to_hand_over_batches(jobset):
+def test_cards_of_a_pod_have_shared_memory_to_exchange_data():
+    jobset = yaml.safe_load((FOLDER / "jobset.yaml").read_text())
     container, pod = container_of(jobset), pod_of(jobset)
     (name,) = (mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm")
     (volume,) = (volume for volume in pod["volumes"] if volume["name"] == name)

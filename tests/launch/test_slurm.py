@@ -4,6 +4,7 @@ import json
 
 import pytest
 from slurm_stand_ins import Slurm, plan
+from stand_ins import ROOT
 
 ARGUMENTS = ("configs/imagenet256_d16.py", "runs/d16")
 
@@ -109,18 +110,40 @@ def test_every_card_and_every_processor_is_used(slurm, options, cards_of_task, n
     assert lines == expected
 
 
-JOIN = """
-import os, jax
-from mvar_jax.processes.cluster import describe, find_place
-jax.distributed.initialize(**find_place(os.environ).arguments, initialization_timeout=100)
-open(f"joined-{jax.process_index()}", "w").write(describe(jax.devices(), {}))
+# the loop of `train` with a toy task, which compiles in a moment; started with the words of the script
+TOY = f"""
+import os, sys
+sys.path.insert(0, "{ROOT / "tests"}")
+from toy_run import NoWriter, ToyTask, logging, make_settings, run, run_together
+from mvar_jax.stopping import STOPPED_STATUS
+
+logging._open_summary_writer = lambda folder: NoWriter()
+words = sys.argv[4:]
+options = dict(zip(words[::2], words[1::2]))
+
+def train():
+    steps = open("steps-" + os.environ["SLURM_PROCID"], "a", buffering=1)
+    task = ToyTask(0.05, on_step=lambda step: print(step, file=steps))
+    result = run(task, options["--workdir"], make_settings(60), {{"lr": 0.01}})
+    return STOPPED_STATUS if result.interrupted else 0
+
+sys.exit(run_together(train, options["--distributed"]))
 """
 
 
-def test_processes_of_a_job_join_one_another(slurm):
-    """jax itself finds the coordinator in the variables of the step, as on a cluster."""
-    slurm.set_program(JOIN)
-    status = slurm.submit(*ARGUMENTS, options=["--ntasks-per-node=2"], JAX_PLATFORMS="cpu", XLA_FLAGS="")
-    assert status == 0, slurm.log.read_text()
-    for index in range(2):
-        assert (slurm.copy / f"joined-{index}").read_text() == "2 processes x 1 device (cpu)"
+def test_run_of_two_processes_continues_in_the_next_job_where_it_stopped(slurm):
+    """Joined by the variables of Slurm, and stopped by its warning before the end of the time."""
+
+    def warn(slurm, attempt):
+        if attempt == 0:
+            slurm.wait_for(slurm.copy / "runs/d16/metrics.jsonl")
+            slurm.warn_of_time_limit()
+
+    slurm.set_program(TOY)
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    status = slurm.submit(*ARGUMENTS, options=["--ntasks-per-node=2"], on_start=warn, **environment)
+    log = slurm.log.read_text()
+    assert status == 0 and slurm.num_requeues == 1, log
+    for task in range(2):
+        steps = (slurm.copy / f"steps-{task}").read_text().split()
+        assert steps == [str(step) for step in range(60)], "every step once, over both attempts"

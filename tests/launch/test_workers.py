@@ -25,8 +25,7 @@ def machines(tmp_path):
 
     yield make
     for workers in made:
-        for path in tmp_path.iterdir():
-            workers.kill(path.name)
+        workers.end()
 
 
 def check_training(words: list[str], distributed: str) -> None:

@@ -5,6 +5,7 @@ file with its state, and a startup script that it runs as the slice boots. Optio
 refused.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -149,6 +150,7 @@ class Workers:
         for name in names:
             make_checkout(folder / name / "mvar_jax")
         self.names = names
+        self._started: list[subprocess.Popen] = []
 
     def call(self, script: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
         """Run a script of launch/ on one's own machine."""
@@ -157,7 +159,7 @@ class Workers:
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     def start(self, script: str, *words: str, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             ["bash", str(self.own / "launch" / script), *words],
             cwd=self.own,
             env={"PATH": f"{self.own / 'bin'}:{os.environ['PATH']}", "HOME": str(self.own)} | environment,
@@ -166,6 +168,16 @@ class Workers:
             text=True,
             start_new_session=True,
         )
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """End all that runs, here and on the workers."""
+        for process in self._started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        for path in self.folder.iterdir():
+            self.kill(path.name)
 
     def trained(self, name: str) -> list[list[str]]:
         """The command lines of the trainings that a worker started."""
@@ -189,7 +201,5 @@ class Workers:
             state = json.loads(path.read_text())
             for pid in (state.get("pid"), state.get("child")):
                 if pid and "status" not in state:
-                    try:
+                    with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
-                    except ProcessLookupError:
-                        continue

@@ -23,6 +23,7 @@ def test_processes_that_cannot_be_meant_are_refused(option):
     assert caught.value.field == "distributed" and caught.value.given == option
 
 
+ROOT = Path(__file__).parents[2]
 # one task of `srun --nodes=1 --ntasks-per-node=1 --gpus-per-node=8`
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -37,10 +38,11 @@ SLURM = {
 
 
 def train(workdir, **environment):
-    command = [sys.executable, "-m", "mvar_jax", "train", "--config", "debug", "--workdir", str(workdir)]
+    program = ROOT / "tests/training/plain_train.py"
+    command = [sys.executable, str(program), "train", "--config", "debug", "--workdir", str(workdir)]
     return subprocess.run(
         [*command, "--distributed", "auto", "--config.num_steps=3", "--config.picture_every_steps=-1"],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | environment,
+        env=os.environ | environment,
         cwd=workdir.parent,
         capture_output=True,
         text=True,

@@ -1,5 +1,6 @@
 """Token caches in object stores: the same batches as on a disk, and no more bytes than needed."""
 
+import functools
 import itertools
 import json
 import threading
@@ -18,6 +19,7 @@ from mvar_jax.files.stores import StorePath
 from mvar_jax.tokens import cache_writer, copies, shards
 from mvar_jax.tokens.cache_reader import TokenCache
 from mvar_jax.tokens.cache_writer import UNFINISHED
+from mvar_jax.tokens.requests import Requests
 
 NUM_SHARDS = 4
 DEADLINE_S = 60
@@ -264,6 +266,55 @@ def test_writer_killed_while_it_puts_the_cache_together_goes_on(local, folder, m
         options = {"num_images": 11, "num_views": 2, "transform": {"degrees": 5.0}, "num_shards": NUM_SHARDS}
         writer.write_split("train", none, **options)
         writer.write_split("val", none, num_images=4, num_views=1, transform={})
+    assert {name: (folder / name).read_bytes() for name in folder.find()} == _contents(local[0])
+
+
+def test_failed_request_ends_those_that_wait_and_no_later_one():
+    pool, begun, go_on = Requests(1), threading.Event(), threading.Event()
+
+    def fail():
+        begun.set()
+        go_on.wait(DEADLINE_S)
+        raise OSError("gone")
+
+    failed = [pool.submit(fail), pool.submit(int), pool.submit(int)]
+    begun.wait(DEADLINE_S)
+    go_on.set()
+    assert all(isinstance(future.exception(DEADLINE_S), OSError) for future in failed)
+    assert pool.submit(int, "7").result(DEADLINE_S) == 7
+
+
+def test_what_a_killed_fetch_left_is_removed(cache, tmp_path):
+    options = {"max_memory_bytes": 0, "disk_folder": tmp_path / "copies"}
+    reader = TokenCache(cache, "train", **options)
+    (folder,) = (tmp_path / "copies").iterdir()
+    (folder / ".train-00001-of-00004.array_record.host-1.tmp").write_bytes(b"half")
+    _batches(reader)
+    _wait_until(lambda: len(list(folder.glob("train*.array_record"))) == NUM_SHARDS)
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_two_processes_share_the_work_in_a_store(local, folder):
+    barrier = threading.Barrier(2)
+
+    def write(process):
+        options = {"process_index": process, "process_count": 2, "wait": lambda: barrier.wait(DEADLINE_S)}
+        asked = []
+
+        def read(records, begin, end, skipped):
+            asked.append((len(records), begin))
+            return records[begin:end]
+
+        train, val = _records(11), _records(4, num_views=1, seed=1)
+        with _writer(folder, **options) as writer:
+            shape = {"num_views": 2, "transform": {"degrees": 5.0}, "num_shards": NUM_SHARDS}
+            writer.write_split("train", functools.partial(read, train), num_images=11, **shape)
+            writer.write_split("val", functools.partial(read, val), num_images=4, num_views=1, transform={})
+        return asked
+
+    with ThreadPoolExecutor(2) as threads:
+        asked = list(threads.map(write, range(2)))
+    assert asked == [[(11, 0), (11, 5), (4, 0)], [(11, 2), (11, 8)]]
     assert {name: (folder / name).read_bytes() for name in folder.find()} == _contents(local[0])
 
 

@@ -1,4 +1,6 @@
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import random
@@ -17,6 +19,7 @@ from toy_run import NoWriter, ToyTask, make_settings
 
 from mvar_jax.checkpoints.manager import Checkpoints, restore_weights
 from mvar_jax.errors import InputError
+from mvar_jax.processes.holding import hold
 from mvar_jax.training import logging
 from mvar_jax.training.loop import RunError, run
 
@@ -232,6 +235,26 @@ def test_workdir_in_use_is_refused(tmp_path):
     assert refused == [2]
 
 
+def test_workdir_in_use_is_not_looked_at_if_asked_so(tmp_path, capfd):
+    with hold("workdir", tmp_path):
+        run(ToyTask(), tmp_path, make_settings(4), CONFIG, has_lock=False)
+    assert f"workdir {tmp_path} is not locked: no other run may use it meanwhile\n" in capfd.readouterr().err
+    assert (tmp_path / "checkpoints" / "4").is_dir()
+
+
+def test_workdir_without_locks_is_held_by_a_lease_that_ends_with_the_run(tmp_path, monkeypatch, capfd):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    seen = []
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    run(ToyTask(on_step=lambda step: seen.append((tmp_path / ".lease").exists())), tmp_path, make_settings(4), CONFIG)
+    assert seen == [True] * 4 and not (tmp_path / ".lease").exists()
+    assert (
+        "its file system has no locks (Function not implemented); the lease .lease is kept" in capfd.readouterr().err
+    )
+
+
 def test_other_configuration_changes_nothing_once_there_is_a_checkpoint(tmp_path):
     """Before the first checkpoint it replaces the old one."""
     (tmp_path / "config.json").write_text('{"lr": 0.5}')
@@ -315,3 +338,33 @@ def test_full_disk_during_a_save_is_one_line_and_the_previous_checkpoint_stays_g
         assert run(ToyTask(), tmp_path, make_settings(NUM_STEPS), CONFIG).step == NUM_STEPS
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def damage(folder):
+    path = folder / "params/kernel_DD/c/0/0"
+    data = bytearray(path.read_bytes())
+    data[9] ^= 1
+    path.write_bytes(data)
+
+
+def test_run_whose_newest_checkpoint_is_damaged_ends_bit_equal_from_an_older_one(tmp_path, whole_run, capsys):
+    run(ToyTask(), tmp_path, make_settings(NUM_STEPS), CONFIG)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # killed before its last evaluation
+    damage(tmp_path / "checkpoints/23")
+    capsys.readouterr()
+    assert run(ToyTask(), tmp_path, make_settings(NUM_STEPS), CONFIG).step == NUM_STEPS
+    said, resumed, *_ = capsys.readouterr().out.splitlines()
+    assert "checkpoints/23 cannot be read" in said and "resuming from step 20 instead" in said
+    assert "resuming from step 20 of 23" in resumed
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["20", "23", "23.damaged"]
+    assert_same_run(tmp_path, whole_run)
+
+
+def test_strict_run_refuses_a_damaged_newest_checkpoint(tmp_path):
+    run(ToyTask(), tmp_path, make_settings(NUM_STEPS), CONFIG)
+    (tmp_path / "metrics.jsonl").write_text("")
+    damage(tmp_path / "checkpoints/23")
+    with pytest.raises(InputError, match="checkpoints/23 cannot be read"):
+        run(ToyTask(), tmp_path, make_settings(NUM_STEPS), CONFIG, strict=True)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["20", "23"]

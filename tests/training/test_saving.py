@@ -11,7 +11,7 @@ import toy_run
 from toy_run import NoWriter, ToyTask, make_settings
 
 from mvar_jax.checkpoints.manager import Checkpoints
-from mvar_jax.training import logging
+from mvar_jax.training import logging, loop, saving
 from mvar_jax.training.loop import RunError, run
 from mvar_jax.training.state import all_finite
 
@@ -104,6 +104,18 @@ def test_a_run_stopped_after_a_bad_step_keeps_the_older_checkpoint(tmp_path, ski
     *_, refused, stopped = capsys.readouterr().out.splitlines()
     assert refused.startswith("step 7 is not saved: ") and refused.endswith("keeps the checkpoint of step 4")
     assert stopped.startswith("stopped by SIGTERM at step 7 of 10; ") and "step 4; the same command" in stopped
+
+
+def test_a_run_does_not_begin_with_a_checkpoint_that_an_older_version_poisoned(tmp_path, monkeypatch):
+    poisoned = ToyTask(bad_steps=range(3, 9))
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "all_finite", lambda state: True)
+        patch.setattr(saving.Saver, "drop_poisoned", lambda self, step: None)
+        patch.setattr(loop._Loop, "_save", lambda self, state, step, **more: self._saver.save(state, step, True))
+        with pytest.raises(RunError, match="for 9 steps in a row"):
+            run(poisoned, tmp_path, make_settings(30, max_bad_steps=9), CONFIG)
+    with pytest.raises(RunError, match=r"checkpoint of step 12 in .* numbers that are not finite; move it away to"):
+        run(ToyTask(), tmp_path, make_settings(30), CONFIG)
 
 
 @pytest.mark.parametrize("place", ["params", "ema", "opt_state", "extra"])
