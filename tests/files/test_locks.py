@@ -1,5 +1,6 @@
 """Holders of a folder are real processes; what they leave is seen in the folder and in their exit statuses."""
 
+import contextlib
 import json
 import os
 import signal
@@ -76,7 +77,7 @@ def test_held_folder_is_refused_with_the_name_of_the_holder_and_free_when_it_end
     assert end(first)[0] == 0
     third = start(folder, *options)
     assert first_line(third) == "held" and end(third)[0] == 0
-    assert not (folder / locks.LEASE_FILE).exists()
+    assert not folder.is_dir() or list(folder.iterdir()) == []
 
 
 def test_holder_that_was_killed_on_this_machine_is_recognised_at_once(start, place):
@@ -153,6 +154,27 @@ def test_process_that_stood_still_for_longer_than_its_lease_ends(start, tmp_path
     errors = first.stderr.read()
     assert first.returncode == -signal.SIGTERM and f"was taken over by process {second.pid} on " in errors
     assert json.loads((tmp_path / locks.LEASE_FILE).read_text())["pid"] == second.pid
+
+
+def test_lock_goes_from_one_to_the_next_without_two_at_a_time(tmp_path):
+    """The file is removed by each holder, while others have it open."""
+    inside, most = [], []
+
+    def work():
+        for _ in range(30):
+            with contextlib.suppress(InputError):
+                lock = locks.acquire(tmp_path, "out")
+                inside.append(lock)
+                most.append(len(inside))
+                inside.remove(lock)
+                lock.release()
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert most and max(most) == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_folder_that_cannot_be_written_is_refused(tmp_path):
