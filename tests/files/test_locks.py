@@ -143,6 +143,15 @@ def test_of_several_that_find_a_dead_lease_one_takes_it(start, tmp_path):
     assert json.loads((tmp_path / locks.LEASE_FILE).read_text())["pid"] == winner.pid
 
 
+def test_lease_that_another_takes_at_the_same_moment_is_not_ours(tmp_path, monkeypatch):
+    """The other removed a dead lease after us, and with it ours; afterwards it renews its own."""
+    beats = iter(range(1000))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
+    monkeypatch.setattr(time, "sleep", lambda _: write_foreign_lease(tmp_path, 600, next(beats)))
+    with pytest.raises(InputError, match="is in use by another run, process 1 on node-7"):
+        locks.acquire(tmp_path, "out")
+
+
 def test_process_that_stood_still_for_longer_than_its_lease_ends(start, tmp_path):
     first = start(tmp_path, "noflock", seconds=2)
     assert first_line(first) == "held"
