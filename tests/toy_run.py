@@ -1,6 +1,8 @@
 """A toy task, and a process that trains it.
 
-python toy_run.py WORKDIR NUM_STEPS STEP_S [HOST:PORT,NUM,INDEX] [sharded]
+python toy_run.py WORKDIR NUM_STEPS STEP_S [HOST:PORT,NUM,INDEX] [sharded|own]
+
+sharded: the state is. own: the program joins the processes itself, without `run_together`.
 """
 
 import errno
@@ -126,4 +128,8 @@ if __name__ == "__main__":
         print("result", result.step, result.interrupted, flush=True)
         return 0
 
+    if "own" in sys.argv:
+        address, count, index = sys.argv[4].split(",")
+        jax.distributed.initialize(address, int(count), int(index))
+        sys.exit(train())
     sys.exit(run_together(train, *sys.argv[4:5]))

@@ -49,6 +49,7 @@ def run(args) -> int:
         say(described)
     settings = dataclasses.replace(settings, num_steps=task.run.num_steps)
     config = build.with_steps(config, task.run)
+    check_classes(workdir, list(task.data["train"].label_names))
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
     try:
         result = loop.run(task, workdir, settings, config, prepare, strict=args.strict, has_lock=not args.no_lock)
@@ -68,28 +69,19 @@ def check_same_in_all(config: dict, task) -> None:
     here.check_same("data", "data with", dict(flatten(task.data_identity)))
 
 
-def keep_classes(workdir: Path, names: list[str]) -> None:
-    """Write the class names in the order of their labels.
-
-    Raises InputError if the run began with other classes, or the workdir cannot be written.
-    """
+def check_classes(workdir: Path, names: list[str]) -> None:
+    """Raise InputError if the run in the workdir was begun with other classes, or its list of them cannot be read."""
     from mvar_jax.checkpoints.manager import has_checkpoint
     from mvar_jax.checkpoints.model_directory import CLASSES_FILE
-    from mvar_jax.files.atomic import write_json
 
     path = workdir / CLASSES_FILE
     try:
         there = json.loads(path.read_text()) if path.exists() and has_checkpoint(workdir) else names
-        if there == names:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_json(path, names)
-            return
-    except OSError as error:
-        words = f"workdir {workdir} cannot be written: {shorten(error)}"
-        raise InputError(words, field="workdir", given=str(workdir), expected="a writable directory") from None
-    except ValueError:
-        words = f"workdir {workdir} has no readable {CLASSES_FILE}"
+    except (OSError, ValueError) as error:
+        words = f"workdir {workdir} has no readable {CLASSES_FILE}: {shorten(error)}"
         raise InputError(words, field="workdir", given=str(workdir), expected=f"a readable {CLASSES_FILE}") from None
+    if there == names:
+        return
     changed = ", ".join(sorted(set(there) ^ set(names))[:5]) or "their order"
     words = f"classes must be the {len(there)} that {workdir} was trained on, got {len(names)}; different: {changed}"
     raise InputError(words, field="classes", given=len(names), expected=f"the {len(there)} of {workdir}")
@@ -108,14 +100,15 @@ def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) 
     import jax
 
     from mvar_jax.checkpoints.manager import has_checkpoint
-    from mvar_jax.checkpoints.model_directory import MODEL_FILE, write_model_file
+    from mvar_jax.checkpoints.model_directory import CLASSES_FILE, MODEL_FILE, write_model_file
     from mvar_jax.checkpoints.trees import save_tree
+    from mvar_jax.files.atomic import write_json
 
     for split, skipped in task.skipped.items():
         skipped.keep_in(workdir / f"skipped_{split}{jax.process_index() or ''}.json")
     if jax.process_index():
         return
-    keep_classes(workdir, list(task.data["train"].label_names))
+    write_json(workdir / CLASSES_FILE, list(task.data["train"].label_names))
     if (workdir / MODEL_FILE).exists() and has_checkpoint(workdir):
         return  # without a checkpoint it may be of another config
     if tokenizer_params is not None:

@@ -63,25 +63,46 @@ def acquire(folder: Path, field: str) -> Lock:
 
 
 class _FileLock:
-    """A lock of the file system, with the holder's name in the file."""
+    """A lock of the file system, with the holder's name in the file, which is removed at the end."""
 
     def __init__(self, folder: Path, field: str):
-        self._file: IO[str] = (folder / LOCK_FILE).open("a+")
+        self._path = folder / LOCK_FILE
+        while not self._take(folder, field):
+            continue
+
+    def _take(self, folder: Path, field: str) -> bool:
+        """Lock the file; return whether it is still the one in the folder, which the last holder may have removed."""
+        self._file: IO[str] = self._path.open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self._is_in_place():
+                self._file.close()
+                return False
             self._file.truncate(0)
             self._file.write(json.dumps(_own_name()))
             self._file.flush()
+            return True
         except OSError as error:
             self._file.seek(0)
             holder = _parse(self._file.read())
             self._file.close()
+            if error.errno in _NO_LOCKS:
+                self._path.unlink(missing_ok=True)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise _refuse(folder, field, holder) from error
             raise
 
+    def _is_in_place(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        return False
+
     def release(self) -> None:
-        self._file.close()
+        if not self._file.closed:
+            with contextlib.suppress(OSError):
+                if self._is_in_place():
+                    self._path.unlink()  # while it is locked: whoever waits for it looks whether it is in place
+            self._file.close()
 
 
 class _Lease:

@@ -37,6 +37,14 @@ def join(option: str) -> None:
     check_devices(place, jax.local_device_count(), jax.default_backend())
 
 
+def join_initialized() -> None:
+    """Join the group if the caller of this library has called `jax.distributed.initialize` itself."""
+    from jax._src.distributed import global_state as state
+
+    if group.current().count == 1 and (state.num_processes or 1) > 1:
+        group.set_current(_join_group())
+
+
 def part() -> None:
     """Part from the other processes of a run that is complete in all of them."""
     here = group.current()

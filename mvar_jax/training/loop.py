@@ -18,6 +18,7 @@ from mvar_jax.errors import RunError
 from mvar_jax.files.paths import as_path
 from mvar_jax.hardware.machines import peak_flops
 from mvar_jax.processes.holding import hold
+from mvar_jax.processes.join import join_initialized
 from mvar_jax.processes.shared import check_shared
 from mvar_jax.training.logging import MetricLog, Progress, has_line
 from mvar_jax.training.profiling import Profiler
@@ -70,6 +71,7 @@ def run(
     """
     started_s = time.monotonic()
     workdir = as_path(workdir, "workdir")
+    join_initialized()
     check_shared("workdir", workdir)
     check_resumable(workdir, config_json, task.data_identity)  # before the lock, so a refused run leaves no trace
     with RunStopFlag() as stop, hold("workdir", workdir, has_lock):

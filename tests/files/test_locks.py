@@ -1,5 +1,6 @@
 """Holders of a folder are real processes; what they leave is seen in the folder and in their exit statuses."""
 
+import fcntl
 import json
 import os
 import signal
@@ -76,7 +77,7 @@ def test_held_folder_is_refused_with_the_name_of_the_holder_and_free_when_it_end
     assert end(first)[0] == 0
     third = start(folder, *options)
     assert first_line(third) == "held" and end(third)[0] == 0
-    assert not (folder / locks.LEASE_FILE).exists()
+    assert not folder.is_dir() or list(folder.iterdir()) == []
 
 
 def test_holder_that_was_killed_on_this_machine_is_recognised_at_once(start, place):
@@ -142,6 +143,15 @@ def test_of_several_that_find_a_dead_lease_one_takes_it(start, tmp_path):
     assert json.loads((tmp_path / locks.LEASE_FILE).read_text())["pid"] == winner.pid
 
 
+def test_lease_that_another_takes_at_the_same_moment_is_not_ours(tmp_path, monkeypatch):
+    """The other removed a dead lease after us, and with it ours; afterwards it renews its own."""
+    beats = iter(range(1000))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
+    monkeypatch.setattr(time, "sleep", lambda _: write_foreign_lease(tmp_path, 600, next(beats)))
+    with pytest.raises(InputError, match="is in use by another run, process 1 on node-7"):
+        locks.acquire(tmp_path, "out")
+
+
 def test_process_that_stood_still_for_longer_than_its_lease_ends(start, tmp_path):
     first = start(tmp_path, "noflock", seconds=2)
     assert first_line(first) == "held"
@@ -153,6 +163,21 @@ def test_process_that_stood_still_for_longer_than_its_lease_ends(start, tmp_path
     errors = first.stderr.read()
     assert first.returncode == -signal.SIGTERM and f"was taken over by process {second.pid} on " in errors
     assert json.loads((tmp_path / locks.LEASE_FILE).read_text())["pid"] == second.pid
+
+
+def test_file_that_its_holder_removed_after_it_was_opened_holds_nothing(tmp_path, monkeypatch):
+    first, flock = locks.acquire(tmp_path, "out"), fcntl.flock
+
+    def release_first(*arguments):
+        first.release()
+        return flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", release_first)
+    second = locks.acquire(tmp_path, "out")
+    with pytest.raises(InputError, match="is in use by another run"):
+        locks.acquire(tmp_path, "out")
+    second.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folder_that_cannot_be_written_is_refused(tmp_path):

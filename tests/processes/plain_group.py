@@ -1,6 +1,7 @@
 """A member of a group without JAX: python plain_group.py INDEX COUNT ADDRESS_FILE SCENARIO [FOLDER]."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from mvar_jax.processes import group
 from mvar_jax.processes.hub import Hub
 from mvar_jax.processes.shared import check_shared
 from mvar_jax.processes.together import run_together
+from mvar_jax.stopping import Stopped
 
 INDEX, COUNT = int(sys.argv[1]), int(sys.argv[2])
 
@@ -43,6 +45,8 @@ def act(scenario: str, folder: str = "") -> int:
         here.wait_for_all(f"door {INDEX % 2}")
     if scenario == "refuse" and INDEX == 2:
         raise InputError("workdir w cannot be written: no space", field="workdir")
+    if scenario == "stop" and INDEX == 3:
+        raise Stopped(signal.SIGTERM)
     if scenario == "crash" and INDEX == 1:
         raise ZeroDivisionError("by zero")
     if scenario == "both" and INDEX:

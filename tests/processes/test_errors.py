@@ -13,11 +13,11 @@ from test_kill import ROOT, end_all, free_address, wait_for_step
 END_S = 15
 
 
-def start(workdirs, environment=None, steps=10**6):
+def start(workdirs, environment=None, steps=10**6, how=""):
     address = free_address()
     return [
         subprocess.Popen(
-            [sys.executable, "tests/toy_run.py", str(workdir), str(steps), "0.02", f"{address},2,{index}"],
+            [sys.executable, "tests/toy_run.py", str(workdir), str(steps), "0.02", f"{address},2,{index}", how],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | (environment or {}),
             stdout=subprocess.PIPE,
@@ -44,6 +44,12 @@ def test_an_error_in_the_middle_ends_both_with_its_reason_once(tmp_path, failure
     assert f"error: {reason}\n" in errors[0]
     assert "".join(errors).count("error: ") == 1
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["4"]
+
+
+def test_processes_that_a_user_s_program_has_joined_hold_the_workdir_together(tmp_path):
+    statuses, outputs, errors = end_all(start([tmp_path] * 2, steps=6, how="own"), 120)
+    assert statuses == [0, 0], errors
+    assert "result 6 None" in outputs[0] and "result 6 None" in outputs[1]
 
 
 def test_workdirs_of_their_own_are_refused_by_both_before_anything_is_written(tmp_path):

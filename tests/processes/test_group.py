@@ -81,6 +81,13 @@ def test_an_error_of_one_ends_all_with_its_status_and_its_reason_once(tmp_path, 
     assert ("Traceback" in errors[1]) == (scenario == "crash"), "only what nobody foresaw needs a traceback"
 
 
+def test_a_stop_of_one_stops_all_and_is_no_error(tmp_path):
+    with Members(tmp_path, "stop") as members:
+        statuses, _, errors = members.finish()
+    assert statuses == [75] * COUNT
+    assert errors[0] == "process 3 of 4: stopped by SIGTERM; the same command continues\n" and not any(errors[1:])
+
+
 @pytest.mark.parametrize("victim", range(COUNT))
 def test_a_killed_process_ends_all(tmp_path, victim):
     with Members(tmp_path, "wait") as members:

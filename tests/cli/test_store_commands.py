@@ -79,5 +79,6 @@ def test_cache_that_another_program_writes_is_refused(run, tmp_path, capsys):
     out = tmp_path / "tokens"
     with hold("out", out):
         assert main([*run.cache, f"--out={out}"]) == 2
-    assert f"out {out} is in use by another run, process {os.getpid()} on " in capsys.readouterr().err
-    assert [path.name for path in out.iterdir()] == [".lock"]
+        assert f"out {out} is in use by another run, process {os.getpid()} on " in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    assert list(out.iterdir()) == []
