@@ -95,11 +95,13 @@ def run_process(args) -> int:
     import jax
 
     from mvar_jax.checkpoints.manager import Checkpoints
+    from mvar_jax.processes import group
 
     blocked_s, complete_s = [], []
     with Checkpoints(args.workdir, 2) as checkpoints:
         for step in range(1, args.saves + 1):
             state, abstract = make_state(step, args.mib, args.sharded)
+            group.current().wait_for_all("step")  # as a step of training does
             began = time.perf_counter()
             checkpoints.save(state, {})
             blocked_s.append(time.perf_counter() - began)
