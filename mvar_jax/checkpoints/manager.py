@@ -42,6 +42,10 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, keep: int):
         self._workdir, self._folder = workdir, checkpoint_folder(workdir)
         self._saving: tuple[int, list[str]] = (0, [])
+        # all processes must keep the same checkpoints, so they take what the first one reads
+        here = group.current()
+        scores = here.gather("scores", list(read_scores(self._folder).items()) if here.index == 0 else None)[0]
+        self._scores = Scores(self._folder, dict(scores))
         self._thread = ThreadPoolExecutor(1)  # writes the scores
         self._written_scores: Future[None] = self._thread.submit(lambda: None)
         with contextlib.ExitStack() as quiet:
@@ -59,10 +63,6 @@ class Checkpoints:
             self._quiet = quiet.pop_all()
 
     def _options(self, keep: int) -> ocp.CheckpointManagerOptions:
-        # all processes must keep the same checkpoints, so they take what the first one reads
-        here = group.current()
-        scores = here.gather("scores", list(read_scores(self._folder).items()) if here.index == 0 else None)[0]
-        self._scores = Scores(self._folder, dict(scores))
         return ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(keep), self._scores]),
             cleanup_tmp_directories=True,
