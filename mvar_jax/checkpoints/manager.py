@@ -3,47 +3,52 @@
 import contextlib
 import dataclasses
 import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from mvar_jax.checkpoints.best import Scores
-from mvar_jax.checkpoints.trees import quiet_orbax, read_checksums, read_item, write_checksums
+from mvar_jax.checkpoints.array_handler import tree_handler
+from mvar_jax.checkpoints.best import Scores, read_scores
+from mvar_jax.checkpoints.checksums import DamagedError, check_files, error_fields, has_item, write_checksums
+from mvar_jax.checkpoints.quiet import quiet_orbax
+from mvar_jax.checkpoints.steps import atomicity_of, checkpoint_folder, list_steps, set_aside, unfinished
+from mvar_jax.checkpoints.trees import TREE_FILE, read_item
 from mvar_jax.errors import InputError, shorten
+from mvar_jax.processes import group
 
-CHECKPOINT_FOLDER = "checkpoints"
-# Orbax lets every replica write its share of an array. Cutting it compiles a program for every shape, seconds of a
-# small model's start, so smaller arrays are left whole to the first replica.
-_LEAST_CUT_BYTES = 2**22
+_META = "meta"
+_META_FILE = "meta/metadata"
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, `workdir/checkpoints/STEP/{params,ema,optimizer,meta}`.
+    """The checkpoints of one workdir, `workdir/checkpoints/STEP/{params,ema,optimizer,meta}`, kept by Orbax.
 
-    Saving is asynchronous; the state may be donated as soon as `save` returns. Remains of a killed save are never
-    taken for a checkpoint, and are removed here.
+    Saving is asynchronous; the state may be donated as soon as `save` returns, after the copy from the devices to the
+    host. Remains of a killed save are never taken for a checkpoint, and are removed here. Every process of a run
+    makes the same calls.
+
+    Args:
+      workdir: of the run.
+      keep: number of newest checkpoints to keep; the best one is kept too.
 
     Raises InputError if the folder cannot be made or read.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int):
-        self._folder = Path(workdir).absolute() / CHECKPOINT_FOLDER
-        self._saving_step: int | None = None
-        self._scores = Scores(self._folder)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy([LatestN(keep), self._scores]),
-            cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
-        )
+        self._workdir, self._folder = workdir, checkpoint_folder(workdir)
+        self._saving: tuple[int, list[str]] = (0, [])
+        self._thread = ThreadPoolExecutor(1)  # writes the scores
+        self._written_scores: Future[None] = self._thread.submit(lambda: None)
         with contextlib.ExitStack() as quiet:
             quiet.enter_context(quiet_orbax())
             try:
                 self._manager = ocp.CheckpointManager(
-                    self._folder, options=options, handler_registry=_handler_registry()
+                    self._folder, options=self._options(keep), handler_registry=_handler_registry()
                 )
             except OSError as error:
                 words = f"workdir {workdir} cannot be written: {shorten(error)}"
@@ -52,6 +57,21 @@ class Checkpoints:
                 ) from error
             # saves run in the background, so Orbax stays quiet until `close`
             self._quiet = quiet.pop_all()
+
+    def _options(self, keep: int) -> ocp.CheckpointManagerOptions:
+        # all processes must keep the same checkpoints, so they take what the first one reads
+        here = group.current()
+        scores = here.gather("scores", list(read_scores(self._folder).items()) if here.index == 0 else None)[0]
+        self._scores = Scores(self._folder, dict(scores))
+        return ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), self._scores]),
+            cleanup_tmp_directories=True,
+            single_host_load_and_broadcast=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            atomicity_options=atomicity_of(self._folder),
+            # the training loop would wait while Orbax asks the storage whether the new step exists
+            file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -76,8 +96,13 @@ class Checkpoints:
         return self._scores.is_best(score, self._manager.all_steps())
 
     def add_score(self, step: int, score: float) -> None:
-        """Note a step's score: the checkpoint with the highest is kept in addition to the newest."""
+        """Note a step's score: the checkpoint with the highest is kept in addition to the newest.
+
+        It is written in the background, after the checkpoint.
+        """
         self._scores.add(step, score, self._manager.all_steps())
+        if group.current().index == 0:
+            self._written_scores = self._thread.submit(self._write_scores)
 
     def drop_newest(self) -> int:
         """Remove the newest checkpoint if there is an older one, and return the step of the newest one left."""
@@ -88,83 +113,159 @@ class Checkpoints:
         return older[-1]
 
     def save(self, state: Any, meta: dict) -> None:
-        """Start writing `state` as the checkpoint of its own step; `meta` is any JSON object."""
-        step = int(state.step)
-        items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items_of(state).items()}
-        self.wait()
-        self._saving_step = step
-        self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)), force=True)
+        """Start writing `state` as the checkpoint of its own step; `meta` is any JSON object.
 
-    def restore(self, abstract_state: Any) -> Any:
-        """Load the newest checkpoint, placed as the ShapeDtypeStructs (with shardings) of `abstract_state` say.
-
-        Raises InputError if there is no checkpoint, or it is damaged, or its arrays differ from `abstract_state`.
+        Raises what the last save raised.
         """
-        step = self.latest_step()
-        if step is None:
-            raise _no_checkpoint("workdir", self._folder.parent)
-        folder = self._folder / str(step)
-        restored = {name: read_item(folder, name, abstract) for name, abstract in _items_of(abstract_state).items()}
-        rest = restored["optimizer"]
-        return dataclasses.replace(
-            abstract_state,
-            step=rest["step"],
-            params=restored["params"],
-            ema=restored.get("ema"),
-            opt_state=rest["opt_state"],
-            extra=rest["extra"],
-        )
+        self.wait()
+        step, items = int(state.step), _items_of(state)
+        self._saving = step, [*(f"{name}/{TREE_FILE}" for name in items), _META_FILE]
+        args = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+        composite = ocp.args.Composite(**args, **{_META: ocp.args.JsonSave(meta)})
+        self._manager.save(step, args=composite, force=True)
+
+    def restore(self, abstract_state: Any, strict: bool = False, say: Callable[[str], None] = print) -> Any:
+        """Load the newest checkpoint that is not damaged.
+
+        A damaged one is set aside, so that its step can be saved again. Without a good one nothing is changed.
+
+        Args:
+          abstract_state: ShapeDtypeStructs whose shardings say what each process reads.
+          strict: refuse a damaged newest checkpoint instead of using an older one.
+          say: called in the first process with a sentence on each damaged checkpoint.
+
+        Raises:
+          InputError: there is no checkpoint, none is good, storage cannot be reached, or the arrays differ from
+            `abstract_state`.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
+            raise _no_checkpoint("workdir", self._workdir)
+        damage: list[DamagedError] = []
+        for step in steps:
+            try:
+                state = _restore_together(self._folder / str(step), abstract_state)
+            except DamagedError as error:
+                damage.append(error)
+                if strict:
+                    break
+                continue
+            if damage:
+                self._set_aside(dict(zip(steps, damage, strict=False)), step, say)
+            return state
+        raise damage[0]
 
     def wait(self) -> None:
-        """Return when the last `save` is on disk; raise what it raised."""
+        """Return when the last `save` is stored and visible; raise what it raised."""
         self._manager.wait_until_finished()
+        self._written_scores.result()
 
     def close(self) -> None:
         """Wait for the last `save` and release the folder."""
-        with self._quiet:
-            self._manager.close()
+        with self._quiet, self._thread:
+            try:
+                self._written_scores.result()
+            finally:
+                self._manager.close()
 
     def _write_checksums(self) -> None:
-        # Orbax calls this when all items are written and before it renames STEP.SUFFIX to STEP: the checksums become
-        # visible together with their files.
-        for path in self._folder.glob(f"{self._saving_step}.*"):
-            write_checksums(path)
+        # Orbax calls this in the first process when all items are written, and before it makes the step visible.
+        step, names = self._saving
+        write_checksums(unfinished(self._folder, step), names)
+
+    def _write_scores(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception:  # raised by `wait` too; a score without its checkpoint does not count
+            return
+        self._scores.write()
+
+    def _set_aside(self, damage: dict[int, DamagedError], good_step: int, say: Callable[[str], None]) -> None:
+        here = group.current()
+        if here.index == 0:
+            for step, error in damage.items():
+                aside = set_aside(self._folder, step)
+                say(f"{error}; it is now {aside}; resuming from step {good_step} instead")
+        here.wait_for_all("damaged checkpoints")
+        self._manager.reload()
 
 
 def restore_weights(workdir: str | os.PathLike, step: int | None = None, prefer_ema: bool = True) -> Any:
     """Load the weights of a checkpoint (the newest by default) as float arrays on the default device.
 
-    Neither the optimizer's state nor a description of the model is needed or read. Raises InputError if there is no
-    checkpoint, no such step, or a damaged one.
+    Neither the optimizer's state nor a description of the model is needed or read. A damaged checkpoint is refused,
+    even if it was not named: which weights a model has must not depend on damage. The error names the newest good
+    one.
+
+    Raises InputError if there is no checkpoint, no such step, or a damaged one.
     """
-    folder = Path(workdir).absolute() / CHECKPOINT_FOLDER
-    steps = _list_steps(folder)
+    folder = checkpoint_folder(workdir)
+    steps = list_steps(folder)
     if not steps:
-        raise _no_checkpoint("checkpoint", Path(workdir))
+        raise _no_checkpoint("checkpoint", workdir)
     if step is not None and step not in steps:
         there = ", ".join(map(str, steps))
         raise InputError(
             f"{workdir} has no checkpoint of step {step}, only of {there}", field="step", given=step, expected=there
         )
-    folder = folder / str(steps[-1] if step is None else step)
-    # a lost average must not pass for a run that kept none
-    has_ema = (folder / "ema").is_dir() or any(name.startswith("ema/") for name in read_checksums(folder))
-    return read_item(folder, "ema" if prefer_ema and has_ema else "params")
+    step = steps[-1] if step is None else step
+    try:
+        return _read_weights(folder / str(step), prefer_ema)
+    except DamagedError as error:
+        for older in reversed([other for other in steps if other < step]):
+            try:
+                _read_weights(folder / str(older), prefer_ema)
+            except InputError:
+                continue
+            words = f"{error}; the newest good one is of step {older}: move {folder / str(step)} away to load it"
+            raise DamagedError(words, field=error.field, given=error.given, expected=error.expected) from error
+        raise
 
 
 def has_checkpoint(workdir: str | os.PathLike) -> bool:
     """Return whether a workdir holds a checkpoint; makes and changes nothing."""
-    return bool(_list_steps(Path(workdir).absolute() / CHECKPOINT_FOLDER))
+    return bool(list_steps(checkpoint_folder(workdir)))
+
+
+def _read_weights(folder: Path, prefer_ema: bool) -> Any:
+    # a lost average must not pass for a run that kept none
+    return read_item(folder, "ema" if prefer_ema and has_item(folder, "ema") else "params")
+
+
+def _restore_together(folder: Path, abstract_state: Any) -> Any:
+    """Restore a checkpoint; raise DamagedError in every process if one meets damage. Other errors end the run."""
+    state, damage = None, None
+    try:
+        state = _restore(folder, abstract_state)
+    except DamagedError as error:
+        damage = error
+    for words in group.current().gather(f"damage of {folder.name}", damage and str(damage)):
+        if words:
+            raise damage or DamagedError(words, **error_fields(folder))
+    return state
+
+
+def _restore(folder: Path, abstract_state: Any) -> Any:
+    items = _items_of(abstract_state)
+    with ThreadPoolExecutor() as threads:  # an object store answers slowly, and Orbax asks one thing after the other
+        checked = threads.submit(check_files, folder, _META)
+        trees = threads.map(lambda name: read_item(folder, name, items[name]), items)
+        restored = dict(zip(items, trees, strict=True))
+        checked.result()
+    rest = restored["optimizer"]
+    return dataclasses.replace(
+        abstract_state,
+        step=rest["step"],
+        params=restored["params"],
+        ema=restored.get("ema"),
+        opt_state=rest["opt_state"],
+        extra=rest["extra"],
+    )
 
 
 def _handler_registry() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
-    array_handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_CUT_BYTES)
-    types = ((jax.Array, array_handler), (np.ndarray, ocp.type_handlers.NumpyHandler()))
-    handler = ocp.PyTreeCheckpointHandler(
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry(*types)
-    )
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add(None, ocp.args.PyTreeSave, handler)
+    registry.add(None, ocp.args.PyTreeSave, tree_handler())
     return registry
 
 
@@ -174,12 +275,6 @@ def _items_of(state: Any) -> dict[str, Any]:
     return {"params": state.params, **ema, "optimizer": rest}
 
 
-def _list_steps(folder: Path) -> list[int]:
-    # Orbax renames a step to its bare number when it is complete.
-    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def _no_checkpoint(field: str, workdir: Path) -> InputError:
+def _no_checkpoint(field: str, workdir: str | os.PathLike) -> InputError:
     words = f"{workdir} has no checkpoint in it"
     return InputError(words, field=field, given=str(workdir), expected="a directory with a checkpoint")

@@ -1,64 +1,52 @@
-"""Weight trees on disk through Orbax, with checksums.
+"""Weight trees and the items of a checkpoint, written and read by Orbax.
 
-Everything is written under another name and renamed when complete, so a kill at any moment leaves the previous state
-readable. Orbax does not notice changed bytes inside an array, hence the checksums.
+On a file system a tree is written under another name and renamed when complete, so a kill at any moment leaves the
+previous state readable.
 """
 
-import contextlib
 import functools
 import glob
-import json
-import logging
 import os
 import shutil
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import SingleDeviceSharding
 
+from mvar_jax.checkpoints import arrays
+from mvar_jax.checkpoints.array_handler import tree_handler
+from mvar_jax.checkpoints.checksums import check_files, damaged, unreadable, write_checksums
+from mvar_jax.checkpoints.quiet import quiet_orbax
 from mvar_jax.errors import InputError, shorten
-from mvar_jax.files.atomic import remove_leftovers, temporary_path, write_atomically
+from mvar_jax.files.atomic import remove_leftovers, temporary_path
+from mvar_jax.files.paths import as_path, is_store
 
-CHECKSUM_FILE = "checksums.json"
-# Orbax stamps the second when it commits, so its bytes are not final when the checksums are taken.
-_UNSUMMED_FILES = (CHECKSUM_FILE, "_CHECKPOINT_METADATA")
-
-
-@contextlib.contextmanager
-def quiet_orbax() -> Iterator[None]:
-    """Drop Orbax's log records: it narrates every save through absl and repeats the errors that it raises anyway."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
+TREE_FILE = ocp.path.format_utils.PYTREE_METADATA_FILE  # Orbax's description of a tree
 
 
 def save_tree(path: str | os.PathLike, tree: Any) -> None:
     """Write a tree of arrays of this process as the directory `path`, replacing what is there.
 
-    Of several processes the first writes; the others do not wait.
+    Of several processes the first writes; the others do not wait. An object store cannot replace a directory at once:
+    there a tree that is being replaced is no tree until the new one is complete.
     """
     if jax.process_index():
         return
-    path = Path(path).absolute()
+    path = as_path(path)
+    if is_store(path):
+        path.rmtree(missing_ok=True)  # type: ignore[attr-defined]  # of a store
+        _write_tree(path, tree)
+        (path / ocp.path.atomicity.COMMIT_SUCCESS_FILE).write_text("")  # Orbax's mark of a complete folder
+        return
+    path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, f"{glob.escape(path.name)}.*")
     fresh, old = temporary_path(path), temporary_path(path.with_name(f"{path.name}.old"))
-    alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="save_tree")
-    with quiet_orbax(), ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
-        checkpointer.save(fresh, jax.tree.map(np.asarray, tree))
-    write_checksums(fresh)
+    _write_tree(fresh, tree)
     if path.exists():
         os.replace(path, old)
     os.replace(fresh, path)
@@ -70,59 +58,47 @@ def load_tree(path: str | os.PathLike) -> Any:
 
     Raises InputError if there is no such directory or it is damaged.
     """
-    path = Path(path).absolute()
+    path = as_path(path)
     if not path.is_dir():
         words = f"{path} is not a directory of saved weights"
         raise InputError(words, field="checkpoint", given=str(path), expected="a directory of saved weights")
-    if damage := _find_damage(path):
-        raise _unreadable(path, damage)
-    return _read_tree(path)
+    return read_item(path if is_store(path) else path.absolute())
 
 
-def read_item(folder: Path, name: str, abstract: Any = None) -> Any:
+def read_item(folder: Path, name: str = "", abstract: Any = None) -> Any:
     """Load the item `name` of a checkpoint, placed as the ShapeDtypeStructs of `abstract` say.
 
-    Without `abstract` all there is, on the default device. Raises InputError if the item is missing or damaged, or
-    holds other arrays than `abstract`.
+    Each process reads the parts that its devices hold, and their checksums are checked. Without `abstract` all there
+    is, on the default device; name "" is a tree on its own. Raises InputError if the item is missing or holds other
+    arrays than `abstract`, DamagedError if something that was read is damaged.
     """
-    if not (folder / name).is_dir():
-        raise _unreadable(folder, f"it has no {name}")
-    if damage := _find_damage(folder, f"{name}/"):
-        raise _unreadable(folder, damage)
-    return _read_tree(folder / name, abstract)
-
-
-def write_checksums(folder: Path) -> None:
-    """Write the checksums of all files of a folder into it."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in _UNSUMMED_FILES)
-    sums = {path.relative_to(folder).as_posix(): _checksum(path) for path in sorted(files)}
-    write_atomically(folder / CHECKSUM_FILE, json.dumps(sums, indent=0))
-
-
-def read_checksums(folder: Path) -> dict[str, int]:
-    """Return file name -> checksum. Raises InputError if the list is missing or unreadable."""
+    check_files(folder, name)
     try:
-        return json.loads((folder / CHECKSUM_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, f"{CHECKSUM_FILE}: {shorten(error)}") from None
-
-
-def _read_tree(folder: Path, abstract: Any = None) -> Any:
-    try:
-        with quiet_orbax(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            stored = checkpointer.metadata(folder).item_metadata.tree
-            if abstract is None:
-                sharding = SingleDeviceSharding(jax.local_devices()[0])
-                abstract = jax.tree.map(
-                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), stored
-                )
-            elif difference := _find_difference(stored, abstract):
-                raise _unreadable(folder, difference)
-            return checkpointer.restore(folder, args=ocp.args.StandardRestore(abstract))
+        with quiet_orbax():
+            return _read_tree(folder, name, abstract)
+    except arrays.ReadError as error:
+        place = f"{name}/{error.name}".lstrip("/")
+        if error.is_damage:
+            raise damaged(folder, f"{place} is damaged ({shorten(error)})") from error
+        raise unreadable(folder, f"{place}: {shorten(error)}") from error
     except InputError:
         raise
     except Exception as error:  # Orbax and tensorstore raise whatever their layers raise
-        raise _unreadable(folder, shorten(error)) from error
+        raise unreadable(folder, shorten(error)) from error
+
+
+def _read_tree(folder: Path, name: str, abstract: Any) -> Any:
+    # Orbax's Checkpointer waits for all processes, for ever if one of them meets damage; its handler does not
+    handler, path = tree_handler(), epath.Path(folder / name)
+    stored = handler.metadata(path).tree
+    if abstract is None:
+        sharding = SingleDeviceSharding(jax.local_devices()[0])
+        describe = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        abstract = jax.tree.map(describe, stored)
+    elif difference := _find_difference(stored, abstract):
+        raise unreadable(folder, difference)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return handler.restore(path, args=ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args))
 
 
 def _find_difference(stored: Any, abstract: Any) -> str | None:
@@ -140,28 +116,11 @@ def _describe_leaves(tree: Any) -> dict[str, str]:
     return {name_of(path): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in leaves}
 
 
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def _find_damage(folder: Path, prefix: str = "") -> str | None:
-    """Return in a few words what is wrong with the files whose names begin with `prefix`."""
-    for name, value in read_checksums(folder).items():
-        if not name.startswith(prefix):
-            continue
-        try:
-            is_whole = _checksum(folder / name) == value
-        except OSError:
-            return f"{name} is missing"
-        if not is_whole:
-            return f"{name} is damaged"
-    return None
-
-
-def _unreadable(folder: Path, reason: str) -> InputError:
-    words = f"checkpoint {folder} cannot be read: {reason}"
-    return InputError(words, field="checkpoint", given=str(folder), expected="a readable checkpoint of this model")
+def _write_tree(folder: Path, tree: Any) -> None:
+    # Orbax's Checkpointer counts saves, and a count that differs between processes breaks their next save together
+    handler, path = tree_handler(), epath.Path(folder)
+    with quiet_orbax():
+        path.mkdir(parents=True)
+        handler.save(path, args=ocp.args.PyTreeSave(jax.tree.map(np.asarray, tree)))
+        handler.finalize(path)
+    write_checksums(folder, [TREE_FILE])

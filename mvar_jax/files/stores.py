@@ -253,8 +253,11 @@ class StorePath(epath.Path):
 
     def rename(self, target: os.PathLike | str) -> "StorePath":
         """Copy an object or a folder and remove the original; a kill in between leaves both."""
-        with _as_os_errors(self):
-            self._fs.mv(glob.escape(str(self)), os.fspath(target), recursive=self.is_dir())
+        names = [f"/{name}" for name in self.find()] if self.is_dir() else [""]
+        originals = [f"{self}{name}" for name in names]
+        with _as_os_errors(self):  # by lists of objects: fsspec's own expansion of a folder takes folders for objects
+            self._fs.copy(originals, [f"{os.fspath(target)}{name}" for name in names])
+            self._fs.rm([glob.escape(name) for name in originals])
         return type(self)(target)
 
     replace = rename

@@ -70,6 +70,15 @@ def test_object_is_read_whole_in_parts_and_as_a_file(folder):
     assert path.read_text() == "new"
 
 
+def test_object_and_folder_are_renamed_whole(folder):
+    for name in ("old/a", "old/deep/b[1]", "old/deep/b1", "older/c"):
+        (folder / name).write_text(name)
+    (folder / "old").rename(folder / "new")
+    (folder / "older/c").rename(folder / "older/d")
+    assert folder.find() == ["new/a", "new/deep/b1", "new/deep/b[1]", "older/d"]
+    assert (folder / "new/deep/b[1]").read_text() == "old/deep/b[1]"
+
+
 def test_file_appears_only_after_the_block(folder):
     path = folder / "a.txt"
     write_atomically(path, "old")
