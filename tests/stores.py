@@ -73,6 +73,8 @@ def start_gcs() -> Store:
     port = server._api._httpd.socket.getsockname()[1]
     environment = {
         "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
+        "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{port}",  # tensorstore's name for it
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "nothing",
         # gcsfs asks Google for the kind of the bucket otherwise, which no emulator answers
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         "NO_GCE_CHECK": "true",  # no credentials from Google's own machines

@@ -7,12 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-from orbax.checkpoint.checkpoint_managers import PreservationPolicy
-
+from mvar_jax.checkpoints.steps import steps_of
 from mvar_jax.errors import InputError
 from mvar_jax.files.atomic import write_atomically
-from mvar_jax.files.paths import as_path
 
 SCORE_FILE = "scores.json"
 
@@ -44,18 +41,11 @@ class Metric:
         return value if self.is_more_better else -value
 
 
-class Scores(PreservationPolicy):
-    """Scores of the evaluated steps, in `checkpoints/scores.json`; as an Orbax policy it keeps the best step.
+class Scores:
+    """Scores of the evaluated steps, in `checkpoints/scores.json`. A score counts while its checkpoint exists."""
 
-    A score counts only while its checkpoint exists.
-    """
-
-    def __init__(self, folder: Path):
-        self._path = folder / SCORE_FILE
-        try:
-            self._score_of_step = {int(step): score for step, score in json.loads(self._path.read_text()).items()}
-        except (OSError, ValueError, AttributeError):
-            self._score_of_step = {}
+    def __init__(self, folder: Path, score_of_step: dict[int, float]):
+        self._path, self._score_of_step = folder / SCORE_FILE, score_of_step
 
     def best_of(self, steps: Sequence[int]) -> int | None:
         """Return the step with the highest score, the first of equal ones."""
@@ -71,17 +61,21 @@ class Scores(PreservationPolicy):
         """Note a step's score; forget those of steps that no longer exist."""
         kept = {old: self._score_of_step[old] for old in steps if old in self._score_of_step}
         self._score_of_step = kept | {step: score}
-        if jax.process_index() == 0:
-            write_atomically(self._path, json.dumps(self._score_of_step) + "\n")
 
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """Return for each checkpoint whether it is the best."""
-        best = self.best_of([checkpoint.step for checkpoint in checkpoints])
-        return [checkpoint.step == best for checkpoint in checkpoints]
+    def write(self) -> None:
+        """Write the scores: one process does."""
+        write_atomically(self._path, json.dumps(self._score_of_step) + "\n")
+
+
+def read_scores(folder: Path) -> dict[int, float]:
+    """Return step -> score of a folder of checkpoints; empty if there are none or they are unreadable."""
+    try:
+        return {int(step): score for step, score in json.loads((folder / SCORE_FILE).read_text()).items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def best_step(workdir: str | os.PathLike) -> int | None:
     """Return the step of a run's best checkpoint, None if no evaluation was scored."""
-    folder = as_path(workdir) / "checkpoints"
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
-    return Scores(folder).best_of(steps)
+    steps = steps_of(workdir)
+    return Scores(steps.folder, read_scores(steps.folder)).best_of(steps.all())

@@ -22,6 +22,8 @@ def add_arguments(parser) -> None:
     add_config_argument(parser)
     add_machine_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics and pictures go here")
+    words = "refuse a damaged newest checkpoint instead of resuming from the newest good one"
+    parser.add_argument("--strict", action="store_true", help=words)
     parser.add_argument(
         "--no_lock",
         action="store_true",
@@ -49,7 +51,7 @@ def run(args) -> int:
     config = build.with_steps(config, task.run)
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
     try:
-        result = loop.run(task, workdir, settings, config, prepare, has_lock=not args.no_lock)
+        result = loop.run(task, workdir, settings, config, prepare, strict=args.strict, has_lock=not args.no_lock)
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:
             raise

@@ -49,8 +49,9 @@ def run(
     config_json: dict,
     prepare: Callable[[], None] = lambda: None,
     has_lock: bool = True,
+    strict: bool = False,
 ) -> RunResult:
-    """Train to `settings.num_steps`, resuming from the newest checkpoint in `workdir`.
+    """Train to `settings.num_steps`, resuming from the newest checkpoint in `workdir` that is not damaged.
 
     A resumed run gives bit-equal metrics and weights. SIGINT, SIGTERM and SIGHUP end a run at a step boundary
     with a checkpoint, unless it is the last one; a second SIGINT raises KeyboardInterrupt at once.
@@ -62,9 +63,10 @@ def run(
       config_json: the configuration, kept with the workdir and its checkpoints.
       prepare: called as soon as the workdir is held.
       has_lock: refuse a workdir that another run holds.
+      strict: refuse a damaged newest checkpoint instead of resuming from an older one.
 
     Raises:
-      InputError: the workdir has another configuration, is in use or unwritable, or its checkpoint is damaged.
+      InputError: the workdir has another configuration, is in use or unwritable, or has no good checkpoint.
       RunError: too many steps in a row without a finite loss and gradient, no more batches, or a failed save.
     """
     started_s = time.monotonic()
@@ -84,7 +86,8 @@ def run(
             if newest is None:
                 state = task.init_state()
             else:
-                state = checkpoints.restore(task.abstract_state())
+                state = checkpoints.restore(task.abstract_state(), strict, say)
+                newest = int(state.step)
                 say(f"resuming from step {newest} of {settings.num_steps} in {workdir}")
             start = int(state.step)
             check_first(state, workdir, None if newest is None else start)
@@ -183,7 +186,6 @@ class _Loop:
         if step > 0 and self._checkpoints.is_best(score):
             self._save(state, step, is_proven=True)  # by the finite score
             if self._saver.saved_step == step:
-                self._saver.wait()  # write the score only after its checkpoint
                 self._checkpoints.add_score(step, score)
 
     def _read_finished(self, num_left: int) -> None:

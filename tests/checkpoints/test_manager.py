@@ -1,5 +1,3 @@
-import json
-import logging
 import os
 import signal
 import subprocess
@@ -15,6 +13,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mvar_jax.checkpoints import arrays
+from mvar_jax.checkpoints.index import DamagedError, read_index
 from mvar_jax.checkpoints.manager import Checkpoints, restore_weights
 from mvar_jax.checkpoints.trees import load_tree, save_tree
 from mvar_jax.errors import InputError
@@ -59,7 +59,7 @@ def test_state_is_bit_equal_and_keeps_its_types_after_restore(tmp_path, has_ema)
         restored = checkpoints.restore(abstract(state))
     assert_equal_trees(restored, state)
     assert restored.params["dense"]["kernel"].sharding == state.params["dense"]["kernel"].sharding
-    assert json.loads((tmp_path / "checkpoints/3/meta/metadata").read_text()) == {"step": 3}
+    assert read_index(tmp_path / "checkpoints/3").meta == {"step": 3}
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -101,23 +101,6 @@ def test_tree_survives_saving_twice(tmp_path):
     assert os.listdir(tmp_path / "new") == ["weights"]
 
 
-def test_orbax_is_quiet_while_a_checkpoint_is_saved_or_read_and_the_logger_is_as_before(tmp_path, monkeypatch):
-    records, logger = [], logging.getLogger("absl")
-    handler = logging.Handler(logging.DEBUG)
-    handler.emit = records.append
-    monkeypatch.setattr(logger, "handlers", [handler])
-    monkeypatch.setattr(logger, "level", logging.DEBUG)
-    logger.manager._clear_cache()  # of what is enabled
-    before = list(logger.filters)
-    save(tmp_path, make_state())
-    restore_weights(tmp_path)
-    with pytest.raises(InputError):
-        read_all(tmp_path, make_state(width=17))
-    save_tree(tmp_path / "tree", {"a": np.arange(3.0)})
-    assert not [record.getMessage() for record in records]
-    assert logger.filters == before
-
-
 SAVE_REPLICATED = """
 import sys
 sys.path.insert(0, sys.argv[2])
@@ -139,7 +122,7 @@ print(len(programs))
 
 
 def test_saving_small_arrays_that_every_device_holds_compiles_nothing(tmp_path):
-    """Orbax would let each device write a slice, by a program for every shape: seconds of a small model's start."""
+    """Slicing on the devices would be a program for every shape: seconds of a small model's start."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     command = [sys.executable, "-c", SAVE_REPLICATED, str(tmp_path), str(Path(__file__).parent)]
@@ -147,50 +130,139 @@ def test_saving_small_arrays_that_every_device_holds_compiles_nothing(tmp_path):
     assert result.stdout == "0\n", result.stderr
 
 
-def flip_bytes(path):
-    data = bytearray(path.read_bytes())
-    middle = len(data) // 2
-    data[middle : middle + 8] = bytes(byte ^ 255 for byte in data[middle : middle + 8])
-    path.write_bytes(bytes(data))
-
-
 def biggest_file(folder):
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-def read_all(workdir, state):
+def flip(path, position=None):
+    """Invert a byte of a file, the middle one by default."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if position is None else position] ^= 255
+    path.write_bytes(bytes(data))
+
+
+def read_all(workdir, state, **options):
     with Checkpoints(workdir, 3) as checkpoints:
-        checkpoints.restore(abstract(state))
+        return checkpoints.restore(abstract(state), **options)
 
 
 def damage_array(folder):
-    flip_bytes(biggest_file(folder / "params"))  # Orbax alone would return other numbers
+    flip(biggest_file(folder / "params"))
 
 
-def damage_structure(folder):
-    flip_bytes(folder / "params/_METADATA")
-    sums = json.loads((folder / "checksums.json").read_text())
-    sums = {name: value for name, value in sums.items() if name != "params/_METADATA"}
-    (folder / "checksums.json").write_text(json.dumps(sums))  # so that Orbax meets the garbage
+def damage_index(folder):
+    flip(folder / "checkpoint.jsonl")
 
 
-def remove_checksums(folder):
-    (folder / "checksums.json").unlink()
+def remove_index(folder):
+    (folder / "checkpoint.jsonl").unlink()
 
 
 def remove_a_file(folder):
     biggest_file(folder / "params").unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_array, damage_structure, remove_checksums, remove_a_file])
-def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
+def cut_a_file(folder):
+    path = biggest_file(folder / "params")
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+DAMAGES = [damage_array, damage_index, remove_index, remove_a_file, cut_a_file]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_only_checkpoint_is_refused_in_one_line_if_damaged_and_stays_where_it_is(tmp_path, damage):
     state = make_state()
     save(tmp_path, state)
     damage(tmp_path / "checkpoints/3")
     for read in (lambda: read_all(tmp_path, state), lambda: restore_weights(tmp_path, prefer_ema=False)):
-        with pytest.raises(InputError, match=r"checkpoint .*checkpoints/3.* cannot be read: ") as caught:
+        with pytest.raises(
+            InputError, match=r"checkpoint .*checkpoints/3.* cannot be read: .*(damaged|missing)"
+        ) as caught:
             read()
         assert caught.value.field == "checkpoint" and "\n" not in str(caught.value)
+    assert os.listdir(tmp_path / "checkpoints") == ["3"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_newest_good_checkpoint_is_restored_and_the_damaged_ones_are_named_and_set_aside(tmp_path, damage):
+    states = [make_state(step) for step in (1, 2, 3)]
+    save(tmp_path, *states)
+    damage(tmp_path / "checkpoints/2")
+    damage(tmp_path / "checkpoints/3")
+    lines = []
+    assert_equal_trees(read_all(tmp_path, states[0], say=lines.append), states[0])
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2.damaged", "3.damaged"]
+    assert len(lines) == 2 and not any("\n" in line for line in lines)
+    for step, line in zip((3, 2), lines, strict=True):
+        assert f"checkpoint {tmp_path}/checkpoints/{step} cannot be read: " in line
+        assert line.endswith(f"it is now {tmp_path}/checkpoints/{step}.damaged; resuming from step 1 instead")
+    save(tmp_path, *states[1:])
+    assert_equal_trees(read_all(tmp_path, states[2]), states[2])
+    assert len(os.listdir(tmp_path / "checkpoints")) == 5
+
+
+def test_step_that_is_damaged_twice_is_kept_twice(tmp_path):
+    for _ in range(2):
+        save(tmp_path, *[make_state(step) for step in (1, 2) if not (tmp_path / f"checkpoints/{step}").exists()])
+        damage_array(tmp_path / "checkpoints/2")
+        read_all(tmp_path, make_state(1), say=str)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2.damaged", "2.damaged2"]
+
+
+def test_strict_restore_refuses_a_damaged_newest_checkpoint_and_changes_nothing(tmp_path):
+    save(tmp_path, make_state(1), make_state(2))
+    damage_array(tmp_path / "checkpoints/2")
+    with pytest.raises(InputError, match="checkpoints/2 cannot be read"):
+        read_all(tmp_path, make_state(1), strict=True)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+
+
+def test_weights_of_a_damaged_newest_checkpoint_are_refused_and_the_newest_good_one_is_named(tmp_path):
+    save(tmp_path, make_state(1), make_state(2), make_state(3))
+    damage_array(tmp_path / "checkpoints/2")
+    damage_array(tmp_path / "checkpoints/3")
+    with pytest.raises(InputError, match="3 cannot be read: .*newest good one is of step 1: move .*/3 away"):
+        restore_weights(tmp_path, prefer_ema=False)
+
+
+def test_checkpoint_of_another_model_is_refused_even_if_an_older_one_fits(tmp_path):
+    save(tmp_path, make_state(1, width=17), make_state(2, width=16))
+    with pytest.raises(InputError, match="in this model"):
+        read_all(tmp_path, make_state(width=17))
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+
+
+def test_storage_that_cannot_be_reached_is_no_damage(tmp_path, monkeypatch):
+    save(tmp_path, make_state(1), make_state(2))
+
+    def fail(folder, wanted):
+        raise arrays.ReadError("params/list/0", "UNAVAILABLE: the store does not answer")
+
+    monkeypatch.setattr(arrays, "read", fail)
+    with pytest.raises(InputError, match="checkpoints/2 cannot be read: .*does not answer"):
+        read_all(tmp_path, make_state(1))
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+
+
+def test_any_changed_byte_of_any_file_is_found(tmp_path, monkeypatch):
+    """The arrays' chunks carry CRC32C checksums of tensorstore, the index its own."""
+    monkeypatch.setattr(arrays, "OBJECT_BYTES", 512)
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 128)
+    tree = {"matrix": jnp.arange(256.0).reshape(16, 16), "half": jnp.ones((4, 4), jnp.bfloat16)}
+    state = TrainState(jnp.int32(3), tree, None, {}, {})
+    save(tmp_path, state)
+    folder = tmp_path / "checkpoints/3"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) == 5
+    for path in files:
+        whole = path.read_bytes()
+        for position in range(0, len(whole), 5):
+            flip(path, position)
+            with pytest.raises(DamagedError):
+                read_all(tmp_path, state)
+            path.write_bytes(whole)
+    assert_equal_trees(read_all(tmp_path, state), state)
 
 
 def test_whole_item_is_read_beside_a_damaged_one(tmp_path):
@@ -222,7 +294,7 @@ def test_damaged_or_missing_tree_is_refused(tmp_path):
     with pytest.raises(InputError, match="is not a directory of saved weights"):
         load_tree(tmp_path / "nothing")
     save_tree(tmp_path / "weights", make_state().params)
-    flip_bytes(biggest_file(tmp_path / "weights"))
+    flip(biggest_file(tmp_path / "weights"))
     with pytest.raises(InputError, match="is damaged"):
         load_tree(tmp_path / "weights")
 

@@ -17,6 +17,7 @@ import pytest
 import toy_run
 from toy_run import NoWriter, ToyTask, make_settings
 
+from mvar_jax.checkpoints.index import read_index
 from mvar_jax.checkpoints.manager import Checkpoints, restore_weights
 from mvar_jax.errors import InputError
 from mvar_jax.processes.holding import hold
@@ -66,7 +67,7 @@ def test_lines_are_those_of_the_intervals_and_of_both_ends(whole_run):
     assert steps == {"train": list(range(0, NUM_STEPS, 2)), "eval": [0, 5, 10, 15, 20, NUM_STEPS]}
     assert os.listdir(whole_run / "pictures") == [f"weights_{NUM_STEPS:06d}.png"]
     assert sorted(os.listdir(whole_run / "checkpoints")) == ["20", "23"]
-    assert json.loads((whole_run / "checkpoints/23/meta/metadata").read_text())["config"] == CONFIG
+    assert read_index(whole_run / "checkpoints/23").meta["config"] == CONFIG
 
 
 @pytest.mark.parametrize(("every", "steps"), [(-1, []), (0, [6]), (4, [4, 6])])
@@ -338,3 +339,33 @@ def test_full_disk_during_a_save_is_one_line_and_the_previous_checkpoint_stays_g
         assert run(ToyTask(), tmp_path, make_settings(NUM_STEPS), CONFIG).step == NUM_STEPS
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def damage(folder):
+    path = folder / "params/kernel_DD/c/0/0"
+    data = bytearray(path.read_bytes())
+    data[9] ^= 1
+    path.write_bytes(data)
+
+
+def test_run_whose_newest_checkpoint_is_damaged_ends_bit_equal_from_an_older_one(tmp_path, whole_run, capsys):
+    run(ToyTask(), tmp_path, make_settings(NUM_STEPS), CONFIG)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # killed before its last evaluation
+    damage(tmp_path / "checkpoints/23")
+    capsys.readouterr()
+    assert run(ToyTask(), tmp_path, make_settings(NUM_STEPS), CONFIG).step == NUM_STEPS
+    said, resumed, *_ = capsys.readouterr().out.splitlines()
+    assert "checkpoints/23 cannot be read" in said and "resuming from step 20 instead" in said
+    assert "resuming from step 20 of 23" in resumed
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["20", "23", "23.damaged"]
+    assert_same_run(tmp_path, whole_run)
+
+
+def test_strict_run_refuses_a_damaged_newest_checkpoint(tmp_path):
+    run(ToyTask(), tmp_path, make_settings(NUM_STEPS), CONFIG)
+    (tmp_path / "metrics.jsonl").write_text("")
+    damage(tmp_path / "checkpoints/23")
+    with pytest.raises(InputError, match="checkpoints/23 cannot be read"):
+        run(ToyTask(), tmp_path, make_settings(NUM_STEPS), CONFIG, strict=True)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["20", "23"]
