@@ -52,6 +52,7 @@ def run_workers(items_of: Callable[[int, int], Iterator[Any]], num_workers: int)
                     process.start()
                 workers.append((process, ours))
                 work.send(ours)
+            del work  # the workers hold its memory
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while True:

@@ -87,8 +87,8 @@ class StorePath(epath.Path):
     """
 
     def __str__(self) -> str:
-        scheme, *rest = self.parts
-        return f"{scheme}//{'/'.join(rest)}"
+        scheme, *rest = self.parts or (".",)
+        return f"{scheme}//{'/'.join(rest)}" if scheme.endswith(":") else "/".join([scheme, *rest])
 
     __fspath__ = __str__
 

@@ -30,6 +30,7 @@ def test_path_names_its_parts_and_stays_what_it_is(store):
     assert (path.name, path.stem, path.suffix, str(path.parent)) == ("b.txt", "b", ".txt", f"{store.url}/a")
     assert str(path.parent / "c" / "d.e") == f"{store.url}/a/c/d.e" == str(path.parent.joinpath("c/d.e"))
     assert str(path.with_name("z")) == f"{store.url}/a/z"
+    assert path.relative_to(store.url).as_posix() == "a/b.txt" and path.is_relative_to(path.parent)
     assert as_path(path) == path == epath.Path(str(path)) and isinstance(path, epath.Path)
     assert type(epath.Path(path)) is type(path) is type(epath.Path(str(path)))
 
