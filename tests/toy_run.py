@@ -108,21 +108,23 @@ def make_settings(num_steps, **changes):
 if __name__ == "__main__":
     logging._open_summary_writer = lambda folder: NoWriter()
 
-    failing, failing_step, kind = os.environ.get("TOY_FAIL", "0:-1:").split(":")
+    failing, failing_step, kind = os.environ.get("TOY_FAIL", "0:never:").split(":")
     failures = {
         "input": InputError("201 bad images, but data.max_bad_share=0.01 allows 200", field="bad images"),
         "disk": OSError(errno.ENOSPC, "No space left on device", "runs/toy/metrics.jsonl"),
         "bug": ZeroDivisionError("by zero"),
     }
 
-    def on_step(step):
-        print("step", step, flush=True)
-        if (jax.process_index(), step) == (int(failing), int(failing_step)):
-            if kind == "hang":
-                time.sleep(600)
+    def fail_at(moment):
+        if (jax.process_index(), str(moment)) == (int(failing), failing_step):
             raise failures[kind]
 
+    def on_step(step):
+        print("step", step, flush=True)
+        fail_at(step)
+
     def train():
+        fail_at("start")
         task = ToyTask(float(sys.argv[3]), on_step=on_step, is_sharded="sharded" in sys.argv)
         result = run(task, sys.argv[1], make_settings(int(sys.argv[2])), {"lr": 0.01})
         print("result", result.step, result.interrupted, flush=True)

@@ -38,7 +38,10 @@ def act(scenario: str, folder: str = "") -> int:
     print("started", flush=True)
     if scenario == "differ":
         here.check_same("data", "train data", {"samples": 10 + INDEX // 2, "classes": 3})
-    if scenario == "shared":
+    if scenario == "slow" and INDEX == 2:
+        soon, exists = time.monotonic() + 2, Path.exists
+        Path.exists = lambda path: time.monotonic() > soon and exists(path)
+    if scenario in ("shared", "slow"):
         check_shared("workdir", Path(folder))
         return 0
     if scenario == "crossed":

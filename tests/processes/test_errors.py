@@ -46,6 +46,13 @@ def test_an_error_in_the_middle_ends_both_with_its_reason_once(tmp_path, failure
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["4"]
 
 
+def test_an_error_at_the_start_ends_both_before_anything_is_written(tmp_path):
+    statuses, _, errors = end_all(start([tmp_path / "run"] * 2, {"TOY_FAIL": "1:start:input"}), 60)
+    assert statuses == [2, 2]
+    assert "error: process 1 of 2: 201 bad images" in errors[0] and "".join(errors).count("error: ") == 1
+    assert not (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_processes_that_a_user_s_program_has_joined_hold_the_workdir_together(tmp_path):
     statuses, outputs, errors = end_all(start([tmp_path] * 2, steps=6, how="own"), 120)
     assert statuses == [0, 0], errors

@@ -109,8 +109,10 @@ def test_different_values_are_refused_by_all_and_named(tmp_path):
     assert "process 2 of 4 has train data samples=11, process 0 has samples=10" in errors[0]
 
 
-def test_shared_storage_is_accepted_and_left_clean(tmp_path):
-    with Members(tmp_path, "shared", lambda index: [str(tmp_path / "shared")]) as members:
+@pytest.mark.parametrize("storage", ["shared", "slow"])
+def test_shared_storage_is_accepted_and_left_clean(tmp_path, storage):
+    """Slow: one process sees new files two seconds late."""
+    with Members(tmp_path, storage, lambda index: [str(tmp_path / "shared")]) as members:
         statuses, _, errors = members.finish()
     assert statuses == [0] * COUNT, errors
     assert list((tmp_path / "shared").iterdir()) == []
