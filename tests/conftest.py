@@ -45,6 +45,9 @@ from mvar_jax.training.transformer_step import phase_loss
 
 pytest_plugins = ["stores"]  # fixtures s3, gcs and store
 
+# child processes inherit what nohup ignores, and a run then ignores it too
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 # what tests trace lives on, and walking it often takes a tenth of the time
 gc.set_threshold(200_000, 20, 100)
 
@@ -53,6 +56,8 @@ gc.set_threshold(200_000, 20, 100)
 # the run that later files need; a second process would wait for it.
 LONG_FILES = ["test_commands", "test_window", "test_sampler", "test_processes", "test_sharding", "test_loop"]
 LONG_FILES += ["test_default_flags", "test_notebooks", "test_sample", "test_transformer", "test_package"]
+LONG_FILES += ["test_ends", "test_run_in_store", "test_errors", "test_kill", "test_cache_commands", "test_pictures"]
+LONG_FILES += ["test_store_checkpoints", "test_locks", "test_toy_run_in_store", "test_stored_models", "test_slurm"]
 LONG_FILES += ["test_tokenizer", "test_weights", "test_folder"]
 
 
