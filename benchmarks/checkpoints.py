@@ -4,9 +4,9 @@
     python benchmarks/checkpoints.py --processes 4 --mib 64 --delay_ms 200     # an S3 server here (needs moto, s3fs)
 
 The state is four float32 trees (weights, average, two moments) with one CPU device in each process, split over all of
-them (fsdp) or held whole by each. With --delay_ms every request to the server waits that long. Bytes are those that
-`read` calls returned in each process, or that the server sent, over the size of the checkpoint; sharing the memory of
-one machine, the processes measure the shares and not the bandwidth of a cluster.
+them (fsdp) or held whole by each. With --delay_ms the server waits that long before each answer. "read" is the
+bytes that `read` calls returned in each process, or that the server sent, divided by the size of the checkpoint. The
+processes share one machine: its bandwidth says nothing about a cluster.
 """
 
 import argparse

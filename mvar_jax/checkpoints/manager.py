@@ -135,7 +135,7 @@ class Checkpoints:
           say: called in the first process with a sentence on each damaged checkpoint.
 
         Raises:
-          InputError: there is no checkpoint, none is good, storage cannot be reached, or the arrays differ from
+          InputError: there is no checkpoint or no good one, the storage cannot be reached, or the arrays differ from
             `abstract_state`.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)

@@ -1,4 +1,4 @@
-"""One program at a time in a folder: a lock of the file system or, if there is none, a lease file.
+"""Locks that let one program at a time use a folder: the file system's own or, if it has none, a lease file.
 
 A lock (`flock`) ends with its process. File systems without locks (Lustre, FUSE) and object stores get a lease: a
 file that names its holder, who renews it all the time and removes it at the end. A lease that is not renewed for

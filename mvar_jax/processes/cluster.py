@@ -30,7 +30,7 @@ class Place:
       coordinator_address: HOST:PORT of the first process; None lets JAX find it.
       num_processes: processes of the run; None lets JAX find it.
       process_id: number of this process; None lets JAX find it.
-      local_device_ids: numbers of the cards to use among those that CUDA shows this process; () uses all.
+      local_device_ids: indices of the cards to use, counted over the visible ones; () uses all of these.
       num_devices: cards that this process was given; None if nobody says.
     """
 
@@ -173,7 +173,7 @@ def _find_processes(environment: Mapping[str, str]) -> tuple[str, _Processes]:
 def _divide_cards(node: _Node) -> tuple[tuple[int, ...], int | None]:
     """Return the cards to use among the visible ones, () for all, and how many this process was given."""
     shown = node.num_cards if node.visible is None else len(node.visible)
-    if shown is None:  # nobody speaks of cards: as JAX does, number LOCALID of those that are there
+    if shown is None:  # no variable names cards: take card LOCALID, as JAX does
         return (node.local_id,) if node.num_tasks > 1 else (), None
     if shown > 1 and any(name.startswith("MIG-") for name in node.visible or ()):
         message = (

@@ -13,7 +13,7 @@ NUM_THREADS = 64
 class Requests:
     """A pool of threads that does not keep the process from ending, unlike that of `concurrent.futures`.
 
-    If one request fails, those that wait for a thread fail too: the store has gone, and each would try for long.
+    If a request fails, all queued requests fail too: the store is gone, and each would retry for minutes.
     """
 
     def __init__(self, num_threads: int):

@@ -131,7 +131,7 @@ def _check_data(workdir: Path, stored: dict | None, data_identity: dict, moved: 
     before, now = dict(flatten(stored)), dict(flatten(json.loads(json.dumps(data_identity))))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
-            words = f"config.data names other data than those that the run in {workdir} began with: {key} is "
+            words = f"config.data must name the data of the run in {workdir}: {key} is "
             words += f"{now.get(key)!r}, not {before.get(key)!r}; name the same data, or choose another workdir"
             raise InputError(words, field="config.data", given=now.get(key), expected=repr(before.get(key)))
 

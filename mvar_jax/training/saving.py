@@ -17,7 +17,7 @@ class Saver:
     blame until a later step or an evaluation is finite. Until then nothing is saved, and a save that was due is owed.
 
     Attributes:
-      saved_step: step of the newest checkpoint; None if there is none.
+      saved_step: step of the newest checkpoint, None without one.
       is_owed: whether a save was due and could not be made.
     """
 

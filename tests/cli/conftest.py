@@ -1,6 +1,7 @@
 """A whole tiny run on the digits, made once through the commands themselves."""
 
 import fcntl
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,3 +91,13 @@ def make_run(root: Path):
         tokenizer_flags=SMALL_TOKENIZER,
         transformer_flags=SMALL_TRANSFORMER,
     )
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """The working directory of a test on object stores, in which no folder called s3: or gs: may appear."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
+    assert os.listdir(folder) == []

@@ -40,7 +40,7 @@ def test_a_cache_of_other_images_is_refused(run, started, tmp_path, capfd):
     capfd.readouterr()
     before = {path: path.stat().st_mtime_ns for path in started.rglob("*")}
     assert main([*arguments_with(run, tmp_path / "other"), "--workdir", str(started)]) == 2
-    words = "config.data names other data than those that the run in"
+    words = "config.data must name the data of the run in"
     assert words in capfd.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in started.rglob("*")} == before
 

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from store_case import contents
 
 from mvar_jax.__main__ import main
 from mvar_jax.files.directories import upload_folder
@@ -11,21 +12,9 @@ from mvar_jax.files.locks import acquire
 from mvar_jax.files.paths import as_path
 from mvar_jax.processes.holding import hold
 
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
 SAMPLE = ["sample", "--labels=0-2", "--num=2", "--batch_size=4", "--save_tokens", "--compilation_cache=off"]
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    """The working directory, in which no folder called s3: or gs: may appear."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    yield folder
-    assert os.listdir(folder) == []
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
 
 
 def test_samples_in_a_store_are_those_on_a_disk_and_are_kept(store, tiny_model, tmp_path, capsys):

@@ -1,12 +1,12 @@
 """Models in an object store: loaded, edited with, and converted there, with no local folder of that name."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_case
 from PIL import Image
+from store_case import contents
 
 import mvar_jax
 from mvar_jax.__main__ import main
@@ -15,21 +15,9 @@ from mvar_jax.files.atomic import write_json
 from mvar_jax.files.directories import upload_folder
 from mvar_jax.files.paths import as_path
 
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
 PUBLISHED = Path(__file__).parents[1] / "golden" / "tiny"
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    """The working directory, in which no folder called s3: may appear."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    yield folder
-    assert os.listdir(folder) == []
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -250,10 +250,11 @@ def test_cache_works_where_it_was_copied_to(parts, moved):
 
 
 def test_tokenizer_beside_a_cache_is_taken_if_it_made_the_cache(parts, moved, tmp_path):
-    _open(cache=str(moved), tokenizer=str(parts.tokenizer))
-    older = _older(moved, tmp_path / "older", tmp_path / "gone")
-    _open(cache=str(older), tokenizer=str(parts.tokenizer))
-    _open(cache=str(_older(moved, tmp_path / "beside", parts.tokenizer)))
+    gone = _older(moved, tmp_path / "older", tmp_path / "gone")
+    beside = _older(moved, tmp_path / "beside", parts.tokenizer)
+    given = {"tokenizer": str(parts.tokenizer)}
+    for cache, more in ((moved, given), (gone, given), (beside, {})):
+        assert _open(cache=str(cache), **more).tokenizer == TOKENIZER
 
 
 def test_other_tokenizer_than_the_cache_s_is_refused_with_the_reason(parts, moved, tmp_path):

@@ -119,7 +119,7 @@ def test_before_a_checkpoint_nothing_binds(tmp_path):
 
 def test_other_data_at_the_same_or_another_place_are_refused(workdir):
     other = DATA | {"train": {"num_items": 41}}
-    words = "config.data names other data .*: train.num_items is 41, not 40; name the same data, or"
+    words = "config.data must name the data of the run .*: train.num_items is 41, not 40; name the same data, or"
     for config in (load("debug_transformer"), change(load("debug_transformer"), "data.cache", "elsewhere")):
         with pytest.raises(InputError, match=words):
             check_resumable(workdir, config, other)
