@@ -19,6 +19,7 @@ from small_case import MODEL, TOKENIZER, seeded_params
 from mvar_jax import build
 from mvar_jax.__main__ import main
 from mvar_jax.checkpoints.model_directory import module_to_dict, save_model
+from mvar_jax.cli.configuration import read_config
 from mvar_jax.data.pipeline import LoadOptions, train_batches
 from mvar_jax.data.sources import open_source
 from mvar_jax.data.transforms import PhotoTransform
@@ -147,9 +148,7 @@ def test_training_batches_from_images_and_from_the_cache_are_identical(parts, ca
 
 
 def _config(**data):
-    import importlib
-
-    config = importlib.import_module("configs.folder").get_config().to_dict()
+    config = read_config("folder", [])
     config["model"] = SMALL | {"dtype": "float32"}
     config["optimizer"] |= {"warmup_steps": 1, "ema_decay": 0.0}
     config |= {"num_steps": 3, "batch_size": 8, "log_every_steps": 1}
