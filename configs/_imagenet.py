@@ -61,8 +61,8 @@ def make_config(
     )
     if final_weight_decay is not None:
         c.optimizer.final_weight_decay = final_weight_decay
-    # parameters, moments and batch all over the same axis, or the batch alone
-    c.mesh = dict(data=1, fsdp=-1, tensor=1) if is_sharded else dict(data=-1, fsdp=1, tensor=1)
+    # the batch over all devices; the state over as many of them as divide the width, or whole on each
+    c.mesh = dict(data=-1, fsdp=-1 if is_sharded else 1, tensor=1)
     return c
 
 

@@ -131,7 +131,7 @@ def config_sections() -> dict[str, list[Row]]:
         "codebook (tokenizer)": field_rows(CodebookOptions),
         "phases (transformer)": field_rows(PhaseOptions),
         "optimizer": field_rows(OptimizerOptions),
-        "mesh": argument_rows(make_mesh, ("devices",)),
+        "mesh": argument_rows(make_mesh, ("devices", "dimensions")),
     }
 
 

@@ -274,14 +274,15 @@ def check_labels(labels_B, num_classes: int) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def load(path: str | Path, which: str = "last") -> Model:
+def load(path: str | Path, which: str = "last", precision: str | None = None) -> Model:
     """Load a `Model` from a model directory or from the "last" or "best" checkpoint of a training workdir.
 
-    Raises InputError if path is neither, or holds no such checkpoint or no tokenizer.
+    precision: standard or exact, see `ops.precision`; None for the model's own. Raises InputError if path is neither,
+    or holds no such checkpoint or no tokenizer.
     """
     path = as_path(path, "checkpoint")
     modules, params = load_model(path, which)
     if "tokenizer" not in modules:
         message = f"checkpoint={path} holds no tokenizer; choose a model directory or workdir that does"
         raise InputError(message, field="checkpoint", given=str(path), expected="a tokenizer")
-    return Model(Networks.of(modules, params), class_names_of(path))
+    return Model(Networks.of(modules, params).with_precision(precision), class_names_of(path))

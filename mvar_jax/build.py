@@ -87,7 +87,7 @@ def build_settings(config: dict):
 
 
 def build_run(config: dict):
-    """Return the `RunOptions` of a config: seed, steps or epochs, batch, optimizer, mesh."""
+    """Return the `RunOptions` of a config: seed, steps or epochs, batch, optimizer, and a mesh for the model."""
     from mvar_jax.sharding import MESH_AXES, make_mesh
     from mvar_jax.training.optimizer import OptimizerOptions
     from mvar_jax.training.task import RunOptions
@@ -95,7 +95,7 @@ def build_run(config: dict):
     check_keys(config["mesh"], MESH_AXES, "config.mesh")
     sections = {
         "optimizer": from_dict(OptimizerOptions, config["optimizer"], "config.optimizer"),
-        "mesh": make_mesh(**config["mesh"]),
+        "mesh": make_mesh(**config["mesh"], dimensions=build_module(config).mesh_sizes()),
     }
     return RunOptions(**_given_fields(RunOptions, {"num_steps": 0} | config | sections))
 
@@ -152,6 +152,7 @@ def build_task(config: dict):
 def open_tokens(data: DataOptions, transformer):
     """Return (tokenizer with its weights, sources by split, transform or None) of a token cache or of images.
 
+    The tokenizer computes in the transformer's precision.
     Raises InputError if the config names neither, or unless tokenizer, transformer and data fit together.
     """
     from mvar_jax.tokens.cache_reader import TokenCache
@@ -164,11 +165,11 @@ def open_tokens(data: DataOptions, transformer):
             expected="cache or tokenizer",
         )
     if not data.cache:
-        networks = load_tokenizer(data.tokenizer)
+        networks = load_tokenizer(data.tokenizer).with_precision(transformer.precision)
         check_transformer_fits(transformer, networks.tokenizer)
         networks.tokenizer.check(data.image_size)
         return networks, {split: data.open(split) for split in SPLITS}, data.transform()
-    networks = load_tokenizer_of_cache(data)
+    networks = load_tokenizer_of_cache(data).with_precision(transformer.precision)
     check_transformer_fits(transformer, networks.tokenizer)
     expected = {
         "expect_sides": networks.tokenizer.sides,

@@ -1,5 +1,6 @@
 """The device mesh, and the one table from logical axis names to mesh axes; no other file names a mesh axis."""
 
+import collections
 import contextlib
 import functools
 import math
@@ -33,25 +34,34 @@ RULES = {
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """Return a mesh over all devices; one axis may be -1 and takes the devices that are left.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None, dimensions: dict | None = None
+) -> Mesh:
+    """Return a mesh over all devices; one axis may be -1 and takes the devices that are left, or data and fsdp may.
 
     Args:
-      data: devices that share a batch and each hold a copy of the state.
-      fsdp: devices that share a batch and split the state by width.
+      data: devices that share a batch and each hold a copy of the state; -1: those that are left.
+      fsdp: devices that share a batch and split the state by width; -1: those that are left, or if data is -1 too, as
+        many of them as divide the widths.
       tensor: devices that split heads, the hidden layer, channels and the vocabulary.
       devices: devices to use; None for all.
+      dimensions: what the mesh splits, as for `check_sizes`; needed if data and fsdp are -1.
 
     Raises:
       InputError: the product of the axes is not the number of devices, or `tensor` crosses processes.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    if data == fsdp == -1 and dimensions is not None and tensor > 0:
+        splits = [size for logical_axis, size in dimensions.values() if RULES[logical_axis] == "fsdp"]
+        sizes["fsdp"] = math.gcd(len(devices) // tensor, *splits)
     free = [name for name, size in sizes.items() if size == -1]
     given = math.prod(size for size in sizes.values() if size != -1)
     fits = given > 0 and len(devices) % given == 0 if free else given == len(devices)
     if len(free) > 1 or not fits:
-        expected = f"axes whose product is {len(devices)}, the number of devices (one axis may be -1)"
+        expected = (
+            f"axes whose product is {len(devices)}, the number of devices (one axis may be -1, or data and fsdp)"
+        )
         raise InputError(f"mesh must have {expected}, got {sizes}", field="mesh", given=sizes, expected=expected)
     if free:
         sizes[free[0]] = len(devices) // given
@@ -75,10 +85,14 @@ def spec_of(logical_axes: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Constrain an activation's sharding inside jit; return it unchanged if no mesh is set."""
+    """Constrain an activation's sharding inside jit; return it unchanged if no mesh is set.
+
+    A dimension of size 1, such as the one row of "no class", stays whole.
+    """
     spec = spec_of(logical_axes)  # before the return, so that a misspelt name fails on one device too
     if jax.sharding.get_abstract_mesh().empty:
         return x
+    spec = PartitionSpec(*(None if size == 1 else entry for size, entry in zip(x.shape, spec, strict=True)))
     return jax.lax.with_sharding_constraint(x, spec)
 
 
@@ -100,20 +114,36 @@ def named_axes(init, *logical_axes: str | None):
 def shardings_of(abstract_boxed_params, mesh: Mesh):
     """Return the NamedShardings of a tree of parameters boxed by `named_axes`.
 
-    Unboxed leaves are replicated. A dimension that the mesh does not divide is not sharded.
+    Unboxed leaves are replicated. A dimension that the mesh does not divide is not sharded, see `whole_dimensions`.
     """
 
     def sharding(leaf):
         if not isinstance(leaf, Named):
             return NamedSharding(mesh, PartitionSpec())
         entries = list(spec_of(leaf.names))
-        for i, entry in enumerate(entries):
-            axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
-            if leaf.value.shape[i] % math.prod(mesh.shape[a] for a in axes):
-                entries[i] = None
+        for i in _not_divided(leaf, mesh):
+            entries[i] = None
         return NamedSharding(mesh, PartitionSpec(*entries))
 
     return jax.tree.map(sharding, abstract_boxed_params, is_leaf=lambda x: isinstance(x, Named))
+
+
+def _not_divided(leaf: Named, mesh: Mesh) -> list[int]:
+    """Return the dimensions of a parameter that the mesh would split but does not divide."""
+    named = enumerate(zip(leaf.names, leaf.value.shape, strict=True))
+    return [i for i, (name, size) in named if name is not None and size % num_shards_of(name, mesh)]
+
+
+def whole_dimensions(abstract_boxed_params, mesh: Mesh) -> list[str]:
+    """Return what stays whole on every device since the mesh does not divide it, such as "channels_in=3, 2 times"."""
+    leaves = jax.tree.leaves(abstract_boxed_params, is_leaf=lambda x: isinstance(x, Named))
+    found = collections.Counter(
+        (leaf.names[i], leaf.value.shape[i])
+        for leaf in leaves
+        if isinstance(leaf, Named)
+        for i in _not_divided(leaf, mesh)
+    )
+    return [f"{name}={size}, {count} times" for (name, size), count in sorted(found.items())]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -147,10 +177,12 @@ def check_sizes(sizes: dict[str, tuple[str, int]], mesh: Mesh) -> None:
     for name, (logical_axis, size) in sizes.items():
         num_shards, field = num_shards_of(logical_axis, mesh), f"mesh.{RULES[logical_axis]}"
         if size % num_shards:
-            fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-            expected = f"a divisor of {name}={size} ({fits})"
+            common = math.gcd(size, math.prod(mesh.shape.values()))
+            fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            expected = f"a divisor of {name}={size} and of the number of devices ({fits})"
+            advice = "set mesh.data and mesh.fsdp to -1, or" if field == "mesh.fsdp" else "or set"
             instead = size - size % num_shards or num_shards
-            message = f"{field} must be {expected}, got {num_shards}; or set {name} to a multiple such as {instead}"
+            message = f"{field} must be {expected}, got {num_shards}; {advice} {name} to a multiple such as {instead}"
             raise InputError(message, field=field, given=num_shards, expected=expected)
 
 

@@ -118,8 +118,12 @@ def check_shapes(directory: Path, kind: str, module: nn.Module, tree) -> None:
 
 
 def fingerprint(tokenizer: Tokenizer, params) -> str:
-    """Return a hex digest of a tokenizer's structure and weights: tokenizers share ids only if theirs are equal."""
-    digest = hashlib.sha256(json.dumps(module_to_dict(tokenizer), sort_keys=True).encode())
+    """Return a hex digest of a tokenizer's structure and weights: tokenizers share ids only if theirs are equal.
+
+    Its precision is not part of it: that decides on rounding alone.
+    """
+    structure = {name: value for name, value in module_to_dict(tokenizer).items() if name != "precision"}
+    digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
     for path, leaf in sorted((jax.tree_util.keystr(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params)):
         digest.update(path.encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())

@@ -4,7 +4,12 @@ Resumable: rerunning the command continues with the first unfinished shard and l
 """
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
-from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
+from mvar_jax.cli.machine import (
+    add_machine_arguments,
+    add_precision_argument,
+    print_machine,
+    use_compilation_cache,
+)
 from mvar_jax.errors import InputError, RunError, shorten
 from mvar_jax.files.paths import as_path
 from mvar_jax.processes import group
@@ -16,6 +21,7 @@ def add_arguments(parser) -> None:
     """--config FILE --tokenizer DIR --out DIR."""
     add_config_argument(parser)
     add_machine_arguments(parser)
+    add_precision_argument(parser)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="model directory or training workdir")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory of the cache")
     parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="images at a time (default 64)")
@@ -55,7 +61,7 @@ def run(args) -> int:
 
     if group.current().count > 1:
         print_machine()
-    model = load(tokenizer)
+    model = load(tokenizer, precision=args.precision)
     model.tokenizer.check(data.image_size)
     check_shared("out", out)
     make_directory(out)

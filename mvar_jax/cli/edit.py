@@ -7,6 +7,7 @@ pixels inside it. Writes grid.png (before, mask, after; one row per label) and o
 import dataclasses
 from pathlib import Path
 
+from mvar_jax.cli.machine import AUTO, add_precision_argument, use_compilation_cache
 from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, check_seed, sampling_options
 
 SUMMARY = "edit part of an image"
@@ -32,6 +33,7 @@ def add_arguments(parser) -> None:
         help="0 to 1: how far tokens at the mask's border are mixed",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    add_precision_argument(parser)
 
 
 def read_square(path: str, field: str, side: int):
@@ -85,7 +87,6 @@ def run(args) -> int:
     """Run the command; everything is checked before the first file is written."""
     from mvar_jax.checkpoints.class_names import class_names_of
     from mvar_jax.cli.labels import parse_labels
-    from mvar_jax.cli.machine import AUTO, use_compilation_cache
     from mvar_jax.errors import InputError
     from mvar_jax.files.paths import as_path
 
@@ -106,7 +107,7 @@ def run(args) -> int:
     from mvar_jax.sampling.editing import SOFTNESS, check_border, check_mask
 
     use_compilation_cache(AUTO)
-    model = load(checkpoint)
+    model = load(checkpoint, precision=args.precision)
     check_labels(labels, model.num_classes)
     side = model.tokenizer.image_size
     softness = SOFTNESS if args.softness is None else args.softness

@@ -2,17 +2,20 @@
 
 from pathlib import Path
 
+from mvar_jax.cli.machine import add_precision_argument
+
 SUMMARY = "encode and decode images, side by side"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def add_arguments(parser) -> None:
-    """--checkpoint DIR --images PATH --out DIR."""
+    """Add the command's arguments."""
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model directory or training workdir")
     parser.add_argument("--images", required=True, metavar="PATH", help="an image file or a folder of them")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--batch_size", type=int, default=16, metavar="B", help="images at a time (default 16)")
     parser.add_argument("--save_tokens", action="store_true", help="also write tokens.npz: ids int32 [N, L]")
+    add_precision_argument(parser)
 
 
 def find_images(path: Path) -> list[Path]:
@@ -46,7 +49,7 @@ def run(args) -> int:
     from mvar_jax.evaluation.reconstruction import write_reconstructions
     from mvar_jax.files.directories import make_directory
 
-    model = load(args.checkpoint)
+    model = load(args.checkpoint, precision=args.precision)
     transform = PhotoTransform(model.tokenizer.image_size, flip=False)
     for file in files:  # so that nothing is written if one cannot be read
         read_image(file)

@@ -3,7 +3,12 @@
 Resumable: rerunning the command continues, and leaves the same files as an uninterrupted run.
 """
 
-from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
+from mvar_jax.cli.machine import (
+    add_machine_arguments,
+    add_precision_argument,
+    print_machine,
+    use_compilation_cache,
+)
 from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, check_seed, sampling_options
 from mvar_jax.processes import group
 
@@ -31,6 +36,7 @@ def add_arguments(parser) -> None:
         choices=("float32", "bfloat16"),
         help="dtype of the computation and of the transformer's weights (default: the model's own, float32 weights)",
     )
+    add_precision_argument(parser)
     parser.add_argument(
         "--weight_shards",
         type=int,
@@ -73,7 +79,7 @@ def run(args) -> int:
         message = f"--weight_shards must be {expected}, got {args.weight_shards}"
         raise InputError(message, field="weight_shards", given=args.weight_shards, expected=expected)
     mesh = make_mesh(fsdp=args.weight_shards, devices=devices)
-    model = load(checkpoint, args.which)
+    model = load(checkpoint, args.which, args.precision)
     check_labels(labels, model.num_classes)
     networks = place_networks(model.networks, mesh, args.dtype)
     check_shared("out", out)

@@ -45,6 +45,8 @@ def run(args) -> int:
     task, modules, tokenizer_params = build.build_task(config)
     check_same_in_all(config, task)
     print_machine(task.run.mesh)
+    if whole := task.whole_dimensions():
+        say(f"the mesh does not divide these dimensions, which stay whole on every device: {'; '.join(whole)}")
     if described := build.describe_epochs(config, task):
         say(described)
     settings = dataclasses.replace(settings, num_steps=task.run.num_steps)

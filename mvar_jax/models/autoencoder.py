@@ -6,13 +6,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mvar_jax.ops.precision import precision_of
 from mvar_jax.sharding import constrain, named_axes
 
 CONV_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def conv(features: int, size: int, dtype: Any, name: str, stride: int = 1) -> nn.Conv:
-    """Return a square convolution; stride 1 keeps the side, stride 2 expects a padded map."""
+def conv(
+    features: int, size: int, dtype: Any, name: str | None = None, stride: int = 1, part: str = "autoencoder"
+) -> nn.Conv:
+    """Return a square convolution; stride 1 keeps the side, stride 2 expects a padded map.
+
+    part: see `precision.TABLE`.
+    """
     return nn.Conv(
         features,
         (size, size),
@@ -20,6 +26,7 @@ def conv(features: int, size: int, dtype: Any, name: str, stride: int = 1) -> nn
         padding=size // 2 if stride == 1 else 0,
         dtype=dtype,
         kernel_init=named_axes(CONV_INIT, "space", None, "channels_in", "channels_out"),
+        precision=precision_of(part, dtype),
         name=name,
     )
 
@@ -143,7 +150,7 @@ class Encoder(nn.Module):
                 x = conv(x.shape[-1], 3, dtype, f"level{level}_down", stride=2)(x)
         x = middle(x, self.norm, dtype)
         x = nn.silu(GroupNorm(**self.norm, name="norm_out")(x))
-        return conv(self.code_width, 3, dtype, "conv_out")(x)
+        return conv(self.code_width, 3, dtype, "conv_out", part="quantizer")(x)
 
 
 class Decoder(nn.Module):

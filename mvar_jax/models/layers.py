@@ -13,6 +13,9 @@ from mvar_jax.ops.attention import (
     dense_attention,
     normalise_query_key,
 )
+from mvar_jax.ops.platform import current_platform
+from mvar_jax.ops.precision import precision_of
+from mvar_jax.ops.products import add_bias, multiply, multiply_rows
 from mvar_jax.ops.window import local_window_attention
 from mvar_jax.scales import BLOCK_CAUSAL, BLOCK_DIAGONAL, Phase, Pyramid
 from mvar_jax.sharding import constrain, named_axes
@@ -33,6 +36,29 @@ def layer_norm(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+class Linear(nn.Module):
+    """x `[..., *shape]` times a kernel `[*shape, features]`, plus a bias; shape has `num_axes` axes.
+
+    dtype: of the operands. out_dtype: of the result. part: see `precision.TABLE`.
+    """
+
+    features: int
+    kernel_init: Any
+    dtype: Any
+    out_dtype: Any
+    part: str = "blocks"
+    num_axes: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        rows, shape = x.shape[: -self.num_axes], x.shape[-self.num_axes :]
+        kernel = self.param("kernel", self.kernel_init, (*shape, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel = x.reshape(*rows, -1).astype(self.dtype), kernel.reshape(-1, self.features)
+        y = multiply_rows(x, kernel, self.out_dtype, precision_of(self.part, self.dtype))
+        return add_bias(y, bias)
 
 
 class Attention(nn.Module):
@@ -58,24 +84,24 @@ class Attention(nn.Module):
         v_bias = self.param("v_bias", named_axes(nn.initializers.zeros, *bias_axes), (H, K))
         log_scale = self.param("log_scale", named_axes(nn.initializers.constant(np.log(4.0)), "heads"), (H,))
 
-        qkv = jnp.einsum("bnd,dthk->tbnhk", x_BND.astype(self.dtype), kernel.astype(self.dtype))
-        qkv = constrain(qkv, None, "batch", "tokens", "heads", "head_width")
-        q = qkv[0] + q_bias.astype(self.dtype)
-        v = qkv[2] + v_bias.astype(self.dtype)
-        q, k = normalise_query_key(q, qkv[1], log_scale)
+        q, k, v = self.project(x_BND.astype(self.dtype), kernel)
+        q, k = normalise_query_key(add_bias(q, q_bias), k, log_scale)
+        v = add_bias(v, v_bias)
         if cache is not None:
             cache, (k, v) = self.extend_cache(cache, (k, v), layer)
         y_BNHK = self.attend(q, k, v)
-        y_BND = nn.DenseGeneral(
-            D,
-            axis=(-2, -1),
-            dtype=self.dtype,
-            kernel_init=named_axes(
-                normal(self.init_std, 1 / np.sqrt(2 * self.depth)), "heads", "head_width", "width"
-            ),
-            name="proj",
-        )(y_BNHK)
-        return y_BND, cache
+        init = named_axes(normal(self.init_std, 1 / np.sqrt(2 * self.depth)), "heads", "head_width", "width")
+        return Linear(D, init, self.dtype, self.dtype, num_axes=2, name="proj")(y_BNHK), cache
+
+    def project(self, x_BND, kernel_D3HK):
+        """Return queries, keys and values, `[B, N, H, K]` each."""
+        precision, axes = precision_of("blocks", self.dtype), ("batch", "tokens", "heads", "head_width")
+        if current_platform() == "tpu":  # three products of two matrices move more memory there than this one
+            qkv = multiply("bnd,dthk->tbnhk", self.dtype, precision, x_BND, kernel_D3HK)
+            return tuple(constrain(qkv, None, *axes))
+        # one product each: columns of all three together would mix whole axes with one that a mesh may split
+        parts = (multiply_rows(x_BND, kernel_D3HK[:, i], self.dtype, precision) for i in range(3))
+        return tuple(constrain(part, *axes) for part in parts)
 
     def extend_cache(self, cache, new, layer):
         """Write the phase's keys and values; return the cache and the layer's part of it up to the phase's end."""
@@ -116,9 +142,9 @@ class FeedForward(nn.Module):
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         D = x_BND.shape[-1]
         up, down = normal(self.init_std), normal(self.init_std, 1 / np.sqrt(2 * self.depth))
-        hidden = nn.Dense(4 * D, dtype=self.dtype, kernel_init=named_axes(up, "width", "hidden"), name="up")(x_BND)
-        hidden = constrain(nn.gelu(hidden, approximate=True), "batch", "tokens", "hidden")
-        return nn.Dense(D, dtype=self.dtype, kernel_init=named_axes(down, "hidden", "width"), name="down")(hidden)
+        widen = Linear(4 * D, named_axes(up, "width", "hidden"), self.dtype, self.dtype, name="up")
+        narrow = Linear(D, named_axes(down, "hidden", "width"), self.dtype, self.dtype, name="down")
+        return narrow(constrain(nn.gelu(widen(x_BND), approximate=True), "batch", "tokens", "hidden"))
 
 
 class Adaptive(nn.Module):
@@ -134,7 +160,9 @@ class Adaptive(nn.Module):
         init = normal(self.init_std, np.asarray(self.factors, np.float32)[:, None])
         kernel = self.param("kernel", named_axes(init, "width", "adaptive", None), (D, n, D))
         bias = self.param("bias", named_axes(nn.initializers.zeros, "adaptive", None), (n, D))
-        return jnp.einsum("bd,dne->bne", nn.silu(cond_BD), kernel, preferred_element_type=jnp.float32) + bias
+        x_BD, precision = nn.silu(cond_BD), precision_of("blocks", cond_BD.dtype)
+        y_BnD = multiply_rows(x_BD, kernel, jnp.float32, precision) + bias
+        return constrain(y_BnD, "batch", "adaptive", None)
 
 
 def alternate(parts: tuple[jax.Array, ...]) -> jax.Array:

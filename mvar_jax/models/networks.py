@@ -8,6 +8,7 @@ import jax
 
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
+from mvar_jax.ops.precision import check_precision
 
 
 @flax.struct.dataclass
@@ -31,6 +32,14 @@ class Networks:
     def of(cls, modules: dict, params: dict) -> "Networks":
         """Pair modules with parameters, both by "tokenizer" and "transformer"."""
         return cls(modules["tokenizer"], params["tokenizer"], modules.get("transformer"), params.get("transformer"))
+
+    def with_precision(self, precision: str | None) -> "Networks":
+        """Return the networks with this `precision`; None keeps each module's. Raises InputError if it is unknown."""
+        if precision is None:
+            return self
+        check_precision(precision)
+        transformer = None if self.transformer is None else self.transformer.clone(precision=precision)
+        return self.replace(tokenizer=self.tokenizer.clone(precision=precision), transformer=transformer)
 
     def apply_tokenizer(self, *args, method: str):
         """Call a method of the tokenizer with its weights, inside a program."""

@@ -1,5 +1,6 @@
 """The multi-scale residual VQ autoencoder (VAR section 3.2; docs/method.md, Tokenizer)."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -7,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from mvar_jax.errors import InputError
+from mvar_jax.fields import FREE
 from mvar_jax.models.autoencoder import Decoder, Encoder, conv
 from mvar_jax.ops import quantize
 from mvar_jax.ops.losses import commitment_loss
+from mvar_jax.ops.precision import PRECISIONS, STANDARD, in_own_precision
 from mvar_jax.scales import check_sides
 from mvar_jax.sharding import named_axes
 
@@ -36,6 +39,7 @@ class Tokenizer(nn.Module):
       znorm: search the nearest code on the unit sphere.
       beta: weight of the commitment loss.
       dtype: computation of the encoder and decoder; the quantizer is always float32.
+      precision: of float32 products on accelerators: standard (exact if listed in ops/precision.py) or exact (all).
     """
 
     sides: tuple[int, ...]
@@ -51,15 +55,16 @@ class Tokenizer(nn.Module):
     znorm: bool = False
     beta: float = 0.25
     dtype: Any = jnp.float32
+    precision: str = dataclasses.field(default=STANDARD, metadata=FREE)
 
     def setup(self):
         norm = {"num_groups": self.num_groups, "group_size": self.group_size, "dtype": self.dtype}
         sizes = (self.ch, tuple(self.ch_mult), self.num_res_blocks)
         self.encoder = Encoder(*sizes, self.code_width, norm, self.dtype)
         self.decoder = Decoder(*sizes, norm, self.dtype)
-        self.quant_conv = conv(self.code_width, 3, self.dtype, None)
-        self.post_quant_conv = conv(self.code_width, 3, self.dtype, None)
-        self.phi_convs = [conv(self.code_width, 3, jnp.float32, None) for _ in range(self.num_phi)]
+        self.quant_conv = conv(self.code_width, 3, self.dtype, part="quantizer")
+        self.post_quant_conv = conv(self.code_width, 3, self.dtype, part="quantizer")
+        self.phi_convs = [conv(self.code_width, 3, jnp.float32, part="quantizer") for _ in range(self.num_phi)]
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
         self.codebook = self.param("codebook", named_axes(init, "vocab", "code"), (self.vocab_size, self.code_width))
 
@@ -81,11 +86,12 @@ class Tokenizer(nn.Module):
             "num_groups": (has_one, f"set if and only if group_size={self.group_size} is None"),
             "num_phi": (1 <= self.num_phi <= S, f"from 1 to {S}, the number of scales"),
             "sides": (size == self.image_size, f"a list with a last side of {latent}"),
+            "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
         }
         for field, (is_valid, expected) in rules.items():
             if not is_valid:
                 given = getattr(self, field)
-                message = f"{field} must be {expected}, got {given}"
+                message = f"{field} must be {expected}, got {given!r}"
                 raise InputError(message, field=field, given=given, expected=expected)
 
     def init_params(self, key: jax.Array):
@@ -104,6 +110,7 @@ class Tokenizer(nn.Module):
         index = quantize.phi_index(len(self.sides), self.num_phi)[scale]
         return (1 - self.phi_ratio) * x_BYXc + self.phi_ratio * self.phi_convs[index](x_BYXc)
 
+    @in_own_precision
     def features(self, images_BYX3: jax.Array) -> jax.Array:
         """Return the latent map f, `[B, y, x, c] float32`."""
         return self.quant_conv(self.encoder(images_BYX3)).astype(jnp.float32)
@@ -128,6 +135,7 @@ class Tokenizer(nn.Module):
         """Return f_hat with the codewords of one more scale added."""
         return f_hat_BYXc + quantize.upsample_codes(codes_Bnc, scale, self.sides, self.phi)
 
+    @in_own_precision
     def decode_raw(self, f_hat_BYXc: jax.Array) -> jax.Array:
         """Return the image of a latent map, not clipped, as the training losses need it."""
         return self.decoder(self.post_quant_conv(f_hat_BYXc)).astype(jnp.float32)

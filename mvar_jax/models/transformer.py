@@ -10,13 +10,16 @@ import numpy as np
 
 from mvar_jax.errors import InputError
 from mvar_jax.fields import FREE
-from mvar_jax.models.layers import Adaptive, Block, alternate, layer_norm, normal
+from mvar_jax.models.layers import Adaptive, Block, Linear, alternate, layer_norm, normal
+from mvar_jax.ops.precision import EXACT, PRECISIONS, STANDARD, computing, in_own_precision
+from mvar_jax.ops.products import PRODUCT
+from mvar_jax.ops.sampling import guide
 from mvar_jax.scales import BLOCK_DIAGONAL, CONDITIONINGS, Phase, Pyramid
 from mvar_jax.sharding import constrain, named_axes
 
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -59,6 +62,7 @@ class Transformer(nn.Module):
       remat: what the backward pass recomputes: dots (all but products with weights), full (all) or none.
       scan_unroll: blocks in one iteration of the scan over depth; more compile longer.
       dtype: computation; parameters, norms, softmax and logits are float32.
+      precision: of float32 products on accelerators: standard (exact if listed in ops/precision.py) or exact (all).
     """
 
     sides: tuple[int, ...]
@@ -81,6 +85,7 @@ class Transformer(nn.Module):
     remat: str = dataclasses.field(default="dots", metadata=FREE)
     scan_unroll: int = dataclasses.field(default=1, metadata=FREE)
     dtype: Any = jnp.float32
+    precision: str = dataclasses.field(default=STANDARD, metadata=FREE)
 
     @property
     def pyramid(self) -> Pyramid:
@@ -93,6 +98,7 @@ class Transformer(nn.Module):
             "num_heads": (self.width % self.num_heads == 0, f"a divisor of width={self.width}"),
             "conditioning": (self.conditioning in CONDITIONINGS, f"one of {', '.join(CONDITIONINGS)}"),
             "remat": (self.remat in REMAT_POLICIES, f"one of {', '.join(REMAT_POLICIES)}"),
+            "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
         }
         for field, (is_valid, expected) in rules.items():
             if not is_valid:
@@ -105,6 +111,7 @@ class Transformer(nn.Module):
         return self.pyramid.phases(self.conditioning)
 
     @nn.compact
+    @in_own_precision
     def __call__(
         self,
         previous_BMc: jax.Array,
@@ -113,6 +120,7 @@ class Transformer(nn.Module):
         path_D2B: jax.Array | None = None,
         cache: tuple[jax.Array, jax.Array] | None = None,
         modulation: tuple[Modulation, ...] | None = None,
+        guidance: jax.Array | float | None = None,
     ):
         """Compute the logits of one phase.
 
@@ -123,6 +131,8 @@ class Transformer(nn.Module):
           path_D2B: drop-path factors, `[depth, 2, B]`, or None to keep every branch.
           cache: VAR's keys and values, see `empty_cache`.
           modulation: results of `modulate`, given instead of labels; the rows of two parts are interleaved.
+          guidance: t of `guide`, a number or `[B / 2, 1, 1]`; given, the rows are pairs of a class and "no class".
+            They are mixed before the head: it is linear and (1 + t) - t = 1, so the result are the guided logits.
 
         Returns (logits `[B, N, V] float32`, the cache with the phase's keys and values; None without a cache).
         """
@@ -168,13 +178,16 @@ class Transformer(nn.Module):
         else:
             ends = alternate([part.head for part in modulation])
         x_BND = layer_norm(x_BND) * (1 + ends[:, None, 0]) + ends[:, None, 1]
-        head = nn.Dense(
-            self.vocab_size,
-            kernel_init=named_axes(normal(std, self.init_head), "width", "vocab"),
-            dtype=jnp.float32,
-            name="head",
-        )
+        if guidance is not None:
+            x_BND = guide(x_BND[0::2], x_BND[1::2], guidance)
+        init = named_axes(normal(std, self.init_head), "width", "vocab")
+        head = Linear(self.vocab_size, init, self.end_dtype, jnp.float32, part="head", name="head")
         return constrain(head(x_BND), "batch", "tokens", "vocab"), cache
+
+    @property
+    def end_dtype(self) -> Any:
+        """Return the dtype of the operands of the word embedding and of the head."""
+        return jnp.float32 if self.precision == EXACT else self.dtype
 
     def empty_cache(self, num_rows: int) -> tuple[jax.Array, jax.Array]:
         """Return VAR's empty key and value caches for all layers and tokens, each `[depth, rows, H, L, K]`.
@@ -187,7 +200,8 @@ class Transformer(nn.Module):
     def class_rows(self, labels_B, std):
         """Return the class embeddings `[B, D]`; call inside the compact method."""
         init = named_axes(normal(self.class_init_std or std), "classes", "width")
-        return self.param("class_embed", init, (self.num_classes + 1, self.width))[labels_B]
+        rows_BD = self.param("class_embed", init, (self.num_classes + 1, self.width))[labels_B]
+        return constrain(rows_BD, "batch", None)
 
     def embed(self, previous_BMc, cond_BD, phase, std):
         """Embed start tokens (class + start position) and projected input; add position and scale embeddings."""
@@ -195,7 +209,8 @@ class Transformer(nn.Module):
         start_ND = self.param("pos_start", named_axes(normal(std), "tokens", "width"), (pyramid.areas[0], D))
         position_LD = self.param("pos_embed", named_axes(normal(std), "tokens", "width"), (pyramid.num_tokens, D))
         level_SD = self.param("level_embed", named_axes(normal(std), None, "width"), (pyramid.num_scales, D))
-        word = nn.Dense(D, dtype=jnp.float32, kernel_init=named_axes(normal(std), "code", "width"), name="word_embed")
+        init = named_axes(normal(std), "code", "width")
+        word = Linear(D, init, self.end_dtype, jnp.float32, part="embedding", name="word_embed")
         parts = [cond_BD[:, None] + start_ND] if phase.first == 0 else []
         if previous_BMc.shape[1]:
             parts.append(word(previous_BMc))
@@ -226,9 +241,10 @@ def modulate(model: Transformer, params, labels_B: jax.Array) -> Modulation:
     """Compute the `Modulation` of labels `[B] int32`, once for all scales of a sample."""
 
     def vectors(num: int, weights, cond_BD):
-        return Adaptive(num, 1.0, (1.0,) * num).apply({"params": weights}, cond_BD)
+        with computing(model.precision):
+            return Adaptive(num, 1.0, (1.0,) * num).apply({"params": weights}, cond_BD)
 
-    cond_BD, blocks = params["class_embed"][labels_B], params["blocks"]
+    cond_BD, blocks = constrain(params["class_embed"][labels_B], "batch", None), params["blocks"]
     if model.shared_aln:
         shared = vectors(6, params["shared_adaptive"], cond_BD)
         adaptive = shared + blocks["adaptive_offset"][:, None]

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mvar_jax.ops.precision import precision_of
+
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 
 # Below this many tokens one masked product is cheaper than several small ones.
@@ -28,11 +30,12 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask, scale: flo
 
     Divides by the softmax's sum last: K divisions per query instead of M, up to twice as fast on a CPU.
     """
-    logits = jnp.einsum("...nk,...mk->...nm", q, k, preferred_element_type=jnp.float32) * scale
+    options = {"preferred_element_type": jnp.float32, "precision": precision_of("attention", q.dtype)}
+    logits = jnp.einsum("...nk,...mk->...nm", q, k, **options) * scale
     if mask is not True:
         logits = jnp.where(mask, logits, MASKED)
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-    out = jnp.einsum("...nm,...mk->...nk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("...nm,...mk->...nk", weights.astype(v.dtype), v, **options)
     return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
 
 

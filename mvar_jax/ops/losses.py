@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from mvar_jax.ops.precision import precision_of
 from mvar_jax.scales import offsets_of
 
 
@@ -21,6 +22,11 @@ def sum_per_scale(x_BN: jax.Array, areas: tuple[int, ...]) -> jax.Array:
     """Sum over each map's tokens: `[B, N]` -> `[B, scales]`."""
     spans = itertools.pairwise(offsets_of(areas))
     return jnp.stack([jnp.sum(x_BN[:, a:b], axis=1) for a, b in spans], axis=1)
+
+
+def sum_rows(mask_B: jax.Array, x_B: jax.Array) -> jax.Array:
+    """Return mask @ x, `[B, ...]` -> `[...] float32`: the sum over the rows of an evaluation that are not padding."""
+    return jnp.matmul(mask_B, x_B, precision=precision_of("sums", x_B.dtype))
 
 
 def commitment_loss(f_BYXc: jax.Array, f_hats: tuple[jax.Array, ...], beta: float) -> jax.Array:

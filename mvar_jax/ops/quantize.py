@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mvar_jax.ops.precision import precision_of
 from mvar_jax.ops.resize import resize_area, resize_bicubic
 from mvar_jax.scales import areas_of, offsets_of
 
 Phi = Callable[[int, jax.Array], jax.Array]
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Encoded(NamedTuple):
@@ -38,7 +38,7 @@ def nearest_code(x_Nc: jax.Array, codebook_Vc: jax.Array, znorm: bool = False) -
     """Return the int32 ids of the nearest codewords by squared L2; with znorm both sides are L2-normalised first."""
     if znorm:
         x_Nc, codebook_Vc = _unit(x_Nc), _unit(codebook_Vc)
-    dots_NV = jnp.einsum("...c,vc->...v", x_Nc, codebook_Vc, precision=HIGHEST)
+    dots_NV = jnp.einsum("...c,vc->...v", x_Nc, codebook_Vc, precision=precision_of("quantizer", x_Nc.dtype))
     squares = jnp.sum(jnp.square(codebook_Vc), -1)
     # |x|^2 is the same for every code
     return jnp.argmin(squares - 2 * dots_NV, axis=-1).astype(jnp.int32)

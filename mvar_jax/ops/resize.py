@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mvar_jax.ops.precision import precision_of
+
 KEYS_A = -0.75  # as PyTorch; jax.image.resize uses -0.5
 
 
@@ -45,9 +47,9 @@ def bicubic_matrix(source: int, target: int) -> np.ndarray:
 
 def _apply(matrix_ty: np.ndarray, x_BYXc: jax.Array) -> jax.Array:
     """Apply one matrix to rows and columns, in full float32: TF32 or bfloat16 rounding would change f_hat."""
-    m = jnp.asarray(matrix_ty)
-    x = jnp.einsum("iy,byxc->bixc", m, x_BYXc.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return jnp.einsum("jx,bixc->bijc", m, x, precision=jax.lax.Precision.HIGHEST)
+    m, precision = jnp.asarray(matrix_ty), precision_of("quantizer", jnp.float32)
+    x = jnp.einsum("iy,byxc->bixc", m, x_BYXc.astype(jnp.float32), precision=precision)
+    return jnp.einsum("jx,bixc->bijc", m, x, precision=precision)
 
 
 def resize_area(x_BYXc: jax.Array, side: int) -> jax.Array:

@@ -3,17 +3,19 @@
 import jax
 import jax.numpy as jnp
 
+from mvar_jax.ops.precision import precision_of
+
 REMOVED = -jnp.inf
 
 
-def guidance_strength(cfg: float, scale: int, num_scales: int) -> float:
-    """Return t = cfg * l / (S - 1): guidance grows from 0 at the coarsest scale."""
+def guidance_strength(cfg, scale: int, num_scales: int):
+    """Return t = cfg * l / (S - 1), a number or an array as cfg: guidance grows from 0 at the coarsest scale."""
     return cfg * scale / max(num_scales - 1, 1)
 
 
-def guide(cond_BNV: jax.Array, uncond_BNV: jax.Array, strength: float) -> jax.Array:
-    """Return (1 + t) * cond - t * uncond, in float32."""
-    return (1 + strength) * cond_BNV - strength * uncond_BNV
+def guide(cond: jax.Array, uncond: jax.Array, strength: jax.Array | float) -> jax.Array:
+    """Return (1 + t) * cond - t * uncond of logits, or of what they are a linear function of."""
+    return (1 + strength) * cond - strength * uncond
 
 
 def ordered_bits(x: jax.Array) -> jax.Array:
@@ -93,4 +95,4 @@ def smooth_codes(
     ratio = scale / max(num_scales - 1, 1)
     tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
     weights = jax.nn.softmax((logits_BNV * (1 + ratio) + noise_BNV) / tau, axis=-1)
-    return jnp.einsum("bnv,vc->bnc", weights, codebook_Vc, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("bnv,vc->bnc", weights, codebook_Vc, precision=precision_of("mixtures", jnp.float32))

@@ -8,33 +8,14 @@ import jax.numpy as jnp
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import previous_of
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
-from mvar_jax.ops.sampling import guidance_strength, guide
-from mvar_jax.sampling.sampler import LogitsFn, SampleOptions, guided_logits, sample_pyramid
-
-
-def swept_logits(networks: Networks, labels_B: jax.Array, cfg_B: jax.Array) -> LogitsFn:
-    """Return `guided_logits` with one guidance per sample, as an array, so that all values share one program."""
-    model = networks.transformer
-    no_class_B = jnp.full_like(labels_B, model.num_classes)
-    conditional = guided_logits(networks, labels_B, 0.0)
-    unconditional = guided_logits(networks, no_class_B, 0.0)
-    # Markov: exactly 1 means conditional logits only
-    cfg_B = cfg_B if model.conditioning == "full" else jnp.where(cfg_B == 1, 0, cfg_B)
-
-    def logits_fn(scale, previous_BNc, carry):
-        cond_cache, uncond_cache = (None, None) if carry is None else carry
-        cond, cond_cache = conditional(scale, previous_BNc, cond_cache)
-        uncond, uncond_cache = unconditional(scale, previous_BNc, uncond_cache)
-        strength = guidance_strength(cfg_B, scale, model.pyramid.num_scales)
-        return guide(cond, uncond, strength[:, None, None]), (cond_cache, uncond_cache)
-
-    return logits_fn
+from mvar_jax.ops.precision import precision_of
+from mvar_jax.sampling.sampler import SampleOptions, guided_logits, sample_pyramid
 
 
 @functools.partial(jax.jit, static_argnames=("options",))
 def sample_swept(networks: Networks, labels_B, cfg_B, keys_B, options: SampleOptions):
     """Run `sample` with one guidance per sample, `[B] float32`, instead of options.cfg."""
-    logits_fn = swept_logits(networks, labels_B, cfg_B)
+    logits_fn = guided_logits(networks, labels_B, cfg_B)
     ids_BL, f_hat, _ = sample_pyramid(logits_fn, networks, keys_B, options)
     return ids_BL, f_hat
 
@@ -42,7 +23,7 @@ def sample_swept(networks: Networks, labels_B, cfg_B, keys_B, options: SampleOpt
 def mix_classes(networks: Networks, weights_MC: jax.Array) -> Networks:
     """Return networks whose classes 0 .. M-1 have embeddings weights @ class table; "no class" is unchanged."""
     table = networks.params["class_embed"]
-    mixed = jnp.einsum("mc,cd->md", weights_MC, table[:-1], precision=jax.lax.Precision.HIGHEST)
+    mixed = jnp.einsum("mc,cd->md", weights_MC, table[:-1], precision=precision_of("mixtures", jnp.float32))
     mixed_table = jnp.concatenate([mixed.astype(table.dtype), table[-1:]])
     transformer = networks.transformer.clone(num_classes=len(weights_MC))
     return networks.replace(transformer=transformer, params={**networks.params, "class_embed": mixed_table})

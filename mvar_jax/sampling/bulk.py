@@ -27,6 +27,7 @@ from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, tile_grid
 from mvar_jax.files.npz import Pieces, save_npz
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.networks import Networks
+from mvar_jax.ops.precision import STANDARD
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import num_shards_of, replicated, shardings_of, spec_of, use_mesh
@@ -62,6 +63,7 @@ class Order:
         """Return everything that the files' bytes depend on, by the names of the command's options."""
         return {
             "dtype": jnp.dtype(networks.transformer.dtype).name,
+            "precision": networks.transformer.precision,
             "checkpoint": "weights "
             + fingerprint(networks.transformer, networks.params)[:16]
             + fingerprint(networks.tokenizer, networks.tokenizer_params)[:16],
@@ -114,7 +116,7 @@ def check_folder(out: Path, identity: dict) -> bool:
             raise InputError(message, field="out", given=str(out), expected="a folder without samples")
         return False
     try:
-        stored = json.loads(path.read_text())
+        stored = {"precision": STANDARD} | json.loads(path.read_text())  # 0.1.0 had no other
     except (OSError, ValueError) as error:
         message = f"out={out} holds a {IDENTITY_FILE} that cannot be read ({shorten(error)}); choose another folder"
         raise InputError(message, field="out", given=str(out), expected=f"readable {IDENTITY_FILE}") from None

@@ -19,7 +19,6 @@ from mvar_jax.ops.sampling import (
     draw,
     filter_logits,
     guidance_strength,
-    guide,
     gumbel_noise,
     smooth_codes,
 )
@@ -125,15 +124,20 @@ def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int,
     return map_rows(draw_some, (logits_BNV, keys_B), max(1, DRAW_ELEMENTS // (N * V)))
 
 
-def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float) -> LogitsFn:
+def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float | jax.Array) -> LogitsFn:
     """Return the transformer as a `LogitsFn`: (1 + t) * cond - t * uncond with t = cfg * l / (S - 1).
 
     Markov: cfg of exactly 1 means conditional logits only, as in the published program, and a scale with t = 0 needs
     no unconditional rows. VAR is guided at cfg 1 too and carries the keys and values of the coarser scales.
+
+    cfg: a number, or an array `[B]` of which all values share one program.
     """
     model, params = networks.transformer, networks.params
     pyramid, is_var = model.pyramid, model.conditioning == "full"
-    is_guided = cfg != 0 and (is_var or cfg != 1)
+    is_array = isinstance(cfg, jax.Array)
+    is_guided = is_array or (cfg != 0 and (is_var or cfg != 1))
+    if is_array:
+        cfg = (cfg if is_var else jnp.where(cfg == 1, 0, cfg))[:, None, None]
     parts = (modulate(model, params, labels_B),)
     if is_guided:  # "no class" is one row for all samples
         parts += (modulate(model, params, jnp.full((1,), model.num_classes)),)
@@ -141,18 +145,15 @@ def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float) -> Logits
     def logits_fn(scale, previous_BNc, cache):
         strength = guidance_strength(cfg, scale, pyramid.num_scales) if is_guided else 0.0
         # VAR needs the cache of conditional and unconditional rows from the first scale on
-        has_both = is_guided and (is_var or strength > 0)
+        has_both = is_guided and (is_array or is_var or strength > 0)
         # the two rows of a sample are adjacent, so that a sharded batch keeps both on one device
         previous = jnp.repeat(previous_BNc, 2, axis=0) if has_both else previous_BNc
         phase = pyramid.scale_phase(scale, model.conditioning)
         if is_var and cache is None:
             cache = model.empty_cache(len(previous))
         rows = parts if has_both else parts[:1]
-        logits, cache = model.apply({"params": params}, previous, None, phase, None, cache, rows)
-        if has_both:
-            pairs_B2NV = logits.reshape(-1, 2, *logits.shape[1:])
-            logits = guide(pairs_B2NV[:, 0], pairs_B2NV[:, 1], strength)
-        return logits, cache
+        mixed = strength if has_both else None
+        return model.apply({"params": params}, previous, None, phase, None, cache, rows, mixed)
 
     return logits_fn
 

@@ -22,7 +22,7 @@ from mvar_jax.fields import flatten
 from mvar_jax.files.atomic import write_atomically
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
-from mvar_jax.sharding import make_mesh
+from mvar_jax.sharding import MESH_AXES, make_mesh
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.settings import LoopSettings
 from mvar_jax.training.task import RunOptions
@@ -56,7 +56,8 @@ def rules_of(task: str | None) -> dict[str, Rule]:
     if task in _MODELS:
         rules |= _rules_of_fields(_MODELS[task], "model.", hidden=LINEN_FIELDS)
     # devices change the order of sums alone
-    rules |= {f"mesh.{name}": Rule(True, p.default) for name, p in inspect.signature(make_mesh).parameters.items()}
+    parameters = inspect.signature(make_mesh).parameters
+    rules |= {f"mesh.{name}": Rule(True, parameters[name].default) for name in MESH_AXES}
     return rules
 
 

@@ -16,7 +16,17 @@ from mvar_jax.data.protocols import Source, Transform
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.errors import InputError
 from mvar_jax.fields import FREE
-from mvar_jax.sharding import check_batch_size, check_sizes, constrain, num_shards_of, put_batch, replicated, use_mesh
+from mvar_jax.models.init import abstract_params
+from mvar_jax.sharding import (
+    check_batch_size,
+    check_sizes,
+    constrain,
+    num_shards_of,
+    put_batch,
+    replicated,
+    use_mesh,
+    whole_dimensions,
+)
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.protocol import Task
 from mvar_jax.training.state import TrainState, abstract_sharded, init_sharded, make_state
@@ -127,6 +137,10 @@ class DataTask(Task):
     def abstract_state(self) -> TrainState:
         """Return shapes and shardings of the state."""
         return abstract_sharded(self._make_state, self.run.mesh)
+
+    def whole_dimensions(self) -> list[str]:
+        """Return the dimensions of parameters that stay whole since the mesh does not divide them."""
+        return whole_dimensions(abstract_params(self.module), self.run.mesh)
 
     def batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
         """Yield this process's rows of the batches from `start_step` on."""

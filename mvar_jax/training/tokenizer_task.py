@@ -10,6 +10,7 @@ from mvar_jax.data.pipeline import eval_batches
 from mvar_jax.files.images import min_zoom, side_by_side, to_uint8
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.ops.losses import sum_rows
 from mvar_jax.ops.metrics import perplexity, psnr_of_error
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.sampling.sampler import decode_in_chunks
@@ -70,7 +71,7 @@ class TokenizerTask(DataTask):
         # a padding row's ids fall outside the codebook and are not counted
         ids_BL = jnp.where(mask[:, None] > 0, encoded.ids_BL, V)
         hits_SV = tokenizer_step.count_hits(ids_BL, self.tokenizer.sides, V + 1)[:, :V]
-        return mask @ error_B, mask @ psnr_B, hits_SV, jnp.sum(mask)
+        return sum_rows(mask, error_B), sum_rows(mask, psnr_B), hits_SV, jnp.sum(mask)
 
     def evaluate(self, state) -> dict:
         """Return held-out mse, PSNR (mean over images, dB), codebook usage and perplexity of the averaged weights."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mvar_jax.errors import InputError
 from mvar_jax.models.transformer import Transformer, previous_of
-from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
+from mvar_jax.ops.losses import sum_per_scale, sum_rows, token_cross_entropy
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.scales import Phase, phase_of
 from mvar_jax.training.accumulate import value_and_grad_over_parts
@@ -158,4 +158,4 @@ def eval_step(model: Transformer, params, batch: dict) -> tuple[jax.Array, jax.A
     parts = [phase_loss(model, params, batch, phase)[1] for phase in model.phases()]
     nll_BS, hits_BS = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
     mask = batch["mask"]
-    return mask @ nll_BS, mask @ hits_BS, jnp.sum(mask)
+    return sum_rows(mask, nll_BS), sum_rows(mask, hits_BS), jnp.sum(mask)

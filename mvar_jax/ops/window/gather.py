@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from mvar_jax.ops.precision import precision_of
 from mvar_jax.ops.window.geometry import window_indices
 
 
@@ -12,6 +13,7 @@ def attend(q_BYXHK: jax.Array, k_BYXHK: jax.Array, v_BYXHK: jax.Array, kernel_si
     index_NW = jnp.asarray(window_indices(Y, X, kernel_size))
     q = q_BYXHK.reshape(B, Y * X, H, K)
     k, v = (x.reshape(B, Y * X, H, K)[:, index_NW] for x in (k_BYXHK, v_BYXHK))
-    logits = jnp.einsum("bnhk,bnwhk->bnhw", q, k, preferred_element_type=jnp.float32) * scale
+    precision = precision_of("attention", q.dtype)
+    logits = jnp.einsum("bnhk,bnwhk->bnhw", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bnhw,bnwhk->bnhk", weights, v).reshape(q_BYXHK.shape)
+    return jnp.einsum("bnhw,bnwhk->bnhk", weights, v, precision=precision).reshape(q_BYXHK.shape)

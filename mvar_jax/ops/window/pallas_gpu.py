@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mvar_jax.ops.attention import MASKED
+from mvar_jax.ops.precision import precision_of
 from mvar_jax.ops.window.per_device import per_device
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -114,8 +115,7 @@ def store(ref, begin, value):
 
 def dot(a, b, trans_a: bool = False, trans_b: bool = False):
     """Multiply with float32 accumulation; float32 operands are not rounded to TF32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return plgpu.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=precision)
+    return plgpu.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=precision_of("attention", a.dtype))
 
 
 def window_forward(kernel: Kernel, q_ref, k_ref, v_ref, out_ref, lse_ref):

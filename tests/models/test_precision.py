@@ -1,0 +1,120 @@
+"""Which products of float32 an accelerator may round: those that ops/precision.py leaves open; read off jaxprs."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jaxprs import traced
+from small_case import MODEL, TOKENIZER, shapes_of
+
+from mvar_jax.errors import InputError
+from mvar_jax.models.networks import Networks
+from mvar_jax.ops.platform import compiling_for
+from mvar_jax.ops.precision import TABLE
+from mvar_jax.sampling.sampler import SampleOptions, sample
+from mvar_jax.training.transformer_step import eval_step, phase_loss
+from mvar_jax.training.transformer_task import with_input
+
+PRODUCTS = ("dot_general", "conv_general_dilated")
+# the modules of the parts "autoencoder" and "blocks"; attention's own products are within "attend"
+OPEN = r"/decoder/|/encoder/(?!conv_out)|/blocks/(?!.*attend)|/Adaptive/|/head_adaptive/"
+HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
+NETWORKS = Networks(TOKENIZER, shapes_of(TOKENIZER), MODEL, shapes_of(MODEL))
+array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+L, SIDE = MODEL.pyramid.num_tokens, TOKENIZER.image_size
+IDS, LABELS, IMAGES = array(2, L, dtype=jnp.int32), array(2, dtype=jnp.int32), array(2, SIDE, SIDE, 3)
+KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+OPTIONS = SampleOptions(2.0, smooth=True)
+
+
+def train(networks, ids, labels):
+    """Gradients of a phase of each kind, from ids, and the sums of an evaluation."""
+    batch = with_input(networks, {"ids": ids, "label": labels})
+    model = networks.transformer
+    loss = lambda params: sum(phase_loss(model, params, batch, phase)[0] for phase in model.phases()[:2])
+    return jax.grad(loss)(networks.params), eval_step(model, networks.params, batch | {"mask": jnp.ones(2)})
+
+
+# name -> (function of networks and arrays, arrays, number of products that must be exact)
+PROGRAMS = {
+    "encode": (lambda networks, x: networks.apply_tokenizer(x, method="encode"), (IMAGES,), 20),
+    "teacher forcing": (lambda networks, x: networks.apply_tokenizer(x, method="teacher_forcing"), (IDS,), 10),
+    "train": (train, (IDS, LABELS), 30),
+    "draw": (lambda networks, *rows: sample(networks, *rows, OPTIONS, ("images",)), (LABELS, KEYS), 30),
+    "decode": (lambda networks, x: networks.apply_tokenizer(x, method="decode"), (array(2, 5, 5, 4),), 1),
+}
+
+
+@functools.lru_cache
+def products(name: str, dtype=jnp.float32, precision: str = "standard", remat: str = "dots") -> list[tuple]:
+    """Return (equation, scope) of each product of a program."""
+    function, arrays, _ = PROGRAMS[name]
+    networks = NETWORKS.replace(transformer=MODEL.clone(dtype=dtype, remat=remat)).with_precision(precision)
+    found = [(e, scope) for e, scope in traced(function, networks, *arrays) if e.primitive.name in PRODUCTS]
+    assert len(found) > PROGRAMS[name][2]
+    return found
+
+
+def is_rounded(equation) -> bool:
+    """Return whether an accelerator may round a product of float32."""
+    return all(x.aval.dtype == jnp.float32 for x in equation.invars) and equation.params["precision"] != HIGHEST
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_product_of_float32_is_rounded_unless_the_table_leaves_it_open(name, dtype):
+    found = products(name, dtype)
+    wrong = [(str(e), scope) for e, scope in found if is_rounded(e) and not re.search(OPEN, f"{scope}/")]
+    assert not wrong, wrong[0]
+    num_exact = sum(e.params["precision"] == HIGHEST for e, _ in found)
+    assert dtype == jnp.bfloat16 or num_exact >= PROGRAMS[name][2]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_exact_rounds_no_product_anywhere(name):
+    rounded = [scope for e, scope in products(name, precision="exact") if is_rounded(e)]
+    assert not rounded, rounded[0]
+    if name != "teacher forcing":  # it has none that are open
+        assert any(is_rounded(e) for e, _ in products(name))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("standard", jnp.bfloat16), ("exact", jnp.float32)])
+def test_operands_of_head_and_word_embedding_have_the_models_dtype_unless_exact(precision, dtype):
+    found = products("draw", jnp.bfloat16, precision)
+    found = [e for e, scope in found if re.search("/(head|word_embed)/", f"{scope}/")]
+    assert len(found) == 2 * len(MODEL.sides) - 1
+    for equation in found:
+        assert {x.aval.dtype for x in equation.invars} == {jnp.dtype(dtype)}
+        assert equation.outvars[0].aval.dtype == jnp.float32
+
+
+def test_an_unknown_precision_is_refused():
+    for make in (NETWORKS.with_precision, lambda name: MODEL.clone(precision=name).check()):
+        with pytest.raises(InputError, match="^precision must be .*standard.*exact.*, got 'highest'$"):
+            make("highest")
+    with pytest.raises(InputError, match="^precision must be one of standard, exact, got 'highest'$"):
+        TOKENIZER.clone(precision="highest").check()
+
+
+def test_the_table_has_two_open_parts():
+    assert [part for part, precision in TABLE.items() if precision is None] == ["autoencoder", "blocks"]
+
+
+@pytest.mark.parametrize(("platform", "num"), [("gpu", 3), ("tpu", 1)])
+def test_queries_keys_and_values_are_three_products_of_matrices_or_one_einsum_on_a_tpu(platform, num):
+    phase = MODEL.phases()[0]
+    run = lambda params, x, labels: MODEL.apply({"params": params}, x, labels, phase)[0]
+    with compiling_for(platform):
+        found = traced(run, NETWORKS.params, array(2, 4, 4), LABELS)
+    found = [e for e, scope in found if e.primitive.name == "dot_general" and ".project/" in scope]
+    assert len(found) == num
+    assert {x.aval.ndim for e in found for x in e.invars} == ({2} if num == 3 else {3, 4})
+
+
+@pytest.mark.parametrize(("remat", "is_kept"), [("dots", True), ("full", False)])
+def test_dots_keeps_the_results_of_all_products_with_weights(remat, is_kept):
+    scopes = [scope for _, scope in products("train", remat=remat) if "rematted_computation" in scope]
+    assert scopes  # those of attention are computed again
+    assert is_kept == (not any(scope.endswith("rd,df->rf") for scope in scopes))
