@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mvar_jax.checkpoints.model_directory import MODEL_FILE
 from mvar_jax.data.protocols import TokenSource
 from mvar_jax.data.shared_memory import SharedArray
 from mvar_jax.errors import InputError, RunError, shorten
@@ -58,6 +59,18 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
     if not is_complete:
         raise refuse(path, "a finished token cache", reason)
     return meta
+
+
+def find_missing(path: str | os.PathLike) -> str:
+    """Return the name of a file that a finished cache lacks or that was cut, "" if it has all of them."""
+    folder, meta = as_path(path, "cache"), read_meta(path)
+    for split in meta["splits"].values():
+        for shard in split["shards"]:
+            file = folder / shard["name"]
+            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                return shard["name"]
+    description = f"{meta['tokenizer']}/{MODEL_FILE}" if meta.get("tokenizer") else ""
+    return "" if not description or (folder / description).is_file() else description
 
 
 class TokenCache(TokenSource):
