@@ -10,6 +10,7 @@ FLOORS = [
     "errors",
     "stopping",
     "fields",
+    "values",
     "scales",
     "sharding",
     "ops",
