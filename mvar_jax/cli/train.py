@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
 from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
-from mvar_jax.errors import InputError, shorten
+from mvar_jax.errors import InputError
 from mvar_jax.fields import flatten
 from mvar_jax.files.paths import as_path
 from mvar_jax.processes import group
