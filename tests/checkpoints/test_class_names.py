@@ -3,6 +3,7 @@ import json
 import pytest
 
 from mvar_jax.checkpoints.class_names import ClassNames, class_names_of, imagenet_spellings
+from mvar_jax.cli import labels
 from mvar_jax.cli.labels import parse_labels
 from mvar_jax.errors import InputError
 
@@ -72,6 +73,14 @@ def test_labels_mix_names_numbers_and_ranges():
     assert parse_labels("golden retriever, 207,3-5", IMAGENET).tolist() == [207, 207, 3, 4, 5]
     with pytest.raises(InputError, match="labels must be class numbers .*, got 'golden retriever'"):
         parse_labels("golden retriever", ClassNames())
+
+
+@pytest.mark.parametrize("text", ["0-400000000", "7,99999999999", "99999999998-99999999999"])
+def test_number_that_no_model_has_is_refused_before_a_range_is_built(text, monkeypatch):
+    build = lambda first, end: [first] if end <= labels.MAX_CLASSES else pytest.fail("a range is built")
+    monkeypatch.setattr(labels, "range", build, raising=False)
+    with pytest.raises(InputError, match=f"labels must be class numbers below .*, got {text.split(',')[-1]}"):
+        parse_labels(text, ClassNames())
 
 
 def write_model(directory, num_classes, names=None):
