@@ -6,7 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mvar_jax.api import Model
-from mvar_jax.files.atomic import NAME_BYTES, fit_name, write_atomically
+from mvar_jax.files.atomic import write_atomically
 from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, side_by_side, to_uint8
 from mvar_jax.files.npz import save_npz
 from mvar_jax.ops.metrics import psnr, ssim
@@ -39,8 +39,7 @@ def write_reconstructions(model: Model, files: list[Path], load_one, out: Path, 
     after, zoom = to_uint8(reconstructions), min_zoom(before.shape[1])
     for i, file in enumerate(files):
         # numbered, so that photo.png and photo.jpg get different names
-        name = f"{i:06d}_{fit_name(file.stem, NAME_BYTES - 11)}.png"
-        save_png(out / name, side_by_side(before[i : i + 1], after[i : i + 1], 1, zoom=zoom))
+        save_png(out / f"{i:06d}_{file.stem}.png", side_by_side(before[i : i + 1], after[i : i + 1], 1, zoom=zoom))
     save_png(out / "reconstructions.png", side_by_side(before[:GRID_IMAGES], after[:GRID_IMAGES], 4, zoom=zoom))
     if saves_tokens:
         save_npz(out / "tokens.npz", ids=ids)

@@ -16,7 +16,9 @@ from typing import Any, Protocol
 
 from mvar_jax.errors import shorten
 from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.json_files import parse_json
 from mvar_jax.files.paths import is_store
+from mvar_jax.schema import conform
 
 PIECE_BYTES = 2**20
 UPLOAD_S = 10.0
@@ -141,7 +143,7 @@ def _texts_of(path: Path) -> list[str]:
 def _parse(texts: Iterable[str]) -> Iterable[tuple[str, Any]]:
     for text in texts:
         with contextlib.suppress(ValueError):
-            yield text, json.loads(text)
+            yield text, conform(parse_json(text), dict[str, Any], "a line")
 
 
 def _replace(path: Path, lines: list[str], pieces: list[Path]) -> None:

@@ -8,17 +8,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.atomic import replacing, write_json
 from mvar_jax.files.directories import remove_tree
+from mvar_jax.files.json_files import read_json
 from mvar_jax.files.paths import as_path, is_store
 from mvar_jax.processes.holding import check_options
 from mvar_jax.scales import areas_of
-from mvar_jax.tokens.cache_reader import FORMAT, LABEL_BYTES, META_NAME, TOKENIZER_FOLDER, read_meta
+from mvar_jax.tokens.cache_reader import FORMAT, LABEL_BYTES, META_NAME, TOKENIZER_FOLDER, Shard, read_meta
 from mvar_jax.tokens.shards import LocalShard, writing_shard
 
 UNFINISHED = "unfinished"  # folder inside the cache's that holds the shards until the last one is finished
@@ -30,6 +31,13 @@ _NO_IDENTITY = ("splits", "tokenizer_path", "tokenizer")  # keys that say nothin
 Record = tuple[np.ndarray, int]
 # (begin, end, skipped) -> the records of images begin to end; bad ones are appended to `skipped` instead
 ReadRecords = Callable[[int, int, list[dict[str, Any]]], Iterable[Record]]
+
+
+class Entry(TypedDict):
+    """The own JSON file of a finished shard; `skipped` lists its bad images, as `Skipped` does."""
+
+    shard: Shard
+    skipped: list[dict[str, Any]]
 
 
 class CacheWriter:
@@ -190,10 +198,9 @@ class CacheWriter:
         """Return the content of a finished shard's own JSON, or None if the shard is still to be written."""
         if name in self._entries:
             return self._entries[name]
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            entry = json.loads(self._entry_file(name).read_text())
-            is_whole = entry["shard"].keys() >= {"name", "num_records", "bytes"} and "skipped" in entry
-            if is_whole and self._find(name, entry["shard"]):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            entry = read_json(self._entry_file(name), Entry)
+            if self._find(name, entry["shard"]):
                 self._entries[name] = entry
                 return entry
         return None
@@ -229,7 +236,7 @@ class CacheWriter:
         identity = {**shared, "split": self._meta["splits"][split]}
         there = None
         with contextlib.suppress(FileNotFoundError, ValueError):
-            there = json.loads(file.read_text())
+            there = read_json(file, Any)
         identity = json.loads(json.dumps(identity))
         if self._process_index == 0 and there != identity:
             if isinstance(there, dict) and list(self._unfinished.glob(f"{split}-*.array_record")):
