@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mvar_jax.errors import InputError, RunError, describe_file_error, is_file_error, shorten
-from mvar_jax.files.atomic import NAME_BYTES, fit_name, sync, sync_tree, temporary_path
+from mvar_jax.files.atomic import NAME_BYTES, fit_name, sync, sync_tree
 from mvar_jax.files.locks import LEASE_FILE, LOCK_FILE, acquire
-from mvar_jax.files.paths import as_path, is_store
+from mvar_jax.files.paths import is_store
 
 _LOCKS = {LOCK_FILE, LEASE_FILE}
 
@@ -122,22 +122,6 @@ def remove_tree(path: Path) -> None:
             path.rmtree(missing_ok=True)  # type: ignore[attr-defined]
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def make_directory(path: Path, field: str = "out") -> None:
-    """Make a directory, unless it exists, and check that it can be written. Raises InputError if it cannot."""
-    path = as_path(path, field)
-    try:
-        if is_store(path):
-            probe = temporary_path(path / "probe")
-            probe.write_bytes(b"")
-            probe.unlink()
-            return
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise _refuse(field, path, "a writable directory", f" ({shorten(error)})") from None
 
 
 def _refuse(field: str, path: Path, expected: str, reason: str = "") -> InputError:

@@ -52,6 +52,7 @@ OUTPUTS = {
         "reconstructions.json",
         (f"{_NUMBER}_*.png", "reconstructions.png", "psnr.md", "tokens.npz"),
     ),
+    "data": Output("survey", "data.json", ("train.png", "val.png")),
     "cache_tokens": Output(
         "token cache",
         "cache.json",

@@ -1,7 +1,7 @@
 import pytest
 
 from mvar_jax.errors import InputError, RunError
-from mvar_jax.files.directories import make_directory, new_directory
+from mvar_jax.files.directories import new_directory
 
 
 def test_directory_appears_when_the_block_succeeds(tmp_path):
@@ -49,5 +49,6 @@ def test_directory_that_is_taken_is_refused(tmp_path):
 
 def test_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="--out must be a writable directory.*file/a"):
-        make_directory(tmp_path / "file/a")
+    new = new_directory("out", tmp_path / "file/a")
+    with pytest.raises(InputError, match="out .*file/a cannot be written: "), new:
+        pass
