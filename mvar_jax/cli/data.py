@@ -39,7 +39,7 @@ def run(args) -> int:
 
     from mvar_jax.processes.holding import owned_folder
 
-    with owned_folder("out", out, "data", {}):  # a survey replaces any other
+    with owned_folder("out", out, "data", None):  # a survey replaces any other
         return write_survey(sources, transform, loading, data, out, args.num_pictures)
 
 

@@ -37,7 +37,7 @@ def naming_errors(field: str, folder: Path, kept: str) -> Iterator[None]:
         if not is_file_error(error):
             raise
         reason = describe_file_error(error)
-        if not error.filename or reason.startswith(str(folder)):
+        if not error.filename or reason.startswith((f"{folder}/", f"{folder}: ")):
             reason = f"{field} {folder} cannot be written ({reason.removeprefix(f'{folder}/')})"
         raise RunError(f"{reason}; {kept}") from error
 

@@ -168,13 +168,15 @@ def _claim(field: str, folder: Path, command: str, identity: dict[str, Any] | No
         raise _refuse(field, folder, f"holds {own[0]}, which `{command}` would replace")
     if identity is None:
         return
+    try:
+        stored = dict(json.loads(path.read_text())) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        reason = f"holds a damaged {output.identity} ({shorten(error)})"
+        raise _refuse(field, folder, reason) from None
     if own:
-        try:
-            stored = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            reason = f"holds a damaged {output.identity} ({shorten(error)})"
-            raise _refuse(field, folder, reason) from None
         check_options(field, f"the {output.noun} in {folder}", stored, identity)
+    elif stored and not stored.keys() & identity.keys():  # somebody else's
+        raise _refuse(field, folder, f"holds {output.identity}, which `{command}` would replace")
     else:
         write_json(path, identity)
 
