@@ -22,7 +22,7 @@ from mvar_jax.files.stores import StorePath
 from mvar_jax.tokens.copies import Copies
 from mvar_jax.tokens.requests import requests
 
-_WRITE_OPTIONS = "group_size:1,uncompressed"
+WRITE_OPTIONS = "group_size:1,uncompressed"
 _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # with group size 1, for random access
 # A file is a sequence of chunks, here of one record each, after a first chunk that marks the format. Every block of
 # 64 KiB begins with a header, which may lie inside a chunk.
@@ -61,7 +61,7 @@ def writing_shard(file: Path, path: Path) -> Iterator[Callable[[bytes], None]]:
         except RuntimeError as error:
             raise find_storage_error(error, path) or OSError(errno.EIO, shorten(error), str(path)) from error
 
-    writer = call(ArrayRecordWriter, str(file), _WRITE_OPTIONS)
+    writer = call(ArrayRecordWriter, str(file), WRITE_OPTIONS)
     try:
         yield functools.partial(call, writer.write)
     finally:
