@@ -1,9 +1,9 @@
 import json
+import tracemalloc
 
 import pytest
 
 from mvar_jax.checkpoints.class_names import ClassNames, class_names_of, imagenet_spellings
-from mvar_jax.cli.labels import parse_labels
 from mvar_jax.errors import InputError
 
 IMAGENET = ClassNames(imagenet_spellings())
@@ -69,14 +69,25 @@ def test_unknown_and_shared_names_are_refused_with_the_nearest(text, words):
 
 
 def test_labels_mix_names_numbers_and_ranges():
-    assert parse_labels("golden retriever, 207,3-5", IMAGENET).tolist() == [207, 207, 3, 4, 5]
+    assert IMAGENET.numbers_of("golden retriever, 207,3-5").tolist() == [207, 207, 3, 4, 5]
+    assert IMAGENET.numbers_of(["golden retriever", 207, "3-5"]).tolist() == [207, 207, 3, 4, 5]
     with pytest.raises(InputError, match="labels must be class numbers .*, got 'golden retriever'"):
-        parse_labels("golden retriever", ClassNames())
+        ClassNames().numbers_of("golden retriever")
+
+
+@pytest.mark.parametrize("names", [IMAGENET, ClassNames()])
+def test_range_beyond_the_model_is_refused_before_it_is_built(names):
+    tracemalloc.start()
+    with pytest.raises(InputError, match="labels must be class numbers from 0 to .*, got 3000000"):
+        names.numbers_of("0-3000000")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
 
 
 def write_model(directory, num_classes, names=None):
     directory.mkdir(exist_ok=True)
-    (directory / "model.json").write_text(json.dumps({"transformer": {"num_classes": num_classes}}))
+    (directory / "model.json").write_text(json.dumps({"format": 1, "transformer": {"num_classes": num_classes}}))
     if names is not None:
         (directory / "classes.json").write_text(json.dumps(names))
 
@@ -90,7 +101,7 @@ def test_a_directory_has_its_own_names_or_those_of_imagenet(tmp_path):
     write_model(tmp_path / "other", 1000, [f"thing {i}" for i in range(1000)])
     assert class_names_of(tmp_path / "other").find("thing 7") == 7
     write_model(tmp_path / "small", 10)
-    assert class_names_of(tmp_path / "small").names == class_names_of(tmp_path / "none").names == ()
+    assert class_names_of(tmp_path / "small").names == ()
     (tmp_path / "own" / "classes.json").write_text("[")
     with pytest.raises(InputError, match=r"^checkpoint .* has no readable classes\.json: "):
         class_names_of(tmp_path / "own")
