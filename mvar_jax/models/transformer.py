@@ -179,7 +179,8 @@ class Transformer(nn.Module):
             ends = alternate([part.head for part in modulation])
         x_BND = layer_norm(x_BND) * (1 + ends[:, None, 0]) + ends[:, None, 1]
         if guidance is not None:
-            x_BND = guide(x_BND[0::2], x_BND[1::2], guidance)
+            pairs_B2ND = x_BND.reshape(-1, 2, *x_BND.shape[1:])
+            x_BND = guide(pairs_B2ND[:, 0], pairs_B2ND[:, 1], guidance)
         init = named_axes(normal(std, self.init_head), "width", "vocab")
         head = Linear(self.vocab_size, init, self.end_dtype, jnp.float32, part="head", name="head")
         return constrain(head(x_BND), "batch", "tokens", "vocab"), cache

@@ -1,9 +1,14 @@
 import os
 
 import jax
+import numpy as np
 import pytest
 
+from mvar_jax import api
+from mvar_jax.__main__ import main
 from mvar_jax.cli import machine
+from mvar_jax.errors import InputError
+from mvar_jax.files.images import save_png
 
 
 class Config:
@@ -28,3 +33,30 @@ def test_compiled_programs_are_kept_by_default_and_where_asked(monkeypatch, tmp_
     assert config.values.pop("jax_compilation_cache_dir") == str(tmp_path / "here")
     machine.use_compilation_cache("off")
     assert config.values == {"jax_enable_compilation_cache": False}
+
+
+COMMANDS = {
+    "sample": ["--checkpoint={model}", "--labels=0"],
+    "edit": ["--checkpoint={model}", "--image={image}", "--mask={image}", "--label=0"],
+    "reconstruct": ["--checkpoint={model}", "--images={image}"],
+    "cache_tokens": ["--tokenizer={model}", "--config=digits"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_that_runs_a_model_runs_it_in_the_precision_that_is_asked_for(
+    command, tiny_model, tmp_path, monkeypatch
+):
+    asked = []
+
+    def load(path, which="last", precision=None):
+        asked.append(precision)
+        raise InputError("seen", field="checkpoint")
+
+    monkeypatch.setattr(api, "load", load)
+    monkeypatch.setattr(jax, "config", Config("/mine"))
+    image = tmp_path / "image.png"
+    save_png(image, np.zeros((6, 6, 3), np.uint8))
+    options = [option.format(model=tiny_model, image=image) for option in COMMANDS[command]]
+    assert main([command, *options, f"--out={tmp_path / 'out'}", "--precision=exact"]) == 2
+    assert asked == ["exact"]

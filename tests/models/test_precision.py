@@ -9,10 +9,12 @@ import pytest
 from jaxprs import traced
 from small_case import MODEL, TOKENIZER, shapes_of
 
+import mvar_jax
 from mvar_jax.errors import InputError
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.platform import compiling_for
 from mvar_jax.ops.precision import TABLE
+from mvar_jax.sampling.bulk import Order
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.training.transformer_step import eval_step, phase_loss
 from mvar_jax.training.transformer_task import with_input
@@ -96,6 +98,15 @@ def test_an_unknown_precision_is_refused():
             make("highest")
     with pytest.raises(InputError, match="^precision must be one of standard, exact, got 'highest'$"):
         TOKENIZER.clone(precision="highest").check()
+
+
+def test_a_model_is_loaded_in_the_precision_that_is_asked_for_and_its_samples_belong_to_it(tiny_model):
+    found = []
+    for asked in (None, "exact"):
+        networks = mvar_jax.load(tiny_model, precision=asked).networks
+        order = Order((0,), 1, OPTIONS).identity(networks)
+        found.append((networks.tokenizer.precision, networks.transformer.precision, order["dtype"]))
+    assert found == [("standard", "standard", "float32"), ("exact", "exact", "float32, exact")]
 
 
 def test_the_table_has_two_open_parts():

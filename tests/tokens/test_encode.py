@@ -182,6 +182,14 @@ def test_training_steps_from_images_and_from_the_cache_are_bit_equal(parts, tmp_
     assert np.isclose(task.evaluate(state)["loss"], np.log(16), atol=0.1)
 
 
+def test_the_tokenizer_of_a_run_computes_in_its_precision(parts):
+    config, tasks = _config(path=str(parts.whole), tokenizer=str(parts.tokenizer)), []
+    for precision in ("standard", "exact"):
+        tasks.append(build.build_task({**config, "model": {**config["model"], "precision": precision}})[0])
+    assert [task.tokenizer.tokenizer.precision for task in tasks] == ["standard", "exact"]
+    assert tasks[0].data_identity == tasks[1].data_identity, "the same ids but for rounding"
+
+
 def _arguments(parts, out):
     model = {**SMALL, "dtype": "float32"}
     sizes = [f"--config.model.{name}={model[name]}" for name in ("vocab_size", "code_width", "dtype")]
