@@ -92,6 +92,11 @@ def test_operands_of_head_and_word_embedding_have_the_models_dtype_unless_exact(
         assert equation.outvars[0].aval.dtype == jnp.float32
 
 
+def test_the_head_multiplies_one_row_a_token_since_guidance_comes_before_it():
+    heads = [e for e, scope in products("draw") if "/head/" in scope]
+    assert [e.invars[0].aval.shape[0] for e in heads] == [2 * area for area in MODEL.pyramid.areas]
+
+
 def test_an_unknown_precision_is_refused():
     for make in (NETWORKS.with_precision, lambda name: MODEL.clone(precision=name).check()):
         with pytest.raises(InputError, match="^precision must be .*standard.*exact.*, got 'highest'$"):

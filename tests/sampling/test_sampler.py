@@ -24,7 +24,7 @@ from mvar_jax.models.transformer import modulate
 from mvar_jax.ops.pixels import to_levels
 from mvar_jax.ops.quantize import teacher_forcing_input
 from mvar_jax.ops.random import keys_of_samples
-from mvar_jax.ops.sampling import filter_logits
+from mvar_jax.ops.sampling import filter_logits, guide
 from mvar_jax.sampling.sampler import SampleOptions, draw_scale, sample, sample_pyramid
 
 
@@ -190,7 +190,7 @@ def test_each_scale_draws_its_own_noise():
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_precomputed_modulation_gives_the_logits_of_labels(is_shared):
+def test_precomputed_modulation_gives_the_logits_of_labels_guided_or_not(is_shared):
     model = MODEL.clone(shared_aln=is_shared)
     params = small_case.seeded_params(model)
     phase = model.pyramid.scale_phase(1)
@@ -200,10 +200,12 @@ def test_precomputed_modulation_gives_the_logits_of_labels(is_shared):
     def run():
         plain, _ = model.apply({"params": params}, previous, jnp.array([0, 3, 2, 3]), phase)
         parts = modulate(model, params, jnp.array([0, 2])), modulate(model, params, jnp.array([3]))
-        return plain, model.apply({"params": params}, previous, None, phase, None, None, parts)[0]
+        apply = lambda *guidance: model.apply({"params": params}, previous, None, phase, None, None, parts, *guidance)
+        return plain, apply()[0], apply(1.5)[0]
 
-    plain, ours = run()
+    plain, ours, guided = run()
     np.testing.assert_allclose(ours, plain, atol=1e-5)
+    np.testing.assert_allclose(guided, guide(plain[0::2], plain[1::2], 1.5), atol=2e-5)
     assert np.abs(plain[0] - plain[2]).max() > 0.1
 
 
