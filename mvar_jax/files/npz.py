@@ -40,7 +40,7 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def is_whole_npz(path: Path, names: Iterable[str], reads_all: bool = True) -> bool:
-    """Return whether a file holds arrays of exactly these names, undamaged; False if there is no such file.
+    """Return whether a file holds arrays of exactly these names, undamaged; False if it cannot be read.
 
     reads_all: also compare the checksums of all bytes; else a file that was cut is still found.
     """
@@ -48,7 +48,7 @@ def is_whole_npz(path: Path, names: Iterable[str], reads_all: bool = True) -> bo
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             wanted = {f"{name}.npy" for name in names}
             return set(archive.namelist()) == wanted and not (reads_all and archive.testzip())
-    except (FileNotFoundError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, zlib.error):
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError, zlib.error):
         return False
 
 
