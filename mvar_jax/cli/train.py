@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
 from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
-from mvar_jax.errors import STORAGE_ERRORS, InputError, RunError
+from mvar_jax.errors import InputError
 from mvar_jax.fields import flatten
 from mvar_jax.files.paths import as_path
 from mvar_jax.processes import group
@@ -54,12 +54,7 @@ def run(args) -> int:
     config = build.with_steps(config, task.run)
     check_classes(workdir, kept, task.data["train"].label_names)
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
-    try:
-        result = loop.run(task, workdir, settings, config, prepare, strict=args.strict, has_lock=not args.no_lock)
-    except OSError as error:
-        if error.errno not in STORAGE_ERRORS:
-            raise
-        raise RunError(f"{workdir}: {error.strerror}; its newest checkpoint is intact") from error
+    result = loop.run(task, workdir, settings, config, prepare, strict=args.strict, has_lock=not args.no_lock)
     if result.interrupted is None:
         return 0
     return 130 if result.interrupted == signal.SIGINT else STOPPED_STATUS

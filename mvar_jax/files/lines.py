@@ -7,6 +7,7 @@ to NAME.jsonl. A kill between writing it and removing the others leaves lines tw
 
 import contextlib
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -30,7 +31,7 @@ class Lines(Protocol):
         """Add a line."""
 
     def flush(self) -> None:
-        """Return when every line so far can be read by others. Raises OSError if that fails."""
+        """Return when every line so far is on the disk or in the store. Raises OSError if that fails."""
 
     def close(self) -> None:
         """Flush and close."""
@@ -62,6 +63,7 @@ class _AppendedLines:
 
     def flush(self) -> None:
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -14,6 +14,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 
+from mvar_jax.checkpoints.model_directory import MODEL_FILE
 from mvar_jax.data.protocols import TokenSource
 from mvar_jax.data.shared_memory import SharedArray
 from mvar_jax.errors import InputError, RunError, shorten
@@ -75,6 +76,18 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
     except ValueError as error:
         reason = f"its {META_NAME} is damaged: {shorten(error)}"
     raise refuse(path, "a finished token cache", reason)
+
+
+def find_missing(path: str | os.PathLike) -> str:
+    """Return the name of a file that a finished cache lacks or that was cut, "" if it has all of them."""
+    folder, meta = as_path(path, "cache"), read_meta(path)
+    for split in meta["splits"].values():
+        for shard in split["shards"]:
+            file = folder / shard["name"]
+            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                return shard["name"]
+    description = f"{meta['tokenizer']}/{MODEL_FILE}" if meta.get("tokenizer") else ""
+    return "" if not description or (folder / description).is_file() else description
 
 
 class TokenCache(TokenSource):
