@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from mvar_jax.errors import InputError, RunError, describe_file_error, is_file_error, shorten
 from mvar_jax.fields import flatten
 from mvar_jax.files.atomic import remove_leftovers, write_json
+from mvar_jax.files.json_files import read_json
 from mvar_jax.files.locks import acquire, release_now
 from mvar_jax.processes import group
 from mvar_jax.processes.shared import check_shared
@@ -182,8 +183,8 @@ def _claim(field: str, folder: Path, command: str, identity: dict[str, Any] | No
         return
     if own:
         try:
-            stored = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            stored = read_json(path, dict[str, Any])
+        except (OSError, ValueError) as error:
             reason = f"holds a damaged {output.identity} ({shorten(error)})"
             raise _refuse(field, folder, reason) from None
         check_options(field, f"the {output.noun} in {folder}", stored, identity)

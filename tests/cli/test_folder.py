@@ -17,6 +17,7 @@ from small_case import MODEL, TOKENIZER, seeded_params
 from mvar_jax.__main__ import main
 from mvar_jax.checkpoints.model_directory import load_model, save_model
 from mvar_jax.tokens import encode
+from mvar_jax.tokens.cache_writer import classes_in
 from mvar_jax.training import loop, transformer_task
 
 SIZES = [
@@ -144,6 +145,10 @@ def test_a_token_cache_keeps_the_order_of_its_class_folders(numbered, tmp_path, 
     (out / "cache.json").write_text(json.dumps(meta))
     assert main(["cache_tokens", *_data(tree), "--tokenizer", str(tmp_path / "vae"), "--out", str(out)]) == 0
     assert seen == [tuple(sorted(numbers))]
+    (out / "cache.json").unlink()  # an interrupted one
+    (out / "unfinished").mkdir()
+    (out / "unfinished" / "train-identity.json").write_text(json.dumps(meta))
+    assert classes_in(out) == sorted(numbers)
 
 
 def test_two_processes_write_the_cache_that_one_writes(folder, tmp_path):
