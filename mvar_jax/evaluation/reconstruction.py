@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from mvar_jax.api import Model
 from mvar_jax.files.atomic import write_atomically
@@ -11,6 +10,7 @@ from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, side_by_side,
 from mvar_jax.files.npz import save_npz
 from mvar_jax.ops.metrics import psnr, ssim
 from mvar_jax.ops.pixels import from_levels
+from mvar_jax.progress import track
 
 
 def reconstruct(model: Model, pixels_NYX3: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -19,7 +19,7 @@ def reconstruct(model: Model, pixels_NYX3: np.ndarray, batch_size: int) -> tuple
     Returns (reconstructions `[N, Y, X, 3] float32` in [-1, 1], ids `[N, L] int32`).
     """
     N, parts = len(pixels_NYX3), []
-    for begin in tqdm(range(0, N, batch_size), desc="reconstruct", unit="batch", mininterval=1):
+    for begin in track(range(0, N, batch_size), -(-N // batch_size), "reconstruct", "batch"):
         rows = np.minimum(np.arange(begin, begin + batch_size), N - 1)
         ids = model.encode(from_levels(pixels_NYX3[rows]))
         parts.append((np.asarray(model.decode(ids)), np.asarray(ids)))

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from tqdm import tqdm
 
 from mvar_jax.checkpoints.model_directory import fingerprint
 from mvar_jax.errors import InputError, shorten
@@ -28,6 +27,7 @@ from mvar_jax.files.npz import Pieces, save_npz
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.random import keys_of_samples
+from mvar_jax.progress import Progress
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import num_shards_of, replicated, shardings_of, spec_of, use_mesh
 
@@ -35,7 +35,6 @@ IDENTITY_FILE = "samples.json"
 SAMPLES_FILE = "samples.npz"
 UNFINISHED = "unfinished"
 NUM_WRITERS = 8
-PROGRESS = "{desc}: {n_fmt}/{total_fmt} images, {rate_noinv_fmt}, {remaining} left"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +213,8 @@ def _write_missing(draw: Callable, batches: _Batches, own: range, identity: dict
     writing: collections.deque[Future] = collections.deque()
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(NUM_WRITERS))
-        bar = {"desc": "sample", "unit": " images", "bar_format": PROGRESS, "mininterval": 1, "disable": not is_shown}
-        progress = stack.enter_context(tqdm(total=sum(sizes.values()), initial=num_done, **bar))
+        shown = Progress("sample", sum(sizes.values()), "image", done=num_done, is_shown=is_shown)
+        progress = stack.enter_context(shown)
         for batch, arrays in draw(missing):
             if not (
                 batches.out / IDENTITY_FILE
