@@ -1,6 +1,7 @@
 """The exceptions that end a command with one line, and errors in one line."""
 
 import errno
+import os
 
 
 class InputError(ValueError):
@@ -29,6 +30,17 @@ def _rebuild(message: str, field: str, given: object, expected: str | None) -> I
 
 # a full or lost disk: nothing is wrong with the program, so a traceback would only hide the reason
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV)
+
+
+def is_file_error(error: OSError) -> bool:
+    """Return whether an error is about a file or its disk, so that its reason says more than a traceback."""
+    return error.errno in STORAGE_ERRORS or bool(error.filename)
+
+
+def describe_file_error(error: OSError) -> str:
+    """Return the file, if it is known, and the reason, such as "out/grid.png: No space left on device"."""
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    return f"{name}: {shorten(error)}" if name else shorten(error)
 
 
 class RunError(RuntimeError):

@@ -7,6 +7,7 @@ pixels inside it. Writes grid.png (before, mask, after; one row per label) and o
 import dataclasses
 from pathlib import Path
 
+from mvar_jax.cli.identity import options_of
 from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, check_seed, sampling_options
 
 SUMMARY = "edit part of an image"
@@ -31,7 +32,7 @@ def add_arguments(parser) -> None:
         metavar="S",
         help="0 to 1: how far tokens at the mask's border are mixed",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results; one run's alone")
 
 
 def read_square(path: str, field: str, side: int):
@@ -100,9 +101,9 @@ def run(args) -> int:
     labels = parse_labels(args.label, class_names_of(checkpoint))
 
     from mvar_jax.api import check_labels, load
-    from mvar_jax.files.directories import make_directory
     from mvar_jax.files.images import to_uint8
     from mvar_jax.ops.pixels import from_levels
+    from mvar_jax.processes.holding import owned_folder
     from mvar_jax.sampling.editing import SOFTNESS, check_border, check_mask
 
     use_compilation_cache(AUTO)
@@ -113,15 +114,15 @@ def run(args) -> int:
     image_YX3, mask_YX = read_image_and_mask(args, side)
     check_border(args.border, softness, side)
     check_mask(mask_YX, side)
-    make_directory(out)
-    after, _ = model.edit(
-        from_levels(image_YX3[None]),
-        mask_YX,
-        labels.repeat(args.num),
-        seed=args.seed,
-        border_px=args.border,
-        softness=softness,
-        **dataclasses.asdict(options),
-    )
-    write_edits(image_YX3, mask_YX, to_uint8(after), args.num, out)
+    with owned_folder("out", out, "edit", options_of(args)):
+        after, _ = model.edit(
+            from_levels(image_YX3[None]),
+            mask_YX,
+            labels.repeat(args.num),
+            seed=args.seed,
+            border_px=args.border,
+            softness=softness,
+            **dataclasses.asdict(options),
+        )
+        write_edits(image_YX3, mask_YX, to_uint8(after), args.num, out)
     return 0

@@ -22,7 +22,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--num", type=int, default=8, metavar="N", help="images of each label (default 8)")
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the samples")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the samples; one run's alone")
     parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="images per batch (default 64)")
     parser.add_argument("--save_tokens", action="store_true", help="also write tokens.npz: ids, labels, f_hat")
     parser.add_argument("--truncate_uint8", action="store_true", help="round pixels down, as the published code")
@@ -57,9 +57,7 @@ def run(args) -> int:
 
     from mvar_jax.api import check_labels, load
     from mvar_jax.checkpoints.class_names import class_names_of
-    from mvar_jax.files.directories import make_directory
-    from mvar_jax.processes.holding import hold
-    from mvar_jax.processes.shared import check_shared
+    from mvar_jax.processes.holding import owned_folder
     from mvar_jax.sampling.bulk import Order, draw_all, place_networks
     from mvar_jax.sharding import make_mesh
     from mvar_jax.stopping import StopFlag
@@ -76,8 +74,6 @@ def run(args) -> int:
     model = load(checkpoint, args.which)
     check_labels(labels, model.num_classes)
     networks = place_networks(model.networks, mesh, args.dtype)
-    check_shared("out", out)
-    make_directory(out)
     order = Order(
         tuple(labels.tolist()),
         args.num,
@@ -87,7 +83,8 @@ def run(args) -> int:
         args.save_tokens,
         args.truncate_uint8,
     )
-    with hold("out", out), StopFlag(notice="stopping after this batch") as stop:
+    owning = owned_folder("out", out, "sample", order.identity(networks))
+    with owning, StopFlag(notice="stopping after this batch") as stop:
         is_new = draw_all(
             networks,
             order,

@@ -8,7 +8,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from mvar_jax.checkpoints.model_directory import fingerprint
-from mvar_jax.errors import InputError, shorten
-from mvar_jax.files.atomic import remove_leftovers, write_json
+from mvar_jax.errors import InputError
 from mvar_jax.files.directories import remove_tree
 from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, tile_grid
 from mvar_jax.files.npz import Pieces, save_npz
@@ -31,7 +29,6 @@ from mvar_jax.progress import Progress
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import num_shards_of, replicated, shardings_of, spec_of, use_mesh
 
-IDENTITY_FILE = "samples.json"
 SAMPLES_FILE = "samples.npz"
 UNFINISHED = "unfinished"
 NUM_WRITERS = 8
@@ -103,28 +100,6 @@ def place_networks(networks: Networks, mesh: Mesh, dtype: str | None = None) -> 
     )
 
 
-def check_folder(out: Path, identity: dict) -> bool:
-    """Return whether the samples of this identity are complete. Raises InputError if the folder holds others."""
-    path = out / IDENTITY_FILE
-    if not path.exists():
-        there = [name for name in (SAMPLES_FILE, "000000.png") if (out / name).exists()]
-        if there:
-            message = f"out={out} holds {there[0]} of another run; choose a folder without samples"
-            raise InputError(message, field="out", given=str(out), expected="a folder without samples")
-        return False
-    try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        message = f"out={out} holds a {IDENTITY_FILE} that cannot be read ({shorten(error)}); choose another folder"
-        raise InputError(message, field="out", given=str(out), expected=f"readable {IDENTITY_FILE}") from None
-    for name, value in identity.items():
-        if stored.get(name) != value:
-            expected = repr(stored.get(name))
-            message = f"{name}={value!r} differs from {expected}, used for the samples in {out}; choose another --out"
-            raise InputError(message, field=name, given=value, expected=expected)
-    return (out / SAMPLES_FILE).exists()
-
-
 @dataclasses.dataclass(frozen=True)
 class _Batches:
     """The rows of each batch, and the files of the finished ones."""
@@ -145,6 +120,10 @@ class _Batches:
 
     def file(self, batch: int) -> Path:
         return self.out / UNFINISHED / f"{batch:07d}.npz"
+
+    def are_joined(self) -> bool:
+        """Return whether the samples are complete."""
+        return (self.out / SAMPLES_FILE).exists()
 
     def write(self, batch: int, arrays: dict[str, np.ndarray]) -> None:
         """Write the PNGs, then the arrays: the arrays' file marks the batch as finished."""
@@ -181,32 +160,26 @@ def draw_all(
       wait: returns when all processes have called it.
       check_stop: called before each batch; what it raises ends the work once the finished batches are written.
 
-    Raises InputError if the folder holds samples of another order, or cannot be written.
+    The folder must be this run's own, see `processes.holding.owned_folder`. Raises InputError if the processes do not
+    share it.
     """
-    identity, batches = order.identity(networks), _Batches(order, out)
-    is_complete = check_folder(out, identity)
-    if process_index == 0 and not is_complete:
-        remove_leftovers(out)
-    wait()  # no process writes before all have checked the folder
+    batches = _Batches(order, out)
+    is_complete = batches.are_joined()
+    wait()  # no process writes before all have looked
     if not is_complete:
-        try:
-            (out / UNFINISHED).mkdir(exist_ok=True)
-            own = range(process_index, batches.count, process_count)
-            draw = functools.partial(_draw, networks, batches, mesh=mesh, check_stop=check_stop)
-            _write_missing(draw, batches, own, identity, is_shown=process_index == 0)
-            wait()
-            if process_index == 0:
-                _join(batches)
-        except OSError as error:
-            message = f"out={out} cannot be written ({shorten(error)})"
-            raise InputError(message, field="out", given=str(out), expected="a writable folder") from error
+        own = range(process_index, batches.count, process_count)
+        draw = functools.partial(_draw, networks, batches, mesh=mesh, check_stop=check_stop)
+        _write_missing(draw, batches, own, is_shown=process_index == 0)
+        wait()
+        if process_index == 0:
+            _join(batches)
     if process_index == 0:
         remove_tree(out / UNFINISHED)
     wait()
     return not is_complete
 
 
-def _write_missing(draw: Callable, batches: _Batches, own: range, identity: dict, is_shown: bool) -> None:
+def _write_missing(draw: Callable, batches: _Batches, own: range, is_shown: bool) -> None:
     missing = [batch for batch in own if not batches.file(batch).exists()]
     sizes = {batch: len(batches.rows(batch)) for batch in own}
     num_done = sum(sizes.values()) - sum(sizes[batch] for batch in missing)
@@ -216,10 +189,6 @@ def _write_missing(draw: Callable, batches: _Batches, own: range, identity: dict
         shown = Progress("sample", sum(sizes.values()), "image", done=num_done, is_shown=is_shown)
         progress = stack.enter_context(shown)
         for batch, arrays in draw(missing):
-            if not (
-                batches.out / IDENTITY_FILE
-            ).exists():  # not earlier, so that a failure in the first batch leaves no file
-                write_json(batches.out / IDENTITY_FILE, identity)
             writing.append(pool.submit(batches.write, batch, arrays))
             while len(writing) > 2 * NUM_WRITERS:  # otherwise a slow disk would fill the memory
                 writing.popleft().result()

@@ -17,6 +17,7 @@ import mvar_jax
 from mvar_jax.__main__ import main
 from mvar_jax.checkpoints.manager import restore_weights
 from mvar_jax.errors import InputError
+from mvar_jax.processes.holding import owned_folder
 from mvar_jax.sampling import sampler
 from mvar_jax.sampling.bulk import Order, draw_all, place_networks
 from mvar_jax.sampling.sampler import SampleOptions
@@ -106,8 +107,8 @@ def test_processes_share_the_batches(run, whole, tmp_path):
             # the first process has sampled its batches and has not joined anything yet
             draw_all(model, order, tmp_path, mesh, process_index=1, process_count=2)
 
-    (tmp_path / "unfinished").mkdir()
-    assert draw_all(model, order, tmp_path, mesh, process_index=0, process_count=2, wait=other_process)
+    with owned_folder("out", tmp_path, "sample", order.identity(model)):
+        assert draw_all(model, order, tmp_path, mesh, process_index=0, process_count=2, wait=other_process)
     assert waited[:2] == [[], ["0000000.npz", "0000002.npz"]], "each process samples every second batch"
     assert contents(tmp_path) == contents(whole)
 
@@ -143,7 +144,7 @@ def test_samples_of_other_weights_or_of_no_known_run_are_refused(command, whole,
     assert f"checkpoint='{stored['checkpoint']}' differs from 'weights 0123'" in error
     (out / "samples.json").unlink()
     assert main([*command, str(out)]) == 2
-    assert "holds samples.npz of another run" in capsys.readouterr().err
+    assert "holds 000000.png, which `sample` would replace; choose another --out" in capsys.readouterr().err
 
 
 def test_the_best_checkpoint_can_be_loaded(run, tmp_path):
