@@ -279,8 +279,9 @@ def load_tokenizer(directory: str):
 
 def check_transformer_fits(transformer, tokenizer) -> None:
     """Raise InputError unless both have the same scales and codebook sizes."""
-    for name in ("sides", "vocab_size", "code_width"):
-        ours, theirs = getattr(transformer, name), getattr(tokenizer, name)
-        if ours != theirs:
-            words = f"config.model.{name} must be {theirs} as in the tokenizer, got {ours}"
-            raise InputError(words, field=f"config.model.{name}", given=ours, expected=str(theirs))
+    from mvar_jax.models.networks import check_fit
+
+    try:
+        check_fit(tokenizer, transformer)
+    except InputError as error:
+        raise put_below(error, "config.model") from None

@@ -11,6 +11,7 @@ FLOORS = [
     "stopping",
     "progress",
     "fields",
+    "values",
     "scales",
     "sharding",
     "ops",

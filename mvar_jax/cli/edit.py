@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 
 from mvar_jax.cli.identity import options_of
-from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, check_seed, sampling_options
+from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, sampling_options
 
 SUMMARY = "edit part of an image"
 
@@ -85,10 +85,10 @@ def write_edits(before_YX3, mask_YX, after_BYX3, num: int, out: Path) -> None:
 def run(args) -> int:
     """Run the command; everything is checked before the first file is written."""
     from mvar_jax.checkpoints.class_names import class_names_of
-    from mvar_jax.cli.labels import parse_labels
     from mvar_jax.cli.machine import AUTO, use_compilation_cache
     from mvar_jax.errors import InputError
     from mvar_jax.files.paths import as_path
+    from mvar_jax.values import as_seed
 
     options = sampling_options(args)
     if (args.mask is None) == (args.expand is None):
@@ -96,11 +96,11 @@ def run(args) -> int:
         message = f"exactly one of --mask and --expand is needed, got {given}"
         raise InputError(message, field="mask", given=args.mask, expected="one of --mask and --expand")
     check_positive(args, "num")
-    check_seed(args.seed)
+    as_seed(args.seed)
     checkpoint, out = as_path(args.checkpoint, "checkpoint"), as_path(args.out, "out")
-    labels = parse_labels(args.label, class_names_of(checkpoint))
+    labels = class_names_of(checkpoint).numbers_of(args.label)
 
-    from mvar_jax.api import check_labels, load
+    from mvar_jax.api import load
     from mvar_jax.files.images import to_uint8
     from mvar_jax.ops.pixels import from_levels
     from mvar_jax.processes.holding import owned_folder
@@ -108,7 +108,7 @@ def run(args) -> int:
 
     use_compilation_cache(AUTO)
     model = load(checkpoint)
-    check_labels(labels, model.num_classes)
+    labels = model.labels(labels)
     side = model.tokenizer.image_size
     softness = SOFTNESS if args.softness is None else args.softness
     image_YX3, mask_YX = read_image_and_mask(args, side)

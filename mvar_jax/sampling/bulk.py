@@ -28,6 +28,7 @@ from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.progress import Progress
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import num_shards_of, replicated, shardings_of, spec_of, use_mesh
+from mvar_jax.values import as_integer, as_seed
 
 SAMPLES_FILE = "samples.npz"
 UNFINISHED = "unfinished"
@@ -39,7 +40,7 @@ class Order:
     """The samples to draw: `num` of each label, label by label.
 
     Sample i is a function of (weights, its label, seed, i, options). An interruption loses at most the batches that
-    are being computed or written.
+    are being computed or written. Raises InputError if a number is out of range.
     """
 
     labels: tuple[int, ...]
@@ -49,6 +50,11 @@ class Order:
     batch_size: int = 64
     saves_tokens: bool = False
     truncates: bool = False
+
+    def __post_init__(self):
+        as_seed(self.seed)
+        for name in ("num", "batch_size"):
+            as_integer(getattr(self, name), name, 1)
 
     @property
     def labels_N(self) -> np.ndarray:
