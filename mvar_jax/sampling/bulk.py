@@ -93,13 +93,7 @@ def place_networks(networks: Networks, mesh: Mesh, dtype: str | None = None) -> 
 
     dtype: of the computation and of the transformer's weights; None keeps both.
     """
-    if dtype is not None:
-        kind = jnp.dtype(dtype).type
-        networks = networks.replace(
-            tokenizer=networks.tokenizer.clone(dtype=kind),
-            transformer=networks.transformer.clone(dtype=kind),
-            params=jax.tree.map(lambda x: x.astype(kind), networks.params),
-        )
+    networks = networks.with_dtype(dtype)
     return networks.replace(
         tokenizer_params=jax.device_put(networks.tokenizer_params, replicated(mesh)),
         params=jax.device_put(networks.params, shardings_of(abstract_params(networks.transformer), mesh)),
