@@ -51,3 +51,9 @@ def shorten(error: Exception) -> str:
     """Return an exception's message as one line of at most 200 characters."""
     text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def show(value: object) -> str:
+    """Return a value for a message, on one line of at most 60 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mvar_jax.errors import InputError
-from mvar_jax.fields import describe
+from mvar_jax.errors import InputError, show
 
 MAX_INDEX = 2**32 - 1  # seeds and numbers of samples are unsigned 32-bit integers
 
@@ -65,5 +64,5 @@ def _scalar(value: Any, convert, kinds: str) -> Any:
 
 
 def _refuse(field: str, expected: str, given: Any) -> InputError:
-    words = f"{field} must be {expected}, got {describe(given)}"
+    words = f"{field} must be {expected}, got {show(given)}"
     return InputError(words, field=field, given=given, expected=expected)

@@ -10,6 +10,7 @@ FLOORS = [
     "errors",
     "stopping",
     "progress",
+    "schema",
     "fields",
     "values",
     "scales",

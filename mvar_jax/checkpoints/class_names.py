@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from mvar_jax.checkpoints.model_directory import CLASSES_FILE, MODEL_FILE, read_model_file
-from mvar_jax.errors import InputError, shorten
-from mvar_jax.fields import describe
+from mvar_jax.errors import InputError, shorten, show
 from mvar_jax.files.json_files import read_json
 from mvar_jax.values import as_array
 
@@ -131,7 +130,7 @@ def check_labels(labels_B: Any, num_classes: int | None) -> np.ndarray:
     expected = "a list of class numbers or class names"
     labels = as_array(labels_B, "labels", expected)
     if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
-        words = f"labels must be {expected}, got {describe(labels.tolist())}"
+        words = f"labels must be {expected}, got {show(labels.tolist())}"
         raise InputError(words, field="labels", given=labels.tolist(), expected=expected)
     highest = (num_classes or MOST_CLASSES) - 1
     bad = labels[(labels < 0) | (labels > highest)]

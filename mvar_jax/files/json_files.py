@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mvar_jax.fields import conform
+from mvar_jax.schema import conform
 
 
 def read_json(path: Path, kind: Any) -> Any:
-    """Return the content of a JSON file, which must be of a type that `fields.conform` knows.
+    """Return the content of a JSON file, which must be of a type that `schema.conform` knows.
 
     Raises OSError if the file cannot be read, ValueError if it is no JSON, InputError if it is of another type.
     """

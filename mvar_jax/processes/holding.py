@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mvar_jax.errors import InputError, RunError, describe_file_error, is_file_error, shorten
+from mvar_jax.fields import flatten
 from mvar_jax.files.atomic import remove_leftovers, write_json
 from mvar_jax.files.locks import acquire, release_now
 from mvar_jax.processes import group
@@ -23,15 +24,17 @@ class Output(NamedTuple):
     """What a command writes into its folder.
 
     noun: what a user calls it.
-    identity: the file that holds the options.
+    identity: the file that holds the options, or by which the whole output is known.
     names: patterns of the names of all other files and folders.
     kept: what a failed run leaves, as the end of a sentence.
+    unfinished: a folder by which an unfinished output is known, if it holds the options itself.
     """
 
     noun: str
     identity: str
     names: tuple[str, ...]
     kept: str = "run the command again"
+    unfinished: str = ""
 
 
 _NUMBER = "[0-9]" * 6
@@ -47,6 +50,13 @@ OUTPUTS = {
         "reconstructions",
         "reconstructions.json",
         (f"{_NUMBER}_*.png", "reconstructions.png", "reconstructions.npz", "psnr.md", "tokens.npz"),
+    ),
+    "cache_tokens": Output(
+        "token cache",
+        "cache.json",
+        ("*.array_record", "tokenizer"),
+        "the finished shards are kept: run the command again",
+        "unfinished",
     ),
 }
 
@@ -114,7 +124,7 @@ def _naming(field: str, folder: Path, kept: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def owned_folder(field: str, folder: Path, command: str, identity: dict[str, Any]) -> Iterator[Path]:
+def owned_folder(field: str, folder: Path, command: str, identity: dict[str, Any] | None) -> Iterator[Path]:
     """Hold a folder, claim it for the files of one command with these options, and yield it.
 
     The options are in the folder from before its first file on. A run that fails before its first file leaves no
@@ -124,16 +134,18 @@ def owned_folder(field: str, folder: Path, command: str, identity: dict[str, Any
       field: name of the option that gave the folder, for the error.
       folder: made if it is missing; all processes of the run must share it.
       command: a key of OUTPUTS.
-      identity: JSON values by option on which the files depend, the same in all processes.
+      identity: JSON values by option on which the files depend, the same in all processes. None if the command keeps
+        them in its own files, and calls `check_options` itself before it writes.
 
     Raises:
       InputError: another run holds the folder, the folder cannot be written, or it holds files of another command,
         of other options, or of unknown origin that the command would replace.
-      RunError: see `hold`.
+      RunError: see `hold`; or somebody else removed or moved the folder meanwhile.
     """
     here, output = group.current(), OUTPUTS[command]
-    identity = json.loads(json.dumps(identity))
-    here.check_same(field, "options", identity)
+    if identity is not None:
+        identity = json.loads(json.dumps(identity))
+        here.check_same(field, "options", identity)
     try:
         is_new = not folder.exists()
     except OSError as error:
@@ -143,8 +155,10 @@ def owned_folder(field: str, folder: Path, command: str, identity: dict[str, Any
         with hold(field, folder, claim=lambda: _claim(field, folder, command, identity), kept=output.kept):
             try:
                 yield folder
+                if here.index == 0 and not (folder / output.identity).exists():
+                    raise RunError(f"{field} {folder} was moved or emptied meanwhile; run the command again")
             except BaseException:
-                if here.count == 1 and not _own_names(folder, output):  # others may still write
+                if identity is not None and here.count == 1 and not _own_names(folder, output):  # others may write
                     with contextlib.suppress(OSError):
                         (folder / output.identity).unlink(missing_ok=True)
                 raise
@@ -154,33 +168,45 @@ def owned_folder(field: str, folder: Path, command: str, identity: dict[str, Any
                 folder.rmdir()  # if it is empty
 
 
-def _claim(field: str, folder: Path, command: str, identity: dict[str, Any]) -> None:
+def _claim(field: str, folder: Path, command: str, identity: dict[str, Any] | None) -> None:
     """Write the options into a folder that this run holds, unless they are there. Raises InputError if others are."""
     output = OUTPUTS[command]
     for other, theirs in OUTPUTS.items():
         if other != command and (folder / theirs.identity).exists():
             raise _refuse(field, folder, f"holds the {theirs.noun} of `{other}`")
     own, path = _own_names(folder, output), folder / output.identity
-    if own and not path.exists():
+    is_known = path.exists() or (output.unfinished and (folder / output.unfinished).exists())
+    if own and not is_known:
         raise _refuse(field, folder, f"holds {own[0]}, which `{command}` would replace")
+    if identity is None:
+        return
     if own:
         try:
             stored = dict(json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
             reason = f"holds a damaged {output.identity} ({shorten(error)})"
             raise _refuse(field, folder, reason) from None
-        _check_same(field, folder, output.noun, stored, identity)
-        return
-    write_json(path, identity)
+        check_options(field, f"the {output.noun} in {folder}", stored, identity)
+    else:
+        write_json(path, identity)
 
 
-def _check_same(field: str, folder: Path, noun: str, stored: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raise InputError for the first option that differs."""
-    for name, value in identity.items():
-        if stored.get(name) != value:
-            expected = repr(stored.get(name))
-            words = f"{name}={value!r} differs from {expected}, used for the {noun} in {folder}; choose another "
-            raise InputError(f"{words}--{field}", field=name, given=value, expected=expected)
+def check_options(field: str, what: str, stored: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise InputError for the first of these options that differs from the stored ones.
+
+    what: the files that the stored options were used for, such as "the samples in out".
+    """
+    there = dict(flatten(stored))
+    for name, value in flatten(identity):
+        if there.get(name) != value:
+            given, expected = _show(value), _show(there.get(name))
+            words = f"{name}={given} differs from {expected}, used for {what}; choose another --{field}"
+            raise InputError(words, field=name, given=value, expected=expected)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _own_names(folder: Path, output: Output) -> list[str]:

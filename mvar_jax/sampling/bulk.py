@@ -8,7 +8,8 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from mvar_jax.checkpoints.model_directory import fingerprint
 from mvar_jax.errors import InputError
 from mvar_jax.files.directories import remove_tree
 from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, tile_grid
-from mvar_jax.files.npz import Pieces, save_npz
+from mvar_jax.files.npz import Pieces, is_whole_npz, save_npz
+from mvar_jax.files.paths import is_store
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.random import keys_of_samples
@@ -31,6 +33,7 @@ from mvar_jax.sharding import num_shards_of, replicated, shardings_of, spec_of, 
 from mvar_jax.values import as_integer, as_seed
 
 SAMPLES_FILE = "samples.npz"
+TOKENS_FILE = "tokens.npz"
 UNFINISHED = "unfinished"
 NUM_WRITERS = 8
 
@@ -121,9 +124,30 @@ class _Batches:
     def file(self, batch: int) -> Path:
         return self.out / UNFINISHED / f"{batch:07d}.npz"
 
+    def find_finished(self, batches: Iterable[int]) -> set[int]:
+        """Return those of the batches whose files are there and undamaged."""
+        names = {path.name for path in self.out.iterdir()}
+        if UNFINISHED not in names:
+            return set()
+        arrays = ("pixels", *(("ids", "f_hat") if self.order.saves_tokens else ()))
+        reads_all = not is_store(self.out)  # where an object is whole or not there
+
+        def is_finished(batch: int) -> bool:
+            has_images = all(f"{number:06d}.png" in names for number in self.rows(batch))
+            return has_images and is_whole_npz(self.file(batch), arrays, reads_all)
+
+        batches = list(batches)
+        with ThreadPoolExecutor(NUM_WRITERS) as pool:
+            return set(itertools.compress(batches, pool.map(is_finished, batches)))
+
     def are_joined(self) -> bool:
-        """Return whether the samples are complete."""
-        return (self.out / SAMPLES_FILE).exists()
+        """Return whether the samples are complete; if what was complete is damaged, it is drawn again."""
+        if not (self.out / SAMPLES_FILE).exists():
+            return False
+        wanted = {SAMPLES_FILE: ("arr_0", "arr_1")}
+        if self.order.saves_tokens:
+            wanted[TOKENS_FILE] = ("ids", "labels", "f_hat")
+        return all(is_whole_npz(self.out / name, arrays, reads_all=False) for name, arrays in wanted.items())
 
     def write(self, batch: int, arrays: dict[str, np.ndarray]) -> None:
         """Write the PNGs, then the arrays: the arrays' file marks the batch as finished."""
@@ -180,7 +204,8 @@ def draw_all(
 
 
 def _write_missing(draw: Callable, batches: _Batches, own: range, is_shown: bool) -> None:
-    missing = [batch for batch in own if not batches.file(batch).exists()]
+    finished = batches.find_finished(own)
+    missing = [batch for batch in own if batch not in finished]
     sizes = {batch: len(batches.rows(batch)) for batch in own}
     num_done = sum(sizes.values()) - sum(sizes[batch] for batch in missing)
     writing: collections.deque[Future] = collections.deque()
@@ -242,5 +267,5 @@ def _join(batches: _Batches) -> None:
     zoom = min_zoom(shown[0].shape[0])
     save_png(batches.out / "grid.png", tile_grid(np.stack(shown), min(order.num, 32), zoom=zoom))
     if order.saves_tokens:
-        save_npz(batches.out / "tokens.npz", ids=pieces("ids"), labels=labels_N, f_hat=pieces("f_hat"))
+        save_npz(batches.out / TOKENS_FILE, ids=pieces("ids"), labels=labels_N, f_hat=pieces("f_hat"))
     save_npz(batches.out / SAMPLES_FILE, arr_0=pieces("pixels"), arr_1=labels_N)

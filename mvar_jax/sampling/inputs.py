@@ -5,8 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mvar_jax.errors import InputError
-from mvar_jax.fields import describe
+from mvar_jax.errors import InputError, show
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.ops.pixels import from_levels
 from mvar_jax.sampling.sampler import SampleOptions
@@ -89,7 +88,7 @@ def check_cfgs(cfgs_K: Any) -> np.ndarray:
     expected = "a list of one or more numbers"
     cfgs = as_array(cfgs_K, "cfgs", expected)
     if cfgs.ndim != 1 or not len(cfgs):
-        words = f"cfgs must be {expected}, got {describe(cfgs_K)}"
+        words = f"cfgs must be {expected}, got {show(cfgs_K)}"
         raise InputError(words, field="cfgs", given=cfgs_K, expected=expected)
     return np.asarray([SampleOptions(cfg).cfg for cfg in cfgs], np.float32)
 
