@@ -14,7 +14,7 @@ from mvar_jax.api import Model
 from mvar_jax.data.decoding import BadImage
 from mvar_jax.errors import RunError
 from mvar_jax.files.atomic import write_atomically
-from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, side_by_side, to_uint8
+from mvar_jax.files.images import GRID_IMAGES, Grid, min_zoom, save_png, side_by_side, to_uint8
 from mvar_jax.files.npz import open_npz
 from mvar_jax.ops.metrics import psnr, ssim
 from mvar_jax.ops.pixels import from_levels
@@ -104,14 +104,18 @@ def write_reconstructions(model: Model, images: Images, out: Path, batch_size: i
     reconstructions.npz, whose `arr_0` `[N, Y, X, 3] uint8` has the form of `sample`; and psnr.md, the table and the
     bad images. saves_tokens: also write tokens.npz, ids `[N, L] int32`.
     """
-    N, side, scores, shown = len(images.names), model.tokenizer.image_size, [], []
+    N, side, scores = len(images.names), model.tokenizer.image_size, []
     batch_size, zoom, numbers = min(batch_size, N), min_zoom(side), itertools.count()
+    num_shown = min(N, GRID_IMAGES)
+    grid = Grid(num_shown, 4, side, 2 * side, zoom=zoom)
 
     def write_one(number: int, before_YX3: np.ndarray, after_YX3: np.ndarray) -> tuple[float, float]:
         pair = before_YX3[None], after_YX3[None]
         similarity = ssim(*pair, 255.0)[0]  # before anything is written: it refuses images that are too small
         stem = Path(readable(images.names[number])).stem.encode()[:MAX_STEM_BYTES].decode(errors="ignore")
         save_png(out / f"{number:06d}_{stem}.png", side_by_side(*pair, 1, zoom=zoom))
+        if number < num_shown:
+            grid.put(number, np.concatenate([before_YX3, after_YX3], axis=1))
         return psnr(*pair, 255.0)[0], similarity
 
     with contextlib.ExitStack() as stack:
@@ -126,10 +130,8 @@ def write_reconstructions(model: Model, images: Images, out: Path, batch_size: i
             scores += pool.map(write_one, itertools.islice(numbers, len(after)), before, after)
             for append, rows in zip(appends, (after, ids), strict=False):
                 append(rows)
-            shown += list(zip(before, after, strict=True))[: GRID_IMAGES - len(shown)]
             progress.update(len(after))
-    before, after = (np.stack(part) for part in zip(*shown, strict=True))
-    save_png(out / "reconstructions.png", side_by_side(before, after, 4, zoom=zoom))
+    save_png(out / "reconstructions.png", grid.image_YX3)
     rows = [(name, *score) for name, score in zip(images.names, scores, strict=True)]
     table = "| image | PSNR dB | SSIM |\n| --- | --- | --- |\n"
     for name, db, similarity in (*rows, ("mean", *np.mean(scores, axis=0))):

@@ -1,8 +1,10 @@
 """What a mask says, for arrays and for image files alike: white or painted is drawn, the rest is kept."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.errors import InputError
+from mvar_jax.values import as_array
 
 FULL = (1, 255, 65535)  # full scale of a mask: the first of these that no value exceeds
 MAX_PAINTS = 16  # opaque pixels of more colours than this are a picture with holes, not paint
@@ -18,17 +20,19 @@ def check_mask(mask, height: int, width: int, invert: bool = False) -> np.ndarra
 
     Raises InputError if the shape differs from the image's, or if a mask draws nothing or keeps nothing.
     """
-    mask = np.asarray(mask)
-    given, size = list(mask.shape), (height, width)
+    size, expected = (height, width), f"[{height}, {width}] or [B, {height}, {width}]"
+    mask = as_array(mask, "mask", f"an array {expected}")
+    given = list(mask.shape)
+    if not any(jnp.issubdtype(mask.dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)):
+        raise InputError(f"mask must be bool or numbers, got {mask.dtype}", field="mask", given=mask.dtype)
     if mask.shape[:2] == size and (mask.ndim == 2 or (mask.ndim == 3 and mask.shape[2] in CHANNELS)):
         mask = mask[None]
     has_channels = mask.ndim == 4 and mask.shape[3] in CHANNELS
     if not mask.size or mask.shape[1:3] != size or not (mask.ndim == 3 or has_channels):
-        expected = f"[{height}, {width}] or [B, {height}, {width}]"
         raise InputError(
             f"mask must have shape {expected}, got {given}", field="mask", given=given, expected=expected
         )
-    mask_BYX = np.stack([drawn_pixels(one) != invert for one in mask])
+    mask_BYX = np.stack([drawn_pixels(one.astype(np.float32)) != invert for one in mask])
     name = "inverted mask" if invert else "mask"
     if not mask_BYX.any(axis=(1, 2)).all():
         message = f"{name} must mark some pixels to draw, by white, a colour or paint above half, but marks none"
@@ -39,7 +43,7 @@ def check_mask(mask, height: int, width: int, invert: bool = False) -> np.ndarra
     return mask_BYX
 
 
-def drawn_pixels(mask) -> np.ndarray:
+def drawn_pixels(mask: np.ndarray) -> np.ndarray:
     """Return where a mask says "draw", `[Y, X] bool`.
 
     A threshold at half of full scale decides; full scale is 1, 255 or 65535, whichever first holds all values.
@@ -52,11 +56,10 @@ def drawn_pixels(mask) -> np.ndarray:
       picture out of which the part to draw was cut: the transparent pixels are drawn.
 
     Args:
-      mask: bool or numbers, `[Y, X]` or `[Y, X, C]` of 1 to 4 channels, the last of 2 or 4 being alpha.
+      mask: float32, `[Y, X]` or `[Y, X, C]` of 1 to 4 channels, the last of 2 or 4 being alpha.
 
     Raises InputError if a value is negative, not finite or above 65535.
     """
-    mask = np.asarray(mask)
     if mask.ndim == 2:
         return _share(mask) > 0.5
     num_colours = mask.shape[-1] - (mask.shape[-1] in (2, 4))
@@ -84,8 +87,7 @@ def _num_colours(colours_NC: np.ndarray) -> int:
 
 
 def _share(values: np.ndarray) -> np.ndarray:
-    """Return values as float32 shares of full scale."""
-    values = np.asarray(values, np.float32)
+    """Return values as shares of full scale."""
     lowest, highest = (values.min(), values.max()) if values.size else (0, 0)
     if not (lowest >= 0 and highest <= FULL[-1]):  # NaN is neither
         given, expected = f"{lowest:g} to {highest:g}", "bool, or numbers from 0 to 1, 255 or 65535"

@@ -83,6 +83,7 @@ def test_each_mask_of_a_batch_has_its_own_scale():
 @pytest.mark.parametrize(
     ("mask", "invert", "message"),
     [
+        ("white", False, "mask must be bool or numbers, got <U5$"),
         (np.ones((5, 6)), False, r"mask must have shape \[6, 6\] or \[B, 6, 6\], got \[5, 6\]$"),
         (np.ones(6), False, r"mask must have shape .*, got \[6\]$"),
         (np.ones((0, 6, 6)), False, r"mask must have shape .*, got \[0, 6, 6\]$"),
