@@ -24,7 +24,11 @@ def load_both(directory: Path, which: str, tokenizer: Path | None) -> tuple[dict
             message = f"checkpoint={directory} holds no tokenizer; name its tokenizer's directory as tokenizer"
             raise InputError(message, field="checkpoint", given=str(directory), expected="a tokenizer")
         return modules, params
-    others, other_params = load_model(tokenizer)
+    try:
+        others, other_params = load_model(tokenizer)
+    except InputError as error:
+        message = f"tokenizer={tokenizer} cannot be loaded: {error}"
+        raise InputError(message, field="tokenizer", given=str(tokenizer), expected="a tokenizer") from None
     sources = ("checkpoint", directory, "transformer", modules), ("tokenizer", tokenizer, "tokenizer", others)
     for field, path, kind, found in sources:
         if kind not in found:
