@@ -23,6 +23,7 @@ from mvar_jax.progress import Progress, track
 NUM_THREADS = 8  # that decode images, and that write PNGs
 NUM_AHEAD = 32  # images decoded before they are needed
 MAX_STEM_BYTES = 100  # of an image's name in the name of its PNG
+SILENT_S = 10.0  # a check that is quicker shows no progress
 TABLE_FILE = "psnr.md"
 
 Load = Callable[[str], np.ndarray]  # name -> pixels [Y, X, 3] uint8; raises BadImage
@@ -70,7 +71,7 @@ class Images:
     @classmethod
     def check(cls, names: list[str], load: Load) -> "Images":
         """Load every image once to find out which can be used."""
-        found = track(_load_all(names, load), len(names), "check", "image")
+        found = track(_load_all(names, load), len(names), "check", "image", delay_s=SILENT_S)
         bad = {name: loaded for name, loaded in zip(names, found, strict=True) if isinstance(loaded, str)}
         return cls([name for name in names if name not in bad], load, bad)
 

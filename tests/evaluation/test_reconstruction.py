@@ -146,7 +146,7 @@ def test_a_folder_without_a_usable_image_is_refused_before_anything_is_written(r
     (tmp_path / "in" / "broken.jpg").write_bytes(b"not a jpeg")
     assert reconstruct() == 2
     words = "--images must hold an image that can be used, got 1 bad in "
-    error = capsys.readouterr().err.splitlines()[-1]
+    (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: {words}") and "broken.jpg: not a JPEG" in error
     assert not (tmp_path / "out").exists()
 
