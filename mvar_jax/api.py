@@ -22,7 +22,7 @@ from mvar_jax.sampling.masks import check_mask
 from mvar_jax.sampling.sampler import SampleOptions, decode_features, sample
 from mvar_jax.sampling.squares import Square
 from mvar_jax.scales import areas_of
-from mvar_jax.values import MAX_INDEX, as_array, as_integer, as_seed
+from mvar_jax.values import INDEX_RANGE, MAX_INDEX, as_array, as_integer, as_seed
 
 
 class Model:
@@ -178,10 +178,10 @@ class Model:
         Returns (results of the model's size `[B, Y, X, 3] float32`, ids `[B, L] int32`). See `edit`.
         """
         labels = self._check_labels(labels_B)
+        keys = _keys(seed, index, len(labels))
         known, masks = (np.stack(parts) for parts in zip(*(square.known() for square in squares), strict=True))
         for_all = lambda x: jnp.broadcast_to(x, (len(labels), *x.shape[1:]))
         known_ids, masks = for_all(self.encode(known)), for_all(jnp.asarray(masks, jnp.float32))
-        keys = _keys(seed, index, len(labels))
         ids, f_hat = editing.redraw(self._both(), known_ids, masks, labels, keys, options, softness)
         return np.asarray(self.decode_features(f_hat)), ids
 
@@ -226,7 +226,7 @@ class Model:
 
         Returns (images, ids) and takes the options of `sample`.
         """
-        num, index = as_integer(num, "num", 1), as_integer(index, "index", 0, MAX_INDEX)
+        num, index = as_integer(num, "num", 1), as_integer(index, "index", 0, MAX_INDEX, INDEX_RANGE)
         ends = np.eye(self.num_classes)[np.asarray(self._check_labels([first, last]))]
         if len(ends) != 2:
             words = f"first and last must be one class each, got {first!r} and {last!r}"
