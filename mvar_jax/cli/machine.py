@@ -1,4 +1,4 @@
-"""Options of the machine: the other processes of a run, the cache of compiled programs, and how products round."""
+"""Options of the machine: the other processes of a run, and the cache of compiled programs."""
 
 import hashlib
 import os
@@ -24,16 +24,6 @@ def add_machine_arguments(parser) -> None:
         metavar="auto|off|DIR",
         help="folder that keeps compiled programs between runs (auto: JAX_COMPILATION_CACHE_DIR if set, else "
         "~/.cache/mvar_jax, by version and machine)",
-    )
-
-
-def add_precision_argument(parser) -> None:
-    """Add --precision, for the commands that run a model."""
-    parser.add_argument(
-        "--precision",
-        choices=("standard", "exact"),
-        help="standard: an accelerator rounds float32 operands of products where that does not show; exact: nowhere "
-        "(default: the model's own)",
     )
 
 

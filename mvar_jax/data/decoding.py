@@ -22,10 +22,8 @@ class BadImage(Exception):
         super().__init__(" ".join(reason.split())[:200])
 
 
-def open_rgb(data: bytes, *, upright: bool = True) -> Image.Image:
-    """Decode the bytes of a JPEG, PNG or WebP file to an RGB image.
-
-    Grey, palette and CMYK pixels become RGB, transparency is dropped, 16 bits are scaled to 8.
+def open_image(data: bytes, *, upright: bool = True) -> Image.Image:
+    """Decode the bytes of a JPEG, PNG or WebP file.
 
     Args:
       upright: obey the camera's orientation tag. If False, pixels keep the order of the file, as in ADM.
@@ -44,9 +42,15 @@ def open_rgb(data: bytes, *, upright: bool = True) -> Image.Image:
         raise BadImage(f"not a {', '.join(FORMATS)} image ({len(data)} bytes)") from None
     except Exception as error:  # Pillow's readers raise anything at all on damaged bytes
         raise BadImage(f"{type(error).__name__}: {error}") from None
-    if upright:
-        image = _turn_upright(image)
-    return _to_rgb(image)
+    return _turn_upright(image) if upright else image
+
+
+def open_rgb(data: bytes, *, upright: bool = True) -> Image.Image:
+    """Decode the bytes of an image file to an RGB image; see `open_image`.
+
+    Grey, palette and CMYK pixels become RGB, transparency is dropped, 16 bits are scaled to 8.
+    """
+    return _to_rgb(open_image(data, upright=upright))
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
@@ -74,8 +78,26 @@ def read_image(path: str | os.PathLike, field: str = "images") -> np.ndarray:
     Raises:
       InputError: the file is missing, is not an image or exceeds MAX_PIXELS.
     """
+    return np.asarray(_to_rgb(_read(path, field)))
+
+
+def read_values(path: str | os.PathLike, field: str) -> np.ndarray:
+    """Return an image file's own values, upright: `[Y, X]` if grey, else `[Y, X, C]`; the last of 2 or 4 is alpha.
+
+    Palette colours become RGB, other colour spaces too. Raises as `read_image`.
+    """
+    image = _read(path, field)
+    has_alpha = image.mode in ("PA", "RGBa") or "transparency" in image.info
+    if image.mode in ("1", "L", "LA", "La"):
+        image = image.convert("LA") if has_alpha or image.mode == "La" else image
+    elif image.mode not in (*_SIXTEEN_BITS, "F", "RGBA"):
+        image = image.convert("RGBA" if has_alpha else "RGB")
+    return np.asarray(image)
+
+
+def _read(path: str | os.PathLike, field: str) -> Image.Image:
     try:
-        return np.asarray(open_rgb(as_path(path, field).read_bytes()))
+        return open_image(as_path(path, field).read_bytes())
     except (OSError, BadImage) as error:
         expected = "a readable image"
         message = f"--{field} must be {expected}, got {str(path)!r} ({shorten(error)})"

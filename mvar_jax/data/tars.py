@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mvar_jax.data.decoding import SUFFIXES, BadImage
 from mvar_jax.data.names import Names
@@ -21,6 +20,7 @@ from mvar_jax.data.protocols import ImageSource
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.npz import load_npz, save_npz
 from mvar_jax.files.paths import as_path, is_store
+from mvar_jax.progress import track
 
 INDEX_SUFFIX = ".index.npz"
 CLASSES_FILE = "classes.txt"
@@ -92,7 +92,8 @@ class TarSource(ImageSource):
 
     def __init__(self, path: str | os.PathLike, split: str):
         self._tars = find_tars(path, split)
-        indices = [read_index(tar) for tar in tqdm(self._tars, desc=f"index {split}", unit="tar", delay=1)]
+        shown = track(self._tars, len(self._tars), f"index {split}", "tar", delay_s=1.0)
+        indices = [read_index(tar) for tar in shown]
         self._tar = np.repeat(np.arange(len(indices)), [len(index["offset"]) for index in indices])
         self._offset, self._size, self._labels = (
             np.concatenate([index[key] for index in indices]) for key in ("offset", "size", "label")

@@ -8,7 +8,6 @@ from pathlib import Path
 import grain
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from mvar_jax.checkpoints.model_directory import save_model
 from mvar_jax.data.decoding import BadImage
@@ -21,6 +20,7 @@ from mvar_jax.errors import InputError
 from mvar_jax.files.paths import as_path
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.pixels import as_images
+from mvar_jax.progress import Progress
 from mvar_jax.sharding import make_mesh, put_batch, replicated
 from mvar_jax.tokens.cache_reader import META_NAME, find_missing, read_meta
 from mvar_jax.tokens.cache_writer import CacheWriter
@@ -129,7 +129,7 @@ def _write_split(
 ):
     """Write one split; options: num_views, seed, description, images_per_shard, num_threads, check_stop."""
     split, num_views, seed = skipped.split, options["num_views"], options["seed"]
-    with tqdm(total=len(source), desc=f"encode {split}", unit="image", mininterval=1) as progress:
+    with Progress(f"encode {split}", len(source), "image") as progress:
 
         def read_records(begin: int, end: int, bad: list):
             def skip(number: int, reason: str) -> None:
@@ -138,7 +138,7 @@ def _write_split(
                 skipped.add(number, name, reason)
                 progress.update()
 
-            progress.update(begin - progress.n)  # shards of an earlier run
+            progress.skip_to(begin)  # shards of an earlier run
             numbers = {"num_views": num_views, "seed": seed, "num_threads": options["num_threads"]}
             for record in encode_range(encoder, source, transform, begin, end, skip=skip, **numbers):
                 yield record

@@ -20,7 +20,7 @@ from mvar_jax.hardware.machines import peak_flops
 from mvar_jax.processes.holding import hold
 from mvar_jax.processes.join import join_initialized
 from mvar_jax.processes.shared import check_shared
-from mvar_jax.training.logging import MetricLog, Progress, has_line
+from mvar_jax.training.logging import MetricLog, StepProgress, has_line
 from mvar_jax.training.profiling import Profiler
 from mvar_jax.training.protocol import Task
 from mvar_jax.training.resume_rules import check_resumable, keep_identity
@@ -93,7 +93,7 @@ def run(
             check_first(state, workdir, None if newest is None else start)
             with (
                 MetricLog(workdir, start) as log,
-                Progress(start, settings.num_steps, task.examples_per_step) as progress,
+                StepProgress(start, settings.num_steps, task.examples_per_step) as progress,
                 Profiler(workdir, settings.profile_steps) as profiler,
             ):
                 saver = Saver(workdir, checkpoints, config_json, None if newest is None else start)
@@ -109,7 +109,7 @@ class _Loop:
     _checkpoints: Checkpoints
     _saver: Saver
     _log: MetricLog
-    _progress: Progress
+    _progress: StepProgress
     _profiler: Profiler
 
     def __post_init__(self):
@@ -196,7 +196,7 @@ class _Loop:
             self._throughput.count_step(self._task.flops_of_step(step) if self._has_peak else 0.0)
             if step % self._settings.log_every_steps == 0 or step == self._settings.num_steps - 1:
                 self._log.write(step, "train", jax.device_get(metrics) | self._throughput.take())
-            self._progress.show(step + 1, metrics["loss"])
+            self._progress.count_step(metrics["loss"])
             self._num_bad = self._num_bad + 1 if is_bad else 0
             if self._num_bad >= self._settings.max_bad_steps:
                 self._saver.drop_poisoned(step + 1 - self._num_bad)

@@ -1,0 +1,43 @@
+"""The model that a command uses: its directory, checkpoint, tokenizer, dtype and precision."""
+
+
+def add_model_arguments(parser) -> None:
+    """Add --checkpoint, --which, --dtype and --precision."""
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model directory or training workdir")
+    parser.add_argument(
+        "--which", choices=("last", "best"), default="last", help="checkpoint of a workdir (default last)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="dtype of the computation and of the transformer's weights (default: the model's own, float32 weights)",
+    )
+    add_precision_argument(parser)
+
+
+def add_precision_argument(parser) -> None:
+    """Add --precision, for the commands that run a model."""
+    parser.add_argument(
+        "--precision",
+        choices=("standard", "exact"),
+        help="standard: an accelerator rounds float32 operands of products where that does not show; exact: nowhere "
+        "(default: the model's own)",
+    )
+
+
+def add_tokenizer_argument(parser) -> None:
+    """Add --tokenizer."""
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="model directory or workdir of the tokenizer, if --checkpoint holds a transformer alone or is to be "
+        "used with another one",
+    )
+
+
+def load_as_asked(args):
+    """Return the `Model` that the arguments name, in their dtype and precision; see `mvar_jax.load`."""
+    from mvar_jax.api import Model, load
+
+    model = load(args.checkpoint, args.which, getattr(args, "tokenizer", None), args.precision)
+    return Model(model.networks.with_dtype(args.dtype), model.classes)
