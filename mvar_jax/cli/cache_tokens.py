@@ -59,7 +59,10 @@ def run(args) -> int:
     model.tokenizer.check(data.image_size)
     check_shared("out", out)
     make_directory(out)
-    sources = {split: data.open(split) for split in ("train", "val")}
+    sources = data.open_all()
+    if jax.process_index() == 0:
+        for source in sources.values():
+            print(*(f"{note}\n" for note in source.notes), sep="", end="", flush=True)
     try:
         with hold("out", out), StopFlag(notice="stopping; the finished shards are kept") as stop:
             is_new = write_cache(
