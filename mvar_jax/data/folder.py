@@ -5,6 +5,7 @@ PATH/val, PATH itself is the training folder. A folder that holds images but no 
 PATH/val of several classes takes its labels from a file; see data/label_file.py.
 """
 
+import contextlib
 import itertools
 import os
 from collections import Counter
@@ -31,6 +32,17 @@ def _refuse(message: str, given: str | os.PathLike, expected: str) -> InputError
     return InputError(message, field="data.path", given=str(given), expected=expected)
 
 
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike) -> Iterator[None]:
+    """Raise a folder that cannot be read as InputError."""
+    try:
+        yield
+    except OSError as error:
+        expected = "a folder that can be read"
+        message = f"data.path must be {expected}, got {str(path)!r}: {error.filename} ({shorten(error)})"
+        raise _refuse(message, path, expected) from None
+
+
 def train_folder(path: str | os.PathLike) -> Path:
     """Return PATH/train, or PATH if it has neither train nor val. Raises InputError if there is no such folder."""
     root = as_path(path, "data.path")
@@ -49,18 +61,32 @@ def has_val_folder(path: str | os.PathLike) -> bool:
 
 
 def list_classes(path: str | os.PathLike) -> tuple[str, ...]:
-    """Return the class folders of the training folder by name, without hidden ones; ONE_CLASS if it is flat.
+    """Return the class folders of the training folder, by number if all their names are numbers, else by name.
 
-    Raises InputError if it has neither class folders nor images.
+    Without hidden ones; ONE_CLASS if it is flat. Raises InputError if it has neither class folders nor images.
     """
-    train = train_folder(path)
-    names = _list_folders(train)
-    if names:
-        return tuple(names)
-    if any(name.lower().endswith(SUFFIXES) for name in _names_in(train)):
-        return (ONE_CLASS,)
+    with _naming(path):
+        train = train_folder(path)
+        names = _list_folders(train)
+        if names:
+            return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else names)
+        if any(name.lower().endswith(SUFFIXES) for name in _names_in(train)):
+            return (ONE_CLASS,)
     expected = "a folder that holds train/CLASS/"
     raise _refuse(f"data.path must be {expected}; {train} has no class folders and no images", path, expected)
+
+
+def order_classes(names: tuple[str, ...], class_order: Sequence[str]) -> tuple[str, ...]:
+    """Return the classes as `class_order` lists them, unless it is empty. Raises InputError if it lists others."""
+    if not class_order:
+        return names
+    if sorted(class_order) != sorted(names):
+        different = ", ".join(sorted(set(class_order) ^ set(names))[:5]) or "one listed twice"
+        message = (
+            f"data.class_order must list the {len(names)} classes of data.path, each once; different: {different}"
+        )
+        raise InputError(message, field="data.class_order", given=class_order, expected=f"the {len(names)} classes")
+    return tuple(class_order)
 
 
 def _list_folders(folder: Path) -> list[str]:
@@ -103,9 +129,10 @@ def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
 
 
 class FolderSource(FileSource):
-    """One split; items hold the bytes of an image file. Classes are the folders of the training folder, by name.
+    """One split; items hold the bytes of an image file. Classes are the folders of the training folder.
 
     Args:
+      class_order: their names in the order of the labels; empty for that of `list_classes`.
       val_labels: file of the labels of a flat validation folder; "" for PATH/val.txt if it exists.
 
     Raises:
@@ -113,17 +140,13 @@ class FolderSource(FileSource):
         have, or a flat folder of several classes has no labels.
     """
 
-    def __init__(self, path: str | os.PathLike, split: str, val_labels: str = ""):
-        try:
+    def __init__(self, path: str | os.PathLike, split: str, class_order: Sequence[str] = (), val_labels: str = ""):
+        self.label_names = order_classes(list_classes(path), class_order)
+        with _naming(path):
             self._open(path, split, val_labels)
-        except OSError as error:
-            expected = "a folder that can be read"
-            message = f"data.path must be {expected}, got {str(path)!r}: {error.filename} ({shorten(error)})"
-            raise _refuse(message, path, expected) from None
 
     def _open(self, path: str | os.PathLike, split: str, val_labels: str) -> None:
         self._folder = train_folder(path) if split == "train" else as_path(path, "data.path") / split
-        self.label_names = list_classes(path)
         if not self._folder.is_dir():
             expected = f"a folder that holds {split}/CLASS/ and train/CLASS/"
             raise _refuse(f"data.path must be {expected}; {self._folder} does not exist", path, expected)

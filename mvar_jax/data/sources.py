@@ -1,5 +1,6 @@
 """Data sets in memory and the registry: `open_source` is the one place that knows the data sets by name."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -134,17 +135,20 @@ def _open_tfds(name: str, path: str, split: str, split_seed: int, val_fraction: 
 
 
 def _open_files(
-    name: str, path: str, split: str, split_seed: int, val_fraction: float, val_labels: str
+    name: str, path: str, split: str, split_seed: int, val_fraction: float, of_folder: dict[str, Any]
 ) -> ImageSource:
-    """Return a split of a folder or of tars, or part of the training images if there is no validation split."""
+    """Return a split of a folder or of tars, or part of the training images if there is no validation split.
+
+    of_folder: arguments of `FolderSource` alone.
+    """
     from mvar_jax.data.file_source import hold_out
     from mvar_jax.data.folder import FolderSource
     from mvar_jax.data.tars import TarSource
 
-    open_one = (lambda split: FolderSource(path, split, val_labels)) if name == "folder" else partial(TarSource, path)
+    open_one = partial(FolderSource, path, **of_folder) if name == "folder" else partial(TarSource, path)
     if _has_val(name, path, ""):
         return open_one(split)
-    if val_labels:
+    if val_labels := of_folder["val_labels"]:
         words = f"data.val_labels={val_labels} needs the folder {path}/val, which does not exist"
         raise InputError(words, field="data.val_labels", given=val_labels, expected="a folder val")
     source = open_one("train")
@@ -184,6 +188,7 @@ def open_source(
     split_seed: int = 0,
     val_fraction: float = 0.2,
     size: int = 0,
+    class_order: Sequence[str] = (),
     val_labels: str = "",
 ) -> ImageSource:
     """Open one split of a data set.
@@ -200,6 +205,7 @@ def open_source(
     Args:
       split: "train" or "val"; the latter needs to be one of `splits_of`.
       size: number of images of the split to keep; 0 keeps all (`synthetic` has no "all").
+      class_order: names of the classes in the order of their labels (`folder`); empty sorts them.
       val_labels: file of the labels of a flat validation folder (`folder`).
 
     Raises:
@@ -215,7 +221,8 @@ def open_source(
         raise InputError(words, field="data.val_fraction", given=0, expected="above 0")
     if name == "tfds":
         return _keep(_open_tfds(tfds_name, path, split, split_seed, val_fraction), size, split)
-    return _keep(_open_files(name, path, split, split_seed, val_fraction, val_labels), size, split)
+    of_folder = {"class_order": class_order, "val_labels": val_labels}
+    return _keep(_open_files(name, path, split, split_seed, val_fraction, of_folder), size, split)
 
 
 def splits_of(name: str, *, path: str = "", tfds_name: str = "", val_fraction: float = 0.2) -> tuple[str, ...]:

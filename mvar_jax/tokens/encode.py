@@ -1,5 +1,6 @@
 """Encoding images to token ids, and whole data sets to a token cache."""
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from mvar_jax.files.paths import as_path
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.sharding import make_mesh, put_batch, replicated
-from mvar_jax.tokens.cache_reader import META_NAME
+from mvar_jax.tokens.cache_reader import META_NAME, find_missing
 from mvar_jax.tokens.cache_writer import CacheWriter
 from mvar_jax.tokens.same import check_same_cache
 
@@ -179,6 +180,8 @@ def write_cache(
 ) -> bool:
     """Write a token cache. Resumable: after an interruption it continues with the first unfinished shard.
 
+    A finished cache that lacks a file is written again.
+
     Args:
       out: directory of the cache, on this machine or in an object store.
       tokenizer_path: where the tokenizer was loaded from; stored with the cache.
@@ -196,14 +199,18 @@ def write_cache(
       False if `out` already holds the same cache.
 
     Raises:
-      InputError: `out` holds a cache of another tokenizer or of other images, or too many images are bad.
+      InputError: `out` holds a cache of another tokenizer or of other images, finished or not, or too many images
+        are bad.
     """
     transform.check_views(num_views)
     out, views = as_path(out, "out"), {"train": num_views, "val": 1}
     descriptions = {split: {**description, "num_views": views[split], "seed": seed} for split in sources}
     if (out / META_NAME).exists():
         check_same_cache(out, tokenizer_fingerprint, descriptions, sources)
-        return False
+        if not (missing := find_missing(out)):
+            return False
+        if process_index == 0:
+            print(f"{out} is written again: {missing} is missing or was cut", file=sys.stderr, flush=True)
     encoder = Encoder(networks, batch_size)
     with CacheWriter(
         out,
