@@ -25,6 +25,7 @@ from mvar_jax.files.paths import as_path, is_store
 
 ONE_CLASS = "images"  # name of the class of a folder without class folders
 LABELS_FILE = "val.txt"
+_NAMES_OF_SPLITS = ("train", "training", "val", "valid", "validation")  # in any case: no classes
 _NUM_STAT_THREADS = 16  # a network file system answers slowly, but many at once
 
 
@@ -48,10 +49,14 @@ def train_folder(path: str | os.PathLike) -> Path:
     root = as_path(path, "data.path")
     if (root / "train").is_dir():
         return root / "train"
-    if root.is_dir() and not (root / "val").is_dir():
-        return root
     expected = "a folder that holds train/CLASS/"
-    raise _refuse(f"data.path must be {expected}, got {str(path)!r}", path, expected)
+    if not root.is_dir():
+        raise _refuse(f"data.path must be {expected}, got {str(path)!r}", path, expected)
+    splits = [name for name in _list_folders(root) if name.lower() in _NAMES_OF_SPLITS]
+    if splits:
+        message = f"data.path must be {expected}, got {str(path)!r} with {', '.join(splits)}: rename to train and val"
+        raise _refuse(message, path, expected)
+    return root
 
 
 def has_val_folder(path: str | os.PathLike) -> bool:
@@ -150,7 +155,7 @@ class FolderSource(FileSource):
         if not self._folder.is_dir():
             expected = f"a folder that holds {split}/CLASS/ and train/CLASS/"
             raise _refuse(f"data.path must be {expected}; {self._folder} does not exist", path, expected)
-        labels_file = _labels_file(path, val_labels) if split == "val" else None
+        labels_file = _labels_file(self._folder, val_labels) if split == "val" else None
         found = _find_files(self._folder)
         is_image = lambda name: name.lower().endswith(SUFFIXES)
         images = sorted(filter(is_image, found))
@@ -237,8 +242,8 @@ def _size_of(path: str) -> int:
         return -1
 
 
-def _labels_file(path: str | os.PathLike, val_labels: str) -> Path | None:
+def _labels_file(val: Path, val_labels: str) -> Path | None:
     if val_labels:
         return as_path(val_labels, "data.val_labels")
-    file = as_path(path, "data.path") / LABELS_FILE
-    return file if file.is_file() else None
+    file = val.with_name(LABELS_FILE)
+    return file if not _list_folders(val) and file.is_file() else None

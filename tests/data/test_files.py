@@ -102,6 +102,7 @@ def test_folder_that_is_none_is_refused_with_its_path(tree, tmp_path):
         with pytest.raises(InputError, match=f"data.path .*{message}"):
             open_source("folder", "train", path=str(path))
     (tree / "val/dog").mkdir()
+    (tree / "val.txt").write_text("not asked, since there are class folders")
     with pytest.raises(InputError, match="val/dog.*one of the classes"):
         open_source("folder", "val", path=str(tree))
     for path in tree.glob("train/*/*"):
@@ -109,6 +110,9 @@ def test_folder_that_is_none_is_refused_with_its_path(tree, tmp_path):
     with pytest.raises(InputError, match="train must hold .jpg, .*.tiff files"):
         open_source("folder", "train", path=str(tree))
     (tmp_path / "flat/train").mkdir(parents=True)
+    (tmp_path / "other/Valid/ant").mkdir(parents=True)
+    with pytest.raises(InputError, match="got .*other' with Valid: rename to train and val"):
+        open_source("folder", "train", path=str(tmp_path / "other"))
     with pytest.raises(InputError, match="no class folders and no images"):
         open_source("folder", "train", path=str(tmp_path / "flat"))
 
