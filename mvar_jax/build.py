@@ -73,7 +73,7 @@ def with_class_order(config: dict, kept: Sequence[str]) -> dict:
     from mvar_jax.data.folder import list_classes
 
     data = build_data(config)
-    if not kept or data.source != "folder" or data.cache or data.class_order:
+    if not kept or data.source != "folder" or not data.path or data.cache or data.class_order:
         return config
     found = list_classes(data.path)
     if tuple(kept) == found or sorted(kept) != sorted(found):
