@@ -146,7 +146,7 @@ A default is what a config without the key means. A key without a default must b
 
 A run that has a checkpoint resumes with the keys it began with. The keys marked `free` may change: they do not change
 what is learned. `data.path`, `data.cache` and `data.tokenizer` are free because the data themselves are compared:
-`data_identity.json` in the workdir has the number of images, the classes and the names of 64 images of each split,
+`data_identity.json` in the workdir has the number of images, the classes and a digest of the file names of a split,
 the fingerprint of the tokenizer, and what a token cache was made of. `epochs` and `optimizer.warmup_epochs` are free
 because the steps that follow from them are compared. A key that a newer version added counts as its default in an
 older run.

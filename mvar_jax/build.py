@@ -25,7 +25,6 @@ COMMON_KEYS = {
     "optimizer": True,
     "mesh": True,
 }
-SPLITS = ("train", "val")
 # keys that a config may leave out: their defaults are those of RunOptions and LoopSettings; one of the first two is
 # needed
 OPTIONAL_KEYS = ("num_steps", "epochs", "accumulate_steps", "keep_best", "profile_steps")
@@ -74,7 +73,7 @@ def with_class_order(config: dict, kept: Sequence[str]) -> dict:
     from mvar_jax.data.folder import list_classes
 
     data = build_data(config)
-    if not kept or data.source != "folder" or data.cache or data.class_order:
+    if not kept or data.source != "folder" or not data.path or data.cache or data.class_order:
         return config
     found = list_classes(data.path)
     if tuple(kept) == found or sorted(kept) != sorted(found):
@@ -153,7 +152,7 @@ def build_task(config: dict):
     data, module, run = build_data(config), build_module(config), build_run(config)
     if config["task"] == "tokenizer":
         options = from_dict(CodebookOptions, config["codebook"], "config.codebook")
-        sources = {split: data.open(split) for split in SPLITS}
+        sources = data.open_all()
         task_data = TaskData(sources, data.transform(), data.loading())
         run = run.with_images(len(sources["train"]))
         return TokenizerTask(run, module, options, task_data), {"tokenizer": module}, None
@@ -172,7 +171,7 @@ def open_tokens(data: DataOptions, transformer):
 
     Raises InputError if the config names neither, or unless tokenizer, transformer and data fit together.
     """
-    from mvar_jax.tokens.cache_reader import TokenCache
+    from mvar_jax.tokens.cache_reader import TokenCache, read_meta
 
     if not (data.cache or data.tokenizer):
         raise InputError(
@@ -185,7 +184,7 @@ def open_tokens(data: DataOptions, transformer):
         networks = load_tokenizer(data.tokenizer)
         check_transformer_fits(transformer, networks.tokenizer)
         networks.tokenizer.check(data.image_size)
-        return networks, {split: data.open(split) for split in SPLITS}, data.transform()
+        return networks, data.open_all(), data.transform()
     networks = load_tokenizer_of_cache(data)
     check_transformer_fits(transformer, networks.tokenizer)
     expected = {
@@ -195,7 +194,8 @@ def open_tokens(data: DataOptions, transformer):
         "disk_folder": data.cache_folder or None,
         "max_disk_bytes": data.cache_disk_mib * 2**20,
     }
-    return networks, {split: TokenCache(data.cache, split, **expected) for split in SPLITS}, None
+    splits = ("train", "val") if "val" in read_meta(data.cache)["splits"] else ("train",)
+    return networks, {split: TokenCache(data.cache, split, **expected) for split in splits}, None
 
 
 def load_tokenizer_of_cache(data: DataOptions):

@@ -48,6 +48,8 @@ def run(args) -> int:
     task, modules, tokenizer_params = build.build_task(config)
     check_same_in_all(config, task)
     print_machine(task.run.mesh)
+    for note in notes_on(task):
+        say(note)
     if described := build.describe_epochs(config, task):
         say(described)
     settings = dataclasses.replace(settings, num_steps=task.run.num_steps)
@@ -58,6 +60,12 @@ def run(args) -> int:
     if result.interrupted is None:
         return 0
     return 130 if result.interrupted == signal.SIGINT else STOPPED_STATUS
+
+
+def notes_on(task) -> list[str]:
+    """Return what is unusual about the data, a line each."""
+    notes = [note for source in task.data.values() for note in source.notes]
+    return notes if task.has_evaluation else [*notes, "there is no evaluation: the data have no validation split"]
 
 
 def check_same_in_all(config: dict, task) -> None:
@@ -91,10 +99,13 @@ def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) 
     from mvar_jax.checkpoints.manager import has_checkpoint
     from mvar_jax.checkpoints.model_directory import CLASSES_FILE, MODEL_FILE, write_model_file
     from mvar_jax.checkpoints.trees import save_tree
+    from mvar_jax.data.pipeline import is_bad
     from mvar_jax.files.atomic import write_json
 
     for split, skipped in task.skipped.items():
-        skipped.keep_in(workdir / f"skipped_{split}{jax.process_index() or ''}.json")
+        source, transform = task.data[split], task.transform
+        is_still_bad = lambda entry: is_bad(source, transform, entry["number"], entry["name"])  # noqa: B023
+        skipped.keep_in(workdir / f"skipped_{split}{jax.process_index() or ''}.json", is_still_bad)
     if jax.process_index():
         return
     write_json(workdir / CLASSES_FILE, list(task.data["train"].label_names))

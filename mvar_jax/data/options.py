@@ -45,8 +45,9 @@ class DataOptions:
     Attributes:
       source: data set: digits, synthetic, folder, tfds or tars.
       image_size: side in pixels of the square images that the tokenizer sees.
-      split_seed: seed of the held-out split (digits, tfds) or of the generated images (synthetic).
-      val_fraction: share held out for validation if the data set has no split of its own (digits, tfds).
+      split_seed: seed of the held-out split, or of the generated images (synthetic).
+      val_fraction: share held out for validation if the data set has no split of its own (all but synthetic); of
+        files by class and name. 0 holds out none: training then has no evaluation.
       size: number of images of each split to keep; 0 keeps all. synthetic needs 1 or more.
       flip: mirror each image with probability 1/2; a token cache then holds both (all but digits).
       degrees: largest rotation in degrees, either way (digits).
@@ -54,6 +55,7 @@ class DataOptions:
       scale: largest relative change of size (digits).
       shear: largest horizontal shear (digits).
       path: folder of the images (folder, tars) or of the prepared data (tfds; "" for TFDS's default).
+      val_labels: labels of a flat folder val, a file of lines FILE LABEL or LABEL; "" for PATH/val.txt (folder).
       class_order: names of the classes in the order of their labels; () sorts them, by number if all are numbers
         (folder).
       name: name of the TFDS data set, such as imagenet2012 (tfds).
@@ -88,6 +90,7 @@ class DataOptions:
     scale: float = 0.0
     shear: float = 0.0
     path: str = dataclasses.field(default="", metadata=FREE)
+    val_labels: str = dataclasses.field(default="", metadata=FREE)
     class_order: tuple[str, ...] = dataclasses.field(default=(), metadata=FREE)
     name: str = ""
     crop: str = "centre"
@@ -124,17 +127,17 @@ class DataOptions:
     def describe(self) -> dict:
         """Return the fields that decide on the pixels, which are stored with a cache of their tokens."""
         left_out = {"num_views", "cache", "cache_memory_mib", "cache_disk_mib", "cache_folder", "tokenizer"}
-        left_out |= {"num_threads", "num_workers", "max_bad_share", "class_order"}
+        left_out |= {"num_threads", "num_workers", "max_bad_share", "class_order", "val_labels"}
         left_out |= set(self.idle_fields()) - {"flip"}  # caches of digits have always listed it
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     def idle_fields(self) -> tuple[str, ...]:
         """Return the fields that have no meaning for the source."""
         if self.source == "digits":
-            return ("path", "class_order", "name", "flip", "crop", "min_crop", "upright")
+            return ("path", "class_order", "val_labels", "name", "flip", "crop", "min_crop", "upright")
         of_digits = ("degrees", "shift_px", "scale", "shear")
         others = {"synthetic": ("path", "name"), "folder": ("name",), "tars": ("name",)}
-        of_folder = () if self.source == "folder" else ("class_order",)
+        of_folder = () if self.source == "folder" else ("class_order", "val_labels")
         return of_digits + of_folder + others.get(self.source, ())
 
     def transform(self) -> Transform:
@@ -158,4 +161,12 @@ class DataOptions:
             val_fraction=self.val_fraction,
             size=self.size,
             class_order=self.class_order,
+            val_labels=self.val_labels,
         )
+
+    def open_all(self) -> dict[str, ImageSource]:
+        """Return the source of every split that the data have; there may be no "val". Raises InputError as `open`."""
+        from mvar_jax.data.sources import splits_of
+
+        splits = splits_of(self.source, path=self.path, tfds_name=self.name, val_fraction=self.val_fraction)
+        return {split: self.open(split) for split in splits}

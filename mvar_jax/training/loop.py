@@ -14,7 +14,7 @@ import jax
 
 from mvar_jax.checkpoints.best import Metric
 from mvar_jax.checkpoints.manager import Checkpoints
-from mvar_jax.errors import RunError
+from mvar_jax.errors import InputError, RunError
 from mvar_jax.files.paths import as_path
 from mvar_jax.hardware.machines import peak_flops
 from mvar_jax.processes.holding import hold
@@ -66,10 +66,15 @@ def run(
       strict: refuse a damaged newest checkpoint instead of resuming from an older one.
 
     Raises:
-      InputError: the workdir has another configuration, is in use or unwritable, or has no good checkpoint.
+      InputError: the workdir has another configuration, is in use or unwritable, or has no good checkpoint; or
+        there is no evaluation for keep_best.
       RunError: too many steps in a row without a finite loss and gradient, no more batches, or a failed save.
     """
     started_s = time.monotonic()
+    if settings.keep_best and not task.has_evaluation:
+        words = f"config.keep_best={settings.keep_best} needs an evaluation, but the data have no validation split: "
+        words += "set it to '', or hold images out with config.data.val_fraction"
+        raise InputError(words, field="keep_best", given=settings.keep_best, expected="''")
     workdir = as_path(workdir, "workdir")
     join_initialized()
     check_shared("workdir", workdir)
@@ -160,7 +165,8 @@ class _Loop:
     def _observe(self, state: Any, step: int, is_last: bool) -> None:
         """Write pictures and evaluate, if due."""
         settings = self._settings
-        has_evaluation = step == 0 or is_last or _is_due(step, settings.eval_every_steps)
+        has_evaluation = step == 0 or _is_due(step, settings.eval_every_steps)
+        has_evaluation = is_last or (has_evaluation and self._task.has_evaluation)
         every = settings.picture_every_steps
         has_pictures = every >= 0 and (is_last or (step > 0 and _is_due(step, every)))
         if not (has_evaluation or has_pictures):
@@ -172,7 +178,7 @@ class _Loop:
             if has_evaluation:
                 metrics = self._task.evaluate(state)
                 self._keep_if_best(state, step, metrics)
-                # Last of all: the line of the final evaluation marks a run as complete.
+                # Last of all: the line of the final evaluation marks a run as complete, even if it is empty.
                 self._log.write(step, "eval", metrics)
 
     def _keep_if_best(self, state: Any, step: int, metrics: dict[str, Any]) -> None:
@@ -215,7 +221,7 @@ class _Loop:
     def _is_proven_by_evaluation(self, state: Any) -> bool:
         """Return whether the weights after a bad last step are good: no step follows that would show it."""
         self._read_finished(0)
-        return bool(self._num_bad) and math.isfinite(self._task.evaluate(state)["loss"])
+        return bool(self._num_bad) and math.isfinite(self._task.evaluate(state).get("loss", math.nan))
 
 
 def _is_complete(workdir: Path, newest: int, num_steps: int) -> bool:

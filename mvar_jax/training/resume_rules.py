@@ -87,9 +87,11 @@ def check_resumable(workdir: Path, config: dict, data_identity: dict) -> None:
     """
     if not has_checkpoint(workdir):
         return
-    stored = _read(workdir, CONFIG_FILE)
+    stored, stored_data = _read(workdir, CONFIG_FILE), _read(workdir, DATA_FILE)
+    if stored_data is not None and (config.get("epochs") or config.get("optimizer", {}).get("warmup_epochs")):
+        _check_data(workdir, stored_data, data_identity, [])  # before the steps, which follow from their number
     changed = () if stored is None else _check_config(workdir, stored, json.loads(json.dumps(config)))
-    _check_data(workdir, _read(workdir, DATA_FILE), data_identity, [key for key in changed if key in PLACE_KEYS])
+    _check_data(workdir, stored_data, data_identity, [key for key in changed if key in PLACE_KEYS])
 
 
 def _check_config(workdir: Path, stored: dict, config: dict) -> list[str]:
@@ -130,11 +132,22 @@ def _check_data(workdir: Path, stored: dict | None, data_identity: dict, moved: 
         words += "resume it once with the old value, which notes it, or choose another workdir"
         raise InputError(words, field=key, expected="the value of the run")
     before, now = dict(flatten(stored)), dict(flatten(json.loads(json.dumps(data_identity))))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            words = f"config.data must name the data of the run in {workdir}: {key} is "
-            words += f"{now.get(key)!r}, not {before.get(key)!r}; name the same data, or choose another workdir"
-            raise InputError(words, field="config.data", given=now.get(key), expected=repr(before.get(key)))
+    # what one side does not know is compared by the config; a validation split may come and go
+    for key in sorted(before.keys() & now.keys(), key=lambda key: (not key.endswith(".num_items"), key)):
+        if before[key] != now[key]:
+            words = f"config.data must name the data of the run in {workdir}, "
+            words += f"{_describe_change(key, before[key], now[key])}; name the same data, or choose another workdir"
+            raise InputError(words, field="config.data", given=now[key], expected=repr(before[key]))
+
+
+def _describe_change(key: str, before: Any, now: Any) -> str:
+    """Return how a value of the data's identity differs, as a relative clause."""
+    split, _, name = key.partition(".")
+    if name == "num_items":
+        return f"which had {before:,} {split} images, not {now:,}"
+    if name in ("classes", "names", "files"):
+        return f"whose {split} images had other {'classes' if name == 'classes' else 'names'}"
+    return f"whose {key} is {before!r}, not {now!r}"
 
 
 def keep_identity(workdir: Path, config: dict, data_identity: dict) -> None:

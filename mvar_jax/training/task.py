@@ -82,7 +82,7 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """The data of a task: sources by split, the transform of their samples, and how batches are loaded."""
+    """The data of a task: sources by split (maybe no "val"), their transform, and how batches are loaded."""
 
     sources: dict[str, Source]
     transform: Transform | None
@@ -101,6 +101,7 @@ class DataTask(Task):
         self.data, self.transform, self.loading = data.sources, data.transform, data.loading
         # split -> bad samples found by this process
         share = data.loading.max_bad_share
+        self.has_evaluation = "val" in data.sources
         self.data_identity = {split: source.identity() for split, source in data.sources.items()}
         self.skipped = {split: Skipped(split, len(source), share) for split, source in data.sources.items()}
         self.examples_per_step = run.batch_size

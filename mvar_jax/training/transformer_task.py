@@ -79,6 +79,8 @@ class TransformerTask(DataTask):
 
     def evaluate(self, state) -> dict:
         """Return token-weighted means over the validation split, in nats a token: averaged weights, no dropout."""
+        if not self.has_evaluation:
+            return {}
         with use_mesh(self.run.mesh):
             params = self.averaged(state)
             parts = [self.evaluate_batch(params, batch, self.tokenizer) for batch in self.eval_batches()]

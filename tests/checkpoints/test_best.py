@@ -53,6 +53,27 @@ def test_run_killed_after_its_best_step_goes_on_keeping_it(tmp_path):
     assert checkpoints_of(tmp_path) == [10, 23]
 
 
+class Blind(ToyTask):
+    has_evaluation = False
+
+    def evaluate(self, state):
+        super().evaluate(state)
+        return {}
+
+
+def test_run_without_evaluation_is_complete_but_has_no_best_checkpoint(tmp_path, capsys):
+    task = Blind()
+    assert run(task, tmp_path, make_settings(10), CONFIG).step == 10 and task.evaluated_steps == [10]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in lines if line["kind"] == "eval"] == [{"step": 10, "kind": "eval"}]
+    run(Blind(), tmp_path, make_settings(10), CONFIG)
+    assert "already holds step 10 of 10" in capsys.readouterr().out
+    words = "config.keep_best=loss needs an evaluation, but the data have no validation split: set it to '', or hold"
+    with pytest.raises(InputError, match=words) as error:
+        run(Blind(), tmp_path / "other", make_settings(10, keep_best="loss"), CONFIG)
+    assert error.value.field == "keep_best" and not (tmp_path / "other").exists()
+
+
 def test_score_without_its_checkpoint_does_not_count(tmp_path):
     run(Scripted(), tmp_path, make_settings(23, keep_best="loss", keep_checkpoints=1), CONFIG)
     path = tmp_path / "checkpoints/scores.json"

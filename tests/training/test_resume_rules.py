@@ -119,10 +119,26 @@ def test_before_a_checkpoint_nothing_binds(tmp_path):
 
 def test_other_data_at_the_same_or_another_place_are_refused(workdir):
     other = DATA | {"train": {"num_items": 41}}
-    words = "config.data must name the data of the run .*: train.num_items is 41, not 40; name the same data, or"
+    words = "config.data must name the data of the run .*, which had 40 train images, not 41; name the same data, or"
     for config in (load("debug_transformer"), change(load("debug_transformer"), "data.cache", "elsewhere")):
         with pytest.raises(InputError, match=words):
             check_resumable(workdir, config, other)
+
+
+def test_data_that_grew_are_named_before_the_steps_that_follow_from_them(workdir):
+    config = change(load("debug_transformer"), "epochs", 2)
+    keep_identity(workdir, config, DATA)
+    with pytest.raises(InputError, match="which had 40 train images, not 41; name the same data"):
+        check_resumable(workdir, change(config, "num_steps", 13), DATA | {"train": {"num_items": 41}})
+
+
+def test_what_only_one_version_notes_of_the_data_is_not_compared(workdir):
+    train = DATA["train"] | {"files": "abc"}
+    check_resumable(workdir, load("debug_transformer"), {"train": train})  # nor a validation split that is gone
+    keep_identity(workdir, load("debug_transformer"), {"train": train})
+    check_resumable(workdir, load("debug_transformer"), DATA)
+    with pytest.raises(InputError, match="whose train images had other names; name the same data"):
+        check_resumable(workdir, load("debug_transformer"), {"train": train | {"files": "def"}})
 
 
 def test_a_run_that_noted_no_data_may_not_move_before_it_has(workdir):
