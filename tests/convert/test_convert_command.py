@@ -30,11 +30,11 @@ def refuse(*arguments):
 def test_converts_there_and_back(tmp_path, capsys):
     files = ["--tokenizer", TINY / "vae.pth", "--transformer", TINY / "mvar.pth"]
     options = ["--patch_nums", "1,2,3,4,5,6,8,10,13,16", "--kernel_size", "5", "--refine_step", "9"]
-    assert run(*files, "--out", tmp_path / "model", *options, "--conditioning", "full") == 0
+    assert run(*files, "--out", tmp_path / "model", *options, "--conditioning", "markov") == 0
     fields = json.loads((tmp_path / "model" / "model.json").read_text())["transformer"]
-    assert (fields["kernel_size"], fields["refine_step"], fields["conditioning"]) == (5, 9, "full")
+    assert (fields["kernel_size"], fields["refine_step"], fields["conditioning"]) == (5, 9, "markov")
     assert run("--checkpoint", tmp_path / "model", "--to_torch", tmp_path / "torch") == 0
-    assert sorted(path.name for path in (tmp_path / "torch").iterdir()) == ["vae.pth", "var.pth"]
+    assert sorted(path.name for path in (tmp_path / "torch").iterdir()) == ["mvar.pth", "vae.pth"]
     assert str(tmp_path / "model") in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "torch"]
 

@@ -8,7 +8,7 @@ import torch_files
 
 import mvar_jax
 from mvar_jax.checkpoints.model_directory import load_model, module_from_dict, save_model
-from mvar_jax.convert.reader import TorchFile
+from mvar_jax.convert.reader import open_weights
 from mvar_jax.convert.to_torch import to_torch
 from mvar_jax.convert.weights import MisfitError, convert, load_published
 from mvar_jax.errors import InputError
@@ -152,7 +152,7 @@ def test_other_structures_go_to_torch_and_back(tmp_path, case):
     params = make_params(module)
     save_model(tmp_path / "model", {kind: module}, {kind: params})
     (path,) = to_torch(tmp_path / "model", tmp_path / "torch")
-    with TorchFile(kind, path) as file:
+    with open_weights(kind, path) as file:
         assert file.content.get("mvar_wo_ddp", file.content)[key].shape == shape
     if kind == "tokenizer":
         again = convert(path, None, tmp_path / "again", patch_nums=(1, 2, 3))
@@ -178,7 +178,7 @@ def test_every_missing_extra_and_misshapen_tensor_is_listed(tmp_path, golden, ki
     first, second, third, fourth = [name for name in state if name.endswith(("bias", "weight"))][-4:]
     del state[first]
     state[second] = state[second][..., :-1]
-    state[third] = state[third].astype(np.float64)
+    state[third] = state[third].astype(np.int32)
     state[f"{fourth}_copy"] = np.ones((2, 5), np.float32)
     paths = (save(tmp_path, state), None) if kind == "vae" else (None, save(tmp_path, {"mvar_wo_ddp": state}))
     with pytest.raises(MisfitError) as caught:
@@ -187,7 +187,7 @@ def test_every_missing_extra_and_misshapen_tensor_is_listed(tmp_path, golden, ki
     wanted = {
         first: "is missing",
         second: f"has shape {shape}",
-        third: "float64",
+        third: "int32",
         f"{fourth}_copy": "(2, 5) is unknown",
     }
     assert len(caught.value.misfits) == 4
