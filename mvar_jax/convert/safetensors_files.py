@@ -111,13 +111,16 @@ def write_safetensors(folder: Path, name: str, tensors: dict[str, np.ndarray], s
         if shard_mib is not None and shards[-1] and num_bytes + array.nbytes > shard_mib << 20:
             shards.append({})
             num_bytes = 0
-        shards[-1][key] = np.ascontiguousarray(array)
+        shards[-1][key] = np.asarray(array, order="C")
         num_bytes += array.nbytes
     names = [f"{name}.safetensors"]
     if len(shards) > 1:
         names = [f"{name}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, shard in zip(names, shards, strict=True):
+        (folder / file).touch()
+        mode = (folder / file).stat().st_mode
         safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(mode)  # the package lets nobody else read its files
     if len(shards) == 1:
         return names
     places = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}

@@ -8,6 +8,7 @@ from mvar_jax.scales import KNOWN_SIDES, areas_of
 
 CONDITIONING_OF_WRAPPER = {"mvar_wo_ddp": "markov", "var_wo_ddp": "full"}
 NUM_GROUPS = 32
+MAX_BLOCKS = 100  # of the encoder; the published tokenizer has 10
 MASK = "attn_bias_for_masking"
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 
@@ -122,6 +123,9 @@ def tokenizer_fields(state: StateDict, sides: tuple[int, ...] | None) -> dict:
     vocab_size, code_width = state.sizes("quantize.embedding.weight", 2)
     ch = state.sizes("encoder.conv_in.weight", 4)[0]
     num_levels = max(1, state.count(r"encoder\.down\.\d+\.block\.0\.conv1\.weight"))
+    num_res_blocks = state.count(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
+    if num_levels * num_res_blocks > MAX_BLOCKS:
+        raise state.refuse(f"an encoder has at most {MAX_BLOCKS} blocks, got {num_levels} x {num_res_blocks}")
     widths = [state.sizes(f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(num_levels)]
     for width in (ch, *widths):
         if width % ch or width % NUM_GROUPS:
@@ -132,7 +136,7 @@ def tokenizer_fields(state: StateDict, sides: tuple[int, ...] | None) -> dict:
         "code_width": code_width,
         "ch": ch,
         "ch_mult": tuple(width // ch for width in widths),
-        "num_res_blocks": state.count(r"encoder\.down\.0\.block\.\d+\.conv1\.weight"),
+        "num_res_blocks": num_res_blocks,
         "num_groups": NUM_GROUPS,
         "num_phi": state.count(r"quantize\.quant_resi\.(qresi\.|qresi_ls\.\d+\.|\d+\.)weight"),
     }

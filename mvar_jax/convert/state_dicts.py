@@ -161,7 +161,9 @@ def choose(kind: str, file: WeightsFile, found: list[Candidate], key: str | None
     published = [c for name in WRAPPERS[kind] for c in found if is_named(c.name, name)]
     chosen = [c for c in found if not c.name] + published
     if not chosen and len(found) > 1:
-        message = f"{file.field}={file.path} holds {len(found)} state dicts, {listed}: give --weights, one of them"
+        message = (
+            f"{file.field}={file.path} holds {len(found)} state dicts, {listed}: choose one by convert --weights"
+        )
         raise InputError(message, field="weights", given=None, expected=listed)
     taken = chosen[0] if chosen else found[0]
     if len(found) > 1:

@@ -36,6 +36,7 @@ class TorchFile(WeightsFile):
     def __init__(self, field: str, path: Path, file: BinaryIO):
         super().__init__(field, path)
         self._opened.enter_context(file)
+        self._num_read = 0
         self._last: tuple[Storage, np.ndarray] | None = None
         self.num_bytes = file.seek(0, io.SEEK_END)
         file.seek(0)
@@ -43,7 +44,7 @@ class TorchFile(WeightsFile):
             self._open(file)
         except BaseException as error:
             self.close()
-            if isinstance(error, PickleError):
+            if isinstance(error, PickleError | OSError):
                 raise self.refuse(shorten(error)) from None
             raise
 
@@ -52,7 +53,10 @@ class TorchFile(WeightsFile):
         dtype = as_dtype(tensor.dtype)
         if self._last is None or self._last[0] != storage:
             self._last = None
-            raw = np.frombuffer(self._read_storage(storage), f"{'>' if self.is_big_endian else '<'}u{dtype.itemsize}")
+            data = self._read_storage(storage)
+            self._num_read += len(data)
+            self.check_unpacked(self._num_read)  # since tensors of several storages may alternate
+            raw = np.frombuffer(data, f"{'>' if self.is_big_endian else '<'}u{dtype.itemsize}")
             self._last = storage, raw.astype(f"=u{dtype.itemsize}", copy=False).view(dtype)
         flat = self._last[1][offset:]
         strides = tuple(stride * dtype.itemsize for stride in strides)
@@ -134,7 +138,8 @@ class LegacyTorchFile(TorchFile):
     def _find_storages(self, start: int, keys: object, storages: list[Storage]) -> None:
         """Note where the bytes of each storage begin."""
         by_key = {storage.key: storage for storage in storages}
-        if not isinstance(keys, list) or set(by_key) != set(keys) or len(keys) != len(by_key):
+        is_list = isinstance(keys, list) and all(type(key) is str for key in keys)  # others may be slow to hash
+        if not is_list or set(by_key) != set(keys) or len(keys) != len(by_key):
             raise PickleError("its list of storages does not fit its tensors")
         for key in keys:
             kind, num_elements = by_key[key].kind, by_key[key].num_elements

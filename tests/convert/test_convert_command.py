@@ -39,6 +39,24 @@ def test_converts_there_and_back(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "torch"]
 
 
+def test_converts_to_safetensors_and_back(tmp_path, capsys):
+    run("--transformer", TINY / "mvar.pth", "--out", tmp_path / "model")
+    assert run("--checkpoint", tmp_path / "model", "--to_safetensors", tmp_path / "safe", "--shard_mib", "1") == 0
+    index = tmp_path / "safe" / "mvar.safetensors.index.json"
+    assert f"wrote {index}" in capsys.readouterr().out
+    run("--transformer", index, "--out", tmp_path / "again")
+    first, second = ((tmp_path / name / "model.json").read_text() for name in ("model", "again"))
+    assert first == second
+
+
+def test_one_of_several_state_dicts_is_chosen(tmp_path):
+    state = dict(np.load(TINY / "mvar.npz"))
+    torch_files.save(tmp_path / "x.pth", {"model": state, "ema": dict(state)})
+    error = refuse("--transformer", tmp_path / "x.pth", "--out", tmp_path / "out")
+    assert error.field == "weights" and not (tmp_path / "out").exists()
+    run("--transformer", tmp_path / "x.pth", "--out", tmp_path / "out", "--weights", "ema")
+
+
 def test_one_window_for_each_scale(tmp_path):
     run("--transformer", TINY / "mvar.pth", "--out", tmp_path / "model", "--kernel_size", "5,7")
     assert json.loads((tmp_path / "model" / "model.json").read_text())["transformer"]["kernel_size"] == [5, 7]
@@ -89,6 +107,13 @@ def test_files_come_from_the_hub_by_name(tmp_path, monkeypatch):
         (["--checkpoint", "x", "--to_torch", "OUT"], "checkpoint"),
         (["--checkpoint", "x", "--to_torch", "OUT", "--kernel_size", "7"], "kernel_size"),
         (["--checkpoint", "x", "--to_torch", "OUT", "--out", "OUT"], "out"),
+        (["--checkpoint", "x", "--to_torch", "OUT", "--weights", "ema"], "weights"),
+        (["--checkpoint", "x", "--to_torch", "OUT", "--to_safetensors", "OUT"], "to_safetensors"),
+        (["--checkpoint", "x", "--to_torch", "OUT", "--shard_mib", "1"], "shard_mib"),
+        (["--checkpoint", "x", "--to_safetensors", "OUT", "--shard_mib", "x"], "shard_mib"),
+        (["--checkpoint", "x", "--to_safetensors", "OUT", "--shard_mib", "0"], "shard_mib"),
+        (["--shard_mib", "1", "--tokenizer", "x", "--out", "OUT"], "to_torch"),
+        (["--to_safetensors", "OUT"], "checkpoint"),
     ],
 )
 def test_refusals_name_the_option(tmp_path, arguments, field):

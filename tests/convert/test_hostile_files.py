@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch_files
 
-from mvar_jax.convert import pickles
+from mvar_jax.convert import files, pickles
 from mvar_jax.convert.pickles import PickleError, load_pickle
 from mvar_jax.convert.reader import open_weights
 from mvar_jax.convert.state_dicts import find_state_dict
@@ -174,6 +174,25 @@ def test_storage_of_a_huge_claim_is_refused_before_it_is_read(tmp_path):
         save(tmp_path / "x.pth", transformer_with("lvl_1L", view))
         with pytest.raises(InputError), open_weights("transformer", tmp_path / "x.pth") as file:
             find_state_dict("transformer", file)["lvl_1L"]
+
+
+def test_storages_that_alternate_are_not_read_again_and_again(tmp_path, monkeypatch):
+    """Small tensors of two large storages: each read unpacks a whole storage."""
+    monkeypatch.setattr(files, "MAX_UNPACKED_BYTES", 8 << 20)
+    storages = [torch_files.Storage(np.zeros(1 << 18, np.float32)) for _ in range(2)]
+    content = {f"x{i}": torch_files.View(storages[i % 2], 0, (1,), (1,)) for i in range(20)}
+    torch_files.save(tmp_path / "x.pth", content, zipfile.ZIP_DEFLATED)
+    with open_weights("transformer", tmp_path / "x.pth") as file, pytest.raises(InputError, match="would unpack to"):
+        for tensor in file.content.values():
+            file.read(tensor)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_nested_containers_in_files_of_the_older_format_take_no_time(tmp_path, place):
+    pickled = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}, {}, [])]
+    pickled[place] = b"\x80\x02]" + LAUGHS["tuples"] + b"a."
+    (tmp_path / "x.pth").write_bytes(b"".join(pickled))
+    refuse(tmp_path)
 
 
 def test_zip_bombs_and_overlapping_or_repeated_members_are_refused(tmp_path):
