@@ -4,18 +4,20 @@ Records have one size and, in caches written by this version, are not compressed
 follows from the format (riegeli), and one record is read from a store by one request for its bytes.
 """
 
+import contextlib
+import errno
 import functools
 import os
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, find_storage_error, shorten
 from mvar_jax.files.stores import StorePath
 from mvar_jax.tokens.copies import Copies
 from mvar_jax.tokens.requests import requests
@@ -44,6 +46,26 @@ def check_equal(cache: str | os.PathLike, field: str, given: Any, expected: Any,
     if given != expected:
         message = f"token cache {cache} has {field} {given!r}, not {expected!r} like {whose}"
         raise InputError(message, field=field, given=given, expected=repr(expected))
+
+
+@contextlib.contextmanager
+def writing_shard(file: Path, path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Open a new file of this machine and yield a function that writes a record.
+
+    What the library raises is raised as OSError of `path`, the shard's place.
+    """
+
+    def call(method: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except RuntimeError as error:
+            raise find_storage_error(error, path) or OSError(errno.EIO, shorten(error), str(path)) from error
+
+    writer = call(ArrayRecordWriter, str(file), WRITE_OPTIONS)
+    try:
+        yield functools.partial(call, writer.write)
+    finally:
+        call(writer.close)
 
 
 class LocalShard:
