@@ -5,7 +5,7 @@ from typing import Any
 
 from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError
-from mvar_jax.fields import check_keys, from_dict, put_below
+from mvar_jax.fields import check_keys, check_values, from_dict, put_below
 from mvar_jax.files.paths import as_path
 
 # key -> whether it is a section; every config has exactly these
@@ -34,6 +34,8 @@ TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "i
 def check_config(config: dict) -> None:
     """Raise InputError unless the config has every common key, its task's section and nothing else.
 
+    The plain keys must be what their annotations say; those of a section are checked when it is built.
+
     Keys that no options class holds:
       task: what is trained: tokenizer or transformer.
       init_from: initial weights of the transformer: a model directory, a workdir or a published file; "" for none.
@@ -44,6 +46,9 @@ def check_config(config: dict) -> None:
         raise InputError(
             f"config.task must be {expected}, got {task!r}", field="config.task", given=task, expected=expected
         )
+    from mvar_jax.training.settings import LoopSettings
+    from mvar_jax.training.task import RunOptions
+
     known = COMMON_KEYS | TASK_KEYS[task]
     check_keys(config, (*known, *OPTIONAL_KEYS), "config")
     for name, is_section in (known | dict.fromkeys(OPTIONAL_KEYS, False)).items():
@@ -56,6 +61,12 @@ def check_config(config: dict) -> None:
             expected = "a section of keys" if is_section else "a plain value"
             words = f"{field} must be {expected}, got {config[name]!r}"
             raise InputError(words, field=field, given=config[name], expected=expected)
+    plain = {name: value for name, value in config.items() if not isinstance(value, dict)}
+    for cls in (RunOptions, LoopSettings):
+        check_values(cls, plain, "config")
+    if not isinstance(path := config.get("init_from", ""), str):
+        words = f"config.init_from must be text, got {path!r}"
+        raise InputError(words, field="config.init_from", given=path, expected="text")
 
 
 def build_data(config: dict) -> DataOptions:
@@ -93,10 +104,12 @@ def build_run(config: dict):
     from mvar_jax.training.task import RunOptions
 
     check_keys(config["mesh"], MESH_AXES, "config.mesh")
-    sections = {
-        "optimizer": from_dict(OptimizerOptions, config["optimizer"], "config.optimizer"),
-        "mesh": make_mesh(**config["mesh"]),
-    }
+    check_values(make_mesh, config["mesh"], "config.mesh")
+    try:
+        mesh = make_mesh(**config["mesh"])
+    except InputError as error:
+        raise put_below(error, "config") from None
+    sections = {"optimizer": from_dict(OptimizerOptions, config["optimizer"], "config.optimizer"), "mesh": mesh}
     return RunOptions(**_given_fields(RunOptions, {"num_steps": 0} | config | sections))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,7 @@ from mvar_jax.checkpoints.trees import load_tree, save_tree
 from mvar_jax.errors import InputError
 from mvar_jax.fields import from_dict, put_below
 from mvar_jax.files.atomic import write_json
-from mvar_jax.models.init import abstract_params
+from mvar_jax.models.init import LINEN_FIELDS, abstract_params
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 
@@ -25,7 +26,7 @@ CLASSES_FILE = "classes.json"  # class names in the order of the labels, as trai
 FORMAT = 1
 MODULES = {"tokenizer": Tokenizer, "transformer": Transformer}
 WHICH = ("last", "best")
-LINEN_FIELDS = ("name", "parent")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def module_to_dict(module: nn.Module) -> dict:
@@ -41,7 +42,7 @@ def module_from_dict(kind: str, fields: dict, where: str | None = None) -> nn.Mo
     weights. Raises InputError for an unknown or missing field, or fields that do not fit together.
     """
     if "dtype" in fields:
-        fields = fields | {"dtype": jnp.dtype(fields["dtype"]).type}
+        fields = fields | {"dtype": _read_dtype(fields["dtype"], where or kind)}
     module = from_dict(MODULES[kind], fields, where or kind, hidden=LINEN_FIELDS)
     try:
         module.check()
@@ -50,6 +51,14 @@ def module_from_dict(kind: str, fields: dict, where: str | None = None) -> nn.Mo
             raise
         raise put_below(error, where) from None
     return module
+
+
+def _read_dtype(given: Any, where: str) -> type:
+    if given not in DTYPES:
+        expected = f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
+        words = f"{where}.dtype must be {expected}, got {given!r}"
+        raise InputError(words, field=f"{where}.dtype", given=given, expected=expected)
+    return jnp.dtype(given).type
 
 
 def write_model_file(directory: Path, modules: dict[str, nn.Module], trains: str | None = None) -> None:

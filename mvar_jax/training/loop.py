@@ -71,6 +71,9 @@ def run(
     """
     started_s = time.monotonic()
     workdir = as_path(workdir, "workdir")
+    best = Metric.parse(settings.keep_best)
+    if best is not None and task.metrics:
+        best.check(task.metrics)
     join_initialized()
     check_shared("workdir", workdir)
     check_resumable(workdir, config_json, task.data_identity)  # before the lock, so a refused run leaves no trace

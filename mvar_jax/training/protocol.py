@@ -13,10 +13,12 @@ class Task(abc.ABC):
 
     Attributes:
       examples_per_step: images of a step.
+      metrics: names of the numbers of an evaluation; () if they are not known beforehand.
       data_identity: what the data are, wherever they lie, as a JSON object: a run resumes only with the same.
     """
 
     examples_per_step: int
+    metrics: tuple[str, ...] = ()
     data_identity: dict[str, Any] = {}  # noqa: RUF012
 
     @abc.abstractmethod

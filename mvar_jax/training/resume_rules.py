@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from mvar_jax.checkpoints.manager import has_checkpoint
-from mvar_jax.checkpoints.model_directory import LINEN_FIELDS
 from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.fields import flatten
 from mvar_jax.files.atomic import write_atomically
+from mvar_jax.models.init import LINEN_FIELDS
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import make_mesh

@@ -15,7 +15,7 @@ from mvar_jax.data.pipeline import eval_batches, train_batches
 from mvar_jax.data.protocols import Source, Transform
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.errors import InputError
-from mvar_jax.fields import FREE
+from mvar_jax.fields import FREE, Count, Natural, NotNegative, Seed, check_fields, put_below
 from mvar_jax.sharding import check_batch_size, check_sizes, constrain, num_shards_of, put_batch, replicated, use_mesh
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.protocol import Task
@@ -40,32 +40,33 @@ class RunOptions:
     Raises InputError for values out of range.
     """
 
-    seed: int
-    num_steps: int
+    seed: Seed
+    num_steps: Natural
     batch_size: int
     optimizer: OptimizerOptions
     mesh: Mesh = dataclasses.field(metadata=FREE)
-    accumulate_steps: int = dataclasses.field(default=1, metadata=FREE)
-    epochs: float = dataclasses.field(default=0.0, metadata=FREE)  # a run is compared by its steps
+    accumulate_steps: Count = dataclasses.field(default=1, metadata=FREE)
+    epochs: NotNegative = dataclasses.field(default=0.0, metadata=FREE)  # a run is compared by its steps
 
     def __post_init__(self):
-        if self.accumulate_steps < 1:
-            words = f"config.accumulate_steps must be 1 or more, got {self.accumulate_steps}"
-            raise InputError(words, field="accumulate_steps", given=self.accumulate_steps, expected="1 or more")
-        check_batch_size(self.batch_size, self.mesh, self.accumulate_steps)
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int | float) or self.epochs < 0:
-            words = f"config.epochs must be a number of at least 0, got {self.epochs!r}"
-            raise InputError(words, field="epochs", given=self.epochs, expected="0 or more")
+        check_fields(self, "config")
+        try:
+            check_batch_size(self.batch_size, self.mesh, self.accumulate_steps)
+        except InputError as error:
+            raise put_below(error, "config") from None
         if (self.num_steps > 0) == (self.epochs > 0):
             both = f"{self.num_steps} and {self.epochs}"
             words = f"exactly one of config.num_steps and config.epochs must be above 0, got {both}"
-            raise InputError(f"{words}; set the other to 0", field="num_steps", given=both, expected="one above 0")
+            raise InputError(
+                f"{words}; set the other to 0", field="config.num_steps", given=both, expected="one above 0"
+            )
         # of different units they are compared by `with_images`
         for warmup_name, end_name in (("warmup_steps", "num_steps"), ("warmup_epochs", "epochs")):
             warmup, end = getattr(self.optimizer, warmup_name), getattr(self, end_name)
             if end and warmup >= end:
-                words = f"config.optimizer.{warmup_name} must be below config.{end_name}={end}, got {warmup}"
-                raise InputError(words, field=warmup_name, given=warmup, expected=f"0 to below {end}")
+                field = f"config.optimizer.{warmup_name}"
+                words = f"{field} must be below config.{end_name}={end}, got {warmup}"
+                raise InputError(words, field=field, given=warmup, expected=f"0 to below {end}")
 
     def with_images(self, num_images: int) -> "RunOptions":
         """Return the options with epochs turned into steps. num_images: of the training split."""

@@ -31,6 +31,8 @@ class TransformerTask(DataTask):
     transformer. initial_params: weights to start from, None for random ones.
     """
 
+    metrics = ("loss",)
+
     def __init__(
         self,
         run: RunOptions,
