@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -61,6 +62,8 @@ def type_name(annotation) -> str:
     """Return an annotation as it is written in a config: `Any` is only used for dtypes, which are given by name."""
     if annotation is typing.Any:
         return "str"
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join("None" if one is types.NoneType else type_name(one) for one in typing.get_args(annotation))
     is_plain = isinstance(annotation, type) and not typing.get_args(annotation)
     return annotation.__name__ if is_plain else str(annotation)
 
