@@ -29,6 +29,14 @@ def add_arguments(parser) -> None:
         action="store_true",
         help="do not check that no other run uses WORKDIR: for storage that can neither lock nor keep a lease",
     )
+    parser.add_argument(
+        "--allow_change",
+        action="append",
+        default=[],
+        metavar="KEY[,KEY]",
+        help="let the run in WORKDIR go on with other values of these config keys, such as "
+        "optimizer.base_learning_rate; config.json keeps what changed and when; may be repeated",
+    )
 
 
 def run(args) -> int:
@@ -38,10 +46,14 @@ def run(args) -> int:
     use_compilation_cache(args.compilation_cache)
 
     from mvar_jax import build
+    from mvar_jax.cli.config_files import split_argument
     from mvar_jax.training import loop
+    from mvar_jax.training.resume_rules import check_allowed
     from mvar_jax.training.saving import say
 
     settings = build.build_settings(config)
+    allowed = {key.strip().removeprefix("config.") for keys in args.allow_change for key in keys.split(",")}
+    check_allowed(allowed, config["task"])
     task, modules, tokenizer_params = build.build_task(config)
     check_same_in_all(config, task)
     print_machine(task.run.mesh)
@@ -49,10 +61,13 @@ def run(args) -> int:
         say(described)
     settings = dataclasses.replace(settings, num_steps=task.run.num_steps)
     config = build.with_steps(config, task.run)
+    if (config_arg := split_argument(args.config)[1]) is not None:
+        config["config_arg"] = config_arg
     check_classes(workdir, list(task.data["train"].label_names))
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
     try:
-        result = loop.run(task, workdir, settings, config, prepare, strict=args.strict, has_lock=not args.no_lock)
+        options = {"has_lock": not args.no_lock, "strict": args.strict, "allow_change": allowed}
+        result = loop.run(task, workdir, settings, config, prepare, **options)
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:
             raise
