@@ -37,18 +37,18 @@ REFUSED = [
     (TRANSFORMER, "optimizer.clip_norm=None", "a number of at least 0, got None"),
     (TRANSFORMER, "data.num_threads=1.5", "a whole number from 0 to 1024, got 1.5"),
     (TRANSFORMER, "data.size=None", "a whole number of at least 0, got None"),
-    (TRANSFORMER, "data.flip=3", "True or False, got 3"),
+    (TRANSFORMER, "data.flip=3", "true or false, got 3"),
     (TRANSFORMER, "data.tokenizer=3", "text, got 3"),
-    (TRANSFORMER, "model.dtype=bf16", "float32, bfloat16 or float16, got 'bf16'"),
-    (TRANSFORMER, "model.sides=a", "a tuple of whole numbers, got ('a',)"),
-    (TRANSFORMER, "model.kernel_size=2.5", "a whole number or a tuple of whole numbers, got 2.5"),
+    (TRANSFORMER, "model.dtype=bf16", "one of float32, bfloat16, float16, got 'bf16'"),
+    (TRANSFORMER, "model.sides=a", "a whole number, got 'a'"),
+    (TRANSFORMER, "model.kernel_size=2.5", "a whole number or a list, each part a whole number, got 2.5"),
     (TRANSFORMER, "model.remat=None", "none, dots or full, got None"),
     (TRANSFORMER, "phases.label_smoothing=some", "a number from 0 to below 1, got 'some'"),
     (TRANSFORMER, "num_steps=many", "a whole number of at least 0, got 'many'"),
     (TRANSFORMER, "num_steps=1.5", "a whole number of at least 0, got 1.5"),
     (TRANSFORMER, "batch_size=2.5", "a whole number, got 2.5"),
     (TRANSFORMER, "seed=True", "a whole number from 0 to 4294967295, got True"),
-    (TRANSFORMER, "profile_steps=x", "a tuple of whole numbers, got ('x',)"),
+    (TRANSFORMER, "profile_steps=x", "a whole number, got 'x'"),
     (TRANSFORMER, "mesh.data=x", "a whole number, got 'x'"),
     (TRANSFORMER, "optimizer=3", "a section of keys, got 3"),
     (TOKENIZER, "codebook.l2_weight=None", "a number of at least 0, got None"),
@@ -61,7 +61,7 @@ REFUSED = [
     (TRANSFORMER, "optimizer.eps=0", "a number above 0, got 0"),
     (TRANSFORMER, "optimizer.ema_decay=1.0", "a number from 0 to below 1, got 1.0"),
     (TRANSFORMER, "optimizer.warmup_steps=12", "below config.num_steps=12, got 12"),
-    (TRANSFORMER, "optimizer.final_weight_decay=-0.1", "a number of at least 0 or None, got -0.1"),
+    (TRANSFORMER, "optimizer.final_weight_decay=-0.1", "a number of at least 0, got -0.1"),
     (TRANSFORMER, "seed=-1", "a whole number from 0 to 4294967295, got -1"),
     (TRANSFORMER, "batch_size=0", "a positive multiple of 1 (devices that share a batch: 1), got 0"),
     (TRANSFORMER, "mesh.fsdp=0", "a number of devices, or -1 for those that are left, got 0"),
@@ -80,7 +80,7 @@ REFUSED = [
         "auto, band, dense, gather, pallas_gpu, pallas_tpu, reference or tiled",
     ),
     (TOKENIZER, "model.num_groups=3", "a divisor of the channels of every level, 8, got 3"),
-    (TOKENIZER, "model.group_size=0", "a whole number of at least 1 or None, got 0"),
+    (TOKENIZER, "model.group_size=0", "a whole number of at least 1, got 0"),
     (TOKENIZER, "model.ch_mult=()", "a tuple of one number for each level, got ()"),
     (TOKENIZER, "model.phi_ratio=2", "a number from 0 to 1, got 2"),
     (TOKENIZER, "codebook.usage_decay=1", "a number from 0 to below 1, got 1"),
@@ -91,9 +91,9 @@ REFUSED = [
 def test_value_of_another_type_or_out_of_range_is_refused_with_key_value_and_what_is_allowed(name, override, allowed):
     check_config_is_good(name)
     key = f"config.{override.partition('=')[0]}"
-    with pytest.raises(InputError, match=f"^{re.escape(f'{key} must be {allowed}')}") as caught:
+    with pytest.raises(InputError, match=rf"^{key}(\[0\])? must be {re.escape(allowed)}") as caught:
         build_all(read_config(name, [f"--config.{override}"]))
-    assert caught.value.field == key
+    assert caught.value.field.removesuffix("[0]") == key and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

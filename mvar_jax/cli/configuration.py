@@ -36,10 +36,21 @@ def read_config(config: str, overrides: list[str]) -> dict:
             section, name = _section_of(values, key)
             section[name] = _parse(texts[key], section.get_type(name) if name in section else object)
     try:
-        return values.to_dict()
+        return _plain(values.to_dict())
     except RequiredValueError as error:
         words = f"config {config} has a key without a value, which --config.KEY=VALUE must give: {error}"
         raise InputError(words, field="config", given=config, expected="a value for every key") from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a config with Python's numbers instead of numpy's, which config.json cannot hold."""
+    import numpy as np
+
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _section_of(config, key: str) -> tuple[Any, str]:

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from mvar_jax.errors import InputError
-from mvar_jax.fields import Count, NotNegative, Share, check_fields
+from mvar_jax.fields import check_fields
 from mvar_jax.models.autoencoder import Decoder, Encoder, conv
 from mvar_jax.models.init import LINEN_FIELDS
 from mvar_jax.ops import quantize
 from mvar_jax.ops.losses import commitment_loss
 from mvar_jax.scales import check_sides
+from mvar_jax.schema import Count, NotNegative, Share
 from mvar_jax.sharding import named_axes
 
 

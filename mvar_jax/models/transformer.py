@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.errors import InputError
-from mvar_jax.fields import FREE, Choice, Count, Decay, Natural, NotNegative, check_fields
+from mvar_jax.fields import FREE, check_fields
 from mvar_jax.models.init import LINEN_FIELDS
 from mvar_jax.models.layers import Adaptive, Block, alternate, layer_norm, normal
 from mvar_jax.ops.window import BACKENDS
 from mvar_jax.scales import BLOCK_DIAGONAL, CONDITIONINGS, Phase, Pyramid
+from mvar_jax.schema import Choice, Count, Decay, Natural, NotNegative
 from mvar_jax.sharding import constrain, named_axes
 
 REMAT_POLICIES = {

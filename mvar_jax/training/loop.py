@@ -82,7 +82,7 @@ def run(
     check_shared("workdir", workdir)
     check = functools.partial(check_resumable, workdir, config_json, task.data_identity, allow_change)
     check()  # before the lock, so a refused run leaves no trace
-    with RunStopFlag() as stop, hold("workdir", workdir, has_lock):
+    with RunStopFlag() as stop, hold("workdir", workdir, has_lock, kept="the newest checkpoint is intact"):
         changes = check()
         keep_identity(workdir, config_json, task.data_identity, changes)
         for change in changes:

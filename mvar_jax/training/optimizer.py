@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from mvar_jax.errors import InputError
-from mvar_jax.fields import FREE, Decay, Natural, NotNegative, Positive, Share, check_fields
+from mvar_jax.fields import FREE, check_fields
+from mvar_jax.schema import Decay, Natural, NotNegative, Positive, Share
 from mvar_jax.training.schedules import check_schedule, learning_rate_factor, weight_decay_at
 
 UNDECAYED = ("bias", "q_bias", "v_bias", "scale", "log_scale", "pos_start", "pos_embed", "level_embed")

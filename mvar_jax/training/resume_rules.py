@@ -22,6 +22,7 @@ from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.fields import check_keys, flatten
 from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.json_files import read_json
 from mvar_jax.models.init import LINEN_FIELDS
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
@@ -235,7 +236,7 @@ def keep_identity(workdir: Path, config: dict, data_identity: dict, changes: Seq
 def _read(workdir: Path, name: str) -> dict | None:
     """Return the object of a JSON file of the workdir, None if there is no file."""
     try:
-        return json.loads((workdir / name).read_text())
+        return read_json(workdir / name, dict[str, Any])
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -4,7 +4,8 @@ import dataclasses
 from typing import Annotated
 
 from mvar_jax.checkpoints.best import Metric
-from mvar_jax.fields import FREE, Count, Natural, Range, check_fields
+from mvar_jax.fields import FREE, check_fields
+from mvar_jax.schema import Count, Natural, Range
 from mvar_jax.training.profiling import check_profile_steps
 
 

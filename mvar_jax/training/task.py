@@ -15,7 +15,8 @@ from mvar_jax.data.pipeline import eval_batches, train_batches
 from mvar_jax.data.protocols import Source, Transform
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.errors import InputError
-from mvar_jax.fields import FREE, Count, Natural, NotNegative, Seed, check_fields, put_below
+from mvar_jax.fields import FREE, check_fields, put_below
+from mvar_jax.schema import Count, Natural, NotNegative, Seed
 from mvar_jax.sharding import check_batch_size, check_sizes, constrain, num_shards_of, put_batch, replicated, use_mesh
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.protocol import Task

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from mvar_jax.errors import InputError
-from mvar_jax.fields import Decay, Natural, NotNegative, check_fields
+from mvar_jax.fields import check_fields
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.ops.metrics import psnr_of_error
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.scales import areas_of, offsets_of
+from mvar_jax.schema import Decay, Natural, NotNegative
 from mvar_jax.training.accumulate import value_and_grad_over_parts
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
 from mvar_jax.training.state import TrainState

@@ -6,11 +6,12 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from mvar_jax.fields import Choice, Count, Decay, check_fields
+from mvar_jax.fields import check_fields
 from mvar_jax.models.transformer import Transformer, previous_of
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.scales import Phase, phase_of
+from mvar_jax.schema import Choice, Count, Decay
 from mvar_jax.training.accumulate import value_and_grad_over_parts
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
 from mvar_jax.training.state import TrainState

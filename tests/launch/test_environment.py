@@ -89,6 +89,18 @@ def test_ci_fails_with_its_tests_and_not_with_what_could_not_be_installed(machin
     assert f"Python 3.12, compiling without devices: {words}" in result.stdout
 
 
+def test_ci_fails_if_one_of_its_environments_cannot_be_set_up(machine):
+    for version in ("3.11", "3.12"):
+        machine.add_python(f"python{version}", version)
+    for name in ("test", "test_deviceless"):
+        make_program(machine.copy / "launch" / f"{name}.sh", stand_in())
+    make_program(machine.copy / "launch/setup.sh", "#!/bin/sh\ncase $PYTHON in *3.11) exit 4 ;; esac\n")
+    result = machine.run("bash", ".ci/run")
+    assert result.returncode == 1
+    assert "Python 3.11, installation: FAILED with status 4" in result.stdout
+    assert "Python 3.12, installation: passed" in result.stdout
+
+
 # answers what jax would, keeps its environment and words, and makes what each command should
 MVAR = """#!/bin/sh
 [ "$1" = -c ] && echo $PLATFORM && exit
