@@ -157,6 +157,7 @@ def _given_fields(cls: type, config: dict) -> dict[str, Any]:
 
 def build_task(config: dict):
     """Return (task, modules of model.json, weights of the tokenizer under a transformer or None)."""
+    from mvar_jax.training.initial import load_initial
     from mvar_jax.training.task import TaskData
     from mvar_jax.training.tokenizer_step import CodebookOptions
     from mvar_jax.training.tokenizer_task import TokenizerTask
@@ -174,7 +175,7 @@ def build_task(config: dict):
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
     module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
-    initial = load_initial(config["init_from"], module)
+    initial = load_initial(config["init_from"], module, sources["train"].label_names)
     run = run.with_images(len(sources["train"]))
     task = TransformerTask(run, module, options, tokenizer, TaskData(sources, transform, data.loading()), initial)
     return task, {"tokenizer": tokenizer.tokenizer, "transformer": module}, tokenizer.tokenizer_params
@@ -266,33 +267,6 @@ def with_classes_of(transformer, source, name: str):
             expected=str(expected),
         )
     return transformer
-
-
-def load_initial(path: str, transformer):
-    """Load the weights to start from: a model directory, a workdir or a published file (MVAR or VAR); None for "".
-
-    Raises InputError if a parameter has another shape than the transformer's.
-    """
-    from mvar_jax.checkpoints.model_directory import check_shapes, load_model
-
-    if not path:
-        return None
-    directory = as_path(path, "config.init_from")
-    if directory.is_dir():
-        params = load_model(directory)[1].get("transformer")
-        if params is None:
-            raise InputError(
-                f"config.init_from={path} holds no transformer",
-                field="config.init_from",
-                given=path,
-                expected="a directory with a transformer",
-            )
-    else:
-        from mvar_jax.convert.weights import load_published
-
-        params = load_published(path, transformer.sides)[1]
-    check_shapes(directory, "transformer", transformer, params)
-    return params
 
 
 def load_tokenizer(directory: str):

@@ -18,8 +18,10 @@ from mvar_jax.errors import InputError
 from mvar_jax.fields import FREE, check_fields, put_below
 from mvar_jax.schema import Count, Natural, NotNegative, Seed
 from mvar_jax.sharding import check_batch_size, check_sizes, constrain, num_shards_of, put_batch, replicated, use_mesh
+from mvar_jax.training.initial import CLASS_TABLE, Initial
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.protocol import Task
+from mvar_jax.training.saving import say
 from mvar_jax.training.state import TrainState, abstract_sharded, init_sharded, make_state
 
 NUM_PICTURES = 16
@@ -109,7 +111,7 @@ class DataTask(Task):
         # rbg: compiling many threefry draws takes most of a small model's start
         init = functools.partial(module.init_params, jax.random.key(run.seed, impl="rbg"))
         self._make_state = functools.partial(make_state, init, run.optimizer, extra)
-        self.initial_params = None
+        self.initial: Initial | None = None
         # outputs are placed as the state: left to itself the compiler may place them differently
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         self._whole = replicated(run.mesh)
@@ -118,13 +120,25 @@ class DataTask(Task):
         """Return sharded arrays, a function of the seed or of the weights that fine-tuning starts from."""
         with use_mesh(self.run.mesh):
             state, abstract = init_sharded(self._make_state, self.run.mesh)
-        if self.initial_params is None:
+        if self.initial is None:
             return state
+        if self.initial.note:
+            say(self.initial.note)
+        # the average has buffers of its own: a step donates both
+        ema = None if state.ema is None else self._start_params(state, abstract.params)
+        return state.replace(params=self._start_params(state, abstract.params), ema=ema)
+
+    def _start_params(self, state: TrainState, abstract_params):
+        """Return the weights that fine-tuning starts from, with fresh class rows taken from the run's own state."""
+        initial = self.initial
+        assert initial is not None
         place = lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding)
-        params = jax.tree.map(place, self.initial_params, abstract.params)
-        # the average has a buffer of its own: a step donates both
-        ema = None if state.ema is None else jax.tree.map(place, self.initial_params, abstract.params)
-        return state.replace(params=params, ema=ema)
+        params = jax.tree.map(place, initial.params, abstract_params)
+        if initial.fresh_rows is not None:
+            is_fresh_C1 = jax.device_put(initial.fresh_rows[:, None], self._whole)
+            pick = jax.jit(jnp.where, out_shardings=abstract_params[CLASS_TABLE].sharding)
+            params[CLASS_TABLE] = pick(is_fresh_C1, state.params[CLASS_TABLE], params[CLASS_TABLE])
+        return params
 
     def abstract_state(self) -> TrainState:
         """Return shapes and shardings of the state."""
