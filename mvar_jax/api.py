@@ -20,7 +20,7 @@ from mvar_jax.sampling import analysis, editing
 from mvar_jax.sampling.inputs import check_cfgs, check_features, check_ids, check_images, check_index, check_rows
 from mvar_jax.sampling.sampler import SampleOptions, decode_features, sample
 from mvar_jax.scales import areas_of
-from mvar_jax.values import MAX_INDEX, as_array, as_integer, as_seed
+from mvar_jax.values import INDEX_RANGE, MAX_INDEX, as_array, as_integer, as_seed
 
 
 class Model:
@@ -151,6 +151,7 @@ class Model:
         """
         options = SampleOptions(cfg, top_k, top_p, smooth, temperature)
         labels, size = self._check_labels(labels_B), self.tokenizer.image_size
+        keys = _keys(seed, index, len(labels))
         border_px = editing.check_border(border_px, softness, size)
         mask_BYX = editing.check_mask(mask, size)
         images = self._check_images(images_BYX3)
@@ -163,7 +164,6 @@ class Model:
         before = editing.hide_masked(np.broadcast_to(images, (num, size, size, 3)), mask_BYX)
         for_all = lambda x: jnp.broadcast_to(x, (len(labels), *x.shape[1:]))
         known_ids, masks = for_all(self.encode(before)), for_all(jnp.asarray(mask_BYX, jnp.float32))
-        keys = _keys(seed, index, len(labels))
         ids, f_hat = editing.redraw(self._both(), known_ids, masks, labels, keys, options, softness)
         return editing.blend(before, np.asarray(self.decode_features(f_hat)), mask_BYX, border_px), ids
 
@@ -208,7 +208,7 @@ class Model:
 
         Returns (images, ids) and takes the options of `sample`.
         """
-        num, index = as_integer(num, "num", 1), as_integer(index, "index", 0, MAX_INDEX)
+        num, index = as_integer(num, "num", 1), as_integer(index, "index", 0, MAX_INDEX, INDEX_RANGE)
         ends = np.eye(self.num_classes)[np.asarray(self._check_labels([first, last]))]
         if len(ends) != 2:
             words = f"first and last must be one class each, got {first!r} and {last!r}"

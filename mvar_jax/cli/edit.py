@@ -21,7 +21,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--expand", type=float, metavar="F", help="instead of a mask: shrink the image F times and paint around it"
     )
-    parser.add_argument("--label", required=True, metavar="L", help="class by number or name; several with commas")
+    parser.add_argument("--label", required=True, metavar="L", help="classes, as --labels of sample")
     parser.add_argument("--num", type=int, default=4, metavar="N", help="results of each label (default 4)")
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")

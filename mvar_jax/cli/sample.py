@@ -17,7 +17,11 @@ def add_arguments(parser) -> None:
         "--which", choices=("last", "best"), default="last", help="checkpoint of a workdir (default last)"
     )
     parser.add_argument(
-        "--labels", required=True, metavar="L,L", help="classes, as 207,360, or a range 0-9, or 'golden retriever'"
+        "--labels",
+        required=True,
+        metavar="L,L",
+        help='classes by number, range or name, as "207,0-9,golden retriever"; name:7 is the class that is called 7, '
+        "'#7' class number 7; a comma inside a name needs a backslash before it",
     )
     parser.add_argument("--num", type=int, default=8, metavar="N", help="images of each label (default 8)")
     add_sampling_arguments(parser)

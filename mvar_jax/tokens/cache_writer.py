@@ -40,6 +40,21 @@ class Entry(TypedDict):
     skipped: list[dict[str, Any]]
 
 
+class Identity(TypedDict):
+    """What tells an unfinished cache from others, as far as its classes need it."""
+
+    label_names: list[str]
+
+
+def classes_in(out: Path) -> list[str]:
+    """Return the classes of a token cache, finished or not, in the order of their labels; [] if there is none."""
+    if (out / META_NAME).exists():
+        return read_meta(out)["label_names"]
+    with contextlib.suppress(OSError, ValueError):
+        return read_json(out / UNFINISHED / f"train-{_IDENTITY_NAME}", Identity)["label_names"]
+    return []
+
+
 class CacheWriter:
     """Writes a token cache split by split; the cache appears when the `with` block ends without an exception.
 

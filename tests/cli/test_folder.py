@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from small_case import MODEL, TOKENIZER, seeded_params
 
 from mvar_jax.__main__ import main
 from mvar_jax.checkpoints.model_directory import load_model, save_model
-from mvar_jax.training import transformer_task
+from mvar_jax.tokens import encode
+from mvar_jax.tokens.cache_writer import classes_in
+from mvar_jax.training import loop, transformer_task
 
 SIZES = [
     f"--config.model.{name}={getattr(MODEL, name)}".replace(" ", "")
@@ -98,6 +101,54 @@ def test_training_from_a_folder_writes_its_classes_and_what_it_skipped(folder, t
     shutil.copytree(folder / "train/ant", folder / "train/dog")
     assert main(arguments) == 2
     assert "got 4; different: dog" in capsys.readouterr().err
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """(A tree whose eleven class folders are called by numbers, these names by number)."""
+    numbers = tuple(str(i) for i in range(11))
+    return write_tree(tmp_path / "numbered", numbers, num_train=1, num_val=1), numbers
+
+
+def test_a_run_keeps_the_order_of_its_class_folders(numbered, tmp_path, monkeypatch, capsys):
+    """A run of version 0.1, which sorted folders called by numbers as text, resumes with its labels and samples."""
+    tree, numbers = numbered
+    workdir, seen = tmp_path / "run", []
+    config = Path("configs/debug.py").read_text().replace("size=40", f"path={str(tree)!r}")
+    (tmp_path / "config.py").write_text(config.replace('"synthetic"', '"folder"'))
+    arguments = ["train", f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"]
+
+    def loop_run(task, workdir, settings, config, prepare, **options):
+        seen.append((task.data["val"].label_names, config["data"].get("class_order", ())))
+        return loop.RunResult(3, None, 0.0)
+
+    monkeypatch.setattr(loop, "run", loop_run)
+    assert main(arguments) == 0
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    (workdir / "classes.json").write_text(json.dumps(sorted(numbers)))
+    assert main(arguments) == 0
+    assert seen == [(numbers, ()), (tuple(sorted(numbers)), tuple(sorted(numbers)))]
+    (workdir / "classes.json").write_text(json.dumps([*numbers[:-1], "x"]))
+    assert main(arguments) == 2
+    assert "got 11; different: 10, x" in capsys.readouterr().err
+
+
+def test_a_token_cache_keeps_the_order_of_its_class_folders(numbered, tmp_path, monkeypatch):
+    tree, numbers = numbered
+    save_model(tmp_path / "vae", {"tokenizer": TOKENIZER}, {"tokenizer": seeded_params(TOKENIZER)})
+    seen, out = [], tmp_path / "out"
+    write = lambda *args, **options: seen.append(args[4]["val"].label_names)
+    monkeypatch.setattr(encode, "write_cache", write)
+    meta = {"format": 1, "tokenizer_fingerprint": "", "tokenizer_path": "", "sides": [1], "vocab_size": 16}
+    meta |= {"dtype": "uint16", "splits": {}, "label_names": sorted(numbers)}
+    out.mkdir()
+    (out / "cache.json").write_text(json.dumps(meta))
+    assert main(["cache_tokens", *_data(tree), "--tokenizer", str(tmp_path / "vae"), "--out", str(out)]) == 0
+    assert seen == [tuple(sorted(numbers))]
+    (out / "cache.json").unlink()  # an interrupted one
+    (out / "unfinished").mkdir()
+    (out / "unfinished" / "train-identity.json").write_text(json.dumps(meta))
+    assert classes_in(out) == sorted(numbers)
 
 
 def test_two_processes_write_the_cache_that_one_writes(folder, tmp_path):

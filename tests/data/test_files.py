@@ -66,6 +66,31 @@ def test_folder_gives_every_file_once_with_the_label_of_its_class_by_name(tree):
         assert source.label_names[label] == name.split("/")[0]
 
 
+def test_folders_called_by_numbers_are_sorted_by_number(tmp_path):
+    numbers = tuple(str(i) for i in range(12))
+    tree = write_tree(tmp_path / "numbers", numbers, num_train=1, num_val=1)
+    for split in ("train", "val"):
+        source = open_source("folder", split, path=str(tree))
+        assert source.label_names == numbers
+        assert [(name, label) for name, _, label in _items(source)] == [(f"{i}/0.jpg", i) for i in range(12)]
+    mixed = write_tree(tmp_path / "mixed", ("0", "1", "10", "2", "other"), num_train=1, num_val=1)
+    assert open_source("folder", "train", path=str(mixed)).label_names == ("0", "1", "10", "2", "other")
+
+
+def test_folder_keeps_an_order_of_classes_that_it_is_given(tree):
+    order = ("cat", "ant", "bee")
+    source = open_source("folder", "val", path=str(tree), class_order=order)
+    assert source.label_names == order
+    assert [(name, label) for name, _, label in _items(source)][::2] == [
+        ("cat/0.jpg", 0),
+        ("ant/0.jpg", 1),
+        ("bee/0.jpg", 2),
+    ]
+    for others, different in ((("cat", "ant"), "bee"), (("cat", "ant", "bee", "cat"), "one listed twice")):
+        with pytest.raises(InputError, match=f"^data.class_order must list the 3 classes .*different: {different}"):
+            open_source("folder", "val", path=str(tree), class_order=others)
+
+
 def test_folder_of_validation_has_the_labels_of_train_even_where_a_class_is_missing(tree):
     for path in (tree / "val/bee").iterdir():
         path.unlink()
