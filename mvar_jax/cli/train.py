@@ -28,6 +28,14 @@ def add_arguments(parser) -> None:
         action="store_true",
         help="do not check that no other run uses WORKDIR: for storage that can neither lock nor keep a lease",
     )
+    parser.add_argument(
+        "--allow_change",
+        action="append",
+        default=[],
+        metavar="KEY[,KEY]",
+        help="let the run in WORKDIR go on with other values of these config keys, such as "
+        "optimizer.base_learning_rate; config.json keeps what changed and when; may be repeated",
+    )
 
 
 def run(args) -> int:
@@ -39,10 +47,14 @@ def run(args) -> int:
     from mvar_jax import build
     from mvar_jax.checkpoints.class_names import read_classes
     from mvar_jax.checkpoints.manager import has_checkpoint
+    from mvar_jax.cli.config_files import split_argument
     from mvar_jax.training import loop
+    from mvar_jax.training.resume_rules import check_allowed
     from mvar_jax.training.saving import say
 
     settings = build.build_settings(config)
+    allowed = {key.strip().removeprefix("config.") for keys in args.allow_change for key in keys.split(",")}
+    check_allowed(allowed, config["task"])
     kept = read_classes(workdir, "workdir") if has_checkpoint(workdir) else ()
     config = build.with_class_order(config, kept)
     task, modules, tokenizer_params = build.build_task(config)
@@ -54,9 +66,12 @@ def run(args) -> int:
         say(described)
     settings = dataclasses.replace(settings, num_steps=task.run.num_steps)
     config = build.with_steps(config, task.run)
+    if (config_arg := split_argument(args.config)[1]) is not None:
+        config["config_arg"] = config_arg
     check_classes(workdir, kept, task.data["train"].label_names)
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
-    result = loop.run(task, workdir, settings, config, prepare, strict=args.strict, has_lock=not args.no_lock)
+    options = {"has_lock": not args.no_lock, "strict": args.strict, "allow_change": allowed}
+    result = loop.run(task, workdir, settings, config, prepare, **options)
     if result.interrupted is None:
         return 0
     return 130 if result.interrupted == signal.SIGINT else STOPPED_STATUS

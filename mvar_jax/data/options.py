@@ -1,11 +1,14 @@
 """Options of the images: the `data` section of a config, and those of loading batches."""
 
 import dataclasses
-import math
+from typing import Annotated
 
 from mvar_jax.data.protocols import ImageSource, Transform
 from mvar_jax.errors import InputError
-from mvar_jax.fields import FREE
+from mvar_jax.fields import FREE, check_fields
+from mvar_jax.schema import Count, Decay, Natural, NotNegative, Range, Share
+
+Workers = Annotated[int, Range(least=0, most=1024)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,19 +24,12 @@ class LoadOptions:
       InputError: a value is out of range.
     """
 
-    num_threads: int = 1
-    num_workers: int = 0
-    max_bad_share: float = 0.01
+    num_threads: Workers = 1
+    num_workers: Workers = 0
+    max_bad_share: Share = 0.01
 
     def __post_init__(self):
-        for name, highest in (("num_threads", 1024), ("num_workers", 1024), ("max_bad_share", 1)):
-            _check_range(name, getattr(self, name), highest)
-
-
-def _check_range(name: str, value: float, highest: float = math.inf) -> None:
-    if not 0 <= value <= highest:
-        field, allowed = f"data.{name}", "0 or more" if highest == math.inf else f"0 to {highest}"
-        raise InputError(f"{field} must be {allowed}, got {value}", field=field, given=value, expected=allowed)
+        check_fields(self, "config.data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +76,15 @@ class DataOptions:
     """
 
     source: str
-    image_size: int
+    image_size: Count
     split_seed: int = 0
     val_fraction: float = 0.2
-    size: int = 0
+    size: Natural = 0
     flip: bool = False
-    degrees: float = 0.0
-    shift_px: float = 0.0
-    scale: float = 0.0
-    shear: float = 0.0
+    degrees: NotNegative = 0.0
+    shift_px: NotNegative = 0.0
+    scale: Decay = 0.0
+    shear: NotNegative = 0.0
     path: str = dataclasses.field(default="", metadata=FREE)
     val_labels: str = dataclasses.field(default="", metadata=FREE)
     class_order: tuple[str, ...] = dataclasses.field(default=(), metadata=FREE)
@@ -96,20 +92,18 @@ class DataOptions:
     crop: str = "centre"
     min_crop: float = 0.8
     upright: bool = True
-    num_views: int = 1
+    num_views: Count = 1
     cache: str = dataclasses.field(default="", metadata=FREE)
-    cache_memory_mib: int = dataclasses.field(default=256, metadata=FREE)
-    cache_disk_mib: int = dataclasses.field(default=8192, metadata=FREE)
+    cache_memory_mib: Natural = dataclasses.field(default=256, metadata=FREE)
+    cache_disk_mib: Natural = dataclasses.field(default=8192, metadata=FREE)
     cache_folder: str = dataclasses.field(default="", metadata=FREE)
     tokenizer: str = dataclasses.field(default="", metadata=FREE)
-    num_threads: int = dataclasses.field(default=1, metadata=FREE)
-    num_workers: int = dataclasses.field(default=0, metadata=FREE)
-    max_bad_share: float = dataclasses.field(default=0.01, metadata=FREE)
+    num_threads: Workers = dataclasses.field(default=1, metadata=FREE)
+    num_workers: Workers = dataclasses.field(default=0, metadata=FREE)
+    max_bad_share: Share = dataclasses.field(default=0.01, metadata=FREE)
 
     def __post_init__(self):
-        self.loading()
-        _check_range("cache_memory_mib", self.cache_memory_mib)
-        _check_range("cache_disk_mib", self.cache_disk_mib)
+        check_fields(self, "config.data")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in self.idle_fields():
             given, default = getattr(self, name), defaults[name]

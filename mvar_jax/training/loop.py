@@ -1,12 +1,13 @@
 """The training loop. It knows tasks (steps, batches, evaluations) and neither images nor models."""
 
 import dataclasses
+import functools
 import math
 import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from mvar_jax.processes.shared import check_shared
 from mvar_jax.training.logging import MetricLog, StepProgress, has_line
 from mvar_jax.training.profiling import Profiler
 from mvar_jax.training.protocol import Task
-from mvar_jax.training.resume_rules import check_resumable, keep_identity
+from mvar_jax.training.resume_rules import check_resumable, describe_change, keep_identity
 from mvar_jax.training.saving import Saver, check_first, say
 from mvar_jax.training.settings import LoopSettings
 from mvar_jax.training.stopping import RunStopFlag
@@ -50,11 +51,13 @@ def run(
     prepare: Callable[[], None] = lambda: None,
     has_lock: bool = True,
     strict: bool = False,
+    allow_change: Collection[str] = (),
 ) -> RunResult:
     """Train to `settings.num_steps`, resuming from the newest checkpoint in `workdir` that is not damaged.
 
-    A resumed run gives bit-equal metrics and weights. SIGINT, SIGTERM and SIGHUP end a run at a step boundary
-    with a checkpoint, unless it is the last one; a second SIGINT raises KeyboardInterrupt at once.
+    A resumed run gives bit-equal metrics and weights; a finished run goes on if num_steps is larger now. SIGINT,
+    SIGTERM and SIGHUP end a run at a step boundary with a checkpoint, unless it is the last one; a second SIGINT
+    raises KeyboardInterrupt at once.
 
     Args:
       task: what is trained.
@@ -64,6 +67,7 @@ def run(
       prepare: called as soon as the workdir is held.
       has_lock: refuse a workdir that another run holds.
       strict: refuse a damaged newest checkpoint instead of resuming from an older one.
+      allow_change: keys of the configuration that may change although they change what is learned.
 
     Raises:
       InputError: the workdir has another configuration, is in use or unwritable, or has no good checkpoint; or
@@ -76,12 +80,18 @@ def run(
         words += "set it to '', or hold images out with config.data.val_fraction"
         raise InputError(words, field="keep_best", given=settings.keep_best, expected="''")
     workdir = as_path(workdir, "workdir")
+    best = Metric.parse(settings.keep_best)
+    if best is not None and task.metrics:
+        best.check(task.metrics)
     join_initialized()
     check_shared("workdir", workdir)
-    check_resumable(workdir, config_json, task.data_identity)  # before the lock, so a refused run leaves no trace
+    check = functools.partial(check_resumable, workdir, config_json, task.data_identity, allow_change)
+    check()  # before the lock, so a refused run leaves no trace
     with RunStopFlag() as stop, hold("workdir", workdir, has_lock, kept="the newest checkpoint is intact"):
-        check_resumable(workdir, config_json, task.data_identity)
-        keep_identity(workdir, config_json, task.data_identity)
+        changes = check()
+        keep_identity(workdir, config_json, task.data_identity, changes)
+        for change in changes:
+            say(describe_change(**change))
         prepare()
         with Checkpoints(workdir, settings.keep_checkpoints) as checkpoints:
             newest = checkpoints.latest_step()
@@ -96,13 +106,14 @@ def run(
                 say(f"resuming from step {newest} of {settings.num_steps} in {workdir}")
             start = int(state.step)
             check_first(state, workdir, None if newest is None else start)
+            was_end = start > 0 and has_line(workdir, "eval", start)
             with (
                 MetricLog(workdir, start) as log,
                 StepProgress(start, settings.num_steps, task.examples_per_step) as progress,
                 Profiler(workdir, settings.profile_steps) as profiler,
             ):
                 saver = Saver(workdir, checkpoints, config_json, None if newest is None else start)
-                loop = _Loop(task, settings, checkpoints, saver, log, progress, profiler)
+                loop = _Loop(task, settings, checkpoints, saver, log, progress, profiler, start if was_end else 0)
                 step, interrupted = loop.train(state, task.batches(start), start, stop)
     return RunResult(step, interrupted, time.monotonic() - started_s)
 
@@ -116,6 +127,7 @@ class _Loop:
     _log: MetricLog
     _progress: StepProgress
     _profiler: Profiler
+    _evaluated_step: int  # evaluated again, since the line of its evaluation was dropped
 
     def __post_init__(self):
         self._best = Metric.parse(self._settings.keep_best)
@@ -165,7 +177,7 @@ class _Loop:
     def _observe(self, state: Any, step: int, is_last: bool) -> None:
         """Write pictures and evaluate, if due."""
         settings = self._settings
-        has_evaluation = step == 0 or _is_due(step, settings.eval_every_steps)
+        has_evaluation = step == self._evaluated_step or _is_due(step, settings.eval_every_steps)
         has_evaluation = is_last or (has_evaluation and self._task.has_evaluation)
         every = settings.picture_every_steps
         has_pictures = every >= 0 and (is_last or (step > 0 and _is_due(step, every)))

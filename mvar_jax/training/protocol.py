@@ -14,11 +14,13 @@ class Task(abc.ABC):
     Attributes:
       examples_per_step: images of a step.
       has_evaluation: whether there are validation data.
+      metrics: names of the numbers of an evaluation; () if they are not known beforehand.
       data_identity: what the data are, wherever they lie, as a JSON object: a run resumes only with the same.
     """
 
     examples_per_step: int
     has_evaluation: bool = True
+    metrics: tuple[str, ...] = ()
     data_identity: dict[str, Any] = {}  # noqa: RUF012
 
     @abc.abstractmethod

@@ -21,6 +21,8 @@ from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 class TokenizerTask(DataTask):
     """The task that trains an autoencoder and its codebook on images."""
 
+    metrics = ("loss", "psnr_db", "codebook_used_percent")
+
     def __init__(
         self, run: RunOptions, tokenizer: Tokenizer, options: tokenizer_step.CodebookOptions, data: TaskData
     ):

@@ -86,3 +86,28 @@ def test_metric_that_no_evaluation_has_is_refused_with_those_it_has(tmp_path):
         run(Scripted(), tmp_path, make_settings(23, keep_best="los"), CONFIG)
     with pytest.raises(InputError, match="config.keep_best must be the name of a metric .*got 'loss:down'"):
         Metric.parse("loss:down")
+
+
+def test_metric_that_a_task_does_not_have_is_refused_before_anything_is_written(tmp_path):
+    task = Scripted()
+    task.metrics = ("loss", "psnr_db")
+    with pytest.raises(InputError, match="one of loss, psnr_db, got 'pnsr_db'") as caught:
+        run(task, tmp_path / "run", make_settings(23, keep_best="pnsr_db"), CONFIG)
+    assert caught.value.field == "config.keep_best" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_more_better"),
+    [
+        ("loss", False),
+        ("fid", False),
+        ("psnr_db", True),
+        ("ssim", True),
+        ("accuracy", True),
+        ("codebook_used_percent", True),
+        ("psnr_db:min", False),
+        ("my_score:max", True),
+    ],
+)
+def test_the_name_of_a_metric_decides_what_is_better_unless_a_direction_is_given(text, is_more_better):
+    assert Metric.parse(text) == Metric(text.partition(":")[0], is_more_better)

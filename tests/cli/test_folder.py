@@ -74,7 +74,7 @@ def test_data_command_fails_where_training_would_stop(folder, tmp_path, capsys):
         ("--config.data.path=none", "data.path must be a folder that holds train/CLASS/, got 'none'"),
         ("--config.data.source=floppy", "data.source must be one of digits"),
         ("--config.data.crop=round", "data.crop must be one of centre, random, resized, got 'round'"),
-        ("--config.data.num_workers=-1", "data.num_workers must be 0 to 1024, got -1"),
+        ("--config.data.num_workers=-1", "data.num_workers must be a whole number from 0 to 1024, got -1"),
         ("--num_pictures=-1", "--num_pictures must be from 0 to 10000, got -1"),
     ],
 )

@@ -272,13 +272,13 @@ def test_an_image_is_bad_only_under_its_name_and_while_it_cannot_be_read():
 
 @pytest.mark.parametrize("field", ["num_threads", "num_workers", "max_bad_share"])
 def test_loading_options_out_of_range_are_refused(field):
-    with pytest.raises(InputError, match=f"data.{field} must be 0 to .*, got -1") as error:
+    with pytest.raises(InputError, match=f"data.{field} must be a .*number from 0 to .*, got -1") as error:
         LoadOptions(**{field: -1})
-    assert error.value.field == f"data.{field}"
+    assert error.value.field == f"config.data.{field}"
     with pytest.raises(InputError, match=f"data.{field}"):
         DataOptions("digits", 32, **{field: -1})
 
 
 def test_memory_of_a_cache_below_zero_is_refused():
-    with pytest.raises(InputError, match="data.cache_memory_mib must be 0 or more, got -1"):
+    with pytest.raises(InputError, match="data.cache_memory_mib must be a whole number of at least 0, got -1"):
         DataOptions("digits", 32, cache_memory_mib=-1)
