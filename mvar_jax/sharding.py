@@ -52,6 +52,12 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            expected = "a number of devices, or -1 for those that are left"
+            raise InputError(
+                f"mesh.{name} must be {expected}, got {size}", field=f"mesh.{name}", given=size, expected=expected
+            )
     if data == fsdp == -1 and dimensions is not None and tensor > 0:
         splits = [size for logical_axis, size in dimensions.values() if RULES[logical_axis] == "fsdp"]
         sizes["fsdp"] = math.gcd(len(devices) // tensor, *splits)

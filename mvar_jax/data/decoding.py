@@ -4,15 +4,17 @@ import io
 import os
 
 import numpy as np
-from PIL import Image, ImageOps, WebPImagePlugin  # noqa: F401 (importing it registers the format)
+from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin  # noqa: F401 (importing registers the format)
 
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.paths import as_path
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 2**26  # of a file, and of a crop before it is cut: 200 MB as RGB
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L")
+_BITS_TAG, _PHOTOMETRIC_TAG, _FORMAT_TAG = 258, 262, 339  # of TIFF
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
 
 class BadImage(Exception):
@@ -23,26 +25,29 @@ class BadImage(Exception):
 
 
 def open_image(data: bytes, *, upright: bool = True) -> Image.Image:
-    """Decode the bytes of a JPEG, PNG or WebP file.
+    """Decode the bytes of a JPEG, PNG, WebP, BMP, GIF or TIFF file; of several frames the first.
 
     Args:
       upright: obey the camera's orientation tag. If False, pixels keep the order of the file, as in ADM.
 
     Raises:
-      BadImage: the bytes are no such file, cut short or damaged, or hold no pixels or more than MAX_PIXELS.
+      BadImage: the bytes are no such file, cut short or damaged, hold no pixels or more than MAX_PIXELS, or pixels
+        whose range nobody knows (32 bits, floats).
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if not 0 < image.width * image.height <= MAX_PIXELS:
             raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
         image.load()
+        is_negative = _is_negative(image)  # by tags that a turned image has no longer
+        image = _turn_upright(image) if upright else image
+        return Image.fromarray(65535 - np.asarray(image)) if is_negative else image
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
         raise BadImage(f"not a {', '.join(FORMATS)} image ({len(data)} bytes)") from None
     except Exception as error:  # Pillow's readers raise anything at all on damaged bytes
         raise BadImage(f"{type(error).__name__}: {error}") from None
-    return _turn_upright(image) if upright else image
 
 
 def open_rgb(data: bytes, *, upright: bool = True) -> Image.Image:
@@ -60,10 +65,22 @@ def _turn_upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def _is_negative(image: Image.Image) -> bool:
+    """Return whether 16-bit greys have 0 as white. Raises BadImage if nobody knows which value is white."""
+    if image.mode not in (*_SIXTEEN_BITS, "F"):
+        return False
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    num_bits, number_format = tags.get(_BITS_TAG, (16,))[0], tags.get(_FORMAT_TAG, (_UNSIGNED,))[0]
+    if image.mode == "F" or num_bits != 16 or number_format != _UNSIGNED:
+        raise BadImage(f"pixels of {num_bits} bits in mode {image.mode}, of which nobody knows what is white")
+    return tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BITS:  # Pillow's own conversion clips at 255
         pixels_YX = np.asarray(image).astype(np.int64)
-        return Image.fromarray(((pixels_YX * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey_YX = ((pixels_YX * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey_YX).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours, without a warning
     return image.convert("RGB")

@@ -1,6 +1,7 @@
 """Models in an object store: loaded, edited with, and converted there, with no local folder of that name."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -73,5 +74,11 @@ def test_weights_are_converted_from_and_to_a_store(s3, tmp_path, capsys):
         assert main(["convert", *files, f"--out={folder}/model"]) == 0
         assert main(["convert", f"--checkpoint={folder}/model", f"--to_torch={folder}/torch"]) == 0
     assert contents(there / "torch") == contents(tmp_path / "torch") and len(contents(there / "torch")) == 2
+    safe = [f"--to_safetensors={there}/safe", "--shard_mib=1"]
+    assert main(["convert", f"--checkpoint={there}/model", *safe]) == 0
+    index = f"--transformer={there}/safe/mvar.safetensors.index.json"
+    assert main(["convert", index, f"--out={there}/again"]) == 0
+    fields = [json.loads((there / name / "model.json").read_text())["transformer"] for name in ("model", "again")]
+    assert fields[0] == fields[1]
     assert main(["convert", *files, f"--out={there}/model"]) == 2
     assert "--out must be a new or an empty directory" in capsys.readouterr().err
