@@ -58,7 +58,7 @@ def make_mesh(
             raise InputError(
                 f"mesh.{name} must be {expected}, got {size}", field=f"mesh.{name}", given=size, expected=expected
             )
-    if data == fsdp == -1 and dimensions is not None and tensor > 0:
+    if data == fsdp == -1 and dimensions is not None and tensor != -1:
         splits = [size for logical_axis, size in dimensions.values() if RULES[logical_axis] == "fsdp"]
         sizes["fsdp"] = math.gcd(len(devices) // tensor, *splits)
     free = [name for name, size in sizes.items() if size == -1]

@@ -68,9 +68,13 @@ def test_rows_in_chunks_give_what_they_give_together(num_together):
     assert max(seen) <= num_together
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"data": 2}, {"data": 3, "fsdp": 2, "tensor": 2}, {"fsdp": 3}, {"fsdp": -1}, {"data": 0}, {"fsdp": 0}]
-)
+@pytest.mark.parametrize("name", ["data", "fsdp", "tensor"])
+def test_mesh_refuses_axes_of_no_device(name):
+    with pytest.raises(InputError, match=f"^mesh.{name} must be a number of devices, or -1 .*, got 0$"):
+        sharding.make_mesh(**{name: 0}, devices=jax.devices()[:1] * 8)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 3, "fsdp": 2, "tensor": 2}, {"fsdp": 3}, {"fsdp": -1}])
 def test_mesh_refuses_axes_that_do_not_fit_the_devices(sizes):
     with pytest.raises(InputError, match="^mesh must have axes whose product is 8, the number of devices"):
         sharding.make_mesh(**sizes, devices=jax.devices()[:1] * 8)
