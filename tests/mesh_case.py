@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from small_case import MODEL, TOKENIZER, seeded_batch, seeded_params
 
+from mvar_jax.ops.platform import compiling_for
 from mvar_jax.sharding import make_mesh, put_batch, replicated, use_mesh
 from mvar_jax.training import tokenizer_step
 from mvar_jax.training.optimizer import OptimizerOptions
@@ -92,8 +93,10 @@ def worst_gradient() -> float:
     def grads(params, batch):
         return jax.grad(lambda params: phase_loss(model, params, batch, phase)[0])(params)
 
-    one, mesh = grads(params, batch), make_mesh(8)
-    with use_mesh(mesh):
+    mesh = make_mesh(8)
+    with compiling_for("tpu"):  # the same form of products for one device and for several
+        one = grads(params, batch)
+    with compiling_for("tpu"), use_mesh(mesh):
         placed = put_batch({name: np.asarray(x) for name, x in batch.items()}, mesh)
         several = grads(jax.device_put(params, replicated(mesh)), placed)
     norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))

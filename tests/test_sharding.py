@@ -122,7 +122,7 @@ def test_five_steps_of_every_phase_and_of_the_tokenizer_are_equal_on_every_kind_
 
 
 def test_gradients_of_bfloat16_computation_are_summed_over_devices_in_float32(mesh_report):
-    """Sums in bfloat16 differ by up to 1.3e-2 from those of one device, and sums in float32 by 6.4e-4, since here and
+    """Sums in bfloat16 differ by up to 1.3e-2 from those of one device, and sums in float32 by 7.1e-4, since here and
     there another activation is rounded up instead of down."""
     assert 0 < mesh_report["worst_gradient"] < 1e-3
 

@@ -96,7 +96,10 @@ class Attention(nn.Module):
     def project(self, x_BND, kernel_D3HK):
         """Return queries, keys and values, `[B, N, H, K]` each."""
         precision, axes = precision_of("blocks", self.dtype), ("batch", "tokens", "heads", "head_width")
-        if current_platform() == "tpu":  # three products of two matrices move more memory there than this one
+        # one einsum on TPUs, where three products of matrices move more memory, and over several CPU devices, where
+        # collectives of independent products can wait for each other for ever
+        num_devices, platform = jax.sharding.get_abstract_mesh().size, current_platform()
+        if platform == "tpu" or (platform == "cpu" and num_devices > 1):
             qkv = multiply("bnd,dthk->tbnhk", self.dtype, precision, x_BND, kernel_D3HK)
             return tuple(constrain(qkv, None, *axes))
         # one product each: columns of all three together would mix whole axes with one that a mesh may split
