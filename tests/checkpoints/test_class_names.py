@@ -77,6 +77,16 @@ def test_labels_mix_names_numbers_and_ranges():
         ClassNames().numbers_of("golden retriever")
 
 
+@pytest.mark.parametrize("names", [IMAGENET, ClassNames()])
+def test_range_beyond_the_model_is_refused_before_it_is_built(names):
+    tracemalloc.start()
+    with pytest.raises(InputError, match="labels must be class numbers from 0 to .*, got 3000000"):
+        names.numbers_of("0-3000000")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
+
+
 # names by number, of folders as version 0.1 sorted them, and names that look like something else
 NUMBERS = ClassNames([(str(i),) for i in range(10)])
 AS_TEXT = ClassNames([(name,) for name in ("0", "1", "10", "2")])
@@ -130,16 +140,6 @@ def test_a_label_with_two_meanings_or_none_is_refused(names, text, words):
         names.numbers_of(text)
     assert refusal.value.field == "labels" and "\n" not in str(refusal.value)
     assert all(word in str(refusal.value) for word in words), refusal.value
-
-
-@pytest.mark.parametrize("names", [IMAGENET, ClassNames()])
-def test_range_beyond_the_model_is_refused_before_it_is_built(names):
-    tracemalloc.start()
-    with pytest.raises(InputError, match="labels must be class numbers from 0 to .*, got 3000000"):
-        names.numbers_of("0-3000000")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1e6
 
 
 def write_model(directory, num_classes, names=None):
