@@ -1,6 +1,8 @@
 """Files from the Hugging Face hub; its package is imported only if it is needed."""
 
 import logging
+import os
+import sys
 from pathlib import Path
 
 from mvar_jax.convert.reader import shards_of
@@ -16,6 +18,8 @@ def download(repo: str, filename: str) -> Path:
     The shards that an index names are downloaded too. Raises InputError if the package, the network or the file is
     missing.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars would fill a log with carriage returns
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:

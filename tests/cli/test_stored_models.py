@@ -1,5 +1,6 @@
 """Models in an object store: loaded, edited with, and converted there, with no local folder of that name."""
 
+import io
 import json
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def test_images_in_a_store_are_edited_and_reconstructed_into_it(s3, stored_model
     folder, outs = as_path(s3.url) / "photos", [f"{s3.url}/edited", f"{s3.url}/reconstructed"]
     photos = tmp_path / "photos"
     photos.mkdir()
-    image_file(photos / "a.png")
+    (photos / "sub").mkdir()
+    for name in ("a.png", "sub/b.png"):
+        image_file(photos / name)
     Image.fromarray(np.repeat(np.uint8([[0, 255]]), 6, axis=1).repeat(12, axis=0)).save(tmp_path / "mask.png")
     upload_folder(photos, folder)
     (folder.parent / "mask.png").upload(tmp_path / "mask.png")
@@ -56,7 +59,10 @@ def test_images_in_a_store_are_edited_and_reconstructed_into_it(s3, stored_model
     save_model(as_path(f"{s3.url}/larger"), {"tokenizer": larger}, {"tokenizer": small_case.seeded_params(larger)})
     assert main(["reconstruct", f"--checkpoint={s3.url}/larger", f"--images={folder}", f"--out={outs[1]}"]) == 0
     assert as_path(outs[0]).find() == ["000000.png", "edits.json", "grid.png"]
-    assert as_path(outs[1]).find() == ["000000_a.png", "psnr.md", "reconstructions.json", "reconstructions.png"]
+    own = [f"reconstructions.{suffix}" for suffix in ("json", "npz", "png")]
+    assert as_path(outs[1]).find() == ["000000_a.png", "000001_b.png", "psnr.md", *own]
+    arrays = np.load(io.BytesIO((as_path(outs[1]) / "reconstructions.npz").read_bytes()))
+    assert arrays["arr_0"].shape == (2, 12, 12, 3)
 
 
 def test_weights_are_converted_from_and_to_a_store(s3, tmp_path, capsys):
