@@ -57,7 +57,10 @@ def run(args) -> int:
         print_machine()
     model = load(tokenizer)
     model.tokenizer.check(data.image_size)
-    sources = {split: data.open(split) for split in ("train", "val")}
+    sources = data.open_all()
+    if jax.process_index() == 0:
+        for source in sources.values():
+            print(*(f"{note}\n" for note in source.notes), sep="", end="", flush=True)
     owning = owned_folder("out", out, "cache_tokens", None)
     with owning, StopFlag(notice="stopping; the finished shards are kept") as stop:
         is_new = write_cache(

@@ -51,7 +51,7 @@ OUTPUTS = {
     "reconstruct": Output(
         "reconstructions",
         "reconstructions.json",
-        (f"{_NUMBER}_*.png", "reconstructions.png", "psnr.md", "tokens.npz"),
+        (f"{_NUMBER}_*.png", "reconstructions.png", "reconstructions.npz", "psnr.md", "tokens.npz"),
     ),
     "data": Output("survey", "data.json", ("train.png", "val.png")),
     "cache_tokens": Output(

@@ -16,15 +16,20 @@ from mvar_jax.values import INDEX_RANGE, MAX_INDEX, as_array
 ROUNDING = 1e-3  # by which a float image may leave [-1, 1]
 
 
-def check_images(images_BYX3: Any, side: int) -> np.ndarray:
+def check_images(images_BYX3: Any, side: int | None = None) -> np.ndarray:
     """Return images as `[B, Y, X, 3] float32` in [-1, 1].
 
-    images_BYX3: uint8, converted as the training data are, or float in [-1, 1]. Raises InputError for another shape
+    Args:
+      images_BYX3: uint8, converted as the training data are, or float in [-1, 1].
+      side: height and width that they must have; None: any.
+
+    Raises InputError for another shape
     or dtype, no image, or values that are not finite or out of range by more than rounding.
     """
-    expected = f"an array [B, {side}, {side}, 3]"
+    expected = f"an array [B, {side or 'Y'}, {side or 'X'}, 3]"
     images = as_array(images_BYX3, "images", expected)
-    _check_form("images", images, expected, images.shape[1:] == (side, side, 3))
+    size = (side, side) if side else images.shape[1:3]
+    _check_form("images", images, expected, images.size > 0 and images.shape[1:] == (*size, 3))
     if images.dtype == np.uint8:
         return from_levels(images)
     if not jnp.issubdtype(images.dtype, jnp.floating):  # bfloat16 too

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import mvar_jax
 from mvar_jax.__main__ import main
@@ -169,7 +168,6 @@ def test_output_that_cannot_be_written_is_refused(run, tmp_path, capfd):
 
 def test_file_that_is_not_an_image_is_refused(run, tmp_path, capfd):
     (tmp_path / "a.png").write_bytes(b"not a png")
-    Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
     out = tmp_path / "out"
     base = ["reconstruct", "--checkpoint", run.tokenizer, "--out", str(out), "--images"]
     refuse(capfd, [*base, str(tmp_path)], "images", "a.png")
