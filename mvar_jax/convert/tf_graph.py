@@ -81,7 +81,7 @@ def _read_node(node: memoryview, budget: _Budget) -> tuple[bytes, bytes, memoryv
 
 
 def _read_tensor(tensor: memoryview, budget: _Budget) -> np.ndarray | None:
-    """Return a TensorProto's values, None unless they are float32. Raises ValueError if they do not fill its shape."""
+    """Return a TensorProto's values, None unless they are float32. Raises ValueError if they do not fit its shape."""
     dtype, shape, parts = 0, [], []
     for number, value in _fields(tensor, budget):
         if number == 1:

@@ -1,7 +1,7 @@
 """Features of an image set in a folder, part by part: resumable, and shared by several processes.
 
-A part is the features of consecutive images, 20 kB an image. All scores are computed from the parts in their order, so
-they depend neither on interruptions nor on the number of processes.
+A part is the features of consecutive images, 20 kB an image. All scores are computed from the parts in their order,
+so they depend neither on interruptions nor on the number of processes.
 """
 
 import json

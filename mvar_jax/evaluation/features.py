@@ -26,8 +26,7 @@ def inception_features(
 ) -> Features:
     """Return the features of images that FID, sFID, inception score, precision and recall are computed from.
 
-    They are those of the published evaluator (TensorFlow's 2015 graph) to 5e-6 of the largest, and do not depend on the
-    batch beyond rounding.
+    They are those of the published evaluator (TensorFlow's 2015 graph) to 5e-6 of the largest.
 
     Args:
       images: `[N, Y, X, 3] uint8`, RGB, of any size; the network resizes them itself.

@@ -1,8 +1,8 @@
 """Inception-v3 of 2015 (Szegedy et al., arXiv 1512.00567), the network of the published FID, in Flax.
 
-Layers and names are those of `pt_inception-2015-12-05-6726825d.pth`, batch norm folded into the convolutions. It is not
-torchvision's network: it has 1008 classes, averages divide by the pixels that exist, and the last block pools by a
-maximum. Products and convolutions are true float32 on every device (`Precision.HIGHEST`).
+Layers and names are those of `pt_inception-2015-12-05-6726825d.pth`, batch norm folded into the convolutions. It is
+not torchvision's network: it has 1008 classes, averages divide by the pixels that exist, and the last block pools by
+a maximum. Products and convolutions are true float32 on every device (`Precision.HIGHEST`).
 """
 
 import functools

@@ -135,7 +135,7 @@ def fold(kernel_YXio, gamma_o, beta_o, mean_o, variance_o) -> tuple[np.ndarray, 
 
 
 def graph_scopes() -> Mapping[str, str]:
-    """Return the scope of each unit in the graph: `conv`, `tower` and `mixed` with numbers, in the order of the units."""
+    """Return the scope of each unit in the graph: `conv`, `tower` and `mixed`, numbered in the order of units."""
     stem = [step.name for step in STEM if isinstance(step, Unit)]
     scopes = dict(zip(stem, numbered("conv"), strict=False))
     for (block, branches), scope in zip(BLOCKS.items(), numbered("mixed"), strict=False):

@@ -155,7 +155,7 @@ def _check_images(images: np.ndarray) -> np.ndarray:
         raise _refuse("have shape [N, Y, X, 3] with at least one image of 16 x 16 pixels", str(list(images.shape)))
     if images.dtype != np.uint8:
         low, high = (float(images.min()), float(images.max())) if images.dtype.kind == "f" else (np.nan, np.nan)
-        if not (-1 - TOLERANCE <= low and high <= 1 + TOLERANCE):  # NaN too
+        if not (low >= -1 - TOLERANCE and high <= 1 + TOLERANCE):  # NaN too
             raise _refuse("be uint8 or floats in [-1, 1]", f"{images.dtype} from {low:.4g} to {high:.4g}")
     return images
 

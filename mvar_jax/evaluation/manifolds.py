@@ -63,7 +63,7 @@ def precision_recall(reference_ND, sample_ND, k: int = 3, *, progress=None) -> t
 
 
 class _Progress:
-    """What is known so far, by name: squared radii, who is inside, and the rows that each of the three walks has done."""
+    """What is known so far: squared radii, who is inside, and the rows that each of the three walks has done."""
 
     def __init__(self, sets: dict[str, np.ndarray], k: int, path: Path | None):
         self._path, self._saved_s = path, time.monotonic()

@@ -130,8 +130,8 @@ def check_out(out: str | os.PathLike) -> Path:
     """Return the path of a file to write. Raises InputError unless it ends in .npz and is new."""
     path, expected = as_path(out, "out"), f"a new file that ends in {OWN_SUFFIX}"
     if path.suffix != OWN_SUFFIX or path.exists():
-        reason = ", which exists" if path.exists() else ""
-        raise InputError(f"out must be {expected}, got {path}{reason}", field="out", given=str(path), expected=expected)
+        message = f"out must be {expected}, got {path}{', which exists' if path.exists() else ''}"
+        raise InputError(message, field="out", given=str(path), expected=expected)
     return path
 
 

@@ -1,4 +1,4 @@
-"""Reading of .npz files that others wrote: headers first, then whole arrays or rows in pieces; nothing is unpickled."""
+"""Reading of .npz files that others wrote: headers first, then arrays, whole or in pieces; nothing is unpickled."""
 
 import contextlib
 import math
@@ -14,6 +14,7 @@ from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.paths import as_path
 
 MAX_ARRAYS = 10_000
+HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 class Header(NamedTuple):
@@ -109,9 +110,9 @@ class NpzFile:
         try:
             with self._zip.open(name) as file:
                 version = np.lib.format.read_magic(file)
-                if version not in ((1, 0), (2, 0)):
+                if version not in HEADER_READERS:
                     raise ValueError(f"its format {version} is unknown")
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                read = HEADER_READERS[version]
                 shape, is_fortran, dtype = read(file)
                 begin = file.tell()
         except (ValueError, EOFError, zlib.error) as error:

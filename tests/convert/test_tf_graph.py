@@ -1,35 +1,10 @@
 import numpy as np
 import pytest
+from graph_files import constant, field, node, number, tensor, varint
 
 from mvar_jax.convert import tf_graph
 from mvar_jax.convert.tf_graph import read_constants
 from mvar_jax.errors import InputError
-
-
-def varint(value: int) -> bytes:
-    parts = []
-    while value > 127:
-        parts.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*parts, value])
-
-
-def field(number: int, content: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def number(number: int, value: int) -> bytes:
-    return varint(number << 3) + varint(value)
-
-
-def tensor(shape, *parts: bytes, dtype: int = 1) -> bytes:
-    return number(1, dtype) + field(2, b"".join(field(2, number(1, n)) for n in shape)) + b"".join(parts)
-
-
-def node(name: str, value: bytes, op: str = "Const", key: str = "value") -> bytes:
-    attribute = field(1, key.encode()) + field(2, field(8, value))
-    return field(1, field(1, name.encode()) + field(2, op.encode()) + field(5, attribute))
-
 
 X = np.arange(6, dtype="<f4").reshape(2, 3)
 
@@ -67,11 +42,12 @@ def test_one_value_fills_its_shape(tmp_path):
 
 def test_other_nodes_and_types_are_skipped(tmp_path):
     whole = tensor(X.shape, field(4, X.tobytes()))
-    others = [node("a", whole, op="Conv2D"), node("b", tensor((1,), field(7, b"\x01"), dtype=3)), node("c", whole, key="shape")]
+    others = [node("a", whole, op="Conv2D"), node("b", tensor((1,), field(7, b"\x01"), dtype=3))]
+    others.append(node("c", whole, key="shape"))
     assert list(read(tmp_path, b"".join([*others, node("x", whole)]))) == ["x"]
 
 
-WHOLE = node("x", tensor(X.shape, field(4, X.tobytes())))
+WHOLE = constant("x", X)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import flax.traverse_util
 import numpy as np
 import pytest
 import torch_files
+from graph_files import constant, node
 
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation import inception_features
@@ -41,27 +42,6 @@ def test_an_image_has_the_same_features_in_a_batch_that_is_filled_up(golden_feat
         np.testing.assert_array_equal(alone[0], both[0])
 
 
-def varint(value: int) -> bytes:
-    parts = []
-    while value > 127:
-        parts.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*parts, value])
-
-
-def message(number: int, content: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def constant_node(name: str, value: np.ndarray) -> bytes:
-    """A NodeDef as TensorFlow writes a constant."""
-    axes = b"".join(message(2, b"\x08" + varint(n)) for n in value.shape)
-    tensor = b"\x08\x01" + message(2, axes) + message(4, np.ascontiguousarray(value, "<f4").tobytes())
-    attributes = message(5, message(1, b"dtype") + message(2, b"\x30\x01"))
-    attributes += message(5, message(1, b"value") + message(2, message(8, tensor)))
-    return message(1, message(1, name.encode()) + message(2, b"Const") + attributes)
-
-
 def write_graph(path, state) -> None:
     """The tensors of the PyTorch file as the TensorFlow graph has them."""
     names = {"bn.weight": "gamma", "bn.bias": "beta", "bn.running_mean": "moving_mean"}
@@ -69,11 +49,11 @@ def write_graph(path, state) -> None:
     with path.open("wb") as file:
         for unit, scope in graph_scopes().items():
             kernel = state[f"{unit}.conv.weight"].transpose(2, 3, 1, 0)
-            file.write(constant_node(f"{scope}/conv2d_params", kernel))
+            file.write(constant(f"{scope}/conv2d_params", kernel))
             for theirs, name in names.items():
-                file.write(constant_node(f"{scope}/batchnorm/{name}", state[f"{unit}.{theirs}"]))
-        file.write(constant_node("softmax/weights", state["fc.weight"].T))
-        file.write(message(1, message(1, b"softmax") + message(2, b"Softmax")))
+                file.write(constant(f"{scope}/batchnorm/{name}", state[f"{unit}.{theirs}"]))
+        file.write(constant("softmax/weights", state["fc.weight"].T))
+        file.write(node("softmax", b"", op="Softmax"))
 
 
 def test_every_form_of_the_weights_gives_the_same_parameters(tmp_path, inception_pth, inception_npz):
@@ -134,7 +114,7 @@ def test_a_missing_file_is_named_with_its_checksum_and_the_command(tmp_path):
 def test_a_file_of_another_checksum_than_its_name_promises_is_refused(tmp_path):
     path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     path.write_bytes(b"half")
-    assert re.search("must have a SHA-256 that begins with 6726825d, got [0-9a-f]{64}: the download", refusal_of(path))
+    assert re.search("a SHA-256 that begins with 6726825d, got [0-9a-f]{64}: the download is", refusal_of(path))
 
 
 def change(state: dict, name: str, value) -> dict:
@@ -156,12 +136,13 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, name, value, expected):
 
 
 def test_a_graph_without_the_constants_is_refused(tmp_path):
-    (tmp_path / "x.pb").write_bytes(constant_node("softmax/weights", np.zeros((2048, 1000))))
+    (tmp_path / "x.pb").write_bytes(constant("softmax/weights", np.zeros((2048, 1000))))
     assert "471 do not fit" in refusal_of(tmp_path / "x.pb")
 
 
 def test_a_damaged_or_foreign_npz_is_refused(tmp_path, inception_npz):
-    np.savez(tmp_path / "x.npz", about=np.array(['{"format": 1, "network": "vgg", "sources": {}, "is_published": 0}']))
+    about = '{"format": 1, "network": "vgg", "sources": {}, "is_published": false}'
+    np.savez(tmp_path / "x.npz", about=np.array([about]))
     assert "holds 'vgg'" in refusal_of(tmp_path / "x.npz")
     np.savez(tmp_path / "x.npz", about=np.array(["{"]))
     assert "about is damaged" in refusal_of(tmp_path / "x.npz")

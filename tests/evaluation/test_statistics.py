@@ -33,6 +33,7 @@ def test_frechet_distance_equals_the_matrix_square_root_form_on_random_features(
     assert statistics.frechet_distance(a_ND, b_ND) == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:a Frechet distance of 5 rows:UserWarning")
 @pytest.mark.parametrize("num", [5, 100])
 def test_frechet_distance_is_zero_for_equal_sets_even_when_singular(num):
     features_ND = np.random.default_rng(2).normal(size=(num, 20)) * 10
