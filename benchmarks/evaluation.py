@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 import jax
 import numpy as np
 
+from benchmarks.memory import array, make_modules, params_of
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation import frechet_distance, inception_features, precision_recall
 from mvar_jax.evaluation.features import FeatureExtractor, compute_features
@@ -35,6 +36,9 @@ from mvar_jax.evaluation.network_files import NetworkWeights
 from mvar_jax.evaluation.statistics import frechet_distance_of_moments
 from mvar_jax.hardware.compiling import MIB, compile_for
 from mvar_jax.hardware.machines import MACHINES
+from mvar_jax.models.networks import Networks
+from mvar_jax.ops.cost import forward_macs
+from mvar_jax.sampling.sampler import decode_features
 
 WIDTH = 2048
 COMPILED_BATCH = 256
@@ -43,6 +47,8 @@ BOUNDS = {  # part -> seconds and MiB of the real job
     "manifolds": (480, 2000),
     "frechet": (60, 2000),
 }
+FLOAT32_FLOPS = {"a100": 19.5e12, "h100": 67e12, "h200": 67e12}  # data sheets, outside the tensor cores
+SIZES = argparse.Namespace(depth=16, size=256, dtype="bfloat16", backend="auto")
 PARTS = ("features", *BOUNDS, "compiled", "bfloat16")
 print_row = lambda *cells: print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
@@ -169,25 +175,40 @@ def measure_parts(parts: list[str], samples: int, references: int) -> bool:
     return is_kept
 
 
+def num_flops(fn, *shapes_of_arguments) -> float:
+    """Return the work of a program before it is compiled: XLA counts a compiled CUDA convolution as zero."""
+    return jax.jit(fn).lower(*shapes_of_arguments).cost_analysis()["flops"]
+
+
+def sampler_flops(batch: int) -> float:
+    """Return the work of MVAR-d16 for one image, both halves of guidance and the decoder included."""
+    tokenizer, transformer = make_modules(SIZES, "markov")
+    side = tokenizer.sides[-1]
+    networks = Networks(tokenizer, params_of(tokenizer))
+    decoding = num_flops(decode_features, networks, array(batch, side, side, 32, dtype=np.float32)) / batch
+    width, codes, code_width = transformer.width, transformer.vocab_size, transformer.code_width
+    macs = forward_macs(transformer.pyramid, transformer.depth, width, codes, code_width, "markov")
+    return 2 * 2 * macs + decoding
+
+
 def measure_compiled(target: str, batch: int, side: int = 256) -> bool:
-    """Compile the network for a machine that is not here; return whether it fits into 8 GB."""
-    pixels = jax.ShapeDtypeStruct((batch, side, side, 3), np.uint8)
+    """Compile the network for a machine that is not here; return whether it fits into 8 GB.
+
+    Libraries' scratch memory is not included. The roofline divides the work by the peak rate of the data sheet.
+    """
+    pixels, name = jax.ShapeDtypeStruct((batch, side, side, 3), np.uint8), target.partition(":")[0]
     title = f"compiled for {target}, batch {batch}, {side} px"
-    print_row(title, "required", "MiB", "GFLOP an image", "images/s, roofline")
+    print_row(title, "required", "MiB", "GFLOP an image", "roofline images/s")
     print_row("---", "---", "---", "---", "---")
-    is_kept = True
-    for dtype in ("float32", "bfloat16"):
+    is_kept, peaks = True, {"float32": FLOAT32_FLOPS.get(name), "bfloat16": MACHINES[name].flops}
+    rate = lambda flops, dtype: f"{peaks[dtype] / flops:,.0f}" if peaks[dtype] else "no float32 rate known"
+    for dtype in peaks:
         run = lambda params, pixels, dtype=dtype: compute_features(params, pixels, dtype)
-        compiled = compile_for(target, run, shapes(), pixels)
-        cells = ["not counted", "not counted"]
-        if compiled.flops and compiled.bytes_accessed:
-            machine = MACHINES[target.partition(":")[0]]
-            # float32 runs outside the tensor cores: 67 of an H100's 989 TFLOP/s
-            peak = machine.flops * (67 / 989 if dtype == "float32" else 1)
-            least_s = max(compiled.flops / peak, compiled.bytes_accessed / machine.bandwidth)
-            cells = [f"{compiled.flops / batch / 1e9:.1f}", f"{batch / least_s:,.0f}"]
+        compiled, flops = compile_for(target, run, shapes(), pixels), num_flops(run, shapes(), pixels) / batch
         is_kept &= compiled.total_bytes <= 8e9
-        print_row(dtype, "<= 8 GB", f"{compiled.total_bytes / MIB:,.0f}", *cells)
+        print_row(dtype, "<= 8 GB", f"{compiled.total_bytes / MIB:,.0f}", f"{flops / 1e9:.1f}", rate(flops, dtype))
+    flops = sampler_flops(32)
+    print_row("for comparison, MVAR-d16 sampling in bfloat16", "", "", f"{flops / 1e9:.1f}", rate(flops, "bfloat16"))
     return is_kept
 
 

@@ -2,6 +2,7 @@ import re
 
 import eval_case
 import flax.traverse_util
+import jax
 import numpy as np
 import pytest
 import torch_files
@@ -9,7 +10,8 @@ from graph_files import constant, node
 
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation import inception_features
-from mvar_jax.evaluation.inception_weights import graph_scopes, load_inception, units
+from mvar_jax.evaluation.features import compute_features
+from mvar_jax.evaluation.inception_weights import graph_scopes, load_inception, shapes, units
 
 SIZES = ("64x64", "256x256")
 
@@ -170,3 +172,12 @@ def test_other_options_are_refused(inception_npz):
         inception_features(pixels, weights, dtype="float16")
     with pytest.raises(InputError, match="^batch_size must be a whole number of at least 1, got 0$"):
         inception_features(pixels, weights, batch_size=0)
+
+
+def test_every_product_and_convolution_is_true_float32():
+    """A CPU computes so anyway; a GPU would take TF32 and a TPU bfloat16 without `Precision.HIGHEST`."""
+    pixels = jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8)
+    text = compute_features.lower(shapes(), pixels).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.convolution" in line or "stablehlo.dot_general" in line]
+    assert len(products) == 94 + 2 + 1
+    assert all(line.count("HIGHEST") == 2 for line in products)

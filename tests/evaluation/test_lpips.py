@@ -1,10 +1,11 @@
 import eval_case
+import jax
 import numpy as np
 import pytest
 import torch_files
 
 from mvar_jax.errors import InputError
-from mvar_jax.evaluation.lpips import convert_lpips, load_lpips, lpips
+from mvar_jax.evaluation.lpips import compute_lpips, convert_lpips, load_lpips, lpips, shapes
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +64,10 @@ def test_missing_and_swapped_files_are_refused(files, tmp_path):
     with pytest.raises(InputError, match="26 do not fit: "):
         convert_lpips(*files[::-1], tmp_path / "lpips.npz")
     assert not (tmp_path / "lpips.npz").exists()
+
+
+def test_every_convolution_is_true_float32():
+    images = jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
+    lines = compute_lpips.lower(shapes(), images, images).as_text().splitlines()
+    convolutions = [line for line in lines if "stablehlo.convolution" in line]
+    assert len(convolutions) == 13 and all(line.count("HIGHEST") == 2 for line in convolutions)
