@@ -177,7 +177,7 @@ def test_other_options_are_refused(inception_npz):
 def test_every_product_and_convolution_is_true_float32():
     """A CPU computes so anyway; a GPU would take TF32 and a TPU bfloat16 without `Precision.HIGHEST`."""
     pixels = jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8)
-    text = compute_features.lower(shapes(), pixels).as_text()
-    products = [line for line in text.splitlines() if "stablehlo.convolution" in line or "stablehlo.dot_general" in line]
+    lines = compute_features.lower(shapes(), pixels).as_text().splitlines()
+    products = [line for line in lines if "stablehlo.convolution" in line or "stablehlo.dot_general" in line]
     assert len(products) == 94 + 2 + 1
     assert all(line.count("HIGHEST") == 2 for line in products)
