@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
-from mvar_jax.checkpoints.class_names import ClassNames, class_names_of
+from mvar_jax.checkpoints.class_names import ClassNames, check_labels, class_names_of
 from mvar_jax.checkpoints.model_directory import load_model
 from mvar_jax.errors import InputError
 from mvar_jax.files.paths import as_path
@@ -17,15 +17,18 @@ from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling import analysis, editing
+from mvar_jax.sampling.inputs import check_cfgs, check_features, check_ids, check_images, check_index, check_rows
 from mvar_jax.sampling.sampler import SampleOptions, decode_features, sample
 from mvar_jax.scales import areas_of
+from mvar_jax.values import MAX_INDEX, as_array, as_integer, as_seed
 
 
 class Model:
     """A tokenizer and, unless it stands alone, a transformer, with their weights.
 
-    Methods take labels as class numbers or names. They raise InputError if an argument has another shape or type, or
-    is out of range, or if there is no transformer and they need one.
+    Methods take labels as class numbers or names, as the command line does: `["bee", 2]` or "bee,2". They raise
+    InputError if an argument has another shape or type, or is out of range or empty, or if there is no transformer
+    and they need one.
 
     Attributes:
       networks: both modules and their weights as one pytree.
@@ -35,7 +38,8 @@ class Model:
     """
 
     def __init__(self, networks: Networks, classes: ClassNames | None = None):
-        self.classes = classes or ClassNames()
+        num_classes = networks.transformer.num_classes if networks.transformer else None
+        self.classes = classes or ClassNames(num_classes=num_classes)
         self.networks = jax.tree.map(jnp.asarray, networks)
 
     @property
@@ -68,11 +72,11 @@ class Model:
         return sum(areas_of(self.tokenizer.sides))
 
     def labels(self, labels_B) -> np.ndarray:
-        """Return class numbers or names as `[B] int32`. Raises InputError for an unknown one."""
+        """Return class numbers or names as `[B] int32`; see `ClassNames`. Raises InputError for an unknown one."""
         return np.asarray(self._check_labels(labels_B))
 
     def encode(self, images_BYX3) -> jax.Array:
-        """Encode float images in [-1, 1] to token ids `[B, L] int32`."""
+        """Encode images, uint8 or float in [-1, 1], to token ids `[B, L] int32`."""
         images = jnp.asarray(self._check_images(images_BYX3))
         return apply_tokenizer(self.networks, images, "encode")
 
@@ -84,11 +88,12 @@ class Model:
 
     def decode_features(self, f_hat_BYXc) -> jax.Array:
         """Decode latent maps `[B, y, x, c] float32` to images `[B, Y, X, 3] float32` in [-1, 1]."""
-        return decode_features(self.networks, f_hat_BYXc)
+        return decode_features(self.networks, check_features(f_hat_BYXc, self.tokenizer))
 
     def logits(self, ids_BL, labels_B) -> jax.Array:
         """Return the logits of every scale given the true tokens of the coarser ones, `[B, L, V] float32`."""
         ids, labels = self._check_ids(ids_BL), self._check_labels(labels_B)
+        check_rows(labels, ids)
         return analysis.teacher_forced_logits(self._both(), ids, labels)
 
     def score(self, ids_BL, labels_B) -> jax.Array:
@@ -114,8 +119,7 @@ class Model:
     def sample_features(self, labels_B, seed: int, options: SampleOptions, index=None):
         """Sample without decoding; return (ids `[B, L] int32`, f_hat `[B, y, x, c] float32`). See `sample`."""
         labels = self._check_labels(labels_B)
-        keys = keys_of_samples(seed, np.arange(len(labels)) if index is None else index)
-        return sample(self._both(), labels, keys, options)
+        return sample(self._both(), labels, _keys(seed, index, len(labels)), options)
 
     def edit(
         self,
@@ -137,7 +141,7 @@ class Model:
         Pixels outside the mask are returned bit for bit; those under it do not reach the model.
 
         Args:
-          images_BYX3: float in [-1, 1], one image for each label or one `[1, Y, X, 3]` for all.
+          images_BYX3: uint8, or float in [-1, 1]; one image for each label or one `[1, Y, X, 3]` for all.
           mask: `[Y, X]` or one for each image; True or above 0 where to draw.
           labels_B, seed, cfg, top_k, top_p, smooth, index, temperature: as in `sample`.
           border_px: width of the fade inside the mask; by default 1/32 of the side.
@@ -159,7 +163,7 @@ class Model:
         before = editing.hide_masked(np.broadcast_to(images, (num, size, size, 3)), mask_BYX)
         for_all = lambda x: jnp.broadcast_to(x, (len(labels), *x.shape[1:]))
         known_ids, masks = for_all(self.encode(before)), for_all(jnp.asarray(mask_BYX, jnp.float32))
-        keys = keys_of_samples(seed, np.arange(len(labels)) if index is None else index)
+        keys = _keys(seed, index, len(labels))
         ids, f_hat = editing.redraw(self._both(), known_ids, masks, labels, keys, options, softness)
         return editing.blend(before, np.asarray(self.decode_features(f_hat)), mask_BYX, border_px), ids
 
@@ -175,11 +179,10 @@ class Model:
         Returns (images `[K, B, Y, X, 3] float32`, ids `[K, B, L] int32`). Other arguments are those of `sample`.
         """
         labels = self._check_labels(labels_B)
-        for cfg in cfgs:
-            SampleOptions(cfg)  # raises InputError if it is out of range
-        K, B = len(cfgs), len(labels)
-        keys = keys_of_samples(seed, np.tile(np.arange(B) if index is None else index, K))
-        cfg_KB = jnp.repeat(jnp.asarray(cfgs, jnp.float32), B)
+        cfgs_K = check_cfgs(cfgs)
+        K, B = len(cfgs_K), len(labels)
+        keys = _keys(seed, np.tile(check_index(index, B), K), K * B)
+        cfg_KB = jnp.repeat(jnp.asarray(cfgs_K), B)
         # placeholder cfg=0 keeps the static options equal, so that every sweep uses one program
         options = SampleOptions(0.0, top_k, top_p, smooth, temperature)
         ids, f_hat = analysis.sample_swept(self._both(), jnp.tile(labels, K), cfg_KB, keys, options)
@@ -191,9 +194,11 @@ class Model:
 
         weights_MC: `[M, C]`; a one-hot row is an unchanged class.
         """
-        weights = np.asarray(weights_MC, np.float32)
-        if weights.ndim != 2 or weights.shape[1] != self.num_classes or not np.isfinite(weights).all():
-            given, expected = list(weights.shape), f"[M, {self.num_classes}]"
+        expected = f"[M, {self.num_classes}]"
+        weights = as_array(weights_MC, "weights", expected)
+        is_right = jnp.issubdtype(weights.dtype, jnp.number) and weights.shape[1:] == (self.num_classes,)
+        if not is_right or not len(weights) or not np.isfinite(weights := weights.astype(np.float32)).all():
+            given = list(weights.shape)
             message = f"weights must be finite numbers of shape {expected}, got shape {given}"
             raise InputError(message, field="weights", given=given, expected=expected)
         return Model(analysis.mix_classes(self._both(), jnp.asarray(weights)))
@@ -203,7 +208,11 @@ class Model:
 
         Returns (images, ids) and takes the options of `sample`.
         """
+        num, index = as_integer(num, "num", 1), as_integer(index, "index", 0, MAX_INDEX)
         ends = np.eye(self.num_classes)[np.asarray(self._check_labels([first, last]))]
+        if len(ends) != 2:
+            words = f"first and last must be one class each, got {first!r} and {last!r}"
+            raise InputError(words, field="first", given=(first, last), expected="one class each")
         share = np.linspace(0, 1, num)[:, None]
         mixed = self.mix_classes((1 - share) * ends[0] + share * ends[1])
         return mixed.sample(np.arange(num), index=np.full(num, index), **options)
@@ -212,7 +221,7 @@ class Model:
         """Return `score` under each of some classes, by default all, `[B, C, S] float32`."""
         ids = np.asarray(self._check_ids(ids_BL))
         classes = self._check_labels(np.arange(self.num_classes) if classes_C is None else classes_C)
-        batch_size, parts = min(batch_size, len(ids)), []
+        batch_size, parts = min(as_integer(batch_size, "batch_size", 1), len(ids)), []
         for begin in range(0, len(ids), batch_size):
             # repeated rows fill the last batch, so that all batches use one program
             rows = np.minimum(np.arange(begin, begin + batch_size), len(ids) - 1)
@@ -236,42 +245,18 @@ class Model:
         return self.transformer
 
     def _check_images(self, images_BYX3) -> np.ndarray:
-        images, size = np.asarray(images_BYX3, np.float32), self.tokenizer.image_size
-        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
-            given, expected = list(images.shape), f"[B, {size}, {size}, 3]"
-            message = f"images must have shape {expected}, got {given}"
-            raise InputError(message, field="images", given=given, expected=expected)
-        return images
+        return check_images(images_BYX3, self.tokenizer.image_size)
 
     def _check_ids(self, ids_BL) -> jax.Array:
-        ids, V = np.asarray(ids_BL), self.tokenizer.vocab_size
-        if ids.ndim != 2 or ids.shape[1] != self.num_tokens or not np.issubdtype(ids.dtype, np.integer):
-            given, expected = f"{list(ids.shape)} {ids.dtype}", f"[B, {self.num_tokens}]"
-            message = f"ids must be integers of shape {expected}, got {given}"
-            raise InputError(message, field="ids", given=given, expected=expected)
-        if ids.size and not (ids.min() >= 0 and ids.max() < V):
-            given, expected = f"{ids.min()} to {ids.max()}", f"0 to {V - 1}"
-            raise InputError(f"ids must be from {expected}, got {given}", field="ids", given=given, expected=expected)
-        return jnp.asarray(ids, jnp.int32)
+        return jnp.asarray(check_ids(ids_BL, self.tokenizer))
 
     def _check_labels(self, labels_B) -> jax.Array:
-        if isinstance(labels_B, (list, tuple)):
-            labels_B = [self.classes.find(label) if isinstance(label, str) else label for label in labels_B]
-        return jnp.asarray(check_labels(labels_B, self.num_classes), jnp.int32)
+        num_classes = self.num_classes
+        return jnp.asarray(check_labels(self.classes.numbers_of(labels_B), num_classes))
 
 
-def check_labels(labels_B, num_classes: int) -> np.ndarray:
-    """Return class numbers as `[B] int32`. Raises InputError for the first outside 0 .. num_classes - 1."""
-    labels = np.asarray(labels_B)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        given, expected = labels.tolist(), "a list of class numbers or class names"
-        raise InputError(f"labels must be {expected}, got {given}", field="labels", given=given, expected=expected)
-    bad = labels[(labels < 0) | (labels >= num_classes)]
-    if len(bad):
-        given, expected = int(bad[0]), f"0 to {num_classes - 1}"
-        message = f"labels must be class numbers from {expected}, got {given}"
-        raise InputError(message, field="labels", given=given, expected=expected)
-    return labels.astype(np.int32)
+def _keys(seed, index_B, num: int) -> jax.Array:
+    return keys_of_samples(as_seed(seed), check_index(index_B, num))
 
 
 def load(path: str | Path, which: str = "last") -> Model:

@@ -1,6 +1,7 @@
 """From a config to modules, data and tasks. No ml_collections.ConfigDict goes below this file."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from mvar_jax.data.options import DataOptions
@@ -62,6 +63,23 @@ def build_data(config: dict) -> DataOptions:
     """Return the options of the config's data."""
     check_config(config)
     return from_dict(DataOptions, config["data"], "config.data")
+
+
+def with_class_order(config: dict, kept: Sequence[str]) -> dict:
+    """Return the config of a run or a token cache that began with the same class folders in another order.
+
+    Version 0.1 sorted folders that are called by numbers as text: 0, 1, 10, 2. kept: the classes in the order of
+    their labels.
+    """
+    from mvar_jax.data.folder import list_classes
+
+    data = build_data(config)
+    if not kept or data.source != "folder" or data.cache or data.class_order:
+        return config
+    found = list_classes(data.path)
+    if tuple(kept) == found or sorted(kept) != sorted(found):
+        return config
+    return {**config, "data": {**config["data"], "class_order": tuple(kept)}}
 
 
 def build_module(config: dict):
@@ -279,8 +297,9 @@ def load_tokenizer(directory: str):
 
 def check_transformer_fits(transformer, tokenizer) -> None:
     """Raise InputError unless both have the same scales and codebook sizes."""
-    for name in ("sides", "vocab_size", "code_width"):
-        ours, theirs = getattr(transformer, name), getattr(tokenizer, name)
-        if ours != theirs:
-            words = f"config.model.{name} must be {theirs} as in the tokenizer, got {ours}"
-            raise InputError(words, field=f"config.model.{name}", given=ours, expected=str(theirs))
+    from mvar_jax.models.networks import check_fit
+
+    try:
+        check_fit(tokenizer, transformer)
+    except InputError as error:
+        raise put_below(error, "config.model") from None

@@ -1,6 +1,7 @@
 """The exceptions that end a command with one line, and errors in one line."""
 
 import errno
+import os
 
 
 class InputError(ValueError):
@@ -31,6 +32,17 @@ def _rebuild(message: str, field: str, given: object, expected: str | None) -> I
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV)
 
 
+def is_file_error(error: OSError) -> bool:
+    """Return whether an error is about a file or its disk, so that its reason says more than a traceback."""
+    return error.errno in STORAGE_ERRORS or bool(error.filename)
+
+
+def describe_file_error(error: OSError) -> str:
+    """Return the file, if it is known, and the reason, such as "out/grid.png: No space left on device"."""
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    return f"{name}: {shorten(error)}" if name else shorten(error)
+
+
 class RunError(RuntimeError):
     """A run that cannot continue, in one line: the command line exits with status 1."""
 
@@ -39,3 +51,9 @@ def shorten(error: Exception) -> str:
     """Return an exception's message as one line of at most 200 characters."""
     text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def show(value: object) -> str:
+    """Return a value for a message, on one line of at most 60 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from mvar_jax.errors import InputError
+from mvar_jax.schema import conform
 
 # metadata of a field that does not change what is learned, so a run may resume with another value
 FREE = {"is_free": True}
@@ -20,14 +21,15 @@ def from_dict(cls: type, values: dict, where: str, hidden: Collection[str] = ())
       where: what a user calls `values`, such as "config.data".
       hidden: fields of the class that may not be given.
 
-    Raises InputError for an unknown key, with the nearest known one, or a missing one, and whatever `cls` raises.
+    Raises InputError for an unknown key, with the nearest known one, a missing one, or a value of another type than
+    the field's, and whatever `cls` raises.
     """
     known = {field.name: field for field in dataclasses.fields(cls) if field.name not in hidden}
     check_keys(values, known, where)
     for name, field in known.items():
         if field.default is dataclasses.MISSING and name not in values:
             raise InputError(f"{where}.{name} is missing and has no default", field=f"{where}.{name}")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    return cls(**{name: conform(value, known[name].type, f"{where}.{name}") for name, value in values.items()})
 
 
 def check_keys(values: dict, known: Collection[str], where: str) -> None:

@@ -9,7 +9,9 @@ ROOT = Path(__file__).parent.parent / "mvar_jax"
 FLOORS = [
     "errors",
     "stopping",
+    "schema",
     "fields",
+    "values",
     "scales",
     "sharding",
     "ops",

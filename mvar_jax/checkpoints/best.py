@@ -12,6 +12,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from mvar_jax.checkpoints.steps import checkpoint_folder, list_steps
 from mvar_jax.errors import InputError
 from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.json_files import read_json
 
 SCORE_FILE = "scores.json"
 
@@ -80,8 +81,8 @@ class Scores(PreservationPolicy):
 def read_scores(folder: Path) -> dict[int, float]:
     """Return step -> score of a folder of checkpoints; empty if there are none or they are unreadable."""
     try:
-        return {int(step): score for step, score in json.loads((folder / SCORE_FILE).read_text()).items()}
-    except (OSError, ValueError, AttributeError):
+        return {int(step): score for step, score in read_json(folder / SCORE_FILE, dict[str, float]).items()}
+    except (OSError, ValueError):
         return {}
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.json_files import parse_json, read_json
+from mvar_jax.schema import conform
 
 _FILE = "checksums.jsonl"
 _OLD_FILE = "checksums.json"
@@ -38,17 +40,15 @@ def read_checksums(folder: Path) -> dict[str, int]:
         try:
             line, end = (folder / _FILE).read_bytes().decode().splitlines()
         except FileNotFoundError:
-            return dict(json.loads((folder / _OLD_FILE).read_bytes()))
-        if json.loads(end) != {"crc32": zlib.crc32(line.encode())}:
-            raise damaged(folder, f"{_FILE} is damaged")
-        return json.loads(line)
+            return read_json(folder / _OLD_FILE, dict[str, int])
+        if parse_json(end) != {"crc32": zlib.crc32(line.encode())}:
+            raise ValueError("another checksum")
+        return conform(parse_json(line), dict[str, int], _FILE)
     except FileNotFoundError:
         raise damaged(folder, f"{_FILE} is missing") from None
     except OSError as error:
         raise unreadable(folder, f"{_FILE}: {shorten(error)}") from error
-    except InputError:
-        raise
-    except (ValueError, TypeError):
+    except ValueError:
         raise damaged(folder, f"{_FILE} is damaged") from None
 
 

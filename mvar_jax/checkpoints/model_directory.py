@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
 
 import flax.linen as nn
 import jax
@@ -13,10 +14,12 @@ import numpy as np
 from mvar_jax.checkpoints.best import best_step
 from mvar_jax.checkpoints.manager import restore_weights
 from mvar_jax.checkpoints.trees import load_tree, save_tree
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, shorten
 from mvar_jax.fields import from_dict, put_below
 from mvar_jax.files.atomic import write_json
+from mvar_jax.files.json_files import read_json
 from mvar_jax.models.init import abstract_params
+from mvar_jax.models.networks import check_fit
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 
@@ -26,6 +29,22 @@ FORMAT = 1
 MODULES = {"tokenizer": Tokenizer, "transformer": Transformer}
 WHICH = ("last", "best")
 LINEN_FIELDS = ("name", "parent")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class TransformerFields(TypedDict):
+    """The field of a transformer that its class names need; `from_dict` checks the others."""
+
+    num_classes: int
+
+
+class ModelFile(TypedDict):
+    """The content of `model.json`; each module's fields are those of its class."""
+
+    format: int
+    trains: NotRequired[Literal["tokenizer", "transformer"] | None]
+    tokenizer: NotRequired[dict[str, Any]]
+    transformer: NotRequired[TransformerFields]
 
 
 def module_to_dict(module: nn.Module) -> dict:
@@ -41,7 +60,7 @@ def module_from_dict(kind: str, fields: dict, where: str | None = None) -> nn.Mo
     weights. Raises InputError for an unknown or missing field, or fields that do not fit together.
     """
     if "dtype" in fields:
-        fields = fields | {"dtype": jnp.dtype(fields["dtype"]).type}
+        fields = fields | {"dtype": _dtype_of(fields["dtype"], where or kind)}
     module = from_dict(MODULES[kind], fields, where or kind, hidden=LINEN_FIELDS)
     try:
         module.check()
@@ -50,6 +69,14 @@ def module_from_dict(kind: str, fields: dict, where: str | None = None) -> nn.Mo
             raise
         raise put_below(error, where) from None
     return module
+
+
+def _dtype_of(given: Any, where: str) -> Any:
+    if given not in DTYPES:
+        expected = f"one of {', '.join(DTYPES)}"
+        message = f"{where}.dtype must be {expected}, got {given!r}"
+        raise InputError(message, field=f"{where}.dtype", given=given, expected=expected)
+    return jnp.dtype(given).type
 
 
 def write_model_file(directory: Path, modules: dict[str, nn.Module], trains: str | None = None) -> None:
@@ -74,21 +101,35 @@ def load_model(directory: Path, which: str = "last") -> tuple[dict[str, nn.Modul
     loaded if there is one. Raises InputError if the directory is not a model, a file is unreadable, or weights do not
     fit the modules.
     """
-    path = directory / MODEL_FILE
+    content = read_model_file(directory)
     try:
-        content = json.loads(path.read_text())
-        version = content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _refuse(directory, f"has no readable {MODEL_FILE}: {error}") from None
-    if version != FORMAT:
-        raise _refuse(directory, f"has a {MODEL_FILE} of format {version!r}; this version reads format {FORMAT}")
-    modules = {kind: module_from_dict(kind, content[kind]) for kind in MODULES if kind in content}
+        modules: dict[str, Any] = {kind: module_from_dict(kind, content[kind]) for kind in MODULES if kind in content}
+    except InputError as error:
+        raise _refuse(directory, f"has a {MODEL_FILE} that cannot be used: {error}") from None
+    if modules.keys() == MODULES.keys():
+        try:
+            check_fit(**modules)
+        except InputError as error:
+            words = f"holds a transformer that does not fit its tokenizer: {error}; join two that were made together"
+            raise _refuse(directory, words) from None
     step, params = pick_step(directory, which), {}
     for kind, module in modules.items():
         tree = restore_weights(directory, step) if content.get("trains") == kind else load_tree(directory / kind)
         check_shapes(directory, kind, module, tree)
+        check_finite(directory, kind, tree)
         params[kind] = tree
     return modules, params
+
+
+def read_model_file(directory: Path) -> Any:
+    """Return the content of `model.json`, a `ModelFile`. Raises InputError if it is missing or damaged."""
+    try:
+        content = read_json(directory / MODEL_FILE, ModelFile)
+    except (OSError, ValueError) as error:
+        raise _refuse(directory, f"has no readable {MODEL_FILE}: {shorten(error)}") from None
+    if (version := content["format"]) != FORMAT:
+        raise _refuse(directory, f"has a {MODEL_FILE} of format {version!r}; this version reads format {FORMAT}")
+    return content
 
 
 def pick_step(directory: Path, which: str) -> int | None:
@@ -115,6 +156,19 @@ def check_shapes(directory: Path, kind: str, module: nn.Module, tree) -> None:
     for name in sorted(wanted | found):
         if wanted.get(name) != found.get(name):
             raise _refuse(directory, f"must have {kind} {name} of shape {wanted.get(name)}, got {found.get(name)}")
+
+
+def check_finite(directory: Path, kind: str, tree) -> None:
+    """Raise InputError for the first parameter with NaN or infinite values."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        # the sum reads the weights once and makes no copy; it may overflow, so it only says where to look
+        with np.errstate(all="ignore"):
+            if np.isfinite(np.sum(weights := np.asarray(leaf))):
+                continue
+        if num_bad := weights.size - int(np.isfinite(weights).sum()):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            words = f"holds {num_bad} weights that are NaN or infinite, in {kind} {name}"
+            raise _refuse(directory, f"{words}; load an earlier checkpoint or make it again")
 
 
 def fingerprint(tokenizer: Tokenizer, params) -> str:

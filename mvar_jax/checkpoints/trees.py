@@ -22,7 +22,7 @@ from mvar_jax.checkpoints.array_handler import tree_handler
 from mvar_jax.checkpoints.checksums import check_files, damaged, unreadable, write_checksums
 from mvar_jax.checkpoints.quiet import quiet_orbax
 from mvar_jax.errors import InputError, shorten
-from mvar_jax.files.atomic import remove_leftovers, temporary_path
+from mvar_jax.files.atomic import remove_leftovers, sync, sync_tree, temporary_path
 from mvar_jax.files.paths import as_path, is_store
 
 TREE_FILE = ocp.path.format_utils.PYTREE_METADATA_FILE  # Orbax's description of a tree
@@ -47,9 +47,11 @@ def save_tree(path: str | os.PathLike, tree: Any) -> None:
     remove_leftovers(path.parent, f"{glob.escape(path.name)}.*")
     fresh, old = temporary_path(path), temporary_path(path.with_name(f"{path.name}.old"))
     _write_tree(fresh, tree)
+    sync_tree(fresh)
     if path.exists():
         os.replace(path, old)
     os.replace(fresh, path)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -3,9 +3,11 @@
 Resumable: rerunning the command continues with the first unfinished shard and leaves the same files.
 """
 
+from pathlib import Path
+
 from mvar_jax.cli.configuration import add_config_argument, read_config
 from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
-from mvar_jax.errors import InputError, RunError, shorten
+from mvar_jax.errors import InputError
 from mvar_jax.files.paths import as_path
 from mvar_jax.processes import group
 
@@ -17,7 +19,7 @@ def add_arguments(parser) -> None:
     add_config_argument(parser)
     add_machine_arguments(parser)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="model directory or training workdir")
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory of the cache")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory of the cache; one run's alone")
     parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="images at a time (default 64)")
     parser.add_argument(
         "--images_per_shard",
@@ -28,13 +30,21 @@ def add_arguments(parser) -> None:
     )
 
 
+def classes_of_cache(out: Path) -> list[str]:
+    """Return the classes of a finished token cache in the order of their labels, [] if there is no cache."""
+    from mvar_jax.tokens.cache_reader import META_NAME, read_meta
+
+    return read_meta(out)["label_names"] if (out / META_NAME).exists() else []
+
+
 def run(args) -> int:
     """Write both splits of the config's data. A finished cache of the same tokenizer and data is kept."""
     config = read_config(args.config, args.overrides)
     from mvar_jax import build
 
-    data = build.build_data(config)
     tokenizer, out = as_path(args.tokenizer, "tokenizer"), as_path(args.out, "out")
+    config = build.with_class_order(config, classes_of_cache(out))
+    data = build.build_data(config)
     for name in ("batch_size", "images_per_shard"):
         if (given := getattr(args, name)) < 1:
             message = f"--{name} must be 1 or more, got {given}"
@@ -46,9 +56,7 @@ def run(args) -> int:
 
     from mvar_jax.api import load
     from mvar_jax.checkpoints.model_directory import fingerprint
-    from mvar_jax.files.directories import make_directory
-    from mvar_jax.processes.holding import hold
-    from mvar_jax.processes.shared import check_shared
+    from mvar_jax.processes.holding import owned_folder
     from mvar_jax.stopping import StopFlag
     from mvar_jax.tokens.cache_reader import read_meta
     from mvar_jax.tokens.encode import write_cache
@@ -57,32 +65,27 @@ def run(args) -> int:
         print_machine()
     model = load(tokenizer)
     model.tokenizer.check(data.image_size)
-    check_shared("out", out)
-    make_directory(out)
     sources = {split: data.open(split) for split in ("train", "val")}
-    try:
-        with hold("out", out), StopFlag(notice="stopping; the finished shards are kept") as stop:
-            is_new = write_cache(
-                out,
-                tokenizer.absolute(),
-                model.networks,
-                fingerprint(model.tokenizer, model.tokenizer_params),
-                sources,
-                data.transform(),
-                data.describe(),
-                num_views=data.num_views,
-                seed=config["seed"],
-                batch_size=args.batch_size,
-                images_per_shard=args.images_per_shard,
-                loading=data.loading(),
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                wait=lambda: group.current().wait_for_all("cache_tokens"),
-                check_stop=stop.raise_if_set,
-            )
-    except OSError as error:  # a full disk, a store that is gone
-        words = f"{error.filename or out}: {shorten(error)}; the finished shards are kept: run the command again"
-        raise RunError(words) from error
+    owning = owned_folder("out", out, "cache_tokens", None)
+    with owning, StopFlag(notice="stopping; the finished shards are kept") as stop:
+        is_new = write_cache(
+            out,
+            tokenizer.absolute(),
+            model.networks,
+            fingerprint(model.tokenizer, model.tokenizer_params),
+            sources,
+            data.transform(),
+            data.describe(),
+            num_views=data.num_views,
+            seed=config["seed"],
+            batch_size=args.batch_size,
+            images_per_shard=args.images_per_shard,
+            loading=data.loading(),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            wait=lambda: group.current().wait_for_all("cache_tokens"),
+            check_stop=stop.raise_if_set,
+        )
     splits = read_meta(out)["splits"] if jax.process_index() == 0 else {}
     for split, entry in splits.items():
         per_image = entry["bytes"] / max(1, entry["num_records"])

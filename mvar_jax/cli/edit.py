@@ -7,7 +7,8 @@ pixels inside it. Writes grid.png (before, mask, after; one row per label) and o
 import dataclasses
 from pathlib import Path
 
-from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, check_seed, sampling_options
+from mvar_jax.cli.identity import options_of
+from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, sampling_options
 
 SUMMARY = "edit part of an image"
 
@@ -31,7 +32,7 @@ def add_arguments(parser) -> None:
         metavar="S",
         help="0 to 1: how far tokens at the mask's border are mixed",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results; one run's alone")
 
 
 def read_square(path: str, field: str, side: int):
@@ -84,10 +85,10 @@ def write_edits(before_YX3, mask_YX, after_BYX3, num: int, out: Path) -> None:
 def run(args) -> int:
     """Run the command; everything is checked before the first file is written."""
     from mvar_jax.checkpoints.class_names import class_names_of
-    from mvar_jax.cli.labels import parse_labels
     from mvar_jax.cli.machine import AUTO, use_compilation_cache
     from mvar_jax.errors import InputError
     from mvar_jax.files.paths import as_path
+    from mvar_jax.values import as_seed
 
     options = sampling_options(args)
     if (args.mask is None) == (args.expand is None):
@@ -95,33 +96,33 @@ def run(args) -> int:
         message = f"exactly one of --mask and --expand is needed, got {given}"
         raise InputError(message, field="mask", given=args.mask, expected="one of --mask and --expand")
     check_positive(args, "num")
-    check_seed(args.seed)
+    as_seed(args.seed)
     checkpoint, out = as_path(args.checkpoint, "checkpoint"), as_path(args.out, "out")
-    labels = parse_labels(args.label, class_names_of(checkpoint))
+    labels = class_names_of(checkpoint).numbers_of(args.label)
 
-    from mvar_jax.api import check_labels, load
-    from mvar_jax.files.directories import make_directory
+    from mvar_jax.api import load
     from mvar_jax.files.images import to_uint8
     from mvar_jax.ops.pixels import from_levels
+    from mvar_jax.processes.holding import owned_folder
     from mvar_jax.sampling.editing import SOFTNESS, check_border, check_mask
 
     use_compilation_cache(AUTO)
     model = load(checkpoint)
-    check_labels(labels, model.num_classes)
+    labels = model.labels(labels)
     side = model.tokenizer.image_size
     softness = SOFTNESS if args.softness is None else args.softness
     image_YX3, mask_YX = read_image_and_mask(args, side)
     check_border(args.border, softness, side)
     check_mask(mask_YX, side)
-    make_directory(out)
-    after, _ = model.edit(
-        from_levels(image_YX3[None]),
-        mask_YX,
-        labels.repeat(args.num),
-        seed=args.seed,
-        border_px=args.border,
-        softness=softness,
-        **dataclasses.asdict(options),
-    )
-    write_edits(image_YX3, mask_YX, to_uint8(after), args.num, out)
+    with owned_folder("out", out, "edit", options_of(args)):
+        after, _ = model.edit(
+            from_levels(image_YX3[None]),
+            mask_YX,
+            labels.repeat(args.num),
+            seed=args.seed,
+            border_px=args.border,
+            softness=softness,
+            **dataclasses.asdict(options),
+        )
+        write_edits(image_YX3, mask_YX, to_uint8(after), args.num, out)
     return 0

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from mvar_jax.cli.identity import options_of
+
 SUMMARY = "encode and decode images, side by side"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -10,7 +12,7 @@ def add_arguments(parser) -> None:
     """--checkpoint DIR --images PATH --out DIR."""
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model directory or training workdir")
     parser.add_argument("--images", required=True, metavar="PATH", help="an image file or a folder of them")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results; one run's alone")
     parser.add_argument("--batch_size", type=int, default=16, metavar="B", help="images at a time (default 16)")
     parser.add_argument("--save_tokens", action="store_true", help="also write tokens.npz: ids int32 [N, L]")
 
@@ -44,13 +46,14 @@ def run(args) -> int:
     from mvar_jax.data.decoding import read_image
     from mvar_jax.data.transforms import PhotoTransform
     from mvar_jax.evaluation.reconstruction import write_reconstructions
-    from mvar_jax.files.directories import make_directory
+    from mvar_jax.processes.holding import owned_folder
 
     model = load(args.checkpoint)
     transform = PhotoTransform(model.tokenizer.image_size, flip=False)
     for file in files:  # so that nothing is written if one cannot be read
         read_image(file)
-    make_directory(out)
     load_one = lambda file: transform(read_image(file))
-    print(write_reconstructions(model, files, load_one, out, args.batch_size, args.save_tokens))
+    with owned_folder("out", out, "reconstruct", options_of(args, "batch_size")):
+        table = write_reconstructions(model, files, load_one, out, args.batch_size, args.save_tokens)
+    print(table)
     return 0

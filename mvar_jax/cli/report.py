@@ -1,7 +1,5 @@
 """Measure a digits run (reconstructions, samples, copies, codebook, curves) and write its report and figures."""
 
-import json
-
 SUMMARY = "measure a digits run and write its report"
 
 
@@ -17,7 +15,9 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     """Run the command; the exit status is 0 even if a figure misses its bound, which the report states."""
     from mvar_jax.digits.measure_run import report_digits
-    from mvar_jax.errors import InputError
+    from mvar_jax.digits.report import StageRecord
+    from mvar_jax.errors import InputError, shorten
+    from mvar_jax.files.json_files import read_json
     from mvar_jax.files.paths import as_path
 
     names = ("transformer", "tokenizer", "samples", "stages", "out")
@@ -27,9 +27,9 @@ def run(args) -> int:
             given = getattr(args, name)
             raise InputError(f"--{name}={given} does not exist", field=name, given=given, expected="an existing path")
     try:
-        stages = json.loads(paths["stages"].read_text())
-    except ValueError:
-        message = f"--stages={args.stages} must be the JSON log that launch/stage.py writes"
+        stages = read_json(paths["stages"], dict[str, StageRecord])
+    except (OSError, ValueError) as error:
+        message = f"--stages={args.stages} must be the JSON log that launch/stage.py writes: {shorten(error)}"
         raise InputError(message, field="stages", given=args.stages, expected="a JSON log") from None
     passed = report_digits(paths["tokenizer"], paths["transformer"], paths["samples"], stages, paths["out"])
     print((paths["out"] / "report.md").read_text())

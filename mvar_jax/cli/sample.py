@@ -4,7 +4,7 @@ Resumable: rerunning the command continues, and leaves the same files as an unin
 """
 
 from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
-from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, check_seed, sampling_options
+from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, sampling_options
 from mvar_jax.processes import group
 
 SUMMARY = "sample images of given classes"
@@ -22,7 +22,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--num", type=int, default=8, metavar="N", help="images of each label (default 8)")
     add_sampling_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the samples")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the samples; one run's alone")
     parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="images per batch (default 64)")
     parser.add_argument("--save_tokens", action="store_true", help="also write tokens.npz: ids, labels, f_hat")
     parser.add_argument("--truncate_uint8", action="store_true", help="round pixels down, as the published code")
@@ -43,30 +43,28 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     """Run the command; everything is checked before the first file is written."""
-    from mvar_jax.cli.labels import parse_labels
     from mvar_jax.errors import InputError
     from mvar_jax.files.paths import as_path
+    from mvar_jax.values import as_seed
 
     options = sampling_options(args)
     check_positive(args, "num", "batch_size", "weight_shards")
-    check_seed(args.seed)
+    as_seed(args.seed)
     checkpoint, out = as_path(args.checkpoint, "checkpoint"), as_path(args.out, "out")
     use_compilation_cache(args.compilation_cache)
 
     import jax
 
-    from mvar_jax.api import check_labels, load
+    from mvar_jax.api import load
     from mvar_jax.checkpoints.class_names import class_names_of
-    from mvar_jax.files.directories import make_directory
-    from mvar_jax.processes.holding import hold
-    from mvar_jax.processes.shared import check_shared
+    from mvar_jax.processes.holding import owned_folder
     from mvar_jax.sampling.bulk import Order, draw_all, place_networks
     from mvar_jax.sharding import make_mesh
     from mvar_jax.stopping import StopFlag
 
     if group.current().count > 1:
         print_machine()
-    labels = parse_labels(args.labels, class_names_of(checkpoint))
+    labels = class_names_of(checkpoint).numbers_of(args.labels)
     devices = jax.local_devices()
     if len(devices) % args.weight_shards:
         expected = f"a divisor of {len(devices)}, the number of this process's devices"
@@ -74,10 +72,8 @@ def run(args) -> int:
         raise InputError(message, field="weight_shards", given=args.weight_shards, expected=expected)
     mesh = make_mesh(fsdp=args.weight_shards, devices=devices)
     model = load(checkpoint, args.which)
-    check_labels(labels, model.num_classes)
+    labels = model.labels(labels)
     networks = place_networks(model.networks, mesh, args.dtype)
-    check_shared("out", out)
-    make_directory(out)
     order = Order(
         tuple(labels.tolist()),
         args.num,
@@ -87,7 +83,8 @@ def run(args) -> int:
         args.save_tokens,
         args.truncate_uint8,
     )
-    with hold("out", out), StopFlag(notice="stopping after this batch") as stop:
+    owning = owned_folder("out", out, "sample", order.identity(networks))
+    with owning, StopFlag(notice="stopping after this batch") as stop:
         is_new = draw_all(
             networks,
             order,

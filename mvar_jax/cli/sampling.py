@@ -26,13 +26,6 @@ def sampling_options(args):
     return SampleOptions(args.cfg, args.top_k, args.top_p, args.smooth, args.temperature)
 
 
-def check_seed(seed: int) -> None:
-    """Raise InputError unless the seed is an unsigned 32-bit integer."""
-    if not 0 <= seed < 2**32:
-        message = f"--seed must be from 0 to 2**32 - 1, got {seed}"
-        raise InputError(message, field="seed", given=seed, expected="0 to 2**32 - 1")
-
-
 def check_positive(args, *names: str) -> None:
     """Raise InputError for the first of these arguments that is below 1."""
     for name in names:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import json
 import signal
 from pathlib import Path
 
 from mvar_jax.cli.configuration import add_config_argument, read_config
 from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
-from mvar_jax.errors import STORAGE_ERRORS, InputError, RunError, shorten
+from mvar_jax.errors import InputError
 from mvar_jax.fields import flatten
 from mvar_jax.files.paths import as_path
 from mvar_jax.processes import group
@@ -38,10 +37,14 @@ def run(args) -> int:
     use_compilation_cache(args.compilation_cache)
 
     from mvar_jax import build
+    from mvar_jax.checkpoints.class_names import read_classes
+    from mvar_jax.checkpoints.manager import has_checkpoint
     from mvar_jax.training import loop
     from mvar_jax.training.saving import say
 
     settings = build.build_settings(config)
+    kept = read_classes(workdir, "workdir") if has_checkpoint(workdir) else ()
+    config = build.with_class_order(config, kept)
     task, modules, tokenizer_params = build.build_task(config)
     check_same_in_all(config, task)
     print_machine(task.run.mesh)
@@ -49,14 +52,9 @@ def run(args) -> int:
         say(described)
     settings = dataclasses.replace(settings, num_steps=task.run.num_steps)
     config = build.with_steps(config, task.run)
-    check_classes(workdir, list(task.data["train"].label_names))
+    check_classes(workdir, kept, task.data["train"].label_names)
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
-    try:
-        result = loop.run(task, workdir, settings, config, prepare, strict=args.strict, has_lock=not args.no_lock)
-    except OSError as error:
-        if error.errno not in STORAGE_ERRORS:
-            raise
-        raise RunError(f"{workdir}: {error.strerror}; its newest checkpoint is intact") from error
+    result = loop.run(task, workdir, settings, config, prepare, strict=args.strict, has_lock=not args.no_lock)
     if result.interrupted is None:
         return 0
     return 130 if result.interrupted == signal.SIGINT else STOPPED_STATUS
@@ -69,22 +67,13 @@ def check_same_in_all(config: dict, task) -> None:
     here.check_same("data", "data with", dict(flatten(task.data_identity)))
 
 
-def check_classes(workdir: Path, names: list[str]) -> None:
-    """Raise InputError if the run in the workdir was begun with other classes, or its list of them cannot be read."""
-    from mvar_jax.checkpoints.manager import has_checkpoint
-    from mvar_jax.checkpoints.model_directory import CLASSES_FILE
-
-    path = workdir / CLASSES_FILE
-    try:
-        there = json.loads(path.read_text()) if path.exists() and has_checkpoint(workdir) else names
-    except (OSError, ValueError) as error:
-        words = f"workdir {workdir} has no readable {CLASSES_FILE}: {shorten(error)}"
-        raise InputError(words, field="workdir", given=str(workdir), expected=f"a readable {CLASSES_FILE}") from None
-    if there == names:
+def check_classes(workdir: Path, kept: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """Raise InputError if the run in the workdir was begun with other classes. kept: its classes, () if unknown."""
+    if kept in ((), names):
         return
-    changed = ", ".join(sorted(set(there) ^ set(names))[:5]) or "their order"
-    words = f"classes must be the {len(there)} that {workdir} was trained on, got {len(names)}; different: {changed}"
-    raise InputError(words, field="classes", given=len(names), expected=f"the {len(there)} of {workdir}")
+    changed = ", ".join(sorted(set(kept) ^ set(names))[:5]) or "their order"
+    words = f"classes must be the {len(kept)} that {workdir} was trained on, got {len(names)}; different: {changed}"
+    raise InputError(words, field="classes", given=len(names), expected=f"the {len(kept)} of {workdir}")
 
 
 def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) -> None:

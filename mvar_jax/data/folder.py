@@ -19,7 +19,10 @@ def _refuse(message: str, given: str | os.PathLike, expected: str) -> InputError
 
 
 def list_classes(path: str | os.PathLike) -> tuple[str, ...]:
-    """Return the class folders of PATH/train by name, without hidden ones. Raises InputError if there are none."""
+    """Return the class folders of PATH/train, by number if all their names are numbers, else by name.
+
+    Without hidden ones. Raises InputError if there are none.
+    """
     train, expected = as_path(path, "data.path") / "train", "a folder that holds train/CLASS/"
     try:
         names = _list_folders(train)
@@ -28,7 +31,20 @@ def list_classes(path: str | os.PathLike) -> tuple[str, ...]:
         raise _refuse(message, path, expected) from None
     if not names:
         raise _refuse(f"data.path must be {expected}; {train} has no class folders", path, expected)
-    return tuple(names)
+    return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else names)
+
+
+def order_classes(names: tuple[str, ...], class_order: Sequence[str]) -> tuple[str, ...]:
+    """Return the classes as `class_order` lists them, unless it is empty. Raises InputError if it lists others."""
+    if not class_order:
+        return names
+    if sorted(class_order) != sorted(names):
+        different = ", ".join(sorted(set(class_order) ^ set(names))[:5]) or "one listed twice"
+        message = (
+            f"data.class_order must list the {len(names)} classes of data.path, each once; different: {different}"
+        )
+        raise InputError(message, field="data.class_order", given=class_order, expected=f"the {len(names)} classes")
+    return tuple(class_order)
 
 
 def _list_folders(folder: Path) -> list[str]:
@@ -54,15 +70,18 @@ def _list_images(split: Path, classes: Sequence[str]) -> list[list[str]]:
 
 
 class FolderSource(ImageSource):
-    """One split; items hold the bytes of a JPEG, PNG or WebP file. Classes are the folders of `train`, by name.
+    """One split; items hold the bytes of a JPEG, PNG or WebP file. Classes are the folders of `train`.
+
+    Args:
+      class_order: their names in the order of the labels; empty for that of `list_classes`.
 
     Raises:
       InputError: the folders are missing, hold no images, or `split` has a class that `train` does not have.
     """
 
-    def __init__(self, path: str | os.PathLike, split: str):
+    def __init__(self, path: str | os.PathLike, split: str, class_order: Sequence[str] = ()):
         self._folder = as_path(path, "data.path") / split
-        self.label_names = list_classes(path)
+        self.label_names = order_classes(list_classes(path), class_order)
         if not self._folder.is_dir():
             expected = f"a folder that holds {split}/CLASS/ and train/CLASS/"
             raise _refuse(f"data.path must be {expected}; {self._folder} does not exist", path, expected)

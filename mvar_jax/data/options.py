@@ -54,6 +54,8 @@ class DataOptions:
       scale: largest relative change of size (digits).
       shear: largest horizontal shear (digits).
       path: folder of the images (folder, tars) or of the prepared data (tfds; "" for TFDS's default).
+      class_order: names of the classes in the order of their labels; () sorts them, by number if all are numbers
+        (folder).
       name: name of the TFDS data set, such as imagenet2012 (tfds).
       crop: centre (as ADM, arXiv 2105.05233), random (ADM's random crop) or resized (random share of the area).
       min_crop: smallest share of the side (random) or of the area (resized) that a crop keeps.
@@ -86,6 +88,7 @@ class DataOptions:
     scale: float = 0.0
     shear: float = 0.0
     path: str = dataclasses.field(default="", metadata=FREE)
+    class_order: tuple[str, ...] = dataclasses.field(default=(), metadata=FREE)
     name: str = ""
     crop: str = "centre"
     min_crop: float = 0.8
@@ -121,17 +124,18 @@ class DataOptions:
     def describe(self) -> dict:
         """Return the fields that decide on the pixels, which are stored with a cache of their tokens."""
         left_out = {"num_views", "cache", "cache_memory_mib", "cache_disk_mib", "cache_folder", "tokenizer"}
-        left_out |= {"num_threads", "num_workers", "max_bad_share"}
+        left_out |= {"num_threads", "num_workers", "max_bad_share", "class_order"}
         left_out |= set(self.idle_fields()) - {"flip"}  # caches of digits have always listed it
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     def idle_fields(self) -> tuple[str, ...]:
         """Return the fields that have no meaning for the source."""
         if self.source == "digits":
-            return ("path", "name", "flip", "crop", "min_crop", "upright")
+            return ("path", "class_order", "name", "flip", "crop", "min_crop", "upright")
         of_digits = ("degrees", "shift_px", "scale", "shear")
         others = {"synthetic": ("path", "name"), "folder": ("name",), "tars": ("name",)}
-        return of_digits + others.get(self.source, ())
+        of_folder = () if self.source == "folder" else ("class_order",)
+        return of_digits + of_folder + others.get(self.source, ())
 
     def transform(self) -> Transform:
         """Return the transform of the source's images."""
@@ -153,4 +157,5 @@ class DataOptions:
             split_seed=self.split_seed,
             val_fraction=self.val_fraction,
             size=self.size,
+            class_order=self.class_order,
         )

@@ -1,5 +1,6 @@
 """Data sets in memory and the registry: `open_source` is the one place that knows the data sets by name."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,7 @@ def open_source(
     split_seed: int = 0,
     val_fraction: float = 0.2,
     size: int = 0,
+    class_order: Sequence[str] = (),
 ) -> ImageSource:
     """Open one split of a data set.
 
@@ -149,6 +151,7 @@ def open_source(
     Args:
       split: "train" or "val".
       size: number of images of the split to keep; 0 keeps all (`synthetic` has no "all").
+      class_order: names of the classes in the order of their labels (`folder`); empty sorts them.
 
     Raises:
       InputError: a name or split is unknown, a number is out of range, or the data set is missing.
@@ -163,7 +166,7 @@ def open_source(
     if name == "folder":
         from mvar_jax.data.folder import FolderSource
 
-        return _keep(FolderSource(path, split), size, split)
+        return _keep(FolderSource(path, split, class_order), size, split)
     from mvar_jax.data.tars import TarSource
 
     return _keep(TarSource(path, split), size, split)

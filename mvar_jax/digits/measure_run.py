@@ -1,9 +1,9 @@
 """Measurement of a digits run on the real held-out fifth, from the files that its stages wrote."""
 
-import json
 import resource
 import time
 from pathlib import Path
+from typing import TypedDict
 
 import jax
 import numpy as np
@@ -13,15 +13,31 @@ from mvar_jax.data.sources import open_source
 from mvar_jax.data.transforms import DigitTransform
 from mvar_jax.digits.curves import Curves, plot_curves
 from mvar_jax.digits.report import measure, write_report
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, shorten
 from mvar_jax.evaluation.reconstruction import reconstruct
 from mvar_jax.files.images import save_png, side_by_side, tile_grid, to_uint8
+from mvar_jax.files.json_files import read_json
 from mvar_jax.files.lines import read_lines
 from mvar_jax.files.npz import load_npz, save_npz
 from mvar_jax.training.tokenizer_step import count_hits
 
 GRID_CFG = 1.0  # guidance of samples.png
 IMAGES_PER_CLASS = 10
+
+
+class DigitsData(TypedDict):
+    """The section `data` of a run's config, as far as the report needs it."""
+
+    source: str
+    image_size: int
+    split_seed: int
+    val_fraction: float
+
+
+class DigitsConfig(TypedDict):
+    """The config of a run, as far as the report needs it."""
+
+    data: DigitsData
 
 
 def read_metrics(workdir: Path, kind: str) -> list[dict]:
@@ -39,7 +55,11 @@ def load_digits(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     Raises InputError if the run did not train on the digits.
     """
-    data = json.loads((workdir / "config.json").read_text())["data"]
+    try:
+        data = read_json(workdir / "config.json", DigitsConfig)["data"]
+    except (OSError, ValueError) as error:
+        message = f"--transformer={workdir} has no readable config.json: {shorten(error)}"
+        raise InputError(message, field="transformer", given=str(workdir), expected="a training workdir") from None
     if data["source"] != "digits":
         message = f"--transformer={workdir} must be a run on the digits, but it is a run on {data['source']}"
         raise InputError(message, field="transformer", given=str(workdir), expected="a run on the digits")

@@ -5,7 +5,7 @@ import math
 import operator
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
@@ -110,6 +110,14 @@ def measure_validation(steps_K, loss_KS, log_v: float) -> dict:
         "val_loss_end_over_log_v_per_scale": over_log_v_S.tolist(),
         "val_loss_worst_over_log_v": float(over_log_v_S.max()),
     }
+
+
+class StageRecord(TypedDict):
+    """What launch/stage.py notes of a stage."""
+
+    wall_s: float
+    cpu_s: float
+    peak_rss_mib: float
 
 
 def measure_stages(stages: Mapping[str, Mapping]) -> dict:

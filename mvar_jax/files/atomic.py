@@ -1,9 +1,12 @@
 """Atomic writes: readers see the old file or the whole new one, never a part.
 
-A disk renames a finished temporary file; an object store has no rename, but one upload is atomic.
+A disk renames a finished temporary file; an object store has no rename, but one upload is atomic. File and folder are
+synced, so that a file counts only once it also survives a power cut.
 """
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import re
@@ -14,7 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mvar_jax.errors import STORAGE_ERRORS
 from mvar_jax.files.paths import as_path, is_store
+
+NAME_BYTES = 255  # the longest name of a file on the usual file systems
 
 _TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9_-]+-)?\d+\.tmp")  # of `temporary_path`; of older versions: without a host
 
@@ -22,7 +28,36 @@ _TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9_-]+-)?\d+\.tmp")  # of `temporary_pa
 def temporary_path(path: Path) -> Path:
     """Return the name under which `path` is written first: hidden, in the same folder, with host and process id."""
     host = re.sub(r"[^A-Za-z0-9_]+", "-", socket.gethostname())[:63]
-    return path.with_name(f".{path.name}.{host}-{os.getpid()}.tmp")
+    end = f".{host}-{os.getpid()}.tmp"
+    return path.with_name(f".{fit_name(path.name, NAME_BYTES - 1 - len(end))}{end}")
+
+
+def fit_name(name: str, num_bytes: int) -> str:
+    """Return a name of at most so many bytes: the name itself, or its beginning with a digest of the whole."""
+    data = os.fsencode(name)
+    if len(data) <= num_bytes:
+        return name
+    digest = hashlib.sha256(data).hexdigest()[:8]
+    return f"{data[: num_bytes - 9].decode(errors='ignore')}-{digest}"
+
+
+def sync(path: Path) -> None:
+    """Return when a file or the names in a folder are on the disk itself, if its file system can tell."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Sync a folder of this machine and all that is in it."""
+    for top, _, files in os.walk(folder):
+        for path in (*(os.path.join(top, name) for name in files), top):
+            sync(Path(path))
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
@@ -46,7 +81,7 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path of this machine. It replaces `path` if the block succeeds, else it is removed.
 
-    Missing parent folders are made.
+    Missing parent folders are made. An OSError of a full disk, or of the temporary file, names `path`.
     """
     path = as_path(path)
     if is_store(path):
@@ -59,7 +94,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     temporary = temporary_path(path)
     try:
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        if error.filename == str(temporary) or (error.filename is None and error.errno in STORAGE_ERRORS):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ to NAME.jsonl. A kill between writing it and removing the others leaves lines tw
 
 import contextlib
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -15,7 +16,9 @@ from typing import Any, Protocol
 
 from mvar_jax.errors import shorten
 from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.json_files import parse_json
 from mvar_jax.files.paths import is_store
+from mvar_jax.schema import conform
 
 PIECE_BYTES = 2**20
 UPLOAD_S = 10.0
@@ -28,7 +31,7 @@ class Lines(Protocol):
         """Add a line."""
 
     def flush(self) -> None:
-        """Return when every line so far can be read by others. Raises OSError if that fails."""
+        """Return when every line so far is on the disk or in the store. Raises OSError if that fails."""
 
     def close(self) -> None:
         """Flush and close."""
@@ -60,6 +63,7 @@ class _AppendedLines:
 
     def flush(self) -> None:
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -139,7 +143,7 @@ def _texts_of(path: Path) -> list[str]:
 def _parse(texts: Iterable[str]) -> Iterable[tuple[str, Any]]:
     for text in texts:
         with contextlib.suppress(ValueError):
-            yield text, json.loads(text)
+            yield text, conform(parse_json(text), dict[str, Any], "a line")
 
 
 def _replace(path: Path, lines: list[str], pieces: list[Path]) -> None:

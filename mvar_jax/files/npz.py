@@ -1,6 +1,7 @@
 """Uncompressed .npz files, written atomically: whole arrays, or arrays in pieces that never fit in memory at once."""
 
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,19 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of a file. Raises ValueError if they need pickle."""
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+def is_whole_npz(path: Path, names: Iterable[str], reads_all: bool = True) -> bool:
+    """Return whether a file holds arrays of exactly these names, undamaged; False if there is no such file.
+
+    reads_all: also compare the checksums of all bytes; else a file that was cut is still found.
+    """
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            wanted = {f"{name}.npy" for name in names}
+            return set(archive.namelist()) == wanted and not (reads_all and archive.testzip())
+    except (FileNotFoundError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, zlib.error):
+        return False
 
 
 def _write_pieces(file, name: str, pieces: Pieces) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import flax.struct
 import jax
 
+from mvar_jax.errors import InputError
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 
@@ -41,3 +42,12 @@ class Networks:
 def apply_tokenizer(networks: Networks, x: jax.Array, method: str) -> jax.Array:
     """Call a method of the tokenizer as a program of its own, compiled once for all its callers."""
     return networks.apply_tokenizer(x, method=method)
+
+
+def check_fit(tokenizer: Tokenizer, transformer: Transformer) -> None:
+    """Raise InputError unless both have the same scales and codebook sizes."""
+    for name in ("sides", "vocab_size", "code_width"):
+        ours, theirs = getattr(transformer, name), getattr(tokenizer, name)
+        if ours != theirs:
+            words = f"{name} must be {theirs} as in the tokenizer, got {ours}"
+            raise InputError(words, field=name, given=ours, expected=str(theirs))

@@ -8,8 +8,8 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,19 +20,20 @@ from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from mvar_jax.checkpoints.model_directory import fingerprint
-from mvar_jax.errors import InputError, shorten
-from mvar_jax.files.atomic import remove_leftovers, write_json
+from mvar_jax.errors import InputError
 from mvar_jax.files.directories import remove_tree
 from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, tile_grid
-from mvar_jax.files.npz import Pieces, save_npz
+from mvar_jax.files.npz import Pieces, is_whole_npz, save_npz
+from mvar_jax.files.paths import is_store
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import num_shards_of, replicated, shardings_of, spec_of, use_mesh
+from mvar_jax.values import as_integer, as_seed
 
-IDENTITY_FILE = "samples.json"
 SAMPLES_FILE = "samples.npz"
+TOKENS_FILE = "tokens.npz"
 UNFINISHED = "unfinished"
 NUM_WRITERS = 8
 PROGRESS = "{desc}: {n_fmt}/{total_fmt} images, {rate_noinv_fmt}, {remaining} left"
@@ -43,7 +44,7 @@ class Order:
     """The samples to draw: `num` of each label, label by label.
 
     Sample i is a function of (weights, its label, seed, i, options). An interruption loses at most the batches that
-    are being computed or written.
+    are being computed or written. Raises InputError if a number is out of range.
     """
 
     labels: tuple[int, ...]
@@ -53,6 +54,11 @@ class Order:
     batch_size: int = 64
     saves_tokens: bool = False
     truncates: bool = False
+
+    def __post_init__(self):
+        as_seed(self.seed)
+        for name in ("num", "batch_size"):
+            as_integer(getattr(self, name), name, 1)
 
     @property
     def labels_N(self) -> np.ndarray:
@@ -104,28 +110,6 @@ def place_networks(networks: Networks, mesh: Mesh, dtype: str | None = None) -> 
     )
 
 
-def check_folder(out: Path, identity: dict) -> bool:
-    """Return whether the samples of this identity are complete. Raises InputError if the folder holds others."""
-    path = out / IDENTITY_FILE
-    if not path.exists():
-        there = [name for name in (SAMPLES_FILE, "000000.png") if (out / name).exists()]
-        if there:
-            message = f"out={out} holds {there[0]} of another run; choose a folder without samples"
-            raise InputError(message, field="out", given=str(out), expected="a folder without samples")
-        return False
-    try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        message = f"out={out} holds a {IDENTITY_FILE} that cannot be read ({shorten(error)}); choose another folder"
-        raise InputError(message, field="out", given=str(out), expected=f"readable {IDENTITY_FILE}") from None
-    for name, value in identity.items():
-        if stored.get(name) != value:
-            expected = repr(stored.get(name))
-            message = f"{name}={value!r} differs from {expected}, used for the samples in {out}; choose another --out"
-            raise InputError(message, field=name, given=value, expected=expected)
-    return (out / SAMPLES_FILE).exists()
-
-
 @dataclasses.dataclass(frozen=True)
 class _Batches:
     """The rows of each batch, and the files of the finished ones."""
@@ -146,6 +130,31 @@ class _Batches:
 
     def file(self, batch: int) -> Path:
         return self.out / UNFINISHED / f"{batch:07d}.npz"
+
+    def find_finished(self, batches: Iterable[int]) -> set[int]:
+        """Return those of the batches whose files are there and undamaged."""
+        names = {path.name for path in self.out.iterdir()}
+        if UNFINISHED not in names:
+            return set()
+        arrays = ("pixels", *(("ids", "f_hat") if self.order.saves_tokens else ()))
+        reads_all = not is_store(self.out)  # where an object is whole or not there
+
+        def is_finished(batch: int) -> bool:
+            has_images = all(f"{number:06d}.png" in names for number in self.rows(batch))
+            return has_images and is_whole_npz(self.file(batch), arrays, reads_all)
+
+        batches = list(batches)
+        with ThreadPoolExecutor(NUM_WRITERS) as pool:
+            return set(itertools.compress(batches, pool.map(is_finished, batches)))
+
+    def are_joined(self) -> bool:
+        """Return whether the samples are complete; if what was complete is damaged, it is drawn again."""
+        if not (self.out / SAMPLES_FILE).exists():
+            return False
+        wanted = {SAMPLES_FILE: ("arr_0", "arr_1")}
+        if self.order.saves_tokens:
+            wanted[TOKENS_FILE] = ("ids", "labels", "f_hat")
+        return all(is_whole_npz(self.out / name, arrays, reads_all=False) for name, arrays in wanted.items())
 
     def write(self, batch: int, arrays: dict[str, np.ndarray]) -> None:
         """Write the PNGs, then the arrays: the arrays' file marks the batch as finished."""
@@ -182,33 +191,28 @@ def draw_all(
       wait: returns when all processes have called it.
       check_stop: called before each batch; what it raises ends the work once the finished batches are written.
 
-    Raises InputError if the folder holds samples of another order, or cannot be written.
+    The folder must be this run's own, see `processes.holding.owned_folder`. Raises InputError if the processes do not
+    share it.
     """
-    identity, batches = order.identity(networks), _Batches(order, out)
-    is_complete = check_folder(out, identity)
-    if process_index == 0 and not is_complete:
-        remove_leftovers(out)
-    wait()  # no process writes before all have checked the folder
+    batches = _Batches(order, out)
+    is_complete = batches.are_joined()
+    wait()  # no process writes before all have looked
     if not is_complete:
-        try:
-            (out / UNFINISHED).mkdir(exist_ok=True)
-            own = range(process_index, batches.count, process_count)
-            draw = functools.partial(_draw, networks, batches, mesh=mesh, check_stop=check_stop)
-            _write_missing(draw, batches, own, identity, is_shown=process_index == 0)
-            wait()
-            if process_index == 0:
-                _join(batches)
-        except OSError as error:
-            message = f"out={out} cannot be written ({shorten(error)})"
-            raise InputError(message, field="out", given=str(out), expected="a writable folder") from error
+        own = range(process_index, batches.count, process_count)
+        draw = functools.partial(_draw, networks, batches, mesh=mesh, check_stop=check_stop)
+        _write_missing(draw, batches, own, is_shown=process_index == 0)
+        wait()
+        if process_index == 0:
+            _join(batches)
     if process_index == 0:
         remove_tree(out / UNFINISHED)
     wait()
     return not is_complete
 
 
-def _write_missing(draw: Callable, batches: _Batches, own: range, identity: dict, is_shown: bool) -> None:
-    missing = [batch for batch in own if not batches.file(batch).exists()]
+def _write_missing(draw: Callable, batches: _Batches, own: range, is_shown: bool) -> None:
+    finished = batches.find_finished(own)
+    missing = [batch for batch in own if batch not in finished]
     sizes = {batch: len(batches.rows(batch)) for batch in own}
     num_done = sum(sizes.values()) - sum(sizes[batch] for batch in missing)
     writing: collections.deque[Future] = collections.deque()
@@ -217,10 +221,6 @@ def _write_missing(draw: Callable, batches: _Batches, own: range, identity: dict
         bar = {"desc": "sample", "unit": " images", "bar_format": PROGRESS, "mininterval": 1, "disable": not is_shown}
         progress = stack.enter_context(tqdm(total=sum(sizes.values()), initial=num_done, **bar))
         for batch, arrays in draw(missing):
-            if not (
-                batches.out / IDENTITY_FILE
-            ).exists():  # not earlier, so that a failure in the first batch leaves no file
-                write_json(batches.out / IDENTITY_FILE, identity)
             writing.append(pool.submit(batches.write, batch, arrays))
             while len(writing) > 2 * NUM_WRITERS:  # otherwise a slow disk would fill the memory
                 writing.popleft().result()
@@ -274,5 +274,5 @@ def _join(batches: _Batches) -> None:
     zoom = min_zoom(shown[0].shape[0])
     save_png(batches.out / "grid.png", tile_grid(np.stack(shown), min(order.num, 32), zoom=zoom))
     if order.saves_tokens:
-        save_npz(batches.out / "tokens.npz", ids=pieces("ids"), labels=labels_N, f_hat=pieces("f_hat"))
+        save_npz(batches.out / TOKENS_FILE, ids=pieces("ids"), labels=labels_N, f_hat=pieces("f_hat"))
     save_npz(batches.out / SAMPLES_FILE, arr_0=pieces("pixels"), arr_1=labels_N)

@@ -14,6 +14,7 @@ from mvar_jax.errors import InputError
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.resize import resize_area
 from mvar_jax.sampling.sampler import ReplaceFn, SampleOptions, guided_logits, sample_pyramid
+from mvar_jax.values import as_real
 
 DRAWN_SHARE = 0.5  # a token is drawn if more than this share of its area is masked
 SOFTNESS = 0.5  # tokens masked from 1/4 to 3/4 are mixed
@@ -42,17 +43,12 @@ def check_mask(mask, image_side: int) -> np.ndarray:
     return mask_BYX
 
 
-def check_border(border_px: int | None, softness: float, image_side: int) -> int:
+def check_border(border_px: float | None, softness: float, image_side: int) -> float:
     """Return border_px, by default a share of the side. Raises InputError if it or softness is out of range."""
     if border_px is None:
         border_px = round(image_side * SOFT_BORDER_SHARE)
-    if not border_px >= 0:
-        message = f"border must be 0 pixels or more, got {border_px}"
-        raise InputError(message, field="border", given=border_px, expected="0 or more")
-    if not 0 <= softness <= 1:
-        message = f"softness must be from 0 (a hard border) to 1, got {softness}"
-        raise InputError(message, field="softness", given=softness, expected="0 to 1")
-    return border_px
+    as_real(softness, "softness", 0, 1, "from 0 (a hard border) to 1")
+    return as_real(border_px, "border", 0, 1e6, "0 pixels or more")
 
 
 def hide_masked(image_BYX3: np.ndarray, mask_BYX: np.ndarray) -> np.ndarray:
@@ -65,7 +61,7 @@ def hide_masked(image_BYX3: np.ndarray, mask_BYX: np.ndarray) -> np.ndarray:
     return np.stack([hide(image, mask) for image, mask in zip(image_BYX3, mask_BYX, strict=True)])
 
 
-def blend(before_BYX3: np.ndarray, after_BYX3: np.ndarray, mask_BYX: np.ndarray, border_px: int) -> np.ndarray:
+def blend(before_BYX3: np.ndarray, after_BYX3: np.ndarray, mask_BYX: np.ndarray, border_px: float) -> np.ndarray:
     """Return `before` outside the mask, bit for bit, and (1 - a) * before + a * after inside it.
 
     a = min(1, d / (border_px + 1)), where d is the distance to the nearest known pixel; if border_px is 0, the whole

@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mvar_jax.errors import InputError
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import modulate
 from mvar_jax.ops.pixels import to_levels
@@ -24,6 +22,7 @@ from mvar_jax.ops.sampling import (
     smooth_codes,
 )
 from mvar_jax.sharding import constrain, map_rows
+from mvar_jax.values import as_flag, as_integer, as_real
 
 # Images decoded at once: otherwise the decoder's last stage would dominate memory. On a CPU its convolutions are
 # fastest one by one: 12.5 s for four images of 256 px, 14.5 s together.
@@ -42,12 +41,13 @@ class SampleOptions:
     """How ids are drawn from logits.
 
     Attributes:
-      cfg: guidance, 0 or more.
+      cfg: guidance, 0 (none) to 1e6.
       top_k, top_p: filters; 0 switches one off, top_k 1 is greedy.
       smooth: Gumbel average of codes instead of drawn ones.
-      temperature: divides the guided logits before the filters; 1 in the published programs.
+      temperature: divides the guided logits before the filters, 1e-6 to 1e6; 1 in the published programs.
 
-    Raises InputError if a value is out of range.
+    Numbers of numpy and jax become Python's. Raises InputError if a value is of another type or out of range, beyond
+    which float32 would overflow.
     """
 
     cfg: float = 1.5
@@ -57,18 +57,15 @@ class SampleOptions:
     temperature: float = 1.0
 
     def __post_init__(self):
-        rules = {
-            "cfg": (self.cfg >= 0, "0 or more (0: no guidance)"),
-            "top_k": (self.top_k >= 0, "0 or more (0: off)"),
-            "top_p": (0 <= self.top_p <= 1, "from 0 to 1 (0: off)"),
-            "temperature": (0 < self.temperature < math.inf, "finite and above 0 (1: unchanged logits)"),
+        checked = {
+            "cfg": as_real(self.cfg, "cfg", 0, 1e6, "from 0 (no guidance) to 1e6"),
+            "top_k": as_integer(self.top_k, "top_k", 0, expected="0 or more (0: off)"),
+            "top_p": as_real(self.top_p, "top_p", 0, 1, "from 0 to 1 (0: off)"),
+            "smooth": as_flag(self.smooth, "smooth"),
+            "temperature": as_real(self.temperature, "temperature", 1e-6, 1e6, "from 1e-6 to 1e6 (1: no change)"),
         }
-        for field, (is_valid, expected) in rules.items():
-            if not is_valid:
-                given = getattr(self, field)
-                raise InputError(
-                    f"{field} must be {expected}, got {given}", field=field, given=given, expected=expected
-                )
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
 def sample_pyramid(

@@ -7,17 +7,18 @@ cache_writer.py.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 
+from mvar_jax.checkpoints.model_directory import MODEL_FILE
 from mvar_jax.data.protocols import TokenSource
 from mvar_jax.data.shared_memory import SharedArray
 from mvar_jax.errors import InputError, RunError, shorten
+from mvar_jax.files.json_files import read_json
 from mvar_jax.files.paths import as_path, is_store
 from mvar_jax.scales import areas_of
 from mvar_jax.tokens.copies import Copies, default_folder
@@ -28,9 +29,36 @@ META_NAME = "cache.json"
 TOKENIZER_FOLDER = "tokenizer"  # of the cache's own tokenizer, a model directory; older caches have none
 FORMAT = 1
 LABEL_BYTES = 4
-_META_KEYS = {"tokenizer_fingerprint", "tokenizer_path", "sides", "vocab_size", "dtype", "label_names"}
-_SPLIT_KEYS = {"num_records", "num_views", "shards"}
-_SHARD_KEYS = {"name", "num_records", "bytes"}
+
+
+class Shard(TypedDict):
+    """A file of a split."""
+
+    name: str
+    num_records: int
+    bytes: int
+
+
+class Split(TypedDict):
+    """A split in `cache.json`."""
+
+    num_records: int
+    num_views: int
+    shards: list[Shard]
+
+
+class Meta(TypedDict):
+    """What a reader needs of `cache.json`."""
+
+    format: Literal[1]
+    tokenizer_fingerprint: str
+    tokenizer_path: str
+    tokenizer: NotRequired[str | None]
+    sides: list[int]
+    vocab_size: int
+    dtype: Literal["uint16", "int32"]
+    label_names: list[str]
+    splits: dict[str, Split]
 
 
 def read_meta(path: str | os.PathLike) -> dict[str, Any]:
@@ -39,25 +67,27 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       InputError: there is no finished cache at `path`, or its `cache.json` is unreadable.
     """
-    reason, file = f"its {META_NAME} lacks keys or is not of format {FORMAT}", as_path(path, "cache") / META_NAME
     try:
-        meta = json.loads(file.read_text())
-        is_complete = meta["format"] == FORMAT and meta.keys() >= _META_KEYS
-        for split in meta["splits"].values():
-            is_complete &= split.keys() >= _SPLIT_KEYS
-            is_complete &= all(shard.keys() >= _SHARD_KEYS for shard in split["shards"])
+        return read_json(as_path(path, "cache") / META_NAME, Meta)
     except FileNotFoundError:
-        is_complete = False
         reason = f"it has no readable {META_NAME}; if cache_tokens was interrupted, run it again to finish the cache"
     except OSError as error:
-        is_complete, reason = False, f"its {META_NAME} cannot be read: {shorten(error)}"
-    except ValueError:
-        is_complete, reason = False, f"its {META_NAME} is not valid JSON"
-    except (TypeError, KeyError, AttributeError):
-        is_complete = False
-    if not is_complete:
-        raise refuse(path, "a finished token cache", reason)
-    return meta
+        reason = f"its {META_NAME} cannot be read: {shorten(error)}"
+    except ValueError as error:
+        reason = f"its {META_NAME} is damaged: {shorten(error)}"
+    raise refuse(path, "a finished token cache", reason)
+
+
+def find_missing(path: str | os.PathLike) -> str:
+    """Return the name of a file that a finished cache lacks or that was cut, "" if it has all of them."""
+    folder, meta = as_path(path, "cache"), read_meta(path)
+    for split in meta["splits"].values():
+        for shard in split["shards"]:
+            file = folder / shard["name"]
+            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                return shard["name"]
+    description = f"{meta['tokenizer']}/{MODEL_FILE}" if meta.get("tokenizer") else ""
+    return "" if not description or (folder / description).is_file() else description
 
 
 class TokenCache(TokenSource):

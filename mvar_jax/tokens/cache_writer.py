@@ -3,22 +3,24 @@
 import contextlib
 import json
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.atomic import replacing, write_json
 from mvar_jax.files.directories import remove_tree
+from mvar_jax.files.json_files import read_json
 from mvar_jax.files.paths import as_path, is_store
+from mvar_jax.processes.holding import check_options
 from mvar_jax.scales import areas_of
-from mvar_jax.tokens.cache_reader import FORMAT, META_NAME, TOKENIZER_FOLDER, read_meta
-from mvar_jax.tokens.shards import WRITE_OPTIONS
+from mvar_jax.tokens.cache_reader import FORMAT, LABEL_BYTES, META_NAME, TOKENIZER_FOLDER, Shard, read_meta
+from mvar_jax.tokens.shards import LocalShard, writing_shard
 
 UNFINISHED = "unfinished"  # folder inside the cache's that holds the shards until the last one is finished
 _IDENTITY_NAME = "identity.json"
@@ -31,11 +33,18 @@ Record = tuple[np.ndarray, int]
 ReadRecords = Callable[[int, int, list[dict[str, Any]]], Iterable[Record]]
 
 
+class Entry(TypedDict):
+    """The own JSON file of a finished shard; `skipped` lists its bad images, as `Skipped` does."""
+
+    shard: Shard
+    skipped: list[dict[str, Any]]
+
+
 class CacheWriter:
     """Writes a token cache split by split; the cache appears when the `with` block ends without an exception.
 
     Until then its shards are in the folder `unfinished` of `out_dir`. The next writer of the same cache keeps
-    them, a writer of another cache removes them. An older cache in `out_dir` stays until the new one is complete.
+    them, a writer of another cache is refused. An older cache in `out_dir` stays until the new one is complete.
     Several processes share the work: shard i belongs to process `i % process_count`, and process 0 puts the cache
     together. In an object store a shard is uploaded in the background while the next one is written.
 
@@ -114,8 +123,8 @@ class CacheWriter:
           num_shards: files over which the images are spread in order.
 
         Raises:
-          InputError: ids or labels are out of range, ids have another shape or are no integers, or records and
-            skipped images do not add up. Shards finished before stay.
+          InputError: ids or labels are out of range, ids have another shape or are no integers, records and
+            skipped images do not add up, or there are shards of another cache. Shards finished before stay.
         """
         if not 1 <= num_shards <= num_images:
             allowed = f"1 to {num_images}, the number of images"
@@ -126,9 +135,9 @@ class CacheWriter:
         plan = {"num_images": num_images, "num_views": num_views, "transform": transform, "names": names}
         plan["compressed"] = False
         self._meta["splits"][split] = plan
-        self._forget_other_work(split)
+        self._check_identity(split)
         for shard in range(self._process_index, num_shards, self._process_count):
-            if self._finished(names[shard]) is None:
+            if not self._is_kept(names[shard], num_views):
                 self._write_shard(names[shard], read_records, bounds[shard], bounds[shard + 1], num_views)
         self._wait_for_uploads(0)
 
@@ -136,9 +145,9 @@ class CacheWriter:
         path, skipped, num_records = self._unfinished / name, [], 0
         with contextlib.ExitStack() as stack:
             temporary = stack.enter_context(replacing(path))
-            with contextlib.closing(ArrayRecordWriter(str(temporary), WRITE_OPTIONS)) as writer:
+            with writing_shard(temporary, path) as write:
                 for ids, label in self._checked(read_records(begin, end, skipped), num_views):
-                    writer.write(np.array(label, "<i4").tobytes() + ids.astype(self._dtype).tobytes())
+                    write(np.array(label, "<i4").tobytes() + ids.astype(self._dtype).tobytes())
                     num_records += 1
             if num_records + len(skipped) != end - begin:
                 found = f"{num_records} records and {len(skipped)} skipped images"
@@ -189,26 +198,49 @@ class CacheWriter:
         """Return the content of a finished shard's own JSON, or None if the shard is still to be written."""
         if name in self._entries:
             return self._entries[name]
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            entry = json.loads(self._entry_file(name).read_text())
-            # a writer killed while it put the cache together has moved some shards
-            for path in (self._unfinished / name, self._dir / name):
-                if path.is_file() and path.stat().st_size == entry["shard"]["bytes"]:
-                    self._entries[name] = entry
-                    return entry
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            entry = read_json(self._entry_file(name), Entry)
+            if self._find(name, entry["shard"]):
+                self._entries[name] = entry
+                return entry
         return None
 
-    def _forget_other_work(self, split: str) -> None:
-        """Remove a split's shards that an interrupted writer of another cache left."""
+    def _find(self, name: str, shard: dict[str, Any]) -> Path | None:
+        """Return where a shard of this size is: a writer killed while it put the cache together has moved some."""
+        for path in (self._unfinished / name, self._dir / name):
+            if path.is_file() and path.stat().st_size == shard["bytes"]:
+                return path
+        return None
+
+    def _is_kept(self, name: str, num_views: int) -> bool:
+        """Return whether an earlier writer finished a shard and its file, if it is on a disk, is undamaged."""
+        entry = self._finished(name)
+        path = entry and self._find(name, entry["shard"])
+        if not entry or not path:
+            return False
+        if is_store(path):  # an object is whole or not there
+            return True
+        try:
+            num_bytes = LABEL_BYTES + num_views * self._num_tokens * self._dtype.itemsize
+            LocalShard(path, entry["shard"], num_bytes, self._dir).read_all()
+        except (InputError, RuntimeError) as error:
+            print(f"{path} is written again: {shorten(error)}", file=sys.stderr, flush=True)
+            del self._entries[name]
+            return False
+        return True
+
+    def _check_identity(self, split: str) -> None:
+        """Raise InputError if an interrupted writer of another cache left shards of a split."""
         file = self._unfinished / f"{split}-{_IDENTITY_NAME}"
         shared = {key: value for key, value in self._meta.items() if key not in _NO_IDENTITY}
         identity = {**shared, "split": self._meta["splits"][split]}
         there = None
         with contextlib.suppress(FileNotFoundError, ValueError):
-            there = json.loads(file.read_text())
-        if self._process_index == 0 and there != json.loads(json.dumps(identity)):
-            for path in self._unfinished.glob(f"{split}-*"):
-                path.unlink()
+            there = read_json(file, Any)
+        identity = json.loads(json.dumps(identity))
+        if self._process_index == 0 and there != identity:
+            if isinstance(there, dict) and list(self._unfinished.glob(f"{split}-*.array_record")):
+                check_options("out", f"the shards of an interrupted run in {self._unfinished}", there, identity)
             write_json(file, identity)
         self._wait()
 

@@ -1,5 +1,6 @@
 """Encoding images to token ids, and whole data sets to a token cache."""
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from mvar_jax.files.paths import as_path
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.sharding import make_mesh, put_batch, replicated
-from mvar_jax.tokens.cache_reader import META_NAME, read_meta
+from mvar_jax.tokens.cache_reader import META_NAME, find_missing, read_meta
 from mvar_jax.tokens.cache_writer import CacheWriter
 
 IMAGES_PER_SHARD = 8192  # an interruption loses at most so much work
@@ -177,6 +178,8 @@ def write_cache(
 ) -> bool:
     """Write a token cache. Resumable: after an interruption it continues with the first unfinished shard.
 
+    A finished cache that lacks a file is written again.
+
     Args:
       out: directory of the cache, on this machine or in an object store.
       tokenizer_path: where the tokenizer was loaded from; stored with the cache.
@@ -194,14 +197,18 @@ def write_cache(
       False if `out` already holds the same cache.
 
     Raises:
-      InputError: `out` holds a cache of another tokenizer or of other images, or too many images are bad.
+      InputError: `out` holds a cache of another tokenizer or of other images, finished or not, or too many images
+        are bad.
     """
     transform.check_views(num_views)
     out, views = as_path(out, "out"), {"train": num_views, "val": 1}
     descriptions = {split: {**description, "num_views": views[split], "seed": seed} for split in SPLITS}
     if (out / META_NAME).exists():
         _check_same(out, tokenizer_fingerprint, descriptions)
-        return False
+        if not (missing := find_missing(out)):
+            return False
+        if process_index == 0:
+            print(f"{out} is written again: {missing} is missing or was cut", file=sys.stderr, flush=True)
     encoder = Encoder(networks, batch_size)
     with CacheWriter(
         out,

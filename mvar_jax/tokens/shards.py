@@ -4,23 +4,25 @@ Records have one size and, in caches written by this version, are not compressed
 follows from the format (riegeli), and one record is read from a store by one request for its bytes.
 """
 
+import contextlib
+import errno
 import functools
 import os
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from mvar_jax.errors import InputError
+from mvar_jax.errors import STORAGE_ERRORS, InputError
 from mvar_jax.files.stores import StorePath
 from mvar_jax.tokens.copies import Copies
 from mvar_jax.tokens.requests import requests
 
-WRITE_OPTIONS = "group_size:1,uncompressed"
+_WRITE_OPTIONS = "group_size:1,uncompressed"
 _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # with group size 1, for random access
 # A file is a sequence of chunks, here of one record each, after a first chunk that marks the format. Every block of
 # 64 KiB begins with a header, which may lie inside a chunk.
@@ -44,6 +46,27 @@ def check_equal(cache: str | os.PathLike, field: str, given: Any, expected: Any,
     if given != expected:
         message = f"token cache {cache} has {field} {given!r}, not {expected!r} like {whose}"
         raise InputError(message, field=field, given=given, expected=repr(expected))
+
+
+@contextlib.contextmanager
+def writing_shard(file: Path, path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Open a new file of this machine and yield a function that writes a record.
+
+    What the library raises of a full disk is raised as OSError of `path`, the shard's place.
+    """
+
+    def call(method: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except RuntimeError as error:
+            number = next((number for number in STORAGE_ERRORS if os.strerror(number) in str(error)), errno.EIO)
+            raise OSError(number, os.strerror(number), str(path)) from error
+
+    writer = call(ArrayRecordWriter, str(file), _WRITE_OPTIONS)
+    try:
+        yield functools.partial(call, writer.write)
+    finally:
+        call(writer.close)
 
 
 class LocalShard:

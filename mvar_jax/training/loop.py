@@ -74,7 +74,7 @@ def run(
     join_initialized()
     check_shared("workdir", workdir)
     check_resumable(workdir, config_json, task.data_identity)  # before the lock, so a refused run leaves no trace
-    with RunStopFlag() as stop, hold("workdir", workdir, has_lock):
+    with RunStopFlag() as stop, hold("workdir", workdir, has_lock, kept="the newest checkpoint is intact"):
         check_resumable(workdir, config_json, task.data_identity)
         keep_identity(workdir, config_json, task.data_identity)
         prepare()

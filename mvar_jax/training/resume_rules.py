@@ -20,6 +20,7 @@ from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.fields import flatten
 from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.json_files import read_json
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import make_mesh
@@ -154,7 +155,7 @@ def keep_identity(workdir: Path, config: dict, data_identity: dict) -> None:
 def _read(workdir: Path, name: str) -> dict | None:
     """Return the object of a JSON file of the workdir, None if there is no file."""
     try:
-        return json.loads((workdir / name).read_text())
+        return read_json(workdir / name, dict[str, Any])
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -40,6 +40,7 @@ def test_edit_changes_the_masked_pixels_alone(tiny_model, quick_programs, files)
     assert main([*base, *options, "--mask", str(files / "mask.png"), "--out", str(files / "in")]) == 0
     assert sorted(path.name for path in (files / "in").iterdir()) == [
         *(f"00000{i}.png" for i in range(4)),
+        "edits.json",
         "grid.png",
     ]
     after = np.stack([np.asarray(Image.open(files / "in" / f"00000{i}.png")) for i in range(4)])

@@ -17,6 +17,8 @@ import mvar_jax
 from mvar_jax.__main__ import main
 from mvar_jax.checkpoints.manager import restore_weights
 from mvar_jax.errors import InputError
+from mvar_jax.files.npz import save_npz
+from mvar_jax.processes.holding import owned_folder
 from mvar_jax.sampling import sampler
 from mvar_jax.sampling.bulk import Order, draw_all, place_networks
 from mvar_jax.sampling.sampler import SampleOptions
@@ -93,6 +95,45 @@ def test_resumed_after_a_kill_it_leaves_the_same_bytes(command, whole, tmp_path,
     assert "12 images already there" in capsys.readouterr().out
 
 
+def unjoin(whole: Path, out: Path) -> None:
+    """Make the folder that a run leaves which is killed before it joins its batches."""
+    shutil.copytree(whole, out)
+    samples, tokens = np.load(whole / "samples.npz"), np.load(whole / "tokens.npz")
+    for batch in range(3):
+        rows = slice(5 * batch, 5 * batch + 5)
+        arrays = {"pixels": samples["arr_0"], "ids": tokens["ids"], "f_hat": tokens["f_hat"]}
+        save_npz(out / "unfinished" / f"{batch:07d}.npz", **{name: x[rows] for name, x in arrays.items()})
+    for name in ("samples.npz", "tokens.npz", "grid.png"):
+        (out / name).unlink()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def change(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"\0\0", b"\1\1", 50))
+
+
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (cut, ["unfinished/0000001.npz"]),
+        (change, ["unfinished/0000000.npz", "unfinished/0000001.npz"]),
+        (Path.unlink, ["000006.png"]),
+        (cut, ["samples.npz"]),
+        (cut, ["tokens.npz"]),
+    ],
+)
+def test_damaged_leftovers_are_drawn_again(command, whole, tmp_path, damage, names):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out) if names[0].endswith("s.npz") else unjoin(whole, out)
+    for name in names:
+        damage(out / name)
+    assert main([*command, str(out)]) == 0
+    assert contents(out) == contents(whole) and not (out / "unfinished").exists()
+
+
 def test_processes_share_the_batches(run, whole, tmp_path):
     mesh = make_mesh(devices=jax.local_devices())
     model = place_networks(mvar_jax.load(run.transformer).networks, mesh)
@@ -106,8 +147,8 @@ def test_processes_share_the_batches(run, whole, tmp_path):
             # the first process has sampled its batches and has not joined anything yet
             draw_all(model, order, tmp_path, mesh, process_index=1, process_count=2)
 
-    (tmp_path / "unfinished").mkdir()
-    assert draw_all(model, order, tmp_path, mesh, process_index=0, process_count=2, wait=other_process)
+    with owned_folder("out", tmp_path, "sample", order.identity(model)):
+        assert draw_all(model, order, tmp_path, mesh, process_index=0, process_count=2, wait=other_process)
     assert waited[:2] == [[], ["0000000.npz", "0000002.npz"]], "each process samples every second batch"
     assert contents(tmp_path) == contents(whole)
 
@@ -143,7 +184,7 @@ def test_samples_of_other_weights_or_of_no_known_run_are_refused(command, whole,
     assert f"checkpoint='{stored['checkpoint']}' differs from 'weights 0123'" in error
     (out / "samples.json").unlink()
     assert main([*command, str(out)]) == 2
-    assert "holds samples.npz of another run" in capsys.readouterr().err
+    assert "holds 000000.png, which `sample` would replace; choose another --out" in capsys.readouterr().err
 
 
 def test_the_best_checkpoint_can_be_loaded(run, tmp_path):

@@ -54,8 +54,8 @@ def test_images_in_a_store_are_edited_and_reconstructed_into_it(s3, stored_model
     larger = small_case.TOKENIZER.clone(sides=(1, 6))  # 12 x 12 pixels
     save_model(as_path(f"{s3.url}/larger"), {"tokenizer": larger}, {"tokenizer": small_case.seeded_params(larger)})
     assert main(["reconstruct", f"--checkpoint={s3.url}/larger", f"--images={folder}", f"--out={outs[1]}"]) == 0
-    assert as_path(outs[0]).find() == ["000000.png", "grid.png"]
-    assert as_path(outs[1]).find() == ["000000_a.png", "psnr.md", "reconstructions.png"]
+    assert as_path(outs[0]).find() == ["000000.png", "edits.json", "grid.png"]
+    assert as_path(outs[1]).find() == ["000000_a.png", "psnr.md", "reconstructions.json", "reconstructions.png"]
 
 
 def test_weights_are_converted_from_and_to_a_store(s3, tmp_path, capsys):

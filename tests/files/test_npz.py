@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mvar_jax.files.npz import Pieces, save_npz
+from mvar_jax.files.npz import Pieces, is_whole_npz, save_npz
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (7, 4, 4, 3), np.uint8)
@@ -27,3 +27,18 @@ def test_pieces_that_do_not_add_up_leave_no_file(tmp_path, parts):
     with pytest.raises(ValueError, match="^a: "):
         save_npz(tmp_path / "a.npz", a=Pieces(IMAGES.shape, IMAGES.dtype, parts))
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_file_is_recognised(tmp_path):
+    path = tmp_path / "a.npz"
+    assert not is_whole_npz(path, ["a"])
+    save_npz(path, a=IMAGES)
+    data = path.read_bytes()
+    assert is_whole_npz(path, ["a"]) and not is_whole_npz(path, ["a", "b"]) and not is_whole_npz(path, ["b"])
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        assert not is_whole_npz(path, ["a"], reads_all=False)
+    for place in range(0, len(data), 7):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :])
+        is_header = not data.find(IMAGES.tobytes()) <= place < data.find(IMAGES.tobytes()) + IMAGES.nbytes
+        assert is_header or not is_whole_npz(path, ["a"])

@@ -28,11 +28,14 @@ def start(workdirs, environment=None, steps=10**6, how=""):
     ]
 
 
+FULL = "runs/toy/metrics.jsonl: No space left on device"
+
+
 @pytest.mark.parametrize(
     ("failure", "status", "reason"),
     [
         ("1:6:input", 2, "process 1 of 2: 201 bad images, but data.max_bad_share=0.01 allows 200"),
-        ("0:6:disk", 1, "process 0 of 2: runs/toy/metrics.jsonl: No space left on device"),
+        ("0:6:disk", 1, f"process 0 of 2: {FULL}; the newest checkpoint is intact"),
         ("1:6:bug", 1, "process 1 of 2: ZeroDivisionError: by zero"),
     ],
 )

@@ -119,6 +119,16 @@ def test_killed_encoding_goes_on_and_leaves_the_same_files(parts, cache, tmp_pat
     assert _contents(tmp_path) == _contents(cache)
 
 
+@pytest.mark.parametrize("name", ["train-00001-of-00004.array_record", "tokenizer/model.json"])
+def test_finished_cache_that_lacks_a_file_is_written_again(parts, cache, tmp_path, capsys, name):
+    shutil.copytree(cache, tmp_path / "cut")
+    path = tmp_path / "cut" / name
+    path.unlink() if "json" in name else path.write_bytes(path.read_bytes()[:-1])
+    _write(parts, tmp_path / "cut", parts.whole)
+    assert f"cut is written again: {name} is missing or was cut" in capsys.readouterr().err
+    assert _contents(tmp_path / "cut") == _contents(cache) and path.is_file()
+
+
 def test_too_many_bad_images_end_encoding_also_when_they_are_spread_over_two_runs(parts, tmp_path):
     words = "1 bad images, .*at most 0 of 15 train.*bee/1.jpg.*truncated"
     with pytest.raises(InputError, match=words):

@@ -1,6 +1,8 @@
+import errno
 import itertools
 import json
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from mvar_jax.data.pipeline import epoch_order, eval_batches, train_batches
 from mvar_jax.errors import InputError
 from mvar_jax.tokens.cache_reader import META_NAME, TokenCache, pick_views
 from mvar_jax.tokens.cache_writer import UNFINISHED, CacheWriter
+from mvar_jax.tokens.shards import writing_shard
 
 SIDES = (1, 2, 3)
 NUM_TOKENS = 14
@@ -150,12 +153,58 @@ def test_killed_writer_goes_on_and_leaves_the_same_files(tmp_path, first_lost):
     assert _contents(tmp_path / "killed") == _contents(tmp_path / "whole")
 
 
-def test_work_of_an_interrupted_writer_of_another_tokenizer_is_not_kept(tmp_path):
+def test_work_of_an_interrupted_writer_of_another_tokenizer_is_refused_and_kept(tmp_path):
     _write_dying(tmp_path, first_lost=8, train=_records(11, seed=9), fingerprint="other")
-    assert (tmp_path / UNFINISHED).exists()
-    train, _ = _write(tmp_path, num_shards=4)
-    _assert_holds(TokenCache(tmp_path, "train"), train)
-    assert not (tmp_path / UNFINISHED).exists()
+    before = _contents(tmp_path / UNFINISHED)
+    words = "tokenizer_fingerprint='abc' differs from 'other', used for the shards of an interrupted run in "
+    with pytest.raises(InputError, match=f"{words}{tmp_path / UNFINISHED}; choose another --out"):
+        _write(tmp_path, num_shards=4)
+    assert _contents(tmp_path / UNFINISHED) == before and len(before) == 7
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _change(path):
+    data = bytearray(path.read_bytes())
+    data[200:220] = bytes(20)
+    path.write_bytes(data)
+
+
+def _damage_entry(path):
+    path.with_name(f"{path.name}.json").write_text('{"shard": {"bytes": 7}}')
+
+
+@pytest.mark.parametrize("damage", [_cut, _change, _damage_entry])
+def test_damaged_shards_of_an_interrupted_writer_are_written_again(tmp_path, damage):
+    train, _ = _write(tmp_path / "whole", num_shards=4)
+    _write_dying(tmp_path / "killed", first_lost=8)
+    kept, damaged = sorted((tmp_path / "killed" / UNFINISHED).glob("*.array_record"))[:2]
+    damage(damaged)
+    asked = []
+    with _writer(tmp_path / "killed") as writer:
+        options = {"num_images": 11, "num_views": 2, "transform": {"degrees": 5.0}, "num_shards": 4}
+        writer.write_split("train", lambda begin, end, _: (asked.append(begin), train[begin:end])[1], **options)
+        writer.write_split("val", _from(_records(4, num_views=1, seed=1)), num_images=4, num_views=1, transform={})
+    assert asked == [2, 8], "the damaged shard and the last one, not the good ones"
+    assert _contents(tmp_path / "killed") == _contents(tmp_path / "whole")
+
+
+def test_shard_on_a_full_disk_is_an_os_error_that_names_it(tmp_path):
+    """A file may grow to 64 KiB here, and the records are larger together."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with (
+            pytest.raises(OSError, match="File too large") as caught,
+            writing_shard(tmp_path / "a", tmp_path / "b") as write,
+        ):
+            for _ in range(100):
+                write(bytes(2**16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "b"))
 
 
 def test_two_processes_leave_the_files_of_one(tmp_path):

@@ -33,7 +33,9 @@ def splash_kernel(height: int, width: int, kernel_size: int, interpret: bool):
     """Return the library's kernel for one head, a tree whose leaves describe the mask's blocks."""
     mask = splash_attention_mask.NumpyMask(padded_mask(height, width, kernel_size))
     one_head = splash_attention_mask.MultiHeadMask([mask])
-    make = functools.partial(splash_attention_kernel.make_splash_mha, head_shards=1, q_seq_shards=1, interpret=interpret)
+    make = functools.partial(
+        splash_attention_kernel.make_splash_mha, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
     # a thread of its own: it is inside no trace, and no mesh whose devices may belong to other hosts or not be here
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         return thread.submit(lambda: jax.tree.map(np.asarray, make(one_head))).result()

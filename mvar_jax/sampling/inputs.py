@@ -1,0 +1,102 @@
+"""Images, token ids and numbers of samples that users give to a model, checked and in the form of its programs."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mvar_jax.errors import InputError, show
+from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.ops.pixels import from_levels
+from mvar_jax.sampling.sampler import SampleOptions
+from mvar_jax.scales import areas_of
+from mvar_jax.values import MAX_INDEX, as_array
+
+ROUNDING = 1e-3  # by which a float image may leave [-1, 1]
+
+
+def check_images(images_BYX3: Any, side: int) -> np.ndarray:
+    """Return images as `[B, Y, X, 3] float32` in [-1, 1].
+
+    images_BYX3: uint8, converted as the training data are, or float in [-1, 1]. Raises InputError for another shape
+    or dtype, no image, or values that are not finite or out of range by more than rounding.
+    """
+    expected = f"an array [B, {side}, {side}, 3]"
+    images = as_array(images_BYX3, "images", expected)
+    _check_form("images", images, expected, images.shape[1:] == (side, side, 3))
+    if images.dtype == np.uint8:
+        return from_levels(images)
+    if not jnp.issubdtype(images.dtype, jnp.floating):  # bfloat16 too
+        expected = "uint8, or float in [-1, 1]"
+        words = f"images must be {expected}, got {images.dtype}; convert levels 0 to 255 with astype(np.uint8)"
+        raise InputError(words, field="images", given=images.dtype, expected=expected)
+    with np.errstate(over="ignore"):
+        images = images.astype(np.float32, copy=False)
+    low, high = images.min(), images.max()
+    if not (low >= -1 - ROUNDING and high <= 1 + ROUNDING):
+        given, expected = f"{low:g} to {high:g}", "from -1 to 1"
+        words = f"images must be {expected}, got {given}; pass levels 0 to 255 as uint8, and clip what goes beyond"
+        raise InputError(words, field="images", given=given, expected=expected)
+    return images
+
+
+def check_features(f_hat_BYXc: Any, tokenizer: Tokenizer) -> Any:
+    """Return latent maps as they are. Raises InputError for another shape than `[B, y, x, c]`, or no map."""
+    side = tokenizer.sides[-1]
+    shape = (side, side, tokenizer.code_width)
+    _check_form("f_hat", f_hat_BYXc, f"an array [B, {side}, {side}, {shape[2]}]", np.shape(f_hat_BYXc)[1:] == shape)
+    return f_hat_BYXc
+
+
+def check_ids(ids_BL: Any, tokenizer: Tokenizer) -> np.ndarray:
+    """Return token ids as `[B, L] int32`. Raises InputError for another shape or dtype, no row, or an unknown id."""
+    num_tokens, vocab_size = sum(areas_of(tokenizer.sides)), tokenizer.vocab_size
+    expected = f"integers [B, {num_tokens}]"
+    ids = as_array(ids_BL, "ids", expected)
+    _check_form("ids", ids, expected, ids.shape[1:] == (num_tokens,) and np.issubdtype(ids.dtype, np.integer))
+    if not (ids.min() >= 0 and ids.max() < vocab_size):
+        given, expected = f"{ids.min()} to {ids.max()}", f"0 to {vocab_size - 1}"
+        raise InputError(f"ids must be from {expected}, got {given}", field="ids", given=given, expected=expected)
+    return ids.astype(np.int32)
+
+
+def check_index(index_B: Any, num: int) -> np.ndarray:
+    """Return the numbers of `num` samples, `[num] uint32`; None means 0, 1, 2, ....
+
+    Raises InputError unless they are integers from 0 to 2**32 - 1, one for each sample.
+    """
+    if index_B is None:
+        return np.arange(num, dtype=np.uint32)
+    expected = f"{num} integers from 0 to 2**32 - 1, one for each label"
+    index = as_array(index_B, "index", expected)
+    is_right = index.shape == (num,) and np.issubdtype(index.dtype, np.integer)
+    given = f"{index.dtype} of shape {list(index.shape)}"
+    if is_right and (index.min() < 0 or index.max() > MAX_INDEX):
+        is_right, given = False, f"{index.min()} to {index.max()}"
+    if not is_right:
+        raise InputError(f"index must be {expected}, got {given}", field="index", given=given, expected=expected)
+    return index.astype(np.uint32)
+
+
+def check_cfgs(cfgs_K: Any) -> np.ndarray:
+    """Return guidances as `[K] float32`. Raises InputError if there is none, or one is out of range."""
+    expected = "a list of one or more numbers"
+    cfgs = as_array(cfgs_K, "cfgs", expected)
+    if cfgs.ndim != 1 or not len(cfgs):
+        words = f"cfgs must be {expected}, got {show(cfgs_K)}"
+        raise InputError(words, field="cfgs", given=cfgs_K, expected=expected)
+    return np.asarray([SampleOptions(cfg).cfg for cfg in cfgs], np.float32)
+
+
+def check_rows(labels_B: np.ndarray, ids_BL: np.ndarray) -> None:
+    """Raise InputError unless there is one label for each row of ids."""
+    if len(labels_B) != len(ids_BL):
+        given, expected = len(labels_B), f"{len(ids_BL)}, one for each row of ids"
+        raise InputError(f"labels must be {expected}, got {given}", field="labels", given=given, expected=expected)
+
+
+def _check_form(field: str, array: Any, expected: str, is_right: bool) -> None:
+    if not is_right or not len(array):
+        given = f"{np.result_type(array)} {list(np.shape(array))}"
+        words = f"{field} must be {expected} with B of 1 or more, got {given}"
+        raise InputError(words, field=field, given=given, expected=expected)
