@@ -5,6 +5,7 @@ from scipy.special import rel_entr
 
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation.moments import check_features
+from mvar_jax.values import as_integer
 
 TOLERANCE = 1e-3
 
@@ -23,12 +24,9 @@ def inception_score(probabilities_NK, split_size: int = 5000) -> float:
       InputError: a value is not between 0 and 1, or `split_size` is below 1.
     """
     probabilities_NK = check_features(probabilities_NK, "probabilities")
-    if isinstance(split_size, bool) or not isinstance(split_size, int | np.integer) or split_size < 1:
-        expected = "a whole number of at least 1"
-        message = f"split_size must be {expected}, got {split_size!r}"
-        raise InputError(message, field="split_size", given=split_size, expected=expected)
-    starts = range(0, len(probabilities_NK), int(split_size))
-    return float(np.mean([_score_of_part(probabilities_NK, i, i + int(split_size)) for i in starts]))
+    size = as_integer(split_size, "split_size", 1)
+    starts = range(0, len(probabilities_NK), size)
+    return float(np.mean([_score_of_part(probabilities_NK, i, i + size) for i in starts]))
 
 
 def _score_of_part(probabilities_NK: np.ndarray, begin: int, end: int) -> float:

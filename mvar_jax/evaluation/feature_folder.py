@@ -4,23 +4,19 @@ A part is the features of consecutive images, 20 kB an image. All scores are com
 so they depend neither on interruptions nor on the number of processes.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mvar_jax.errors import InputError, shorten
+from mvar_jax.errors import InputError
 from mvar_jax.evaluation.features import FeatureExtractor
 from mvar_jax.evaluation.inception import NUM_CLASSES, POOL_WIDTH, SPATIAL_WIDTH, Features
 from mvar_jax.evaluation.moments import Moments, RunningMoments
-from mvar_jax.files.atomic import write_json
 from mvar_jax.files.npz import save_npz
 from mvar_jax.files.npz_reader import NpzFile
 
-IDENTITY_FILE = "features.json"
 PART_IMAGES = 1024
 WIDTHS = Features(POOL_WIDTH, SPATIAL_WIDTH, NUM_CLASSES)
 
@@ -30,14 +26,12 @@ class FeatureFolder:
     """The parts of one image set.
 
     Attributes:
-      path: the folder; it must exist.
+      path: the folder, which must exist; see `processes.holding.owned_folder` for who may write there.
       num_images: images of the set.
-      identity: JSON values that say which images and which network these are.
     """
 
     path: Path
     num_images: int
-    identity: dict[str, Any]
 
     @property
     def num_parts(self) -> int:
@@ -46,24 +40,6 @@ class FeatureFolder:
     def rows(self, part: int) -> range:
         """Return the numbers of a part's images."""
         return range(part * PART_IMAGES, min((part + 1) * PART_IMAGES, self.num_images))
-
-    def claim(self) -> None:
-        """Write what the folder is for. Raises InputError if it holds features of other images or another network."""
-        path, own = self.path / IDENTITY_FILE, self.identity | {"num_images": self.num_images}
-        if not path.exists():
-            write_json(path, own)
-            return
-        try:
-            stored = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            reason = f"its {IDENTITY_FILE} cannot be read ({shorten(error)})"
-        else:
-            if stored == own:
-                return
-            changed = [name for name in own if not isinstance(stored, dict) or stored.get(name) != own[name]]
-            reason = f"it holds features of another {' and '.join(changed) or 'set'}"
-        message = f"features in {self.path} cannot be continued: {reason}; remove the folder or choose another one"
-        raise InputError(message, field="features", given=str(self.path), expected="a new folder")
 
     def has(self, part: int) -> bool:
         """Return whether a part is there whole; one that a killed machine cut counts as missing."""

@@ -15,6 +15,7 @@ from mvar_jax.evaluation.inception_weights import load_inception
 from mvar_jax.evaluation.network_files import NetworkWeights
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.sharding import make_mesh, num_shards_of, replicated, spec_of
+from mvar_jax.values import as_array, as_integer
 
 BATCH_SIZES = {"cpu": 32}  # images of a device; 32 take about 0.6 GB
 ACCELERATOR_BATCH_SIZE = 256
@@ -55,9 +56,10 @@ def default_batch_size() -> int:
 
 def check_pixels(images) -> np.ndarray:
     """Return images as an array. Raises InputError unless they are `[N, Y, X, 3] uint8` with at least one image."""
-    pixels = np.asarray(images)
+    expected = "uint8 [N, Y, X, 3] with at least one image"
+    pixels = as_array(images, "images", expected)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
-        given, expected = f"{pixels.dtype} {list(pixels.shape)}", "uint8 [N, Y, X, 3] with at least one image"
+        given = f"{pixels.dtype} {list(pixels.shape)}"
         message = f"images must be {expected}, got {given}; mvar_jax.files.images.to_uint8 converts floats in [-1, 1]"
         raise InputError(message, field="images", given=given, expected=expected)
     return pixels
@@ -82,14 +84,10 @@ class FeatureExtractor:
             expected = " or ".join(DTYPES)
             message = f"dtype must be {expected}, got {dtype!r}"
             raise InputError(message, field="dtype", given=dtype, expected=expected)
-        batch_size = default_batch_size() if batch_size is None else batch_size
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
-            expected = "a whole number of at least 1"
-            message = f"batch_size must be {expected}, got {batch_size!r}"
-            raise InputError(message, field="batch_size", given=batch_size, expected=expected)
+        batch_size = default_batch_size() if batch_size is None else as_integer(batch_size, "batch_size", 1)
         mesh = make_mesh(devices=jax.local_devices())
         self.weights, self.dtype = weights, dtype
-        self.batch_size = int(batch_size) * num_shards_of("batch", mesh)
+        self.batch_size = batch_size * num_shards_of("batch", mesh)
         self._params = jax.device_put(dict(weights.params), replicated(mesh))
         self._sharding = NamedSharding(mesh, spec_of(("batch", None, None, None)))
 

@@ -28,6 +28,8 @@ from mvar_jax.evaluation.network_files import (
 )
 from mvar_jax.files.paths import as_path
 from mvar_jax.ops.pixels import from_levels
+from mvar_jax.sampling.inputs import ROUNDING
+from mvar_jax.values import as_array, as_integer
 
 FIELD = "lpips"
 NETWORK = "lpips-0.1-vgg16"
@@ -43,7 +45,6 @@ STAGES = ((64, (0, 2)), (128, (5, 7)), (256, (10, 12, 14)), (512, (17, 19, 21)),
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 EPS = 1e-10
 BATCH_SIZE = 16
-TOLERANCE = 1e-3  # of the range of float images
 
 
 class Lpips(nn.Module):
@@ -115,12 +116,12 @@ def params_of_torch(backbone: Path, heads: Path) -> dict:
     found = read_tensors(FIELD, backbone, wanted)
     rows = {f"lin{i}.model.1.weight": (1, width, 1, 1) for i, (width, _) in enumerate(STAGES)}
     heads_found = read_tensors(FIELD, heads, rows)
+    check_finite(FIELD, backbone, found)
+    check_finite(FIELD, heads, heads_found)
     params: dict[str, Any] = {f"head{i}": heads_found[name].reshape(-1) for i, name in enumerate(rows)}
     for n in numbers:
         kernel = np.ascontiguousarray(found[f"features.{n}.weight"].transpose(2, 3, 1, 0))
         params[f"conv{n}"] = {"kernel": kernel, "bias": found[f"features.{n}.bias"]}
-    for path in (backbone, heads):
-        check_finite(FIELD, path, params)
     return params
 
 
@@ -138,11 +139,11 @@ def lpips(a_NYX3, b_NYX3, weights: str | os.PathLike | NetworkWeights, batch_siz
     Raises:
       InputError: the images or the weights are not of this form.
     """
-    a_NYX3, b_NYX3 = np.asarray(a_NYX3), np.asarray(b_NYX3)
+    a_NYX3, b_NYX3 = (as_array(x, "images", "arrays [N, Y, X, 3]") for x in (a_NYX3, b_NYX3))
     if a_NYX3.shape != b_NYX3.shape:
         raise _refuse("have equal shapes", f"{list(a_NYX3.shape)} and {list(b_NYX3.shape)}")
     num, params = len(_check_images(a_NYX3)), dict(load_lpips(weights).params)
-    size, found = min(batch_size, len(_check_images(b_NYX3))), []
+    size, found = min(as_integer(batch_size, "batch_size", 1), len(_check_images(b_NYX3))), []
     for begin in range(0, num, size):
         rows = np.minimum(np.arange(begin, begin + size), num - 1)  # one shape, so one program
         pair = (from_levels(x[rows]) if x.dtype == np.uint8 else x[rows].astype(np.float32) for x in (a_NYX3, b_NYX3))
@@ -154,8 +155,9 @@ def _check_images(images: np.ndarray) -> np.ndarray:
     if images.ndim != 4 or images.shape[3] != 3 or len(images) == 0 or min(images.shape[1:3]) < 16:
         raise _refuse("have shape [N, Y, X, 3] with at least one image of 16 x 16 pixels", str(list(images.shape)))
     if images.dtype != np.uint8:
-        low, high = (float(images.min()), float(images.max())) if images.dtype.kind == "f" else (np.nan, np.nan)
-        if not (low >= -1 - TOLERANCE and high <= 1 + TOLERANCE):  # NaN too
+        is_float = jnp.issubdtype(images.dtype, jnp.floating)
+        low, high = (float(images.min()), float(images.max())) if is_float else (np.nan, np.nan)
+        if not (low >= -1 - ROUNDING and high <= 1 + ROUNDING):  # NaN too
             raise _refuse("be uint8 or floats in [-1, 1]", f"{images.dtype} from {low:.4g} to {high:.4g}")
     return images
 

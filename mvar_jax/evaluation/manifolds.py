@@ -20,6 +20,7 @@ from mvar_jax.evaluation.moments import check_features
 from mvar_jax.files.npz import save_npz
 from mvar_jax.files.npz_reader import NpzFile
 from mvar_jax.files.paths import as_path
+from mvar_jax.values import as_integer
 
 TILE_ROWS, TILE_COLUMNS = 2048, 4096
 SAVE_EVERY_S = 60.0
@@ -40,11 +41,9 @@ def precision_recall(reference_ND, sample_ND, k: int = 3, *, progress=None) -> t
     Raises:
       InputError: the sets differ in width, have no more than k rows or are not finite, or k is below 1.
     """
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-        expected = "a whole number of at least 1"
-        raise InputError(f"k must be {expected}, got {k!r}", field="k", given=k, expected=expected)
-    reference_ND = check_features(reference_ND, "reference", int(k) + 1)
-    sample_ND = check_features(sample_ND, "sample", int(k) + 1)
+    k = as_integer(k, "k", 1)
+    reference_ND = check_features(reference_ND, "reference", k + 1)
+    sample_ND = check_features(sample_ND, "sample", k + 1)
     if reference_ND.shape[1] != sample_ND.shape[1]:
         expected, given = reference_ND.shape[1], sample_ND.shape[1]
         message = f"features of both sets must have the same width, got {expected} and {given}"
@@ -53,9 +52,9 @@ def precision_recall(reference_ND, sample_ND, k: int = 3, *, progress=None) -> t
     dtype = np.float64 if dtype == np.float64 else np.float32
     sets = {"reference": reference_ND.astype(dtype, copy=False), "sample": sample_ND.astype(dtype, copy=False)}
     with jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext():
-        state = _Progress(sets, int(k), None if progress is None else as_path(progress, "progress"))
+        state = _Progress(sets, k, None if progress is None else as_path(progress, "progress"))
         for name in sets:
-            _find_radii(sets[name], int(k), state, f"{name}_radii")
+            _find_radii(sets[name], k, state, f"{name}_radii")
         _find_inside(sets, state)
     state.save()
     arrays = state.arrays

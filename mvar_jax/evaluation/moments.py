@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mvar_jax.errors import InputError
+from mvar_jax.values import as_array
 
 CHUNK_ROWS = 4096
 
@@ -12,17 +13,17 @@ CHUNK_ROWS = 4096
 def check_features(features_ND, field: str = "features", min_rows: int = 1) -> np.ndarray:
     """Return features as an array `[N, D]` of floats.
 
-    Raises InputError if the shape is another one, there are less than `min_rows` rows, or a value is not finite.
+    Raises InputError if they are of another form, less than `min_rows` rows, or not finite.
     """
-    features_ND = np.asarray(features_ND)
+    expected = f"numbers [N, D] with at least {min_rows} {'row' if min_rows == 1 else 'rows'}"
+    features_ND = as_array(features_ND, field, expected)
+    given = list(features_ND.shape)
+    is_right = features_ND.ndim == 2 and len(features_ND) >= min_rows and features_ND.shape[1] > 0
+    if not is_right or features_ND.dtype.kind not in "fiubV":  # V: bfloat16
+        message = f"{field} must be {expected}, got {features_ND.dtype} {given}"
+        raise InputError(message, field=field, given=given, expected=expected)
     if features_ND.dtype.kind != "f":
         features_ND = features_ND.astype(np.float64)
-    given = list(features_ND.shape)
-    if features_ND.ndim != 2 or len(features_ND) < min_rows or features_ND.shape[1] < 1:
-        expected = f"[N, D] with at least {min_rows} {'row' if min_rows == 1 else 'rows'}"
-        raise InputError(
-            f"{field} must have shape {expected}, got {given}", field=field, given=given, expected=expected
-        )
     for begin in range(0, len(features_ND), CHUNK_ROWS):
         is_bad_N = ~np.isfinite(features_ND[begin : begin + CHUNK_ROWS]).all(1)
         if is_bad_N.any():

@@ -11,23 +11,35 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import flax.traverse_util
 import numpy as np
 
 from mvar_jax.convert.reader import TorchFile
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, shorten
+from mvar_jax.files.json_files import parse_json
 from mvar_jax.files.npz import save_npz
 from mvar_jax.files.npz_reader import NpzFile
 from mvar_jax.files.paths import as_path
+from mvar_jax.schema import conform
 
 ABOUT = "about"  # the array with a line of JSON
 FORMAT = 1
+MAX_JSON_BYTES = 1 << 20
 OWN_SUFFIX = ".npz"
 SHOWN_MISFITS = 3
 PART_BYTES = 1 << 22
 FLOAT_KINDS = ("float16", "bfloat16", "float32", "float64")
+
+
+class About(TypedDict):
+    """What `about` holds."""
+
+    format: int
+    network: str
+    sources: dict[str, str]
+    is_published: bool | None
 
 
 class Download(NamedTuple):
@@ -152,7 +164,7 @@ def load_network(field: str, path: Path, network: str, shapes: Mapping[str, Any]
     Raises InputError if the file is damaged or holds another network.
     """
     with NpzFile(field, path) as file:
-        about = _read_about(file)
+        about = read_json_array(file, ABOUT, About)
         if (about["format"], about["network"]) != (FORMAT, network):
             raise file.refuse(f"it holds {about['network']!r} in format {about['format']!r}, not {network}")
         wanted = flax.traverse_util.flatten_dict(shapes, sep="/")
@@ -162,16 +174,12 @@ def load_network(field: str, path: Path, network: str, shapes: Mapping[str, Any]
     return NetworkWeights(network, params, about["sources"], about["is_published"])
 
 
-def _read_about(file: NpzFile) -> dict:
+def read_json_array(file: NpzFile, name: str, kind: Any) -> Any:
+    """Return the JSON text that an array holds. Raises InputError if it is missing or of another type than `kind`."""
+    if file.header(name, (1,), "U").num_bytes > MAX_JSON_BYTES:
+        raise file.refuse(f"{name} is longer than {MAX_JSON_BYTES} bytes")
+    text = str(file.read(name, (1,), "U")[0])
     try:
-        if file.header(ABOUT, (1,), "U").num_bytes > PART_BYTES:
-            raise ValueError
-        about = json.loads(str(file.read(ABOUT, (1,), "U")[0]))
-        sources = about["sources"]
-        if not all(isinstance(text, str) for pair in sources.items() for text in pair):
-            raise ValueError
-        return {name: about[name] for name in ("format", "network", "sources", "is_published")}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise file.refuse(f"its {ABOUT} is damaged") from None
+        return conform(parse_json(text), kind, name)
+    except ValueError as error:  # an InputError is one
+        raise file.refuse(shorten(error)) from None

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mvar_jax.errors import InputError
 from mvar_jax.evaluation.inception import POOL_WIDTH, SPATIAL_WIDTH
 from mvar_jax.evaluation.moments import Moments
+from mvar_jax.evaluation.network_files import read_json_array
 from mvar_jax.files.npz import Pieces, save_npz
 from mvar_jax.files.npz_reader import NpzFile
 from mvar_jax.files.paths import as_path
@@ -85,7 +85,8 @@ def read_reference(path: str | os.PathLike, field: str = "reference") -> Referen
         images = ImageFile(field, file.path, _image_shape(file)) if IMAGES in file.headers else None
         if pool is None and images is None:
             raise file.refuse("it has neither statistics (mu, sigma) nor images (arr_0)")
-        return Reference(pool, spatial, images, _read_network(file))
+        network = read_json_array(file, NETWORK, dict[str, str]) if NETWORK in file.headers else {}
+        return Reference(pool, spatial, images, network)
 
 
 def save_reference(
@@ -130,15 +131,3 @@ def _read_gaussian(file: NpzFile, mean: str, covariance: str, width: int) -> Gau
     if np.abs(found.covariance_DD - found.covariance_DD.T).max() > SYMMETRY_TOLERANCE * scale:
         raise file.refuse(f"{covariance} must be symmetric, as a covariance is")
     return found
-
-
-def _read_network(file: NpzFile) -> dict[str, str]:
-    if NETWORK not in file.headers:
-        return {}
-    try:
-        found = json.loads(str(file.read(NETWORK, (1,), "U")[0]))
-        return {str(name): str(sha256) for name, sha256 in found.items()}
-    except (ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise file.refuse(f"its {NETWORK} is damaged") from None

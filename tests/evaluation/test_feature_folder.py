@@ -7,7 +7,6 @@ from mvar_jax.evaluation.feature_folder import FeatureFolder
 from mvar_jax.evaluation.inception import Features
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (23, 2, 2, 3)).astype(np.uint8)
-IDENTITY = {"images": "x", "network": "y"}
 
 
 class Extractor:
@@ -28,9 +27,7 @@ class Extractor:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_folder, "PART_IMAGES", 8)
-    found = FeatureFolder(tmp_path, len(PIXELS), IDENTITY)
-    found.claim()
-    return found
+    return FeatureFolder(tmp_path, len(PIXELS))
 
 
 def fill(folder, *process) -> tuple[list[int], int]:
@@ -67,13 +64,3 @@ def test_only_parts_that_are_missing_or_cut_are_computed_again(folder, tmp_path)
         folder.array("pool")
     assert fill(folder) == ([1, 2], 15)
     assert fill(folder) == ([], 0)
-
-
-def test_a_folder_of_other_features_is_refused(folder, tmp_path):
-    FeatureFolder(tmp_path, len(PIXELS), IDENTITY).claim()
-    for other in (FeatureFolder(tmp_path, 99, IDENTITY), FeatureFolder(tmp_path, 23, IDENTITY | {"network": "z"})):
-        with pytest.raises(InputError, match="it holds features of another (num_images|network); remove the folder"):
-            other.claim()
-    (tmp_path / feature_folder.IDENTITY_FILE).write_text("{")
-    with pytest.raises(InputError, match="its features.json cannot be read"):
-        folder.claim()

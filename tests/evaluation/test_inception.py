@@ -147,7 +147,7 @@ def test_a_damaged_or_foreign_npz_is_refused(tmp_path, inception_npz):
     np.savez(tmp_path / "x.npz", about=np.array([about]))
     assert "holds 'vgg'" in refusal_of(tmp_path / "x.npz")
     np.savez(tmp_path / "x.npz", about=np.array(["{"]))
-    assert "about is damaged" in refusal_of(tmp_path / "x.npz")
+    assert "is not a usable .npz file: " in refusal_of(tmp_path / "x.npz")
     (tmp_path / "x.npz").write_bytes(inception_npz.read_bytes()[:1_000_000])
     assert "not a usable .npz file" in refusal_of(tmp_path / "x.npz")
 
@@ -170,7 +170,7 @@ def test_other_options_are_refused(inception_npz):
     pixels, weights = np.zeros((1, 8, 8, 3), np.uint8), load_inception(inception_npz)
     with pytest.raises(InputError, match="^dtype must be float32 or bfloat16, got 'float16'$"):
         inception_features(pixels, weights, dtype="float16")
-    with pytest.raises(InputError, match="^batch_size must be a whole number of at least 1, got 0$"):
+    with pytest.raises(InputError, match="^batch_size must be 1 or more, got 0$"):
         inception_features(pixels, weights, batch_size=0)
 
 

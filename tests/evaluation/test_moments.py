@@ -54,7 +54,7 @@ def test_a_value_that_is_not_finite_is_refused_with_its_row(value):
 
 
 def test_no_rows_and_one_row_are_refused():
-    with pytest.raises(InputError, match=r"^features must have shape \[N, D\] with at least 1 row, got \[0, 3\]$"):
+    with pytest.raises(InputError, match=r"^features must be numbers \[N, D\] with at least 1 row, got "):
         Moments.of(np.zeros((0, 3)))
     with pytest.raises(InputError, match="^features must have at least 1 row, got none$"):
         RunningMoments().moments()

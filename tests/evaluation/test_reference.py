@@ -75,7 +75,7 @@ def test_statistics_that_are_none_of_this_network_are_refused(tmp_path, publishe
     assert "mu_s or sigma_s is not finite" in refuse(mu_s=np.full(SPATIAL_WIDTH, np.nan))
     assert "it has no array sigma" in refusal_of(tmp_path, mu=published["mu"])
     assert "neither statistics (mu, sigma) nor images (arr_0)" in refusal_of(tmp_path, x=np.zeros(3))
-    assert "network is damaged" in refuse(network=np.array(["["]))
+    assert "is not a usable .npz file: " in refuse(network=np.array(["["]))
 
 
 @pytest.mark.parametrize("images", [IMAGES.astype(np.float32), IMAGES[0], IMAGES[:0], IMAGES.astype(np.uint16)])

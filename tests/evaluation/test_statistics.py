@@ -51,7 +51,7 @@ def test_frechet_distance_is_real_and_exact_for_covariances_of_rank_one():
 def test_frechet_distance_refuses_sets_of_different_width():
     with pytest.raises(InputError, match="^features of both sets must have the same width, got 3 and 2$"):
         statistics.frechet_distance(np.zeros((4, 3)), np.zeros((4, 2)))
-    with pytest.raises(InputError, match="^features must have .* at least 2 rows, got .1, 3.$"):
+    with pytest.raises(InputError, match="^features must be .* at least 2 rows, got float64 .1, 3.$"):
         statistics.frechet_distance(np.zeros((1, 3)), np.zeros((4, 3)))
 
 
