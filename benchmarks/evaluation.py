@@ -139,8 +139,8 @@ def measure_features(batch: int, rounds: int) -> bool:
 
 def random_features(num: int, seed: int) -> np.ndarray:
     """Return features as wide and as positive as the network's, float32."""
-    rng = np.random.default_rng(seed)
-    return np.abs(rng.standard_normal((num, WIDTH), np.float32))
+    features_ND = np.random.default_rng(seed).standard_normal((num, WIDTH), np.float32)
+    return np.abs(features_ND, out=features_ND)
 
 
 def run_part(part: str, samples: int, references: int) -> None:
