@@ -105,7 +105,7 @@ def read_tensors(field: str, path: Path, shapes: dict[str, tuple[int, ...]]) -> 
         content = file.content if isinstance(file.content, dict) else {}
         found = {name: x for name in shapes if hasattr(x := content.get(name), "shape")}
         misfits = find_misfits(shapes, {name: tuple(x.shape) for name, x in found.items()})
-        misfits += [f"{name} is {x.dtype.name}" for name, x in found.items() if x.dtype.name not in FLOAT_KINDS]
+        misfits += [f"{name} is {x.dtype}" for name, x in found.items() if str(x.dtype) not in FLOAT_KINDS]
         if misfits:
             raise misfit(field, path, misfits)
         return {name: file.read(x).astype(np.float32) for name, x in found.items()}
