@@ -32,9 +32,27 @@ def _rebuild(message: str, field: str, given: object, expected: str | None) -> I
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV)
 
 
+# what a user named is not there, or not what it should be
+_INPUT_ERRORS = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM),
+)
+
+
+def is_input_error(error: OSError) -> bool:
+    """Return whether an error of a file is one of its name or permissions."""
+    return error.errno in _INPUT_ERRORS
+
+
 def is_file_error(error: OSError) -> bool:
     """Return whether an error is about a file or its disk, so that its reason says more than a traceback."""
     return error.errno in STORAGE_ERRORS or bool(error.filename)
+
+
+def find_storage_error(error: BaseException, path: str | os.PathLike) -> OSError | None:
+    """Return the OSError of `path` that a library's exception tells of in its message, None if it is of no disk."""
+    number = next((number for number in STORAGE_ERRORS if os.strerror(number) in str(error)), None)
+    return None if number is None else OSError(number, os.strerror(number), str(path))
 
 
 def describe_file_error(error: OSError) -> str:

@@ -21,7 +21,7 @@ from mvar_jax.checkpoints import arrays
 from mvar_jax.checkpoints.array_handler import tree_handler
 from mvar_jax.checkpoints.checksums import check_files, damaged, unreadable, write_checksums
 from mvar_jax.checkpoints.quiet import quiet_orbax
-from mvar_jax.errors import InputError, shorten
+from mvar_jax.errors import InputError, find_storage_error, shorten
 from mvar_jax.files.atomic import remove_leftovers, sync, sync_tree, temporary_path
 from mvar_jax.files.paths import as_path, is_store
 
@@ -39,14 +39,14 @@ def save_tree(path: str | os.PathLike, tree: Any) -> None:
     path = as_path(path)
     if is_store(path):
         path.rmtree(missing_ok=True)  # type: ignore[attr-defined]  # of a store
-        _write_tree(path, tree)
+        _write_tree(path, tree, path)
         (path / ocp.path.atomicity.COMMIT_SUCCESS_FILE).write_text("")  # Orbax's mark of a complete folder
         return
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, f"{glob.escape(path.name)}.*")
     fresh, old = temporary_path(path), temporary_path(path.with_name(f"{path.name}.old"))
-    _write_tree(fresh, tree)
+    _write_tree(fresh, tree, path)
     sync_tree(fresh)
     if path.exists():
         os.replace(path, old)
@@ -118,11 +118,17 @@ def _describe_leaves(tree: Any) -> dict[str, str]:
     return {name_of(path): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in leaves}
 
 
-def _write_tree(folder: Path, tree: Any) -> None:
+def _write_tree(folder: Path, tree: Any, place: Path) -> None:
+    """Write a tree. What tensorstore raises of a full disk is raised as OSError of `place`, where it belongs."""
     # Orbax's Checkpointer counts saves, and a count that differs between processes breaks their next save together
     handler, path = tree_handler(), epath.Path(folder)
     with quiet_orbax():
         path.mkdir(parents=True)
-        handler.save(path, args=ocp.args.PyTreeSave(jax.tree.map(np.asarray, tree)))
-        handler.finalize(path)
+        try:
+            handler.save(path, args=ocp.args.PyTreeSave(jax.tree.map(np.asarray, tree)))
+            handler.finalize(path)
+        except ValueError as error:
+            if (storage := find_storage_error(error, place)) is None:
+                raise
+            raise storage from error
     write_checksums(folder, [TREE_FILE])

@@ -37,15 +37,21 @@ def run(args) -> int:
     transform, loading = data.transform(), data.loading()
     sources = {split: data.open(split) for split in build.SPLITS}
 
+    from mvar_jax.processes.holding import owned_folder
+
+    with owned_folder("out", out, "data", None):  # a survey replaces any other
+        return write_survey(sources, transform, loading, data, out, args.num_pictures)
+
+
+def write_survey(sources: dict, transform, loading, data, out: Path, num_pictures: int) -> int:
+    """Write and print what is in the sources; return the exit status."""
     from mvar_jax.data.survey import survey
     from mvar_jax.files.atomic import write_json
-    from mvar_jax.files.directories import make_directory
     from mvar_jax.files.images import save_png, tile_grid
 
-    make_directory(out)
     found, is_fine = {}, True
     for split, source in sources.items():
-        walk = survey(source, transform, split, num_pictures=args.num_pictures, num_threads=loading.num_threads)
+        walk = survey(source, transform, split, num_pictures=num_pictures, num_threads=loading.num_threads)
         found[split] = walk.summary()
         if len(walk.pictures_NYX3):
             columns = max(1, round(len(walk.pictures_NYX3) ** 0.5))

@@ -19,6 +19,7 @@ def run(args) -> int:
     from mvar_jax.errors import InputError, shorten
     from mvar_jax.files.json_files import read_json
     from mvar_jax.files.paths import as_path
+    from mvar_jax.processes.holding import hold
 
     names = ("transformer", "tokenizer", "samples", "stages", "out")
     paths = {name: as_path(getattr(args, name), name) for name in names}
@@ -31,7 +32,8 @@ def run(args) -> int:
     except (OSError, ValueError) as error:
         message = f"--stages={args.stages} must be the JSON log that launch/stage.py writes: {shorten(error)}"
         raise InputError(message, field="stages", given=args.stages, expected="a JSON log") from None
-    passed = report_digits(paths["tokenizer"], paths["transformer"], paths["samples"], stages, paths["out"])
+    with hold("out", paths["out"]):
+        passed = report_digits(paths["tokenizer"], paths["transformer"], paths["samples"], stages, paths["out"])
     print((paths["out"] / "report.md").read_text())
     print("all requirements passed" if passed else "some requirements failed, see the table")
     return 0

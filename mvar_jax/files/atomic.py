@@ -33,9 +33,9 @@ def temporary_path(path: Path) -> Path:
 
 
 def fit_name(name: str, num_bytes: int) -> str:
-    """Return a name of at most so many bytes: the name itself, or its beginning with a digest of the whole."""
+    """Return a name in UTF-8 of at most so many bytes: the name itself, or its beginning and a digest of it."""
     data = os.fsencode(name)
-    if len(data) <= num_bytes:
+    if len(data) <= num_bytes and data.decode(errors="ignore") == name:
         return name
     digest = hashlib.sha256(data).hexdigest()[:8]
     return f"{data[: num_bytes - 9].decode(errors='ignore')}-{digest}"
@@ -106,8 +106,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write a whole file. Text is encoded as UTF-8."""
-    data, path = content.encode() if isinstance(content, str) else content, as_path(path)
+    """Write a whole file. Text is encoded as UTF-8, with escapes for what names of files hold beyond it."""
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    path = as_path(path)
     if is_store(path):
         path.write_bytes(data)
         return

@@ -43,8 +43,12 @@ class Lock(Protocol):
 def acquire(folder: Path, field: str) -> Lock:
     """Hold a folder, which is made if it is missing, until `release`.
 
-    Raises InputError if another process holds it, or if it cannot be written. field: option that named the folder.
+    Raises InputError if another process holds it, if it cannot be written, or if its name is not UTF-8, which the
+    libraries that write checkpoints and shards need. field: option that named the folder.
     """
+    if os.fsencode(folder).decode(errors="ignore") != str(folder):
+        words = f"{field} must be a path in UTF-8, got {str(folder)!r}"
+        raise InputError(words, field=field, given=str(folder), expected="a path in UTF-8")
     try:
         if is_store(folder):
             return _Lease(folder, field)

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mvar_jax.errors import InputError, RunError, describe_file_error, is_file_error, shorten
+from mvar_jax.errors import InputError, RunError, describe_file_error, shorten
 from mvar_jax.fields import flatten
 from mvar_jax.files.atomic import remove_leftovers, write_json
+from mvar_jax.files.directories import naming_errors
 from mvar_jax.files.locks import acquire, release_now
 from mvar_jax.processes import group
 from mvar_jax.processes.shared import check_shared
@@ -51,6 +52,7 @@ OUTPUTS = {
         "reconstructions.json",
         (f"{_NUMBER}_*.png", "reconstructions.png", "psnr.md", "tokens.npz"),
     ),
+    "data": Output("survey", "data.json", ("train.png", "val.png")),
     "cache_tokens": Output(
         "token cache",
         "cache.json",
@@ -102,25 +104,11 @@ def hold(
             if words:
                 expected = "a directory that no other run uses"
                 raise refusal or InputError(words, field=field, given=str(folder), expected=expected)
-        with _naming(field, folder, kept):
+        with naming_errors(field, folder, kept):
             yield
     finally:
         if lock:
             lock.release()
-
-
-@contextlib.contextmanager
-def _naming(field: str, folder: Path, kept: str) -> Iterator[None]:
-    """Raise an error of a file or its disk as a RunError that names the folder and says what is left."""
-    try:
-        yield
-    except OSError as error:
-        if not is_file_error(error):
-            raise
-        reason = describe_file_error(error)
-        if not error.filename or reason.startswith(str(folder)):
-            reason = f"{field} {folder} cannot be written ({reason.removeprefix(f'{folder}/')})"
-        raise RunError(f"{reason}; {kept}") from error
 
 
 @contextlib.contextmanager
@@ -180,13 +168,15 @@ def _claim(field: str, folder: Path, command: str, identity: dict[str, Any] | No
         raise _refuse(field, folder, f"holds {own[0]}, which `{command}` would replace")
     if identity is None:
         return
+    try:
+        stored = dict(json.loads(path.read_text())) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        reason = f"holds a damaged {output.identity} ({shorten(error)})"
+        raise _refuse(field, folder, reason) from None
     if own:
-        try:
-            stored = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            reason = f"holds a damaged {output.identity} ({shorten(error)})"
-            raise _refuse(field, folder, reason) from None
         check_options(field, f"the {output.noun} in {folder}", stored, identity)
+    elif stored and not stored.keys() & identity.keys():  # somebody else's
+        raise _refuse(field, folder, f"holds {output.identity}, which `{command}` would replace")
     else:
         write_json(path, identity)
 

@@ -4,7 +4,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from mvar_jax.errors import InputError, RunError, describe_file_error, is_file_error, shorten
+from mvar_jax.errors import InputError, RunError, describe_file_error, is_file_error, is_input_error, shorten
 from mvar_jax.processes import group
 from mvar_jax.processes.join import OFF, join, part
 from mvar_jax.stopping import STOPPED_STATUS, Stopped
@@ -16,9 +16,9 @@ CONSEQUENCE_S = 1.0
 def run_together(program: Callable[[], int], distributed: str = OFF) -> int:
     """Join the other processes, run a program and return its exit status.
 
-    InputError is reported in one line with status 2, RunError and an error of a file or its disk with status 1, an
-    interruption with 130 and another signal with STOPPED_STATUS. In a run of several processes these and any other
-    exception end all processes, see `group.Group.fail`.
+    InputError and a file that is missing or not permitted are reported in one line with status 2, RunError and other
+    errors of a file or its disk with status 1, an interruption with 130 and another signal with STOPPED_STATUS. In a
+    run of several processes these and any other exception end all processes, see `group.Group.fail`.
 
     Args:
       program: returns an exit status; 0 if all went well.
@@ -41,7 +41,7 @@ def run_together(program: Callable[[], int], distributed: str = OFF) -> int:
     except Exception as error:
         _let_the_cause_come()
         if isinstance(error, OSError) and is_file_error(error):
-            return _end(1, describe_file_error(error))
+            return _end(2 if is_input_error(error) else 1, describe_file_error(error))
         if group.current().count == 1:
             raise
         traceback.print_exc()

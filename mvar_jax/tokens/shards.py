@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from mvar_jax.errors import STORAGE_ERRORS, InputError
+from mvar_jax.errors import InputError, find_storage_error, shorten
 from mvar_jax.files.stores import StorePath
 from mvar_jax.tokens.copies import Copies
 from mvar_jax.tokens.requests import requests
 
-_WRITE_OPTIONS = "group_size:1,uncompressed"
+WRITE_OPTIONS = "group_size:1,uncompressed"
 _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # with group size 1, for random access
 # A file is a sequence of chunks, here of one record each, after a first chunk that marks the format. Every block of
 # 64 KiB begins with a header, which may lie inside a chunk.
@@ -52,17 +52,16 @@ def check_equal(cache: str | os.PathLike, field: str, given: Any, expected: Any,
 def writing_shard(file: Path, path: Path) -> Iterator[Callable[[bytes], None]]:
     """Open a new file of this machine and yield a function that writes a record.
 
-    What the library raises of a full disk is raised as OSError of `path`, the shard's place.
+    What the library raises is raised as OSError of `path`, the shard's place.
     """
 
     def call(method: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return method(*arguments)
         except RuntimeError as error:
-            number = next((number for number in STORAGE_ERRORS if os.strerror(number) in str(error)), errno.EIO)
-            raise OSError(number, os.strerror(number), str(path)) from error
+            raise find_storage_error(error, path) or OSError(errno.EIO, shorten(error), str(path)) from error
 
-    writer = call(ArrayRecordWriter, str(file), _WRITE_OPTIONS)
+    writer = call(ArrayRecordWriter, str(file), WRITE_OPTIONS)
     try:
         yield functools.partial(call, writer.write)
     finally:

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import pytest
 
@@ -72,6 +73,16 @@ def test_labels_mix_names_numbers_and_ranges():
     assert IMAGENET.numbers_of(["golden retriever", 207, "3-5"]).tolist() == [207, 207, 3, 4, 5]
     with pytest.raises(InputError, match="labels must be class numbers .*, got 'golden retriever'"):
         ClassNames().numbers_of("golden retriever")
+
+
+@pytest.mark.parametrize("names", [IMAGENET, ClassNames()])
+def test_range_beyond_the_model_is_refused_before_it_is_built(names):
+    tracemalloc.start()
+    with pytest.raises(InputError, match="labels must be class numbers from 0 to .*, got 3000000"):
+        names.numbers_of("0-3000000")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
 
 
 def write_model(directory, num_classes, names=None):

@@ -11,7 +11,7 @@ from mvar_jax.checkpoints.model_directory import load_model, module_from_dict, s
 from mvar_jax.convert.reader import TorchFile
 from mvar_jax.convert.to_torch import to_torch
 from mvar_jax.convert.weights import MisfitError, convert, load_published
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, RunError
 from mvar_jax.models.init import abstract_params
 from mvar_jax.scales import KNOWN_SIDES
 
@@ -297,6 +297,6 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("mvar_jax.convert.weights.save_model", write_half)
-    with pytest.raises(InputError if isinstance(error, OSError) else KeyboardInterrupt):
+    with pytest.raises(RunError if isinstance(error, OSError) else KeyboardInterrupt):
         convert(None, TINY / "mvar.pth", tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -186,6 +186,12 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path):
         locks.acquire(tmp_path / "file/run", "workdir")
 
 
+def test_folder_whose_name_is_not_utf_8_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"out must be a path in UTF-8, got '.*caf\\udce9'"):
+        locks.acquire(tmp_path / os.fsdecode(b"caf\xe9"), "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_lease_of_no_sensible_length_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv(locks.SECONDS_VARIABLE, "soon")
     monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(38, "Function not implemented")))

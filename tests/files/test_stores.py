@@ -9,11 +9,12 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, RunError
 from mvar_jax.files import paths
 from mvar_jax.files.atomic import replacing, write_atomically, write_json
-from mvar_jax.files.directories import check_new, local_folder, make_directory, new_directory, remove_tree
+from mvar_jax.files.directories import check_new, local_folder, new_directory, remove_tree
 from mvar_jax.files.images import save_png
+from mvar_jax.files.locks import acquire
 from mvar_jax.files.npz import save_npz
 from mvar_jax.files.paths import as_path, local_path
 
@@ -120,7 +121,7 @@ def test_directory_appears_when_the_block_succeeds_its_last_file_last(folder, mo
         (temporary / "sub").mkdir()
         for name in ("model.json", "sub/x", "z"):
             (temporary / name).write_text(name)
-        assert not folder.exists()
+        assert folder.find() == [".lease"]
     assert folder.find() == ["model.json", "sub/x", "z"] and written[-1] == "model.json"
     with pytest.raises(InputError, match="--out must be a new or an empty directory"):
         check_new("out", folder)
@@ -136,7 +137,7 @@ def test_directory_whose_upload_fails_leaves_nothing(folder, monkeypatch):
 
     monkeypatch.setattr(type(folder), "upload", fail_at_last)
     with (
-        pytest.raises(InputError, match="--out must be a writable directory.*lost"),
+        pytest.raises(RunError, match="out .* cannot be written .*lost.*; nothing was written"),
         new_directory("out", folder, "model.json") as temporary,
     ):
         (temporary / "a").write_text("a")
@@ -151,12 +152,10 @@ def test_object_is_written_new_only_once(folder):
     assert (folder / "a").read_bytes() == b"first"
 
 
-def test_folder_that_can_be_written_stays_empty_and_a_missing_bucket_is_refused(store, folder):
-    make_directory(folder)
-    assert not folder.exists()
+def test_missing_bucket_is_refused(store):
     missing = as_path(store.url.replace("bucket", "no-such-bucket") + "/run", "out")
-    with pytest.raises(InputError, match="--out must be a writable directory, got '.*no-such-bucket/run'") as caught:
-        make_directory(missing)
+    with pytest.raises(InputError, match="out .*no-such-bucket/run cannot be written: ") as caught:
+        acquire(missing, "out")
     assert caught.value.field == "out" and not missing.parent.exists()
 
 

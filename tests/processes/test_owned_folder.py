@@ -49,6 +49,13 @@ def test_other_options_and_other_commands_are_refused_and_change_nothing(tmp_pat
     assert str(caught.value) == words.format(tmp_path) and contents(tmp_path) == before
 
 
+def test_options_file_of_somebody_else_is_kept(tmp_path):
+    (tmp_path / "edits.json").write_text('{"mine": 1}')
+    with pytest.raises(InputError, match="holds edits.json, which `edit` would replace; choose another --out"):
+        write_edits(tmp_path)
+    assert contents(tmp_path) == {"edits.json": '{"mine": 1}'}
+
+
 @pytest.mark.parametrize("command", OUTPUTS)
 def test_files_of_unknown_origin_are_refused_only_if_they_would_be_replaced(tmp_path, command):
     (tmp_path / "notes.txt").write_text("mine")
@@ -74,8 +81,8 @@ def test_of_two_at_the_same_moment_one_is_refused(tmp_path):
                 assert is_refused.wait(DEADLINE_S)
                 answers.append(seed)
         except InputError as error:
-            is_refused.set()
             answers.append(str(error))
+            is_refused.set()
 
     threads = [threading.Thread(target=run, args=[seed]) for seed in (0, 1)]
     for thread in threads:
@@ -115,6 +122,7 @@ def test_damaged_options_of_files_that_are_there_are_refused(tmp_path):
         (OSError(errno.ENOSPC, "No space left on device"), "out {0} cannot be written (No space left on device)"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "out {0} cannot be written (Disk quota exceeded)"),
         (FileNotFoundError(errno.ENOENT, "Gone", "{0}/a.png"), "out {0} cannot be written (a.png: Gone)"),
+        (PermissionError(errno.EACCES, "Denied", "{0}put/a.png"), "{0}put/a.png: Denied"),
         (PermissionError(errno.EACCES, "Denied", "/data/x.jpg"), "/data/x.jpg: Denied"),
     ],
 )

@@ -147,7 +147,7 @@ def test_copies_of_other_caches_make_room_the_least_recently_opened_first(local,
 
 
 def test_cache_with_compressed_records_is_read_whole_or_refused(folder, tmp_path, monkeypatch, traffic):
-    monkeypatch.setattr(cache_writer, "WRITE_OPTIONS", "group_size:1")
+    monkeypatch.setattr(shards, "WRITE_OPTIONS", "group_size:1")
     local = tmp_path / "local"
     _write(local, num_shards=NUM_SHARDS)
     meta = json.loads((local / "cache.json").read_text())
