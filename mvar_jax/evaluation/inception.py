@@ -129,7 +129,7 @@ BLOCKS = {
     "Mixed_7b": _narrow("average"),
     "Mixed_7c": _narrow("max"),
 }
-SPATIAL_UNIT = ("Mixed_6d", "branch1x1")
+SPATIAL_BLOCK = "Mixed_6d"  # the maps of its first branch are the spatial features
 
 
 def pool3x3(x_BYXc: jax.Array, operation, edge: float | None = None, stride: int = 1) -> jax.Array:
@@ -193,7 +193,7 @@ class Block(nn.Module):
 class Inception(nn.Module):
     """The whole network, from pixels to features.
 
-    dtype: of the convolutions. bfloat16 is several times faster on an accelerator, and its scores are others.
+    dtype: of the convolutions. bfloat16 is faster on an accelerator, and its scores are others.
     """
 
     dtype: Any = jnp.float32
@@ -207,7 +207,7 @@ class Inception(nn.Module):
         x = stem(x)[0]
         for name, branches in BLOCKS.items():
             x, first = Block(branches, self.dtype, name=name)(x)
-            if name == SPATIAL_UNIT[0]:
+            if name == SPATIAL_BLOCK:
                 spatial = first[..., :7].reshape(len(x), -1)
         pool = x.astype(jnp.float32).mean((1, 2))
         logits = nn.Dense(NUM_CLASSES, use_bias=False, precision=HIGHEST, name="fc")(pool)

@@ -68,7 +68,10 @@ class NetworkWeights:
 
 
 def check_download(field: str, path: Path, download: Download) -> str:
-    """Return the SHA-256 of a download. Raises InputError if it is not what its name promises."""
+    """Return the SHA-256 of a download. Raises InputError if it is no file, or not what its name promises."""
+    if not path.is_file():  # a pipe would block
+        message = f"{field} must be a regular file, got {path}"
+        raise InputError(message, field=field, given=str(path), expected="a regular file")
     found = sha256_of(path)
     promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)  # as torch.hub names its files
     if promised and not found.startswith(promised[1]):

@@ -1,3 +1,4 @@
+import os
 import re
 
 import eval_case
@@ -117,6 +118,12 @@ def test_a_file_of_another_checksum_than_its_name_promises_is_refused(tmp_path):
     path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     path.write_bytes(b"half")
     assert re.search("a SHA-256 that begins with 6726825d, got [0-9a-f]{64}: the download is", refusal_of(path))
+
+
+def test_a_folder_or_a_pipe_is_refused_unread(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pth")
+    assert "must be a regular file" in refusal_of(tmp_path / "pipe.pth")
+    assert "must be a regular file" in refusal_of(tmp_path)
 
 
 def change(state: dict, name: str, value) -> dict:
