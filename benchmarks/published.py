@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.comparison import Table, channels_first, load_published_files, teacher_forced
-from mvar_jax.convert.reader import TorchFile
-from mvar_jax.convert.sizes import MASK, find_state_dict
+from mvar_jax.convert.reader import open_weights
+from mvar_jax.convert.sizes import MASK
+from mvar_jax.convert.state_dicts import find_state_dict
 from mvar_jax.errors import InputError
 from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.models.tokenizer import Tokenizer
@@ -67,12 +68,12 @@ def import_published(folder: Path):
 
 def read_state(torch, kind: str, path: Path) -> dict:
     """Read a state dict with torch, from the place in the file where our converter finds it."""
-    with TorchFile(kind, path) as file:
-        wrapper = find_state_dict(kind, file).wrapper
+    with open_weights(kind, path) as file:
+        name = find_state_dict(kind, file).name
     content = torch.load(path, map_location="cpu", weights_only=True)
-    if wrapper is None:
-        return content
-    return content[wrapper] if wrapper in content else content["trainer"][wrapper]
+    for key in filter(None, name.split(".")):
+        content = content[key]
+    return content
 
 
 def make_published(folder: Path, tokenizer: Tokenizer, ours: Transformer):

@@ -1,4 +1,4 @@
-"""MVAR-d16 on your own photographs, 256 px: DIR/train/CLASS/* and DIR/val/CLASS/* (JPEG, PNG, WebP).
+"""MVAR-d16 on your own photographs, 256 px: DIR/train/CLASS/* and DIR/val/CLASS/* (or DIR/CLASS/*).
 
 Command:  python -m mvar_jax data --config configs/folder.py --config.data.path=DIR --out runs/folder/look
           python -m mvar_jax cache_tokens --config configs/folder.py --config.data.path=DIR \\

@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -61,6 +62,8 @@ def type_name(annotation) -> str:
     """Return an annotation as it is written in a config: `Any` is only used for dtypes, which are given by name."""
     if annotation is typing.Any:
         return "str"
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join("None" if one is types.NoneType else type_name(one) for one in typing.get_args(annotation))
     is_plain = isinstance(annotation, type) and not typing.get_args(annotation)
     return annotation.__name__ if is_plain else str(annotation)
 
@@ -139,17 +142,24 @@ CONFIGURATION_INTRO = """# Configuration
 
 A config file is Python with a function `get_config()` that returns an `ml_collections.ConfigDict`; `configs/` holds
 examples, each with its command. `train`, `data` and `cache_tokens` read one by `--config`, and any key can be set on
-the command line: `--config.optimizer.weight_decay=0.1`. An unknown key is an error.
+the command line: `--config.optimizer.weight_decay=0.1`. `--config FILE:ARG` calls `get_config(ARG)`, ARG being all
+the text after the colon; `config.json` in the workdir keeps it as `config_arg`. An unknown key is an error, and so is
+a value of another type than the table's or out of range.
 
 A default is what a config without the key means. A key without a default must be in every config of its task; of
 `num_steps` and `epochs` exactly one is above 0.
 
 A run that has a checkpoint resumes with the keys it began with. The keys marked `free` may change: they do not change
 what is learned. `data.path`, `data.cache` and `data.tokenizer` are free because the data themselves are compared:
-`data_identity.json` in the workdir has the number of images, the classes and the names of 64 images of each split,
+`data_identity.json` in the workdir has the number of images, the classes and a digest of the file names of a split,
 the fingerprint of the tokenizer, and what a token cache was made of. `epochs` and `optimizer.warmup_epochs` are free
 because the steps that follow from them are compared. A key that a newer version added counts as its default in an
 older run.
+
+A run that has reached its end goes on if `num_steps` or `epochs` is larger now. `train --allow_change KEY` lets a run
+go on with another value of a key marked `allow`; the other keys never change. `config.json` notes both kinds of
+change as `history`: time, step, key, old and new value. Learning rate and weight decay are functions of the step and
+of `num_steps` as it is now: a run that goes on has the rates of a run that was as long from its first step.
 """
 
 
@@ -169,6 +179,10 @@ def code(text: str | None) -> str:
     return f"`{text}`" if text else ""
 
 
+def resume_rule(rule) -> str:
+    return "free" if rule.is_free else "allow" if rule.may_change else ""
+
+
 def configuration_page() -> str:
     """Return docs/configuration.md."""
     from mvar_jax.training.resume_rules import rules_of
@@ -178,7 +192,7 @@ def configuration_page() -> str:
         section, *condition = title.removesuffix(")").split()
         rules = rules_of("tokenizer" if "tokenizer" in condition else "transformer")
         prefix = "" if title == "Top level" else section.rstrip(",") + "."
-        free = {row.name: "free" * rules[prefix + row.name].is_free for row in rows}
+        free = {row.name: resume_rule(rules[prefix + row.name]) for row in rows}
         cells = [(code(row.name), code(row.type), code(row.default), free[row.name], row.meaning) for row in rows]
         parts.append(f"## {title}\n\n" + table(("key", "type", "default", "resume", "meaning"), cells))
     return HEADER + "\n".join(parts)

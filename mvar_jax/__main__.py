@@ -10,7 +10,7 @@ from mvar_jax.cli.streams import guard_streams
 from mvar_jax.data.pillow_warnings import ignore_pillow_warnings
 from mvar_jax.processes.join import OFF
 from mvar_jax.processes.together import run_together
-from mvar_jax.stopping import STOPPED_STATUS, raise_on_signals
+from mvar_jax.stopping import STOPPED_STATUS, end_on_signals, raise_on_signals
 
 COMMANDS = ("train", "data", "cache_tokens", "sample", "edit", "reconstruct", "convert", "report")
 EXIT_STATUSES = (
@@ -63,7 +63,12 @@ def start() -> int:
     gc.set_threshold(200_000, 20, 100)
     atexit.register(gc.freeze)
     ignore_pillow_warnings()
-    return main()
+    try:
+        return main()
+    except KeyboardInterrupt:  # while an earlier signal was answered
+        return 130
+    finally:
+        end_on_signals()
 
 
 if __name__ == "__main__":

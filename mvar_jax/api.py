@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import softmax
 
 from mvar_jax.checkpoints.class_names import ClassNames, check_labels, class_names_of
-from mvar_jax.checkpoints.model_directory import load_model
+from mvar_jax.checkpoints.joining import load_both
 from mvar_jax.errors import InputError
 from mvar_jax.files.paths import as_path
 from mvar_jax.models.networks import Networks, apply_tokenizer
@@ -18,9 +18,11 @@ from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling import analysis, editing
 from mvar_jax.sampling.inputs import check_cfgs, check_features, check_ids, check_images, check_index, check_rows
+from mvar_jax.sampling.masks import check_mask
 from mvar_jax.sampling.sampler import SampleOptions, decode_features, sample
+from mvar_jax.sampling.squares import Square
 from mvar_jax.scales import areas_of
-from mvar_jax.values import MAX_INDEX, as_array, as_integer, as_seed
+from mvar_jax.values import INDEX_RANGE, MAX_INDEX, as_array, as_integer, as_seed
 
 
 class Model:
@@ -135,37 +137,53 @@ class Model:
         softness=editing.SOFTNESS,
         index=None,
         temperature=1.0,
+        invert=False,
     ):
         """Replace the masked part of images by samples of the given classes.
 
-        Pixels outside the mask are returned bit for bit; those under it do not reach the model.
+        Pixels outside the mask are returned bit for bit; those under it do not reach the model. Images of another
+        size than the model's are edited in a square around the mask, see `Square`.
 
         Args:
-          images_BYX3: uint8, or float in [-1, 1]; one image for each label or one `[1, Y, X, 3]` for all.
-          mask: `[Y, X]` or one for each image; True or above 0 where to draw.
+          images_BYX3: uint8, or float in [-1, 1], any size; one for each label or one `[1, Y, X, 3]` for all.
+          mask: of the images' size, `[Y, X]` or `[Y, X, C]` or one for each image; white or True where to draw, see
+            `drawn_pixels`.
           labels_B, seed, cfg, top_k, top_p, smooth, index, temperature: as in `sample`.
-          border_px: width of the fade inside the mask; by default 1/32 of the side.
+          border_px: width of the fade inside the mask; by default 1/32 of the square's side.
           softness: 0 to 1, how far tokens at the mask's border are mixed, see `editing.drawn_share`.
+          invert: draw what the mask keeps and keep what it draws.
 
         Returns (images `[B, Y, X, 3] float32` in [-1, 1], ids `[B, L] int32`).
         """
         options = SampleOptions(cfg, top_k, top_p, smooth, temperature)
-        labels, size = self._check_labels(labels_B), self.tokenizer.image_size
-        border_px = editing.check_border(border_px, softness, size)
-        mask_BYX = editing.check_mask(mask, size)
-        images = self._check_images(images_BYX3)
+        labels, images = self._check_labels(labels_B), check_images(images_BYX3)
+        mask_BYX = check_mask(mask, *images.shape[1:3], invert)
         num = max(len(images), len(mask_BYX))
         if not {len(images), len(mask_BYX)} <= {1, num} or num not in (1, len(labels)):
             given, expected = f"{len(images)} and {len(mask_BYX)}", f"1 or {len(labels)} (as many as labels)"
             message = f"the numbers of images and masks must each be {expected}, got {given}"
             raise InputError(message, field="images", given=given, expected=expected)
-        mask_BYX = np.broadcast_to(mask_BYX, (num, size, size))
-        before = editing.hide_masked(np.broadcast_to(images, (num, size, size, 3)), mask_BYX)
-        for_all = lambda x: jnp.broadcast_to(x, (len(labels), *x.shape[1:]))
-        known_ids, masks = for_all(self.encode(before)), for_all(jnp.asarray(mask_BYX, jnp.float32))
+        masks, images = (np.broadcast_to(x, (num, *x.shape[1:])) for x in (mask_BYX, images))
+        size = self.tokenizer.image_size
+        squares = [Square.around(image, mask, size) for image, mask in zip(images, masks, strict=True)]
+        for square in squares:
+            editing.check_border(border_px, softness, square.side)
+        drawn, ids = self.edit_squares(squares, labels, seed, options, softness, index)
+        pairs = zip(np.broadcast_to(squares, len(labels)), drawn, strict=True)
+        return np.stack([square.paste(image, border_px) for square, image in pairs]), ids
+
+    def edit_squares(self, squares, labels_B, seed: int, options: SampleOptions, softness: float, index=None):
+        """Edit squares, one for each label or one for all, without pasting the results into their images.
+
+        Returns (results of the model's size `[B, Y, X, 3] float32`, ids `[B, L] int32`). See `edit`.
+        """
+        labels = self._check_labels(labels_B)
         keys = _keys(seed, index, len(labels))
+        known, masks = (np.stack(parts) for parts in zip(*(square.known() for square in squares), strict=True))
+        for_all = lambda x: jnp.broadcast_to(x, (len(labels), *x.shape[1:]))
+        known_ids, masks = for_all(self.encode(known)), for_all(jnp.asarray(masks, jnp.float32))
         ids, f_hat = editing.redraw(self._both(), known_ids, masks, labels, keys, options, softness)
-        return editing.blend(before, np.asarray(self.decode_features(f_hat)), mask_BYX, border_px), ids
+        return np.asarray(self.decode_features(f_hat)), ids
 
     def progress(self, ids_BL) -> jax.Array:
         """Return the images decoded after each scale, coarse to fine, `[S, B, Y, X, 3] float32` in [-1, 1]."""
@@ -208,7 +226,7 @@ class Model:
 
         Returns (images, ids) and takes the options of `sample`.
         """
-        num, index = as_integer(num, "num", 1), as_integer(index, "index", 0, MAX_INDEX)
+        num, index = as_integer(num, "num", 1), as_integer(index, "index", 0, MAX_INDEX, INDEX_RANGE)
         ends = np.eye(self.num_classes)[np.asarray(self._check_labels([first, last]))]
         if len(ends) != 2:
             words = f"first and last must be one class each, got {first!r} and {last!r}"
@@ -259,14 +277,15 @@ def _keys(seed, index_B, num: int) -> jax.Array:
     return keys_of_samples(as_seed(seed), check_index(index_B, num))
 
 
-def load(path: str | Path, which: str = "last") -> Model:
+def load(path: str | Path, which: str = "last", tokenizer: str | Path | None = None) -> Model:
     """Load a `Model` from a model directory or from the "last" or "best" checkpoint of a training workdir.
 
-    Raises InputError if path is neither, or holds no such checkpoint or no tokenizer.
+    tokenizer: directory of the tokenizer, if `path` holds a transformer alone or is to be used with another
+    tokenizer; of a workdir the newest checkpoint.
+
+    Raises InputError if a path is neither, or holds no such checkpoint, or if there is no tokenizer, or one that does
+    not fit the transformer.
     """
     path = as_path(path, "checkpoint")
-    modules, params = load_model(path, which)
-    if "tokenizer" not in modules:
-        message = f"checkpoint={path} holds no tokenizer; choose a model directory or workdir that does"
-        raise InputError(message, field="checkpoint", given=str(path), expected="a tokenizer")
+    modules, params = load_both(path, which, None if tokenizer is None else as_path(tokenizer, "tokenizer"))
     return Model(Networks.of(modules, params), class_names_of(path))

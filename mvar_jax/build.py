@@ -6,7 +6,7 @@ from typing import Any
 
 from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError
-from mvar_jax.fields import check_keys, from_dict, put_below
+from mvar_jax.fields import check_keys, check_values, from_dict, put_below
 from mvar_jax.files.paths import as_path
 
 # key -> whether it is a section; every config has exactly these
@@ -25,7 +25,6 @@ COMMON_KEYS = {
     "optimizer": True,
     "mesh": True,
 }
-SPLITS = ("train", "val")
 # keys that a config may leave out: their defaults are those of RunOptions and LoopSettings; one of the first two is
 # needed
 OPTIONAL_KEYS = ("num_steps", "epochs", "accumulate_steps", "keep_best", "profile_steps")
@@ -34,6 +33,8 @@ TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "i
 
 def check_config(config: dict) -> None:
     """Raise InputError unless the config has every common key, its task's section and nothing else.
+
+    The plain keys must be what their annotations say; those of a section are checked when it is built.
 
     Keys that no options class holds:
       task: what is trained: tokenizer or transformer.
@@ -45,6 +46,9 @@ def check_config(config: dict) -> None:
         raise InputError(
             f"config.task must be {expected}, got {task!r}", field="config.task", given=task, expected=expected
         )
+    from mvar_jax.training.settings import LoopSettings
+    from mvar_jax.training.task import RunOptions
+
     known = COMMON_KEYS | TASK_KEYS[task]
     check_keys(config, (*known, *OPTIONAL_KEYS), "config")
     for name, is_section in (known | dict.fromkeys(OPTIONAL_KEYS, False)).items():
@@ -57,6 +61,12 @@ def check_config(config: dict) -> None:
             expected = "a section of keys" if is_section else "a plain value"
             words = f"{field} must be {expected}, got {config[name]!r}"
             raise InputError(words, field=field, given=config[name], expected=expected)
+    plain = {name: value for name, value in config.items() if not isinstance(value, dict)}
+    for cls in (RunOptions, LoopSettings):
+        check_values(cls, plain, "config")
+    if not isinstance(path := config.get("init_from", ""), str):
+        words = f"config.init_from must be text, got {path!r}"
+        raise InputError(words, field="config.init_from", given=path, expected="text")
 
 
 def build_data(config: dict) -> DataOptions:
@@ -74,7 +84,7 @@ def with_class_order(config: dict, kept: Sequence[str]) -> dict:
     from mvar_jax.data.folder import list_classes
 
     data = build_data(config)
-    if not kept or data.source != "folder" or data.cache or data.class_order:
+    if not kept or data.source != "folder" or not data.path or data.cache or data.class_order:
         return config
     found = list_classes(data.path)
     if tuple(kept) == found or sorted(kept) != sorted(found):
@@ -111,10 +121,12 @@ def build_run(config: dict):
     from mvar_jax.training.task import RunOptions
 
     check_keys(config["mesh"], MESH_AXES, "config.mesh")
-    sections = {
-        "optimizer": from_dict(OptimizerOptions, config["optimizer"], "config.optimizer"),
-        "mesh": make_mesh(**config["mesh"]),
-    }
+    check_values(make_mesh, config["mesh"], "config.mesh")
+    try:
+        mesh = make_mesh(**config["mesh"])
+    except InputError as error:
+        raise put_below(error, "config") from None
+    sections = {"optimizer": from_dict(OptimizerOptions, config["optimizer"], "config.optimizer"), "mesh": mesh}
     return RunOptions(**_given_fields(RunOptions, {"num_steps": 0} | config | sections))
 
 
@@ -144,6 +156,7 @@ def _given_fields(cls: type, config: dict) -> dict[str, Any]:
 
 def build_task(config: dict):
     """Return (task, modules of model.json, weights of the tokenizer under a transformer or None)."""
+    from mvar_jax.training.initial import load_initial
     from mvar_jax.training.task import TaskData
     from mvar_jax.training.tokenizer_step import CodebookOptions
     from mvar_jax.training.tokenizer_task import TokenizerTask
@@ -153,7 +166,7 @@ def build_task(config: dict):
     data, module, run = build_data(config), build_module(config), build_run(config)
     if config["task"] == "tokenizer":
         options = from_dict(CodebookOptions, config["codebook"], "config.codebook")
-        sources = {split: data.open(split) for split in SPLITS}
+        sources = data.open_all()
         task_data = TaskData(sources, data.transform(), data.loading())
         run = run.with_images(len(sources["train"]))
         return TokenizerTask(run, module, options, task_data), {"tokenizer": module}, None
@@ -161,7 +174,7 @@ def build_task(config: dict):
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
     module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
-    initial = load_initial(config["init_from"], module)
+    initial = load_initial(config["init_from"], module, sources["train"].label_names)
     run = run.with_images(len(sources["train"]))
     task = TransformerTask(run, module, options, tokenizer, TaskData(sources, transform, data.loading()), initial)
     return task, {"tokenizer": tokenizer.tokenizer, "transformer": module}, tokenizer.tokenizer_params
@@ -172,7 +185,7 @@ def open_tokens(data: DataOptions, transformer):
 
     Raises InputError if the config names neither, or unless tokenizer, transformer and data fit together.
     """
-    from mvar_jax.tokens.cache_reader import TokenCache
+    from mvar_jax.tokens.cache_reader import TokenCache, read_meta
 
     if not (data.cache or data.tokenizer):
         raise InputError(
@@ -185,7 +198,7 @@ def open_tokens(data: DataOptions, transformer):
         networks = load_tokenizer(data.tokenizer)
         check_transformer_fits(transformer, networks.tokenizer)
         networks.tokenizer.check(data.image_size)
-        return networks, {split: data.open(split) for split in SPLITS}, data.transform()
+        return networks, data.open_all(), data.transform()
     networks = load_tokenizer_of_cache(data)
     check_transformer_fits(transformer, networks.tokenizer)
     expected = {
@@ -195,7 +208,8 @@ def open_tokens(data: DataOptions, transformer):
         "disk_folder": data.cache_folder or None,
         "max_disk_bytes": data.cache_disk_mib * 2**20,
     }
-    return networks, {split: TokenCache(data.cache, split, **expected) for split in SPLITS}, None
+    splits = ("train", "val") if "val" in read_meta(data.cache)["splits"] else ("train",)
+    return networks, {split: TokenCache(data.cache, split, **expected) for split in splits}, None
 
 
 def load_tokenizer_of_cache(data: DataOptions):
@@ -253,33 +267,6 @@ def with_classes_of(transformer, source, name: str):
             expected=str(expected),
         )
     return transformer
-
-
-def load_initial(path: str, transformer):
-    """Load the weights to start from: a model directory, a workdir or a published file (MVAR or VAR); None for "".
-
-    Raises InputError if a parameter has another shape than the transformer's.
-    """
-    from mvar_jax.checkpoints.model_directory import check_shapes, load_model
-
-    if not path:
-        return None
-    directory = as_path(path, "config.init_from")
-    if directory.is_dir():
-        params = load_model(directory)[1].get("transformer")
-        if params is None:
-            raise InputError(
-                f"config.init_from={path} holds no transformer",
-                field="config.init_from",
-                given=path,
-                expected="a directory with a transformer",
-            )
-    else:
-        from mvar_jax.convert.weights import load_published
-
-        params = load_published(path, transformer.sides)[1]
-    check_shapes(directory, "transformer", transformer, params)
-    return params
 
 
 def load_tokenizer(directory: str):

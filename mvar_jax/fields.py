@@ -1,8 +1,9 @@
-"""Dataclasses from dicts of their fields, as configs and `model.json` hold them."""
+"""Dataclasses from dicts of their fields, as configs and `model.json` hold them, checked by their annotations."""
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterator
+import typing
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from mvar_jax.errors import InputError
@@ -39,6 +40,32 @@ def check_keys(values: dict, known: Collection[str], where: str) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f". Did you mean {near[0]}?" if near else f"; known keys are {', '.join(sorted(known))}"
             raise InputError(f"unknown key {where}.{name}{hint}", field=f"{where}.{name}", given=values[name])
+
+
+def check_fields(options: Any, where: str, hidden: Collection[str] = ()) -> None:
+    """Raise InputError unless each field of a dataclass is what its annotation says, see `schema.conform`.
+
+    Args:
+      options: the dataclass.
+      where: what a user calls it, such as "config.data"; "" if its fields have no prefix.
+      hidden: fields that are left alone.
+    """
+    for field in dataclasses.fields(options):
+        if field.name not in hidden:
+            conform(getattr(options, field.name), field.type, f"{where}.{field.name}" if where else field.name)
+
+
+def check_values(annotated: type | Callable, values: dict, where: str) -> None:
+    """Raise InputError unless each value is what the annotation of its name says.
+
+    Args:
+      annotated: the class or the function with the annotations; other names than its own are left alone.
+      values: name -> value.
+      where: what a user calls `values`, such as "config.mesh".
+    """
+    hints = typing.get_type_hints(annotated, include_extras=True)
+    for name in hints.keys() & values.keys():
+        conform(values[name], hints[name], f"{where}.{name}")
 
 
 def put_below(error: InputError, where: str) -> InputError:

@@ -1,14 +1,67 @@
 """Whether a value of a config or of a JSON file is of a type, and if not, what the type allows, in words."""
 
+import dataclasses
+import math
 import numbers
 import types
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 from mvar_jax.errors import InputError, show
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "None"}
 _NUMBERS = {int: numbers.Integral, float: numbers.Real}
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that an annotation allows: `least` to `most`, or without an end itself; infinity never."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def allows(self, value: float) -> bool:
+        """Return whether a number is inside."""
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def describe(self) -> str:
+        """Return the range in words that follow "a number"."""
+        begin = f"above {self.above}" if self.above > -math.inf else f"of at least {self.least}"
+        if self.below < math.inf:
+            end = f"below {self.below}"
+        elif self.most < math.inf:
+            end = f"{self.most}" if self.above == -math.inf else f"up to {self.most}"
+        else:
+            return begin
+        if self.above > -math.inf:
+            return f"{begin} and {end}"
+        return f"from {self.least} to {end}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The texts that an annotation allows."""
+
+    texts: tuple[str, ...]
+
+    def allows(self, value: str) -> bool:
+        """Return whether a text is one of them."""
+        return value in self.texts
+
+    def describe(self) -> str:
+        """Return all of them."""
+        return f"{', '.join(self.texts[:-1])} or {self.texts[-1]}"
+
+
+Natural = Annotated[int, Range(least=0)]
+Count = Annotated[int, Range(least=1)]
+Seed = Annotated[int, Range(least=0, most=2**32 - 1)]
+NotNegative = Annotated[float, Range(least=0)]
+Positive = Annotated[float, Range(above=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+Decay = Annotated[float, Range(least=0, below=1)]
 
 
 def conform(value: Any, kind: Any, where: str) -> Any:
@@ -17,7 +70,8 @@ def conform(value: Any, kind: Any, where: str) -> Any:
     Args:
       value: plain values, lists, tuples and dicts.
       kind: a type: bool, int, float (which takes whole numbers too), str, None, Any, X | Y, Literal, list[X],
-        tuple[X, ...], dict[str, X] or a TypedDict, which may have further keys.
+        tuple[X, ...], dict[str, X], a TypedDict, which may have further keys, a class, or Annotated[X, rule] with a
+        Range or a Choice.
       where: what a user calls the value, such as "config.data.size".
 
     Raises InputError for the first value of another type, or a missing key.
@@ -29,6 +83,9 @@ def conform(value: Any, kind: Any, where: str) -> Any:
         for one in args:
             if _is_of(value, one):
                 return conform(value, one, where)
+    elif origin is Annotated:
+        if _is_of(value, kind) and args[1].allows(value):
+            return conform(value, args[0], where)
     elif _is_of(value, kind):
         if typing.is_typeddict(kind):
             return value | _conform_keys(value, kind, where)
@@ -43,6 +100,8 @@ def conform(value: Any, kind: Any, where: str) -> Any:
 
 def _is_of(value: Any, kind: Any) -> bool:
     """Return whether a value is of a type, without its parts."""
+    if typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
     origin = typing.get_origin(kind) or kind
     if origin is typing.Literal:
         return any(value == one and type(value) is type(one) for one in typing.get_args(kind))
@@ -50,6 +109,8 @@ def _is_of(value: Any, kind: Any) -> bool:
         return isinstance(value, dict)
     if isinstance(value, bool):
         return origin is bool
+    if origin is float and isinstance(value, float) and not math.isfinite(value):
+        return False
     return isinstance(value, list | tuple if origin in (list, tuple) else _NUMBERS.get(origin, origin))
 
 
@@ -63,6 +124,8 @@ def _conform_keys(values: dict, kind: Any, where: str) -> dict:
 def words_of(kind: Any) -> str:
     """Return what a type allows, in words."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return args[1].describe() if isinstance(args[1], Choice) else f"{words_of(args[0])} {args[1].describe()}"
     if origin in (types.UnionType, typing.Union, typing.Literal):
         return " or ".join(repr(one) if origin is typing.Literal else words_of(one) for one in args)
     if origin in (list, tuple):

@@ -47,6 +47,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            expected = "a number of devices, or -1 for those that are left"
+            raise InputError(
+                f"mesh.{name} must be {expected}, got {size}", field=f"mesh.{name}", given=size, expected=expected
+            )
     free = [name for name, size in sizes.items() if size == -1]
     given = math.prod(size for size in sizes.values() if size != -1)
     fits = given > 0 and len(devices) % given == 0 if free else given == len(devices)

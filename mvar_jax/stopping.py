@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 # EX_TEMPFAIL of sysexits.h: SIGTERM or SIGHUP ended the command early, all files are whole, and the same command
 # continues. A supervisor that starts it again on this status, and on no other, never repeats a mistake.
@@ -56,20 +56,29 @@ class StopFlag:
             os.write(2, f"\n{self._notice}\n".encode())  # not print: a handler may run in the middle of one
 
 
+def raise_stopped(number: int, frame: Any) -> NoReturn:
+    """Handle a signal: raise KeyboardInterrupt for SIGINT, else Stopped. A second one ends the process at once."""
+    signal.signal(number, signal.SIG_DFL)  # a handler of Python's would print a traceback from wherever it is called
+    raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+
+
 def raise_on_signals() -> None:
-    """Let SIGTERM and SIGHUP raise Stopped in the main thread, as Ctrl-C raises KeyboardInterrupt.
+    """Let SIGINT, SIGTERM and SIGHUP raise in the main thread, see `raise_stopped`.
 
-    For the time before a command has something to finish, which it guards by a StopFlag. A second signal ends the
-    process at once.
+    For the time before a command has something to finish, which it guards by a StopFlag.
     """
+    _handle(raise_stopped)
 
-    def raise_stopped(number: int, frame) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        raise Stopped(number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if not _is_ignored_hangup(number):
-            signal.signal(number, raise_stopped)
+def end_on_signals() -> None:
+    """Let SIGINT, SIGTERM and SIGHUP end the process at once, for the time when a command has returned its status."""
+    _handle(signal.SIG_DFL)
+
+
+def _handle(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _is_ignored_hangup(number: int) -> bool:

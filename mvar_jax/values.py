@@ -8,6 +8,7 @@ import numpy as np
 from mvar_jax.errors import InputError, show
 
 MAX_INDEX = 2**32 - 1  # seeds and numbers of samples are unsigned 32-bit integers
+INDEX_RANGE = "from 0 to 2**32 - 1"
 
 
 def as_integer(value: Any, field: str, least: int, greatest: int | None = None, expected: str | None = None) -> int:
@@ -17,16 +18,20 @@ def as_integer(value: Any, field: str, least: int, greatest: int | None = None, 
     """
     number = _scalar(value, operator.index, "iuO")
     expected = expected or (f"{least} or more" if greatest is None else f"from {least} to {greatest}")
-    if number is None or number < least or (greatest is not None and number > greatest):
-        raise _refuse(field, expected, value if number is None else number)
+    if number is None:
+        raise _refuse(field, f"a whole number, {expected}", value)
+    if number < least or (greatest is not None and number > greatest):
+        raise _refuse(field, expected, number)
     return number
 
 
 def as_real(value: Any, field: str, least: float, greatest: float, expected: str) -> float:
     """Return a number of Python, numpy or jax as a float. Raises InputError unless it is from least to greatest."""
     number = _scalar(value, float, "iufV")  # V: bfloat16
-    if number is None or not least <= number <= greatest:
-        raise _refuse(field, expected, value if number is None else number)
+    if number is None:
+        raise _refuse(field, f"a number, {expected}", value)
+    if not least <= number <= greatest:
+        raise _refuse(field, expected, number)
     return number
 
 
@@ -43,7 +48,7 @@ def as_seed(value: Any) -> int:
 
     JAX would take others modulo 2**32, so that two seeds would give the same samples.
     """
-    return as_integer(value, "seed", 0, MAX_INDEX, "from 0 to 2**32 - 1")
+    return as_integer(value, "seed", 0, MAX_INDEX, INDEX_RANGE)
 
 
 def as_array(value: Any, field: str, expected: str) -> np.ndarray:

@@ -87,3 +87,23 @@ def test_classes_are_ranked_by_bayes_rule_in_padded_batches(model):
 def test_an_unknown_name_is_refused_with_the_nearest(model):
     with pytest.raises(InputError, match="^labels: unknown class 'bea'. Did you mean bee .1.?"):
         model.sample(["bea"])
+
+
+def test_ids_of_an_edit_do_not_depend_on_its_batch(model):
+    _, ids = model.edit(IMAGES[:1], MASK, [1, 2, 0, 1], cfg=1.0, seed=7)
+    _, alone = model.edit(IMAGES[:1], MASK, [0, 1], cfg=1.0, seed=7, index=[2, 3])
+    np.testing.assert_array_equal(alone, ids[2:])
+
+
+def test_an_image_of_any_size_is_edited_around_its_mask(model):
+    """The model's square alone and the same pixels inside a larger image give the same ids and pixels."""
+    large = np.random.default_rng(3).integers(0, 256, (1, 6, 20, 3), np.uint8)
+    mask = np.zeros((6, 20), np.uint8)
+    mask[1:5, 9:12] = 1
+    images, ids = model.edit(large, mask, [1, 2], cfg=1.0)
+    inside, inside_ids = model.edit(large[:, :, 7:13], mask[:, 7:13], [1, 2], cfg=1.0)
+    np.testing.assert_array_equal(ids, inside_ids)
+    np.testing.assert_array_equal(images[:, :, 7:13], inside)
+    np.testing.assert_array_equal(images[:, mask == 0], (large[[0, 0]] / np.float32(127.5) - 1)[:, mask == 0])
+    cut, _ = model.edit(large, 1 - mask, [1, 2], cfg=1.0, invert=True)
+    np.testing.assert_array_equal(cut, images)

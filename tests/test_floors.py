@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent / "mvar_jax"
 FLOORS = [
     "errors",
     "stopping",
+    "progress",
     "schema",
     "fields",
     "values",

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import io
 import pickle
+import struct
 import sys
 import types
 import zipfile
@@ -77,8 +78,9 @@ def torch_modules():
 
 
 class Pickler(pickle.Pickler):
-    def __init__(self, file, torch, utils):
+    def __init__(self, file, torch, utils, is_legacy=False):
         super().__init__(file, protocol=2)
+        self.tail = (None,) if is_legacy else ()
         self.torch, self.utils, self.storages = torch, utils, []
 
     def persistent_id(self, value):
@@ -87,7 +89,7 @@ class Pickler(pickle.Pickler):
         if value not in self.storages:
             self.storages.append(value)
         kind = getattr(self.torch, STORAGE_NAMES[value.data.dtype])
-        return "storage", kind, str(self.storages.index(value)), "cuda:0", value.num_claimed
+        return "storage", kind, str(self.storages.index(value)), "cuda:0", value.num_claimed, *self.tail
 
     def reducer_override(self, value):
         if isinstance(value, np.ndarray):
@@ -107,6 +109,21 @@ def save(path, content, compression=zipfile.ZIP_STORED, byteorder="little"):
         pickler = Pickler(file, *modules)
         pickler.dump(content)
     save_members(path, file.getvalue(), [storage.data for storage in pickler.storages], compression, byteorder)
+
+
+def save_legacy(path, content):
+    """As torch.save(content, path, _use_new_zipfile_serialization=False)."""
+    with torch_modules() as modules:
+        file = io.BytesIO()
+        system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+        for value in (0x1950A86A20F9469CFC6C, 1001, system):
+            pickle.dump(value, file, protocol=2)
+        pickler = Pickler(file, *modules, is_legacy=True)
+        pickler.dump(content)
+        pickle.dump([str(i) for i in range(len(pickler.storages))], file, protocol=2)
+    for storage in pickler.storages:
+        file.write(struct.pack("<q", storage.data.size) + storage.data.tobytes())
+    path.write_bytes(file.getvalue())
 
 
 def save_members(path, pickled, storages=(), compression=zipfile.ZIP_STORED, byteorder="little"):

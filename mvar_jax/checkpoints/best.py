@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
@@ -15,33 +15,41 @@ from mvar_jax.files.atomic import write_atomically
 from mvar_jax.files.json_files import read_json
 
 SCORE_FILE = "scores.json"
+MORE_IS_BETTER = ("psnr", "ssim", "accuracy", "codebook_used")  # what the names of such metrics contain
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric of the evaluation and whether more of it is better, written as "loss" or "psnr_db:max"."""
+    """A metric of the evaluation and whether more of it is better, written as "loss", "psnr_db" or "my_score:max"."""
 
     name: str
     is_more_better: bool
 
     @classmethod
     def parse(cls, text: str) -> "Metric | None":
-        """Return the metric, None for "". Raises InputError for a direction other than min or max."""
+        """Return the metric, None for "". Raises InputError for a direction other than min or max.
+
+        Without a direction, the name decides: more is better if it contains one of MORE_IS_BETTER.
+        """
         name, _, direction = text.partition(":")
         if direction not in ("", "min", "max") or (direction and not name):
-            expected = "the name of a metric such as loss, or with a direction such as psnr_db:max"
+            expected = "the name of a metric such as loss, or with a direction such as my_score:max"
             words = f"config.keep_best must be {expected}, got {text!r}"
-            raise InputError(words, field="keep_best", given=text, expected=expected)
-        return cls(name, direction == "max") if name else None
+            raise InputError(words, field="config.keep_best", given=text, expected=expected)
+        is_more_better = direction == "max" or (not direction and any(part in name for part in MORE_IS_BETTER))
+        return cls(name, is_more_better) if name else None
+
+    def check(self, known: Collection[str]) -> None:
+        """Raise InputError unless the evaluation has a number of this name. known: its numbers."""
+        if self.name not in known:
+            expected = ", ".join(known)
+            words = f"config.keep_best must be a number of the evaluation, one of {expected}, got {self.name!r}"
+            raise InputError(words, field="config.keep_best", given=self.name, expected=expected)
 
     def score(self, metrics: dict) -> float:
         """Return the score of an evaluation; more is better. Raises InputError if it has no such number."""
-        value = metrics.get(self.name)
-        if not isinstance(value, int | float):
-            numbers = ", ".join(name for name, value in metrics.items() if isinstance(value, int | float))
-            words = f"config.keep_best must be a number of the evaluation, one of {numbers}, got {self.name!r}"
-            raise InputError(words, field="keep_best", given=self.name, expected=numbers)
-        return value if self.is_more_better else -value
+        self.check([name for name, value in metrics.items() if isinstance(value, int | float)])
+        return metrics[self.name] if self.is_more_better else -metrics[self.name]
 
 
 class Scores(PreservationPolicy):

@@ -101,10 +101,10 @@ class ClassNames:
         loosest = self._tables[-1][1]
         near = difflib.get_close_matches(_simplify(text), loosest, n=1)
         if near:
-            words = f"labels: unknown class {text!r}. Did you mean {near[0]} ({loosest[near[0]][0]})?"
+            words = f"labels: unknown class {show(text)}. Did you mean {near[0]} ({loosest[near[0]][0]})?"
             raise InputError(words, field="labels", given=text, expected=near[0])
         expected = "class names or numbers" if self.names else "class numbers"
-        words = f"labels must be {expected} separated by commas, such as 207,360 or 0-9, got {text!r}"
+        words = f"labels must be {expected} separated by commas, such as 207,360 or 0-9, got {show(text)}"
         if any("," in name for name in self.names):
             words += "; a comma inside a name is written \\,"
         raise InputError(words, field="labels", given=text, expected=expected)

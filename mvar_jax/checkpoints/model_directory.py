@@ -18,7 +18,7 @@ from mvar_jax.errors import InputError, shorten
 from mvar_jax.fields import from_dict, put_below
 from mvar_jax.files.atomic import write_json
 from mvar_jax.files.json_files import read_json
-from mvar_jax.models.init import abstract_params
+from mvar_jax.models.init import LINEN_FIELDS, abstract_params
 from mvar_jax.models.networks import check_fit
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
@@ -28,7 +28,6 @@ CLASSES_FILE = "classes.json"  # class names in the order of the labels, as trai
 FORMAT = 1
 MODULES = {"tokenizer": Tokenizer, "transformer": Transformer}
 WHICH = ("last", "best")
-LINEN_FIELDS = ("name", "parent")
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -3,8 +3,6 @@
 Resumable: rerunning the command continues with the first unfinished shard and leaves the same files.
 """
 
-from pathlib import Path
-
 from mvar_jax.cli.configuration import add_config_argument, read_config
 from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
 from mvar_jax.errors import InputError
@@ -30,20 +28,14 @@ def add_arguments(parser) -> None:
     )
 
 
-def classes_of_cache(out: Path) -> list[str]:
-    """Return the classes of a finished token cache in the order of their labels, [] if there is no cache."""
-    from mvar_jax.tokens.cache_reader import META_NAME, read_meta
-
-    return read_meta(out)["label_names"] if (out / META_NAME).exists() else []
-
-
 def run(args) -> int:
     """Write both splits of the config's data. A finished cache of the same tokenizer and data is kept."""
     config = read_config(args.config, args.overrides)
     from mvar_jax import build
+    from mvar_jax.tokens.cache_writer import classes_in
 
     tokenizer, out = as_path(args.tokenizer, "tokenizer"), as_path(args.out, "out")
-    config = build.with_class_order(config, classes_of_cache(out))
+    config = build.with_class_order(config, classes_in(out))
     data = build.build_data(config)
     for name in ("batch_size", "images_per_shard"):
         if (given := getattr(args, name)) < 1:
@@ -65,7 +57,10 @@ def run(args) -> int:
         print_machine()
     model = load(tokenizer)
     model.tokenizer.check(data.image_size)
-    sources = {split: data.open(split) for split in ("train", "val")}
+    sources = data.open_all()
+    if jax.process_index() == 0:
+        for source in sources.values():
+            print(*(f"{note}\n" for note in source.notes), sep="", end="", flush=True)
     owning = owned_folder("out", out, "cache_tokens", None)
     with owning, StopFlag(notice="stopping; the finished shards are kept") as stop:
         is_new = write_cache(

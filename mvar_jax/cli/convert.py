@@ -7,7 +7,7 @@ from mvar_jax.errors import InputError
 
 SUMMARY = "convert published PyTorch weights, or convert back"
 
-TO_TORCH_OPTIONS = ("checkpoint", "to_torch")
+BACK = ("to_torch", "to_safetensors")
 FROM_TORCH_OPTIONS = (
     "tokenizer",
     "transformer",
@@ -17,15 +17,23 @@ FROM_TORCH_OPTIONS = (
     "kernel_size",
     "refine_step",
     "conditioning",
+    "weights",
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     forward = parser.add_argument_group("to a model directory")
-    forward.add_argument("--tokenizer", metavar="FILE", help="published tokenizer, such as vae_ch160v4096z32.pth")
+    forward.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="published tokenizer, such as vae_ch160v4096z32.pth; also .safetensors, or the index of shards",
+    )
     forward.add_argument(
         "--transformer", metavar="FILE", help="published MVAR or VAR transformer, or a trainer's state"
+    )
+    forward.add_argument(
+        "--weights", metavar="NAME", help="which state dict to take of a file that holds several, such as ema"
     )
     forward.add_argument("--out", metavar="PATH", help="model directory, or .npz file, to write; new")
     forward.add_argument(
@@ -48,14 +56,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     back = parser.add_argument_group("back to PyTorch")
     back.add_argument("--checkpoint", metavar="DIR", help="model directory or training workdir")
     back.add_argument("--to_torch", metavar="DIR", help="where to write vae.pth and mvar.pth; new or empty")
+    back.add_argument(
+        "--to_safetensors", metavar="DIR", help="where to write vae.safetensors and mvar.safetensors; new or empty"
+    )
+    back.add_argument(
+        "--shard_mib", metavar="N", help="split safetensors of more than N MiB into several files with an index"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command in the direction that its options choose."""
     if args.inception is not None or args.lpips is not None:
         return _run_scores(args)
-    if args.checkpoint is not None or args.to_torch is not None:
-        return _run_to_torch(args)
+    if any(getattr(args, name) is not None for name in ("checkpoint", *BACK, "shard_mib")):
+        return _run_back(args)
     from mvar_jax.convert.weights import MisfitError, convert
 
     if args.out is None:
@@ -65,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         "kernel_size": _one_or_all(_parse_integers("kernel_size", args.kernel_size)),
         "refine_step": _parse_integer("refine_step", args.refine_step),
         "conditioning": args.conditioning,
+        "weights": args.weights,
     }
     paths = {"tokenizer": args.tokenizer, "transformer": args.transformer}
     if args.from_hub is not None:
@@ -83,7 +98,7 @@ def _run_scores(args: argparse.Namespace) -> int:
     from mvar_jax.evaluation.lpips import convert_lpips
 
     chosen, other = ("lpips", "inception") if args.inception is None else ("inception", "lpips")
-    for name in (other, *FROM_TORCH_OPTIONS, *TO_TORCH_OPTIONS):
+    for name in (other, *FROM_TORCH_OPTIONS, "checkpoint", *BACK, "shard_mib"):
         if getattr(args, name) is not None and name != "out":
             message = f"--{name} cannot be combined with --{chosen}"
             raise InputError(message, field=name, given=getattr(args, name), expected=f"not with --{chosen}")
@@ -101,18 +116,25 @@ def _run_scores(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_to_torch(args: argparse.Namespace) -> int:
-    from mvar_jax.convert.to_torch import to_torch
+def _run_back(args: argparse.Namespace) -> int:
+    from mvar_jax.convert.to_torch import to_safetensors, to_torch
 
-    for name in TO_TORCH_OPTIONS:
-        if getattr(args, name) is None:
-            message = f"give --{name} too: --checkpoint and --to_torch must be used together"
-            raise InputError(message, field=name, given=None, expected="a directory")
-    for name in FROM_TORCH_OPTIONS:
-        if getattr(args, name) is not None:
-            message = f"--{name} cannot be combined with --to_torch"
-            raise InputError(message, field=name, given=getattr(args, name), expected="not with --to_torch")
-    for path in to_torch(args.checkpoint, args.to_torch):
+    given = [name for name in BACK if getattr(args, name) is not None]
+    if not given or args.checkpoint is None:
+        name = "checkpoint" if given else "to_torch"
+        message = f"give --{name} too: --checkpoint must be used together with --to_torch or --to_safetensors"
+        raise InputError(message, field=name, given=None, expected="a directory")
+    excluded = [name for name in FROM_TORCH_OPTIONS if getattr(args, name) is not None] + given[1:]
+    if given == ["to_torch"] and args.shard_mib is not None:
+        excluded.append("shard_mib")
+    for name in excluded:
+        message = f"--{name} cannot be combined with --{given[0]}"
+        raise InputError(message, field=name, given=getattr(args, name), expected=f"not with --{given[0]}")
+    if args.to_torch is not None:
+        paths = to_torch(args.checkpoint, args.to_torch)
+    else:
+        paths = to_safetensors(args.checkpoint, args.to_safetensors, _parse_integer("shard_mib", args.shard_mib))
+    for path in paths:
         print(f"wrote {path}")
     return 0
 

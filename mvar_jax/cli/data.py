@@ -35,7 +35,7 @@ def run(args) -> int:
             expected="0 to 10000",
         )
     transform, loading = data.transform(), data.loading()
-    sources = {split: data.open(split) for split in build.SPLITS}
+    sources = data.open_all()
 
     from mvar_jax.processes.holding import owned_folder
 
@@ -57,7 +57,7 @@ def write_survey(sources: dict, transform, loading, data, out: Path, num_picture
             columns = max(1, round(len(walk.pictures_NYX3) ** 0.5))
             save_png(out / f"{split}.png", tile_grid(walk.pictures_NYX3, columns))
         is_fine &= found[split]["num_bad"] <= loading.max_bad_share * found[split]["num_images"]
-        print(describe(split, found[split], out))
+        print("\n  ".join([describe(split, found[split], out), *source.notes]))
     write_json(out / "data.json", {"data": data.describe(), **found})
     if not is_fine:
         print(f"too many bad images: training would stop; data.max_bad_share is {loading.max_bad_share}")

@@ -4,6 +4,7 @@ Resumable: rerunning the command continues, and leaves the same files as an unin
 """
 
 from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
+from mvar_jax.cli.models import add_model_arguments, add_tokenizer_argument
 from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, sampling_options
 from mvar_jax.processes import group
 
@@ -12,12 +13,14 @@ SUMMARY = "sample images of given classes"
 
 def add_arguments(parser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model directory or training workdir")
+    add_model_arguments(parser)
+    add_tokenizer_argument(parser)
     parser.add_argument(
-        "--which", choices=("last", "best"), default="last", help="checkpoint of a workdir (default last)"
-    )
-    parser.add_argument(
-        "--labels", required=True, metavar="L,L", help="classes, as 207,360, or a range 0-9, or 'golden retriever'"
+        "--labels",
+        required=True,
+        metavar="L,L",
+        help='classes by number, range or name, as "207,0-9,golden retriever"; name:7 is the class that is called 7, '
+        "'#7' class number 7; a comma inside a name needs a backslash before it",
     )
     parser.add_argument("--num", type=int, default=8, metavar="N", help="images of each label (default 8)")
     add_sampling_arguments(parser)
@@ -26,11 +29,6 @@ def add_arguments(parser) -> None:
     parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="images per batch (default 64)")
     parser.add_argument("--save_tokens", action="store_true", help="also write tokens.npz: ids, labels, f_hat")
     parser.add_argument("--truncate_uint8", action="store_true", help="round pixels down, as the published code")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="dtype of the computation and of the transformer's weights (default: the model's own, float32 weights)",
-    )
     parser.add_argument(
         "--weight_shards",
         type=int,
@@ -71,7 +69,7 @@ def run(args) -> int:
         message = f"--weight_shards must be {expected}, got {args.weight_shards}"
         raise InputError(message, field="weight_shards", given=args.weight_shards, expected=expected)
     mesh = make_mesh(fsdp=args.weight_shards, devices=devices)
-    model = load(checkpoint, args.which)
+    model = load(checkpoint, args.which, args.tokenizer)
     labels = model.labels(labels)
     networks = place_networks(model.networks, mesh, args.dtype)
     order = Order(

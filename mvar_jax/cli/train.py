@@ -28,6 +28,14 @@ def add_arguments(parser) -> None:
         action="store_true",
         help="do not check that no other run uses WORKDIR: for storage that can neither lock nor keep a lease",
     )
+    parser.add_argument(
+        "--allow_change",
+        action="append",
+        default=[],
+        metavar="KEY[,KEY]",
+        help="let the run in WORKDIR go on with other values of these config keys, such as "
+        "optimizer.base_learning_rate; config.json keeps what changed and when; may be repeated",
+    )
 
 
 def run(args) -> int:
@@ -39,25 +47,40 @@ def run(args) -> int:
     from mvar_jax import build
     from mvar_jax.checkpoints.class_names import read_classes
     from mvar_jax.checkpoints.manager import has_checkpoint
+    from mvar_jax.cli.config_files import split_argument
     from mvar_jax.training import loop
+    from mvar_jax.training.resume_rules import check_allowed
     from mvar_jax.training.saving import say
 
     settings = build.build_settings(config)
+    allowed = {key.strip().removeprefix("config.") for keys in args.allow_change for key in keys.split(",")}
+    check_allowed(allowed, config["task"])
     kept = read_classes(workdir, "workdir") if has_checkpoint(workdir) else ()
     config = build.with_class_order(config, kept)
     task, modules, tokenizer_params = build.build_task(config)
     check_same_in_all(config, task)
     print_machine(task.run.mesh)
+    for note in notes_on(task):
+        say(note)
     if described := build.describe_epochs(config, task):
         say(described)
     settings = dataclasses.replace(settings, num_steps=task.run.num_steps)
     config = build.with_steps(config, task.run)
+    if (config_arg := split_argument(args.config)[1]) is not None:
+        config["config_arg"] = config_arg
     check_classes(workdir, kept, task.data["train"].label_names)
     prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
-    result = loop.run(task, workdir, settings, config, prepare, strict=args.strict, has_lock=not args.no_lock)
+    options = {"has_lock": not args.no_lock, "strict": args.strict, "allow_change": allowed}
+    result = loop.run(task, workdir, settings, config, prepare, **options)
     if result.interrupted is None:
         return 0
     return 130 if result.interrupted == signal.SIGINT else STOPPED_STATUS
+
+
+def notes_on(task) -> list[str]:
+    """Return what is unusual about the data, a line each."""
+    notes = [note for source in task.data.values() for note in source.notes]
+    return notes if task.has_evaluation else [*notes, "there is no evaluation: the data have no validation split"]
 
 
 def check_same_in_all(config: dict, task) -> None:
@@ -91,10 +114,13 @@ def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) 
     from mvar_jax.checkpoints.manager import has_checkpoint
     from mvar_jax.checkpoints.model_directory import CLASSES_FILE, MODEL_FILE, write_model_file
     from mvar_jax.checkpoints.trees import save_tree
+    from mvar_jax.data.pipeline import is_bad
     from mvar_jax.files.atomic import write_json
 
     for split, skipped in task.skipped.items():
-        skipped.keep_in(workdir / f"skipped_{split}{jax.process_index() or ''}.json")
+        source, transform = task.data[split], task.transform
+        is_still_bad = lambda entry: is_bad(source, transform, entry["number"], entry["name"])  # noqa: B023
+        skipped.keep_in(workdir / f"skipped_{split}{jax.process_index() or ''}.json", is_still_bad)
     if jax.process_index():
         return
     write_json(workdir / CLASSES_FILE, list(task.data["train"].label_names))

@@ -1,91 +1,16 @@
-"""Published state dicts: where a file holds them, and the modules' fields from their shapes."""
-
-import dataclasses
-import re
-from collections.abc import Iterator, Mapping
+"""The modules' fields from the shapes of a published state dict."""
 
 import numpy as np
 
-from mvar_jax.convert.reader import Tensor, TorchFile
+from mvar_jax.convert.state_dicts import StateDict
 from mvar_jax.errors import InputError
 from mvar_jax.scales import KNOWN_SIDES, areas_of
 
-# names under which the published trainers store a state dict, at the top or under "trainer", and the conditioning
-# that each implies
-WRAPPERS = {"tokenizer": ("vae_local",), "transformer": ("mvar_wo_ddp", "var_wo_ddp")}
 CONDITIONING_OF_WRAPPER = {"mvar_wo_ddp": "markov", "var_wo_ddp": "full"}
-MARKERS = {"tokenizer": "quantize.embedding.weight", "transformer": "pos_1LC"}
 NUM_GROUPS = 32
+MAX_BLOCKS = 100  # of the encoder; the published tokenizer has 10
 MASK = "attn_bias_for_masking"
-
-
-@dataclasses.dataclass(frozen=True)
-class StateDict(Mapping):
-    """The state dict of one module; a tensor is read on access.
-
-    Attributes:
-      wrapper: the key under which it was found, or None for a plain file.
-      settings: command-line settings stored in a training checkpoint.
-    """
-
-    file: TorchFile
-    tensors: dict[str, Tensor]
-    wrapper: str | None
-    settings: dict
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.file.read(self.tensors[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def sizes(self, name: str, num_axes: int) -> tuple[int, ...]:
-        """Return the shape of a tensor. Raises InputError if it is missing, empty or of another rank."""
-        if name not in self.tensors:
-            raise self.refuse(f"tensor {name} is missing")
-        shape = self.tensors[name].shape
-        if len(shape) != num_axes or 0 in shape:
-            raise self.refuse(f"tensor {name} must have {num_axes} axes and not be empty, got shape {list(shape)}")
-        return shape
-
-    def count(self, pattern: str) -> int:
-        """Return the number of tensors whose whole name matches."""
-        return sum(re.fullmatch(pattern, name) is not None for name in self.tensors)
-
-    def refuse(self, reason: str) -> InputError:
-        """Return an InputError with the reason why the state dict cannot be converted."""
-        message = f"{self.file.field}={self.file.path} cannot be converted: {reason}"
-        return InputError(message, field=self.file.field, given=str(self.file.path), expected=reason)
-
-
-def find_state_dict(kind: str, file: TorchFile) -> StateDict:
-    """Find the state dict of a tokenizer or transformer in a published file: plain, wrapped, or in a trainer's state.
-
-    Raises InputError if the file has no state dict, or only one of the other module.
-    """
-    top = file.content if isinstance(file.content, dict) else {}
-    trainer = top.get("trainer")
-    candidates = [(None, top)]
-    for outer in (top, trainer if isinstance(trainer, dict) else {}):
-        candidates += [(name, outer[name]) for name in WRAPPERS[kind] if isinstance(outer.get(name), dict)]
-    found = next((candidate for candidate in candidates if MARKERS[kind] in candidate[1]), None)
-    if found is None:
-        other = next(name for name in MARKERS if name != kind)
-        is_other = MARKERS[other] in top or any(name in top for name in WRAPPERS[other])
-        hint = f"; it holds a {other}, give it as --{other}" if is_other else ""
-        expected = f"a {kind}'s state dict with {MARKERS[kind]}, plain or under {' or '.join(WRAPPERS[kind])}"
-        message = f"{file.field}={file.path} must hold {expected}{hint}"
-        raise InputError(message, field=file.field, given=str(file.path), expected=expected)
-    wrapper, tensors = found
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not isinstance(name, str):
-            message = f"{file.field}={file.path} must hold tensors by name, got {name!r}: {type(tensor).__name__}"
-            raise InputError(message, field=file.field, given=str(file.path), expected="tensors by name")
-    settings = top.get("args")
-    return StateDict(file, dict(tensors), wrapper, settings if isinstance(settings, dict) else {})
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
 def transformer_fields(state: StateDict, patch_nums: tuple[int, ...] | None = None) -> dict:
@@ -140,7 +65,7 @@ def window_fields(state: StateDict, sides: tuple[int, ...], given: dict) -> dict
     Values come from the user (`given`), else from a training checkpoint's settings, else from the published program,
     which fixes them for 256 px. Raises InputError if none of them determines a value.
     """
-    conditioning = given.get("conditioning") or conditioning_of(state)
+    conditioning = conditioning_of(state, given.get("conditioning"))
     fields = {"conditioning": conditioning}
     defaults = {}
     if sides == KNOWN_SIDES[256]:
@@ -159,19 +84,38 @@ def window_fields(state: StateDict, sides: tuple[int, ...], given: dict) -> dict
     return fields
 
 
-def conditioning_of(state: StateDict) -> str:
-    """Return markov or full by the wrapper's name; a plain file is MVAR's if its mask hides coarser scales.
+def conditioning_of(state: StateDict, given: str | None) -> str:
+    """Return markov or full: as `given`, else by a published trainer's name, else markov if the mask is MVAR's.
 
-    Raises InputError if neither determines it.
+    The mask of a file may be left over: MVAR that was fine-tuned from VAR's file holds VAR's. So a trainer's name
+    counts more, and VAR's mask in a plain file decides nothing.
+
+    Raises InputError if nothing determines it, or if `given` contradicts the mask and is no trainer's name either.
     """
-    if state.wrapper is not None:
-        return CONDITIONING_OF_WRAPPER[state.wrapper]
-    if MASK in state:
-        num_tokens = state.sizes(MASK, 4)[-1]
-        if state[MASK].reshape(-1)[-num_tokens] < 0:  # the last token does not see the first one
-            return "markov"
+    shown = conditioning_of_mask(state)
+    named = CONDITIONING_OF_WRAPPER.get(state.name.rpartition(".")[2])
+    place = f"{MASK} in {state.file.field}={state.file.path}"
+    if None not in (given, shown) and given not in (shown, named):
+        message = f"--conditioning must be {shown}, as {place} says, got {given}; remove the mask if it is left over"
+        raise InputError(message, field="conditioning", given=given, expected=shown)
+    if found := given or named or ("markov" if shown == "markov" else None):
+        return found
     message = "give --conditioning, markov (MVAR) or full (VAR): it does not follow from a plain file"
+    if shown:
+        message = f"give --conditioning full if it is VAR, as {place} says; remove the mask if it is left over"
     raise InputError(message, field="conditioning", given=None, expected="markov or full")
+
+
+def conditioning_of_mask(state: StateDict) -> str | None:
+    """Return markov if the published mask hides the first scale from the last one, full if not, None if it tells not.
+
+    With one scale both are the same.
+    """
+    if MASK not in state or state.tensors[MASK].dtype not in FLOATS or state.sizes("lvl_embed.weight", 2)[0] == 1:
+        return None
+    state.sizes(MASK, 4)
+    bias = state[MASK][-1, -1, -1, 0]
+    return "markov" if bias < 0 else "full" if bias == 0 else None
 
 
 def tokenizer_fields(state: StateDict, sides: tuple[int, ...] | None) -> dict:
@@ -179,6 +123,9 @@ def tokenizer_fields(state: StateDict, sides: tuple[int, ...] | None) -> dict:
     vocab_size, code_width = state.sizes("quantize.embedding.weight", 2)
     ch = state.sizes("encoder.conv_in.weight", 4)[0]
     num_levels = max(1, state.count(r"encoder\.down\.\d+\.block\.0\.conv1\.weight"))
+    num_res_blocks = state.count(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
+    if num_levels * num_res_blocks > MAX_BLOCKS:
+        raise state.refuse(f"an encoder has at most {MAX_BLOCKS} blocks, got {num_levels} x {num_res_blocks}")
     widths = [state.sizes(f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(num_levels)]
     for width in (ch, *widths):
         if width % ch or width % NUM_GROUPS:
@@ -189,7 +136,7 @@ def tokenizer_fields(state: StateDict, sides: tuple[int, ...] | None) -> dict:
         "code_width": code_width,
         "ch": ch,
         "ch_mult": tuple(width // ch for width in widths),
-        "num_res_blocks": state.count(r"encoder\.down\.0\.block\.\d+\.conv1\.weight"),
+        "num_res_blocks": num_res_blocks,
         "num_groups": NUM_GROUPS,
         "num_phi": state.count(r"quantize\.quant_resi\.(qresi\.|qresi_ls\.\d+\.|\d+\.)weight"),
     }

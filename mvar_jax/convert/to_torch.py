@@ -1,4 +1,4 @@
-"""Conversion of a model directory to files that torch and the published programs load; torch is not needed."""
+"""Conversion of a model directory to files of torch.save or safetensors, as published; torch is not needed."""
 
 import os
 import pickle
@@ -10,6 +10,7 @@ import numpy as np
 
 from mvar_jax.checkpoints.model_directory import load_model
 from mvar_jax.convert.names import to_published
+from mvar_jax.convert.safetensors_files import write_safetensors
 from mvar_jax.convert.sizes import NUM_GROUPS
 from mvar_jax.convert.weights import entries_of
 from mvar_jax.errors import InputError
@@ -30,21 +31,45 @@ def to_torch(checkpoint: str | os.PathLike, out: str | os.PathLike) -> list[Path
     """
     out = as_path(out, "to_torch")
     check_new("to_torch", out)
+    states = published_states(checkpoint)
+    with new_directory("to_torch", out) as temporary:
+        for name, state in states.items():
+            write_torch(temporary / f"{name}.pth", {"mvar_wo_ddp": state} if name == "mvar" else state)
+    return [out / f"{name}.pth" for name in states]
+
+
+def to_safetensors(checkpoint: str | os.PathLike, out: str | os.PathLike, shard_mib: int | None = None) -> list[Path]:
+    """Write the modules as `to_torch` does, as `vae.safetensors` and `mvar.safetensors` or `var.safetensors`.
+
+    shard_mib: MiB of tensors in one file; a module of more becomes several files with an index, which is the first of
+    those returned.
+    """
+    out = as_path(out, "to_safetensors")
+    check_new("to_safetensors", out)
+    if shard_mib is not None and (type(shard_mib) is not int or shard_mib < 1):
+        expected = "a whole number of at least 1"
+        message = f"--shard_mib must be {expected}, got {shard_mib!r}"
+        raise InputError(message, field="shard_mib", given=shard_mib, expected=expected)
+    states, names = published_states(checkpoint), []
+    with new_directory("to_safetensors", out) as temporary:
+        for name, state in states.items():
+            names += write_safetensors(temporary, name, state, shard_mib)
+    return [out / name for name in names]
+
+
+def published_states(checkpoint: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
+    """Return the state dicts that the published programs would save, by name: vae, and mvar or var."""
     modules, params = load_model(as_path(checkpoint, "checkpoint"))
-    files = {}
+    states = {}
     for kind, module in modules.items():
         state = to_published(entries_of(kind, module), jax.tree.map(np.asarray, params[kind]))
         if kind == "tokenizer":
             check_groups(module)
-            files["vae.pth"] = state | tokenizer_buffers(module)
-        elif module.conditioning == "full":
-            files["var.pth"] = state | transformer_buffers(module)
+            states["vae"] = state | tokenizer_buffers(module)
         else:
-            files["mvar.pth"] = {"mvar_wo_ddp": state | transformer_buffers(module)}
-    with new_directory("to_torch", out) as temporary:
-        for name, content in files.items():
-            write_torch(temporary / name, content)
-    return [out / name for name in files]
+            name = "var" if module.conditioning == "full" else "mvar"
+            states[name] = state | transformer_buffers(module)
+    return states
 
 
 def check_groups(tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator, Mapping
 
 import flax.linen as nn
@@ -16,15 +17,15 @@ from mvar_jax.convert.names import (
     tokenizer_entries,
     transformer_entries,
 )
-from mvar_jax.convert.reader import TorchFile
-from mvar_jax.convert.sizes import StateDict, find_state_dict, tokenizer_fields, transformer_fields, window_fields
+from mvar_jax.convert.reader import open_weights
+from mvar_jax.convert.sizes import FLOATS, tokenizer_fields, transformer_fields, window_fields
+from mvar_jax.convert.state_dicts import StateDict, find_state_dict, is_named
 from mvar_jax.errors import InputError
 from mvar_jax.files.directories import check_new, new_directory
 from mvar_jax.files.paths import as_path
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.transformer import Transformer
 
-FLOATS = ("float32", "float16", "bfloat16")  # float32, the dtype of our parameters, represents all of them exactly
 SHOWN_MISFITS = 3
 
 
@@ -43,12 +44,17 @@ class MisfitError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class AsFloat32(Mapping):
-    """A state dict whose tensors are converted to float32 when they are read."""
+    """A state dict whose tensors are converted to float32 when they are read; `damaged` lists those not finite."""
 
     state: StateDict
+    damaged: list[str] = dataclasses.field(default_factory=list)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.state[name].astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):
+            values = self.state[name].astype(np.float32, copy=False)
+        if num_bad := values.size - np.count_nonzero(np.isfinite(values)):
+            self.damaged.append(f"{name} ({num_bad} of {values.size})")
+        return values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.state)
@@ -66,13 +72,15 @@ def convert(
     kernel_size: int | tuple[int, ...] | None = None,
     refine_step: int | None = None,
     conditioning: str | None = None,
+    weights: str | None = None,
 ) -> dict[str, nn.Module]:
-    """Write the model directory `out` from one or two published files; return its modules.
+    """Write the model directory `out` from one or two files of torch.save or of safetensors; return its modules.
 
     Args:
       patch_nums: side of each token map.
       kernel_size, refine_step: window side, or one per window scale, and the first window scale.
       conditioning: "markov" (MVAR) or "full" (VAR).
+      weights: name of the state dict to take of a file that holds several, such as "ema".
 
     Options that are None must follow from the files or from the published programs. Raises InputError if they do
     not, or if a file cannot be converted, and then leaves nothing at `out`.
@@ -88,20 +96,26 @@ def convert(
             if value is not None:
                 message = f"--{name} cannot be used without --transformer, got {value}"
                 raise InputError(message, field=name, given=value, expected="--transformer")
-    modules, params = {}, {}
+    modules, params, names = {}, {}, []
     if transformer_path is not None:
-        with TorchFile("transformer", transformer_path) as file:
-            state = find_state_dict("transformer", file)
+        with open_weights("transformer", transformer_path) as file:
+            state = find_state_dict("transformer", file, weights)
+            names.append(state.name)
             fields = transformer_fields(state, patch_nums)
             fields |= window_fields(state, fields["sides"], given)
             modules["transformer"], params["transformer"] = read_module("transformer", state, fields)
         patch_nums = fields["sides"]
     if tokenizer_path is not None:
-        with TorchFile("tokenizer", tokenizer_path) as file:
-            state = find_state_dict("tokenizer", file)
+        with open_weights("tokenizer", tokenizer_path) as file:
+            state = find_state_dict("tokenizer", file, weights)
+            names.append(state.name)
             fields = tokenizer_fields(state, patch_nums)
             check_pair(state, fields, modules.get("transformer"))
             modules["tokenizer"], params["tokenizer"] = read_module("tokenizer", state, fields)
+    if weights is not None and not any(is_named(name, weights) for name in names):
+        listed = ", ".join(name or "plain" for name in names)
+        message = f"--weights must name a state dict in the given files ({listed}), got {weights!r}"
+        raise InputError(message, field="weights", given=weights, expected=listed)
     with new_directory("out", out, MODEL_FILE) as temporary:
         save_model(temporary, modules, params)
     return modules
@@ -116,7 +130,7 @@ def load_published(
     depth, width, num_heads, shared_aln; the parameter tree, float32 numpy). Raises InputError if the file cannot be
     converted.
     """
-    with TorchFile("transformer", transformer_path) as file:
+    with open_weights("transformer", transformer_path) as file:
         state = find_state_dict("transformer", file)
         fields = transformer_fields(state, patch_nums)
         # placeholders, since neither the window nor the conditioning changes the parameters
@@ -125,7 +139,10 @@ def load_published(
 
 
 def read_module(kind: str, state: StateDict, fields: dict) -> tuple[nn.Module, dict]:
-    """Return the module of these fields and its parameters. Raises InputError unless every tensor is used once."""
+    """Return the module of these fields and its parameters.
+
+    Raises InputError unless every tensor is used once and all values are finite.
+    """
     module = module_from_dict(kind, fields)
     entries = entries_of(kind, module)
     wanted = published_shapes(entries, nn.meta.unbox(abstract_params(module)))
@@ -134,7 +151,17 @@ def read_module(kind: str, state: StateDict, fields: dict) -> tuple[nn.Module, d
     for name in state:
         if name.endswith("zero_k_bias") and np.any(state[name]):
             raise state.refuse(f"{name} must be zero, since keys have no bias")
-    return module, to_tree(entries, AsFloat32(state))
+    doubles = [name for name in wanted if state.tensors[name].dtype == "float64"]
+    if doubles:
+        words = f"{state.file.field}={state.file.path}: {len(doubles)} float64 tensors are rounded to float32"
+        print(words, file=sys.stderr, flush=True)
+    values = AsFloat32(state)
+    tree = to_tree(entries, values)
+    if values.damaged:
+        more = f" and {len(values.damaged) - SHOWN_MISFITS} more" if len(values.damaged) > SHOWN_MISFITS else ""
+        shown = ", ".join(values.damaged[:SHOWN_MISFITS]) + more
+        raise state.refuse(f"values are NaN or infinite as float32 in {shown}")
+    return module, tree
 
 
 def entries_of(kind: str, module: nn.Module) -> list[Entry]:
@@ -156,8 +183,8 @@ def find_misfits(wanted: dict[str, tuple[int, ...]], state: StateDict) -> list[s
                 misfits.append(f"{name!a} {tensor.shape} is unknown")
         elif tensor.shape != wanted[name]:
             misfits.append(f"{name} {wanted[name]} has shape {tensor.shape}")
-        elif tensor.dtype.name not in FLOATS:
-            misfits.append(f"{name} {wanted[name]} is {tensor.dtype.name}, not one of {', '.join(FLOATS)}")
+        elif tensor.dtype not in FLOATS:
+            misfits.append(f"{name} {wanted[name]} is {tensor.dtype}, not one of {', '.join(FLOATS)}")
     return misfits
 
 

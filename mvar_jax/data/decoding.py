@@ -4,15 +4,17 @@ import io
 import os
 
 import numpy as np
-from PIL import Image, ImageOps, WebPImagePlugin  # noqa: F401 (importing it registers the format)
+from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin  # noqa: F401 (importing registers the format)
 
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.paths import as_path
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 2**26  # of a file, and of a crop before it is cut: 200 MB as RGB
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L")
+_BITS_TAG, _PHOTOMETRIC_TAG, _FORMAT_TAG = 258, 262, 339  # of TIFF
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
 
 class BadImage(Exception):
@@ -22,31 +24,38 @@ class BadImage(Exception):
         super().__init__(" ".join(reason.split())[:200])
 
 
-def open_rgb(data: bytes, *, upright: bool = True) -> Image.Image:
-    """Decode the bytes of a JPEG, PNG or WebP file to an RGB image.
-
-    Grey, palette and CMYK pixels become RGB, transparency is dropped, 16 bits are scaled to 8.
+def open_image(data: bytes, *, upright: bool = True) -> Image.Image:
+    """Decode the bytes of a JPEG, PNG, WebP, BMP, GIF or TIFF file; of several frames the first.
 
     Args:
       upright: obey the camera's orientation tag. If False, pixels keep the order of the file, as in ADM.
 
     Raises:
-      BadImage: the bytes are no such file, cut short or damaged, or hold no pixels or more than MAX_PIXELS.
+      BadImage: the bytes are no such file, cut short or damaged, hold no pixels or more than MAX_PIXELS, or pixels
+        whose range nobody knows (32 bits, floats).
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if not 0 < image.width * image.height <= MAX_PIXELS:
             raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
         image.load()
+        is_negative = _is_negative(image)  # by tags that a turned image has no longer
+        image = _turn_upright(image) if upright else image
+        return Image.fromarray(65535 - np.asarray(image)) if is_negative else image
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
         raise BadImage(f"not a {', '.join(FORMATS)} image ({len(data)} bytes)") from None
     except Exception as error:  # Pillow's readers raise anything at all on damaged bytes
         raise BadImage(f"{type(error).__name__}: {error}") from None
-    if upright:
-        image = _turn_upright(image)
-    return _to_rgb(image)
+
+
+def open_rgb(data: bytes, *, upright: bool = True) -> Image.Image:
+    """Decode the bytes of an image file to an RGB image; see `open_image`.
+
+    Grey, palette and CMYK pixels become RGB, transparency is dropped, 16 bits are scaled to 8.
+    """
+    return _to_rgb(open_image(data, upright=upright))
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
@@ -56,10 +65,22 @@ def _turn_upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def _is_negative(image: Image.Image) -> bool:
+    """Return whether 16-bit greys have 0 as white. Raises BadImage if nobody knows which value is white."""
+    if image.mode not in (*_SIXTEEN_BITS, "F"):
+        return False
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    num_bits, number_format = tags.get(_BITS_TAG, (16,))[0], tags.get(_FORMAT_TAG, (_UNSIGNED,))[0]
+    if image.mode == "F" or num_bits != 16 or number_format != _UNSIGNED:
+        raise BadImage(f"pixels of {num_bits} bits in mode {image.mode}, of which nobody knows what is white")
+    return tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BITS:  # Pillow's own conversion clips at 255
         pixels_YX = np.asarray(image).astype(np.int64)
-        return Image.fromarray(((pixels_YX * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey_YX = ((pixels_YX * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey_YX).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours, without a warning
     return image.convert("RGB")
@@ -74,8 +95,26 @@ def read_image(path: str | os.PathLike, field: str = "images") -> np.ndarray:
     Raises:
       InputError: the file is missing, is not an image or exceeds MAX_PIXELS.
     """
+    return np.asarray(_to_rgb(_read(path, field)))
+
+
+def read_values(path: str | os.PathLike, field: str) -> np.ndarray:
+    """Return an image file's own values, upright: `[Y, X]` if grey, else `[Y, X, C]`; the last of 2 or 4 is alpha.
+
+    Palette colours become RGB, other colour spaces too. Raises as `read_image`.
+    """
+    image = _read(path, field)
+    has_alpha = image.mode in ("PA", "RGBa") or "transparency" in image.info
+    if image.mode in ("1", "L", "LA", "La"):
+        image = image.convert("LA") if has_alpha or image.mode == "La" else image
+    elif image.mode not in (*_SIXTEEN_BITS, "F", "RGBA"):
+        image = image.convert("RGBA" if has_alpha else "RGB")
+    return np.asarray(image)
+
+
+def _read(path: str | os.PathLike, field: str) -> Image.Image:
     try:
-        return np.asarray(open_rgb(as_path(path, field).read_bytes()))
+        return open_image(as_path(path, field).read_bytes())
     except (OSError, BadImage) as error:
         expected = "a readable image"
         message = f"--{field} must be {expected}, got {str(path)!r} ({shorten(error)})"

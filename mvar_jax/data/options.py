@@ -1,11 +1,14 @@
 """Options of the images: the `data` section of a config, and those of loading batches."""
 
 import dataclasses
-import math
+from typing import Annotated
 
 from mvar_jax.data.protocols import ImageSource, Transform
 from mvar_jax.errors import InputError
-from mvar_jax.fields import FREE
+from mvar_jax.fields import FREE, check_fields
+from mvar_jax.schema import Count, Decay, Natural, NotNegative, Range, Share
+
+Workers = Annotated[int, Range(least=0, most=1024)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,19 +24,12 @@ class LoadOptions:
       InputError: a value is out of range.
     """
 
-    num_threads: int = 1
-    num_workers: int = 0
-    max_bad_share: float = 0.01
+    num_threads: Workers = 1
+    num_workers: Workers = 0
+    max_bad_share: Share = 0.01
 
     def __post_init__(self):
-        for name, highest in (("num_threads", 1024), ("num_workers", 1024), ("max_bad_share", 1)):
-            _check_range(name, getattr(self, name), highest)
-
-
-def _check_range(name: str, value: float, highest: float = math.inf) -> None:
-    if not 0 <= value <= highest:
-        field, allowed = f"data.{name}", "0 or more" if highest == math.inf else f"0 to {highest}"
-        raise InputError(f"{field} must be {allowed}, got {value}", field=field, given=value, expected=allowed)
+        check_fields(self, "config.data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +41,9 @@ class DataOptions:
     Attributes:
       source: data set: digits, synthetic, folder, tfds or tars.
       image_size: side in pixels of the square images that the tokenizer sees.
-      split_seed: seed of the held-out split (digits, tfds) or of the generated images (synthetic).
-      val_fraction: share held out for validation if the data set has no split of its own (digits, tfds).
+      split_seed: seed of the held-out split, or of the generated images (synthetic).
+      val_fraction: share held out for validation if the data set has no split of its own (all but synthetic); of
+        files by class and name. 0 holds out none: training then has no evaluation.
       size: number of images of each split to keep; 0 keeps all. synthetic needs 1 or more.
       flip: mirror each image with probability 1/2; a token cache then holds both (all but digits).
       degrees: largest rotation in degrees, either way (digits).
@@ -54,6 +51,7 @@ class DataOptions:
       scale: largest relative change of size (digits).
       shear: largest horizontal shear (digits).
       path: folder of the images (folder, tars) or of the prepared data (tfds; "" for TFDS's default).
+      val_labels: labels of a flat folder val, a file of lines FILE LABEL or LABEL; "" for PATH/val.txt (folder).
       class_order: names of the classes in the order of their labels; () sorts them, by number if all are numbers
         (folder).
       name: name of the TFDS data set, such as imagenet2012 (tfds).
@@ -78,35 +76,34 @@ class DataOptions:
     """
 
     source: str
-    image_size: int
+    image_size: Count
     split_seed: int = 0
     val_fraction: float = 0.2
-    size: int = 0
+    size: Natural = 0
     flip: bool = False
-    degrees: float = 0.0
-    shift_px: float = 0.0
-    scale: float = 0.0
-    shear: float = 0.0
+    degrees: NotNegative = 0.0
+    shift_px: NotNegative = 0.0
+    scale: Decay = 0.0
+    shear: NotNegative = 0.0
     path: str = dataclasses.field(default="", metadata=FREE)
+    val_labels: str = dataclasses.field(default="", metadata=FREE)
     class_order: tuple[str, ...] = dataclasses.field(default=(), metadata=FREE)
     name: str = ""
     crop: str = "centre"
     min_crop: float = 0.8
     upright: bool = True
-    num_views: int = 1
+    num_views: Count = 1
     cache: str = dataclasses.field(default="", metadata=FREE)
-    cache_memory_mib: int = dataclasses.field(default=256, metadata=FREE)
-    cache_disk_mib: int = dataclasses.field(default=8192, metadata=FREE)
+    cache_memory_mib: Natural = dataclasses.field(default=256, metadata=FREE)
+    cache_disk_mib: Natural = dataclasses.field(default=8192, metadata=FREE)
     cache_folder: str = dataclasses.field(default="", metadata=FREE)
     tokenizer: str = dataclasses.field(default="", metadata=FREE)
-    num_threads: int = dataclasses.field(default=1, metadata=FREE)
-    num_workers: int = dataclasses.field(default=0, metadata=FREE)
-    max_bad_share: float = dataclasses.field(default=0.01, metadata=FREE)
+    num_threads: Workers = dataclasses.field(default=1, metadata=FREE)
+    num_workers: Workers = dataclasses.field(default=0, metadata=FREE)
+    max_bad_share: Share = dataclasses.field(default=0.01, metadata=FREE)
 
     def __post_init__(self):
-        self.loading()
-        _check_range("cache_memory_mib", self.cache_memory_mib)
-        _check_range("cache_disk_mib", self.cache_disk_mib)
+        check_fields(self, "config.data")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in self.idle_fields():
             given, default = getattr(self, name), defaults[name]
@@ -124,17 +121,17 @@ class DataOptions:
     def describe(self) -> dict:
         """Return the fields that decide on the pixels, which are stored with a cache of their tokens."""
         left_out = {"num_views", "cache", "cache_memory_mib", "cache_disk_mib", "cache_folder", "tokenizer"}
-        left_out |= {"num_threads", "num_workers", "max_bad_share", "class_order"}
+        left_out |= {"num_threads", "num_workers", "max_bad_share", "class_order", "val_labels"}
         left_out |= set(self.idle_fields()) - {"flip"}  # caches of digits have always listed it
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     def idle_fields(self) -> tuple[str, ...]:
         """Return the fields that have no meaning for the source."""
         if self.source == "digits":
-            return ("path", "class_order", "name", "flip", "crop", "min_crop", "upright")
+            return ("path", "class_order", "val_labels", "name", "flip", "crop", "min_crop", "upright")
         of_digits = ("degrees", "shift_px", "scale", "shear")
         others = {"synthetic": ("path", "name"), "folder": ("name",), "tars": ("name",)}
-        of_folder = () if self.source == "folder" else ("class_order",)
+        of_folder = () if self.source == "folder" else ("class_order", "val_labels")
         return of_digits + of_folder + others.get(self.source, ())
 
     def transform(self) -> Transform:
@@ -158,4 +155,12 @@ class DataOptions:
             val_fraction=self.val_fraction,
             size=self.size,
             class_order=self.class_order,
+            val_labels=self.val_labels,
         )
+
+    def open_all(self) -> dict[str, ImageSource]:
+        """Return the source of every split that the data have; there may be no "val". Raises InputError as `open`."""
+        from mvar_jax.data.sources import splits_of
+
+        splits = splits_of(self.source, path=self.path, tfds_name=self.name, val_fraction=self.val_fraction)
+        return {split: self.open(split) for split in splits}

@@ -52,6 +52,17 @@ def load(source: ImageSource, transform: Transform, number: int, rng=None) -> tu
     return transform(item["image"], rng), item["label"]
 
 
+def is_bad(source: ImageSource, transform: Transform, number: int, name: str) -> bool:
+    """Return whether an item is the image of this name and cannot be used."""
+    if number >= len(source) or source.name_of(number) != name:
+        return False
+    try:
+        load(source, transform, number)
+    except BadImage:
+        return True
+    return False
+
+
 def load_good(
     source: ImageSource, transform: Transform, number_of: Callable[[int], int], rng, max_bad: int
 ) -> tuple[tuple[np.ndarray, int] | None, Bad]:

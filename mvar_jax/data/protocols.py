@@ -14,7 +14,7 @@ import numpy as np
 _NUM_NAMES = 64  # a name of a TFDS set is a read of the set
 
 
-def _digest(texts: Iterable[str]) -> str:
+def digest(texts: Iterable[str]) -> str:
     """Return a hex digest of a sequence of texts; file names need not be UTF-8."""
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
@@ -25,10 +25,12 @@ class Source(abc.ABC):
     Attributes:
       field: what its batches hold: "image" for an `ImageSource`, "ids" for a `TokenSource`.
       label_names: display name of each class, in the order of the labels.
+      notes: what is left out or unusual, a line each: to be shown once at the start.
     """
 
     field: Literal["image", "ids"]
     label_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -50,8 +52,8 @@ class Source(abc.ABC):
         return {
             "holds": self.field,
             "num_items": len(self),
-            "classes": _digest(self.label_names),
-            "names": _digest(self.name_of(number) for number in numbers),
+            "classes": digest(self.label_names),
+            "names": digest(self.name_of(number) for number in numbers),
         }
 
 
@@ -59,6 +61,18 @@ class ImageSource(Source):
     """Images by random access."""
 
     field = "image"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells these images from others; of files also a digest of all their names."""
+        files = self.files_digest(np.arange(len(self)), with_sizes=False)
+        return super().identity() | ({"files": files} if files else {})
+
+    def files_digest(self, numbers: np.ndarray, *, with_sizes: bool) -> str:
+        """Return a digest of the files of these items without reading them: names, labels and, if asked for, sizes.
+
+        "" if the items are no files, or if this cannot be known without reading them.
+        """
+        return ""
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mvar_jax.files.atomic import write_json
 
 
 class Skipped:
-    """The bad images of one split, by their numbers.
+    """The bad images of one split, by their names.
 
     Args:
       split: name of the split.
@@ -22,7 +23,7 @@ class Skipped:
     def __init__(self, split: str, num_images: int, max_bad_share: float):
         self.split, self.num_images, self.max_bad_share = split, num_images, max_bad_share
         self.max_bad = math.floor(max_bad_share * num_images)
-        self._entries: dict[int, dict[str, Any]] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
         self._file: Path | None = None
 
     def __len__(self) -> int:
@@ -30,29 +31,44 @@ class Skipped:
 
     def entries(self) -> list[dict[str, Any]]:
         """Return `{"number", "name", "reason"}` of every bad image so far, by number."""
-        return [self._entries[number] for number in sorted(self._entries)]
+        return sorted(self._entries.values(), key=lambda entry: entry["number"])
 
-    def keep_in(self, file: Path) -> None:
+    def keep_in(self, file: Path, is_bad: Callable[[dict[str, Any]], bool]) -> None:
         """Continue the list in `file`, if it exists, and keep the file up to date from now on.
 
         The file is not made before the first bad image.
+
+        Args:
+          file: JSON file of the list.
+          is_bad: whether the image of an entry is still bad; asked if the list has more of them than allowed.
+
+        Raises:
+          InputError: the list has more bad images than allowed.
         """
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             for entry in json.loads(file.read_text())["skipped"]:
-                self._entries[int(entry["number"])] = entry
+                self._entries[entry["name"]] = {key: entry[key] for key in ("number", "name", "reason")}
         self._file = file
+        if len(self) > self.max_bad:
+            self._entries = {name: entry for name, entry in self._entries.items() if is_bad(entry)}
+            self._write()
+            self._check()
 
     def add(self, number: int, name: str, reason: str) -> None:
         """List an image. Raises InputError if more images are bad than allowed."""
-        if number in self._entries:
+        if name in self._entries:
             return
-        self._entries[number] = {"number": number, "name": name, "reason": reason}
+        self._entries[name] = {"number": number, "name": name, "reason": reason}
         self._write()
+        self._check()
+
+    def _check(self) -> None:
         if len(self) > self.max_bad:
+            last = list(self._entries.values())[-1]
             allowed = f"at most {self.max_bad} of {self.num_images} {self.split} images"
             raise InputError(
                 f"{len(self)} bad images, but data.max_bad_share={self.max_bad_share} allows {allowed}; "
-                f"the last is {name}: {reason}",
+                f"the last is {last['name']}: {last['reason']}",
                 field="bad images",
                 given=len(self),
                 expected=allowed,

@@ -1,6 +1,7 @@
 """Data sets in memory and the registry: `open_source` is the one place that knows the data sets by name."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from mvar_jax.errors import InputError
 
 SOURCE_NAMES = ("digits", "synthetic", "folder", "tfds", "tars")
 SPLITS = ("train", "val")
+_MADE = ("digits", "synthetic")  # sets whose validation split is made, never absent
 
 
 class ArraySource(ImageSource):
@@ -69,6 +71,7 @@ class SubsetSource(ImageSource):
 
     def __init__(self, source: ImageSource, numbers: np.ndarray):
         self._source, self._numbers, self.label_names = source, numbers, source.label_names
+        self.notes = source.notes
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -76,6 +79,10 @@ class SubsetSource(ImageSource):
     def name_of(self, index: int) -> str:
         """Return the name that the other source gives the item."""
         return self._source.name_of(int(self._numbers[index]))
+
+    def files_digest(self, numbers: np.ndarray, *, with_sizes: bool) -> str:
+        """Return a digest of the files; see `ImageSource`."""
+        return self._source.files_digest(self._numbers[numbers], with_sizes=with_sizes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._source[int(self._numbers[index])]
@@ -120,11 +127,56 @@ def _open_tfds(name: str, path: str, split: str, split_seed: int, val_fraction: 
     if split == "val" and known is not None:
         return TfdsSource(name, path, known)
     source = TfdsSource(name, path, "train")
-    if known is not None:
+    if known is not None or val_fraction == 0:
         return source
     order = np.random.default_rng(split_seed).permutation(len(source))
     num_val = max(1, round(val_fraction * len(source)))
     return SubsetSource(source, np.sort(order[:num_val] if split == "val" else order[num_val:]))
+
+
+def _open_files(
+    name: str, path: str, split: str, split_seed: int, val_fraction: float, of_folder: dict[str, Any]
+) -> ImageSource:
+    """Return a split of a folder or of tars, or part of the training images if there is no validation split.
+
+    of_folder: arguments of `FolderSource` alone.
+    """
+    from mvar_jax.data.file_source import hold_out
+    from mvar_jax.data.folder import FolderSource
+    from mvar_jax.data.tars import TarSource
+
+    open_one = partial(FolderSource, path, **of_folder) if name == "folder" else partial(TarSource, path)
+    if _has_val(name, path, ""):
+        return open_one(split)
+    if val_labels := of_folder["val_labels"]:
+        words = f"data.val_labels={val_labels} needs the folder {path}/val, which does not exist"
+        raise InputError(words, field="data.val_labels", given=val_labels, expected="a folder val")
+    source = open_one("train")
+    if val_fraction == 0:
+        return source
+    is_val = hold_out(source, val_fraction, split_seed)
+    if not is_val.any():
+        words = f"data.val_fraction={val_fraction} must hold out at least one of the {len(source)} images of {path}, "
+        words += "which has no validation split; raise it, or set it to 0 to train without evaluation"
+        raise InputError(words, field="data.val_fraction", given=val_fraction, expected="at least one image")
+    part = SubsetSource(source, np.flatnonzero(is_val if split == "val" else ~is_val))
+    if split == "val":
+        part.notes = ()
+    else:
+        words = f"{is_val.sum():,} of {len(source):,} images are held out (data.val_fraction={val_fraction})"
+        part.notes += (f"{path} has no validation split: {words}",)
+    return part
+
+
+def _has_val(name: str, path: str, tfds_name: str) -> bool:
+    """Return whether a data set in files or of TFDS has a validation split of its own."""
+    from mvar_jax.data.folder import has_val_folder
+    from mvar_jax.data.tars import has_val_tars
+    from mvar_jax.data.tfds_source import tfds_split
+
+    if name == "tfds":
+        return tfds_split(tfds_name, path, "val") is not None
+    return has_val_folder(path) if name == "folder" else has_val_tars(path)
 
 
 def open_source(
@@ -137,6 +189,7 @@ def open_source(
     val_fraction: float = 0.2,
     size: int = 0,
     class_order: Sequence[str] = (),
+    val_labels: str = "",
 ) -> ImageSource:
     """Open one split of a data set.
 
@@ -144,14 +197,16 @@ def open_source(
     held out, stratified, by `split_seed`.
     `synthetic`: generated uint8 images [64, 64, 3] of 10 classes; each split has `size` of its own, by
     `split_seed`, so `val_fraction` does not apply.
-    `folder`, `tars`: files below `path`; see data/folder.py and data/tars.py.
+    `folder`, `tars`: files below `path`; see data/folder.py and data/tars.py. Without a validation split
+    `val_fraction` of each class is held out, by the names of the files and `split_seed`.
     `tfds`: the set `tfds_name` of TensorFlow Datasets, prepared in `path` ("": TFDS's default); `val_fraction` of
     its train split is held out by `split_seed` if it has no validation and no test split.
 
     Args:
-      split: "train" or "val".
+      split: "train" or "val"; the latter needs to be one of `splits_of`.
       size: number of images of the split to keep; 0 keeps all (`synthetic` has no "all").
       class_order: names of the classes in the order of their labels (`folder`); empty sorts them.
+      val_labels: file of the labels of a flat validation folder (`folder`).
 
     Raises:
       InputError: a name or split is unknown, a number is out of range, or the data set is missing.
@@ -161,24 +216,34 @@ def open_source(
         return _open_digits(split, split_seed, val_fraction, size)
     if name == "synthetic":
         return SyntheticSource(split, seed=split_seed, size=size)
+    if split == "val" and not (val_fraction or _has_val(name, path, tfds_name)):
+        words = "data.val_fraction must be above 0, got 0: the data set has no validation split"
+        raise InputError(words, field="data.val_fraction", given=0, expected="above 0")
     if name == "tfds":
         return _keep(_open_tfds(tfds_name, path, split, split_seed, val_fraction), size, split)
-    if name == "folder":
-        from mvar_jax.data.folder import FolderSource
+    of_folder = {"class_order": class_order, "val_labels": val_labels}
+    return _keep(_open_files(name, path, split, split_seed, val_fraction, of_folder), size, split)
 
-        return _keep(FolderSource(path, split, class_order), size, split)
-    from mvar_jax.data.tars import TarSource
 
-    return _keep(TarSource(path, split), size, split)
+def splits_of(name: str, *, path: str = "", tfds_name: str = "", val_fraction: float = 0.2) -> tuple[str, ...]:
+    """Return the splits of a data set: without "val" if it has none of its own and `val_fraction` is 0.
+
+    Raises:
+      InputError: the name is unknown, or the data set is missing.
+    """
+    _check(name, "train", path, 0, val_fraction, 1)
+    has_val = val_fraction > 0 or name in _MADE or _has_val(name, path, tfds_name)
+    return SPLITS if has_val else SPLITS[:1]
 
 
 def _check(name: str, split: str, path: str, split_seed: int, val_fraction: float, size: int) -> None:
     smallest = 1 if name == "synthetic" else 0
+    is_fraction = 0 < val_fraction < 1 or (val_fraction == 0 and name not in _MADE)
     checks = (
         (name in SOURCE_NAMES, "source", name, f"one of {', '.join(SOURCE_NAMES)}"),
         (split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}"),
         (0 <= split_seed < 2**32, "split_seed", split_seed, "from 0 to 2**32 - 1"),
-        (0 < val_fraction < 1, "val_fraction", val_fraction, "above 0 and below 1"),
+        (is_fraction, "val_fraction", val_fraction, f"{'above 0' if name in _MADE else '0 or more'} and below 1"),
         (size >= smallest, "size", size, f"{smallest} or more for source={name}"),
     )
     for is_right, field, given, allowed in checks:

@@ -6,12 +6,12 @@ from typing import Any
 
 import grain
 import numpy as np
-from tqdm import tqdm
 
 from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.pipeline import load
 from mvar_jax.data.protocols import ImageSource, Transform
 from mvar_jax.data.skipped import Skipped
+from mvar_jax.progress import track
 
 
 @dataclass
@@ -71,7 +71,7 @@ def survey(source: ImageSource, transform: Transform, split: str, *, num_picture
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=16 * num_threads)
     began = time.monotonic()
     visits = iter(grain.MapDataset.range(len(source)).map(visit).to_iter_dataset(options))
-    for number, found in enumerate(tqdm(visits, desc=split, total=len(source), unit="image", mininterval=1)):
+    for number, found in enumerate(track(visits, len(source), split, "image")):
         if isinstance(found, str):
             skipped.add(number, source.name_of(number), found)
             continue

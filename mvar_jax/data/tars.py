@@ -1,127 +1,69 @@
 """WebDataset-style tars as a source: PATH/train*.tar and PATH/val*.tar (or in folders PATH/train, PATH/val).
 
-A sample is KEY.jpg (.jpeg, .png, .webp) and KEY.cls, its label as decimal digits. PATH/classes.txt, if it
-exists, names the classes, one a line. Tars are read in place, also in an object store, by an index of offsets. The
-index is kept next to its tar as NAME.tar.index.npz if the folder is writable, and rebuilt if the tar has changed.
+If there are neither, all of PATH/*.tar are training tars. PATH/classes.txt, if it exists, names the classes, one a
+line. Tars are read in place, also in an object store, by an index of offsets; see data/tar_index.py.
 """
 
-import contextlib
 import os
-import tarfile
-import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mvar_jax.data.decoding import SUFFIXES, BadImage
+from mvar_jax.data.file_source import FileSource, note_empty, note_ignored
 from mvar_jax.data.names import Names
-from mvar_jax.data.protocols import ImageSource
+from mvar_jax.data.tar_index import read_index, refuse
 from mvar_jax.errors import InputError, shorten
-from mvar_jax.files.npz import load_npz, save_npz
 from mvar_jax.files.paths import as_path, is_store
+from mvar_jax.progress import track
 
-INDEX_SUFFIX = ".index.npz"
 CLASSES_FILE = "classes.txt"
-_MAX_LABEL_BYTES = 20
+_MAX_CLASSES = 10**6  # without names: more are no classes
 
 
-def _refuse(message: str, given: object, expected: str) -> InputError:
-    return InputError(message, field="data.path", given=str(given), expected=expected)
-
-
-def _split_key(name: str) -> tuple[str, str]:
-    """Return (key, suffix): a WebDataset key ends at the first dot of the last part."""
-    folder, _, base = name.rpartition("/")
-    key, dot, suffix = base.partition(".")
-    return f"{folder}/{key}", (dot + suffix).lower()
-
-
-def _scan(path: Path) -> dict[str, np.ndarray]:
-    """Return the index of one tar: `offset`, `size`, `label` int64 [N], `name` str [N], in the tar's order."""
-    images: dict[str, tuple[int, int, str]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                archive.members = []  # tarfile keeps every header otherwise
-                key, suffix = _split_key(member.name)
-                if not member.isfile():
-                    continue
-                if suffix in SUFFIXES:
-                    images[key] = (member.offset_data, member.size, member.name)
-                elif suffix == ".cls" and member.size <= _MAX_LABEL_BYTES:
-                    labels[key] = int(archive.extractfile(member).read())
-    except (tarfile.TarError, OSError, ValueError) as error:
-        expected = "a readable tar with numbers as labels in .cls files"
-        raise _refuse(f"{path} must be {expected} ({error})", path, expected) from None
-    unlabelled = [name for key, (_, _, name) in images.items() if key not in labels]
-    if unlabelled:
-        image = f"{path}:{unlabelled[0]}"
-        raise _refuse(f"{image} has no label; add a .cls file with the same key", image, "a .cls file with its key")
-    rows = [(*images[key], labels[key]) for key in images]
-    offset, size, name, label = zip(*rows, strict=True) if rows else ((), (), (), ())
-    integers = {
-        key: np.array(value, np.int64) for key, value in (("offset", offset), ("size", size), ("label", label))
-    }
-    return {**integers, "name": np.array(name, np.str_)}
-
-
-def read_index(path: Path) -> dict[str, np.ndarray]:
-    """Return the index of one tar, from its index file if that was built from this very tar."""
-    status, index_file = path.stat(), path.with_name(path.name + INDEX_SUFFIX)
-    stamp = np.array([status.st_size, status.st_mtime_ns])
-    damaged = (OSError, ValueError, KeyError, zipfile.BadZipFile)
-    with contextlib.suppress(*damaged):
-        saved = load_npz(index_file)
-        if np.array_equal(saved["stamp"], stamp):
-            return {key: saved[key] for key in ("offset", "size", "label", "name")}
-    index = _scan(path)
-    with contextlib.suppress(OSError):  # in a read-only folder every start scans the tar again
-        save_npz(index_file, stamp=stamp, **index)
-    return index
-
-
-class TarSource(ImageSource):
+class TarSource(FileSource):
     """One split; items hold the bytes of an image file.
 
     Raises:
-      InputError: there are no such tars, one is unreadable or lacks a label, or a label is out of range.
+      InputError: there are no such tars, one is unreadable or lacks a label, or a label is no class.
     """
 
     def __init__(self, path: str | os.PathLike, split: str):
         self._tars = find_tars(path, split)
-        indices = [read_index(tar) for tar in tqdm(self._tars, desc=f"index {split}", unit="tar", delay=1)]
+        shown = track(self._tars, len(self._tars), f"index {split}", "tar", delay_s=1.0)
+        indices = [read_index(tar) for tar in shown]
         self._tar = np.repeat(np.arange(len(indices)), [len(index["offset"]) for index in indices])
-        self._offset, self._size, self._labels = (
-            np.concatenate([index[key] for index in indices]) for key in ("offset", "size", "label")
-        )
+        self._offset, self._size = (np.concatenate([index[key] for index in indices]) for key in ("offset", "size"))
         self._names = Names(name for index in indices for name in index["name"].tolist())
         if not len(self._names):
             expected = f"{', '.join(SUFFIXES)} files in its {split} tars"
-            raise _refuse(f"data.path must hold {expected}, got {str(path)!r}", path, expected)
+            raise refuse(f"data.path must hold {expected}, got {str(path)!r}", path, expected)
         self.label_names = _read_classes(as_path(path, "data.path"))
-        out_of_range = (self._labels < 0) | (self._labels >= len(self.label_names))
-        if out_of_range.any():
-            given, allowed = int(self._labels[out_of_range][0]), f"0 to {len(self.label_names) - 1}"
-            raise InputError(
-                f"label must be from {allowed}, the classes of {CLASSES_FILE} or of the train tars, got {given}",
-                field="label",
-                given=given,
-                expected=allowed,
-            )
+        self.labels = _numbers_of(np.concatenate([index["text"] for index in indices]), self.label_names)
+        kinds = Counter[str]()
+        for index in indices:
+            kinds.update(dict(zip(index["kind"].tolist(), index["count"].tolist(), strict=True)))
+        firsts = [
+            f"{tar.name}:{index['first'][0]}"
+            for tar, index in zip(self._tars, indices, strict=True)
+            if len(index["first"])
+        ]
+        where = f"{path}, {split} tars"
+        self.notes = note_ignored(where, kinds, min(firsts, default=""))
+        self.notes += note_empty(where, self) if split == "train" else ()
         self._files: dict[int, int] = {}  # descriptors by tar; a worker process opens its own
 
     def __getstate__(self):
         return {**self.__dict__, "_files": {}}
 
-    def __len__(self) -> int:
-        return len(self._names)
-
     def name_of(self, index: int) -> str:
         """Return TAR:MEMBER."""
         return f"{self._tars[self._tar[index]].name}:{self._names[index]}"
+
+    def _sizes_of(self, numbers: np.ndarray) -> np.ndarray:
+        return self._size[numbers]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
@@ -130,29 +72,75 @@ class TarSource(ImageSource):
         try:
             if is_store(self._tars[tar]):
                 data = self._tars[tar].read_range(offset, size)  # type: ignore[attr-defined]
-                return {"image": data, "label": int(self._labels[index])}
+                return {"image": data, "label": int(self.labels[index])}
             if tar not in self._files:  # if two threads open it at once, one descriptor stays open unused
                 self._files[tar] = os.open(self._tars[tar], os.O_RDONLY)
             data = os.pread(self._files[tar], size, offset)
         except OSError as error:
             raise BadImage(f"cannot be read: {shorten(error)}") from None
-        return {"image": data, "label": int(self._labels[index])}
+        return {"image": data, "label": int(self.labels[index])}
 
 
 def find_tars(path: str | os.PathLike, split: str) -> list[Path]:
     """Return the tars of a split by name. Raises InputError if there are none."""
     folder = as_path(path, "data.path")
-    found = sorted([*folder.glob(f"{split}*.tar"), *(folder / split).glob("*.tar")])
+    found = _glob_tars(folder, split)
+    if not found and split == "train" and not has_val_tars(folder):
+        found = sorted(folder.glob("*.tar"))
     if not found:
         expected = f"a folder that holds {split}*.tar or {split}/*.tar"
-        raise _refuse(f"data.path must be {expected}, got {str(path)!r}", path, expected)
+        raise refuse(f"data.path must be {expected}, got {str(path)!r}", path, expected)
     return found
 
 
+def has_val_tars(path: str | os.PathLike) -> bool:
+    """Return whether the data set has validation tars."""
+    return bool(_glob_tars(as_path(path, "data.path"), "val"))
+
+
+def _glob_tars(folder: Path, split: str) -> list[Path]:
+    return sorted([*folder.glob(f"{split}*.tar"), *(folder / split).glob("*.tar")])
+
+
+def _is_number(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
+
+
 def _read_classes(path: Path) -> tuple[str, ...]:
-    """Return the lines of classes.txt or, without that file, the numbers up to the highest label of train."""
+    """Return the lines of classes.txt or, without that file, what the labels of the train tars say.
+
+    Labels that are numbers make classes up to the highest one, labels that are names make a class of each, in order.
+    """
     file = path / CLASSES_FILE
     if file.exists():
         return tuple(file.read_text().rstrip("\n").split("\n"))
-    highest = max(int(read_index(tar)["label"].max(initial=-1)) for tar in find_tars(path, "train"))
-    return tuple(str(label) for label in range(highest + 1))
+    texts = {text for tar in find_tars(path, "train") for text in np.unique(read_index(tar)["text"]).tolist()}
+    names = sorted(text for text in texts if not _is_number(text))
+    if not names:
+        highest = max(map(int, texts), default=-1)
+        if highest >= _MAX_CLASSES:
+            allowed = f"below {_MAX_CLASSES}"
+            raise InputError(
+                f"label must be {allowed}, got {highest}", field="label", given=highest, expected=allowed
+            )
+        return tuple(map(str, range(highest + 1)))
+    if len(names) < len(texts):
+        expected = f"all numbers or all names of classes without {CLASSES_FILE}"
+        given = f"{min(texts - set(names))} and {names[0]}"
+        raise InputError(f"label must be {expected}, got {given}", field="label", given=given, expected=expected)
+    return tuple(names)
+
+
+def _numbers_of(texts: np.ndarray, label_names: tuple[str, ...]) -> np.ndarray:
+    """Return the labels int32 of texts: a number is itself, a name the class of that name."""
+    number_of = {name: number for number, name in enumerate(label_names)}
+    unique, inverse = np.unique(texts, return_inverse=True)
+    numbers = []
+    for text in unique.tolist():
+        number = int(text) if _is_number(text) else number_of.get(text, -1)
+        if not 0 <= number < len(label_names):
+            allowed = f"from 0 to {len(label_names) - 1} or a name"
+            message = f"label must be {allowed} of the classes of {CLASSES_FILE} or of the train tars, got {text}"
+            raise InputError(message, field="label", given=text, expected=allowed)
+        numbers.append(number)
+    return np.array(numbers, np.int32)[inverse]

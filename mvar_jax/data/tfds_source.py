@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from mvar_jax.data.protocols import ImageSource
+import numpy as np
+
+from mvar_jax.data.protocols import ImageSource, digest
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.paths import local_path
 
@@ -78,6 +80,8 @@ class TfdsSource(ImageSource):
         self._image = _only_feature(builder, tfds.features.Image)
         self._label = _only_feature(builder, tfds.features.ClassLabel)
         self._name = f"{name} {split}"
+        info = builder.info.splits[split]
+        self._made = (builder.info.full_name, split, info.num_examples, info.num_bytes, info.shard_lengths)
         self.label_names = tuple(builder.info.features[self._label].names)
         decoders = {self._image: tfds.decode.SkipDecoding()}
         try:
@@ -94,6 +98,10 @@ class TfdsSource(ImageSource):
         file_name = self._data[index].get("file_name", b"")
         file_name = file_name.decode() if isinstance(file_name, bytes) else str(file_name)
         return f"{self._name} {index} {file_name}".rstrip()
+
+    def files_digest(self, numbers: np.ndarray, *, with_sizes: bool) -> str:
+        """Return a digest of version and sizes of the set, which stand for its files; "" without sizes."""
+        return digest(map(str, self._made)) if with_sizes else ""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self._data[range(len(self))[index]]

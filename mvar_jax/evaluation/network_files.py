@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypedDict
 import flax.traverse_util
 import numpy as np
 
-from mvar_jax.convert.reader import TorchFile
+from mvar_jax.convert.reader import open_weights
+from mvar_jax.convert.tensors import Tensor
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.json_files import parse_json
 from mvar_jax.files.npz import save_npz
@@ -100,15 +101,15 @@ def missing(field: str, path: Path, downloads: tuple[Download, ...], command: st
 
 
 def read_tensors(field: str, path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Return the tensors of a PyTorch file by name, float32; others in the file are not read.
+    """Return the tensors of a file of PyTorch or safetensors by name, float32; others in the file are not read.
 
     Raises InputError if one is missing or of another shape, or if the file cannot be read.
     """
-    with TorchFile(field, path) as file:
+    with open_weights(field, path) as file:
         content = file.content if isinstance(file.content, dict) else {}
-        found = {name: x for name in shapes if hasattr(x := content.get(name), "shape")}
-        misfits = find_misfits(shapes, {name: tuple(x.shape) for name, x in found.items()})
-        misfits += [f"{name} is {x.dtype}" for name, x in found.items() if str(x.dtype) not in FLOAT_KINDS]
+        found = {name: x for name in shapes if isinstance(x := content.get(name), Tensor)}
+        misfits = find_misfits(shapes, {name: x.shape for name, x in found.items()})
+        misfits += [f"{name} is {x.dtype}" for name, x in found.items() if x.dtype not in FLOAT_KINDS]
         if misfits:
             raise misfit(field, path, misfits)
         return {name: file.read(x).astype(np.float32) for name, x in found.items()}

@@ -36,15 +36,35 @@ def tile_grid(images_BYX3, columns: int, pad: int = 2, zoom: int = 1) -> np.ndar
     if len(images_BYX3) == 0 or min(columns, zoom) < 1:
         given = f"{len(images_BYX3)} images, columns={columns}, zoom={zoom}"
         raise _refuse("grid", given, "at least 1 of each of images, columns and zoom")
-    images_BYX3 = images_BYX3.repeat(zoom, axis=1).repeat(zoom, axis=2)
     height, width = images_BYX3.shape[1:3]
-    columns = min(columns, len(images_BYX3))
-    rows = math.ceil(len(images_BYX3) / columns)
-    grid = np.full((pad + rows * (height + pad), pad + columns * (width + pad), 3), 255, np.uint8)
-    for i, image_YX3 in enumerate(images_BYX3):
-        top, left = pad + i // columns * (height + pad), pad + i % columns * (width + pad)
-        grid[top : top + height, left : left + width] = image_YX3
-    return grid
+    grid = Grid(len(images_BYX3), columns, height, width, pad, zoom)
+    for number, image_YX3 in enumerate(images_BYX3):
+        grid.put(number, image_YX3)
+    return grid.image_YX3
+
+
+class Grid:
+    """The image of `tile_grid`, filled one by one, so that the images need not be in memory together.
+
+    Args:
+      num: number of images.
+      columns, pad, zoom: as in `tile_grid`.
+      height, width: of each image.
+    """
+
+    def __init__(self, num: int, columns: int, height: int, width: int, pad: int = 2, zoom: int = 1):
+        self._columns, self._zoom = min(columns, num), zoom
+        self._pad, self._height, self._width = pad, height * zoom, width * zoom
+        rows = math.ceil(num / self._columns)
+        size = pad + rows * (self._height + pad), pad + self._columns * (self._width + pad), 3
+        self.image_YX3 = np.full(size, 255, np.uint8)
+
+    def put(self, number: int, image_YX3: np.ndarray) -> None:
+        """Show an image in its place, `[Y, X, 3] uint8`."""
+        row, column = divmod(number, self._columns)
+        top, left = self._pad + row * (self._height + self._pad), self._pad + column * (self._width + self._pad)
+        zoomed = image_YX3.repeat(self._zoom, axis=0).repeat(self._zoom, axis=1)
+        self.image_YX3[top : top + self._height, left : left + self._width] = zoomed
 
 
 def side_by_side(originals_BYX3, reconstructions_BYX3, columns: int, pad: int = 2, zoom: int = 1) -> np.ndarray:

@@ -7,15 +7,14 @@ to NAME.jsonl. A kill between writing it and removing the others leaves lines tw
 
 import contextlib
 import json
-import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from mvar_jax.errors import shorten
-from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.atomic import sync, write_atomically
 from mvar_jax.files.json_files import parse_json
 from mvar_jax.files.paths import is_store
 from mvar_jax.schema import conform
@@ -55,15 +54,26 @@ def open_lines(path: Path, is_kept: Callable[[Any], bool]) -> Lines:
 
 class _AppendedLines:
     def __init__(self, path: Path):
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("a")
 
     def write(self, content: Any) -> None:
-        self._file.write(json.dumps(content) + "\n")
-        self._file.flush()
+        with self._naming():
+            self._file.write(json.dumps(content) + "\n")
+            self._file.flush()
 
     def flush(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._naming():
+            self._file.flush()
+            sync(self._path)
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Let an error of a full disk name the file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
 
     def close(self) -> None:
         self._file.close()

@@ -153,10 +153,15 @@ class StorePath(epath.Path):
 
     def find(self) -> list[str]:
         """Return the names of all objects below, relative to this folder, in order; one request for every 1,000."""
+        return list(self.find_sizes())
+
+    def find_sizes(self) -> dict[str, int]:
+        """Return the name and the size in bytes of every object below, as `find`."""
         with _as_os_errors(self):
-            names = self._fs.find(str(self))
+            found = self._fs.find(str(self), detail=True)
         start = len(str(self).partition("://")[2].rstrip("/")) + 1
-        return sorted(name[start:] for name in names if not name.endswith("/"))
+        sizes = {name[start:]: info["size"] for name, info in found.items() if not name.endswith("/")}
+        return dict(sorted(sizes.items()))
 
     def walk(self, *, top_down: bool = True, on_error=None) -> Iterator[tuple["StorePath", list[str], list[str]]]:
         """Yield (folder, names of folders, names of files), as `pathlib.Path.walk`."""

@@ -5,6 +5,8 @@ import functools
 import flax.linen as nn
 import jax
 
+LINEN_FIELDS = ("name", "parent")  # that flax adds to those of a module
+
 
 @functools.lru_cache
 def abstract_params(module: nn.Module):

@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from mvar_jax.errors import InputError
 from mvar_jax.models.tokenizer import Tokenizer
@@ -32,6 +33,17 @@ class Networks:
     def of(cls, modules: dict, params: dict) -> "Networks":
         """Pair modules with parameters, both by "tokenizer" and "transformer"."""
         return cls(modules["tokenizer"], params["tokenizer"], modules.get("transformer"), params.get("transformer"))
+
+    def with_dtype(self, dtype: str | None) -> "Networks":
+        """Return the networks with this dtype of computation and of the transformer's weights; None keeps both."""
+        if dtype is None:
+            return self
+        kind = jnp.dtype(dtype).type
+        return self.replace(
+            tokenizer=self.tokenizer.clone(dtype=kind),
+            transformer=self.transformer and self.transformer.clone(dtype=kind),
+            params=jax.tree.map(lambda x: x.astype(kind), self.params),
+        )
 
     def apply_tokenizer(self, *args, method: str):
         """Call a method of the tokenizer with its weights, inside a program."""

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from mvar_jax.errors import InputError
+from mvar_jax.fields import check_fields
 from mvar_jax.models.autoencoder import Decoder, Encoder, conv
+from mvar_jax.models.init import LINEN_FIELDS
 from mvar_jax.ops import quantize
 from mvar_jax.ops.losses import commitment_loss
 from mvar_jax.scales import check_sides
+from mvar_jax.schema import Count, NotNegative, Share
 from mvar_jax.sharding import named_axes
 
 
@@ -39,17 +42,17 @@ class Tokenizer(nn.Module):
     """
 
     sides: tuple[int, ...]
-    vocab_size: int = 4096
-    code_width: int = 32
-    ch: int = 160
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: int = 2
-    num_groups: int | None = 32
-    group_size: int | None = None
+    vocab_size: Count = 4096
+    code_width: Count = 32
+    ch: Count = 160
+    ch_mult: tuple[Count, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: Count = 2
+    num_groups: Count | None = 32
+    group_size: Count | None = None
     num_phi: int = 4
-    phi_ratio: float = 0.5
+    phi_ratio: Share = 0.5
     znorm: bool = False
-    beta: float = 0.25
+    beta: NotNegative = 0.25
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -73,16 +76,22 @@ class Tokenizer(nn.Module):
 
     def check(self, image_size: int | None = None) -> None:
         """Raise InputError if the fields contradict each other or the side of the images."""
+        check_fields(self, "", hidden=LINEN_FIELDS)
         check_sides(self.sides)
         size, S = image_size or self.image_size, len(self.sides)
         has_one = (self.num_groups is None) != (self.group_size is None)
         latent = f"{size / self.downsampling:g}, that is image_size={size} / {self.downsampling}"
-        rules = {
-            "num_groups": (has_one, f"set if and only if group_size={self.group_size} is None"),
-            "num_phi": (1 <= self.num_phi <= S, f"from 1 to {S}, the number of scales"),
-            "sides": (size == self.image_size, f"a list with a last side of {latent}"),
-        }
-        for field, (is_valid, expected) in rules.items():
+        widths = [self.ch * mult for mult in self.ch_mult]
+        norm = "num_groups" if self.group_size is None else "group_size"
+        divisor = f"a divisor of the channels of every level, {', '.join(map(str, widths))}"
+        rules = (
+            ("ch_mult", bool(widths), "a tuple of one number for each level"),
+            ("num_groups", has_one, f"set if and only if group_size={self.group_size} is None"),
+            (norm, not has_one or all(width % getattr(self, norm) == 0 for width in widths), divisor),
+            ("num_phi", 1 <= self.num_phi <= S, f"from 1 to {S}, the number of scales"),
+            ("sides", size == self.image_size, f"a list with a last side of {latent}"),
+        )
+        for field, is_valid, expected in rules:
             if not is_valid:
                 given = getattr(self, field)
                 message = f"{field} must be {expected}, got {given}"

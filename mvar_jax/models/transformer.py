@@ -1,7 +1,7 @@
 """The scale- and spatial-Markov transformer (MVAR section 3) and, with the same parameters, VAR."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.errors import InputError
-from mvar_jax.fields import FREE
+from mvar_jax.fields import FREE, check_fields
+from mvar_jax.models.init import LINEN_FIELDS
 from mvar_jax.models.layers import Adaptive, Block, alternate, layer_norm, normal
+from mvar_jax.ops.window import BACKENDS
 from mvar_jax.scales import BLOCK_DIAGONAL, CONDITIONINGS, Phase, Pyramid
+from mvar_jax.schema import Choice, Count, Decay, Natural, NotNegative
 from mvar_jax.sharding import constrain, named_axes
 
 REMAT_POLICIES = {
@@ -64,22 +67,24 @@ class Transformer(nn.Module):
     sides: tuple[int, ...]
     refine_step: int
     kernel_size: int | tuple[int, ...]
-    vocab_size: int
-    code_width: int
-    num_classes: int
-    depth: int
-    width: int
-    num_heads: int
-    conditioning: str = "markov"
+    vocab_size: Count
+    code_width: Count
+    num_classes: Natural
+    depth: Count
+    width: Count
+    num_heads: Count
+    conditioning: Annotated[str, Choice(CONDITIONINGS)] = "markov"
     shared_aln: bool = False
-    drop_path_rate: float = 0.0
-    init_adaptive: float = 0.5
-    init_gamma: float = 1e-5
-    init_head: float = 0.02
-    class_init_std: float | None = None
-    window_backend: str = dataclasses.field(default="auto", metadata=FREE)
-    remat: str = dataclasses.field(default="dots", metadata=FREE)
-    scan_unroll: int = dataclasses.field(default=1, metadata=FREE)
+    drop_path_rate: Decay = 0.0
+    init_adaptive: NotNegative = 0.5
+    init_gamma: NotNegative = 1e-5
+    init_head: NotNegative = 0.02
+    class_init_std: NotNegative | None = None
+    window_backend: Annotated[str, Choice(("auto", *sorted(BACKENDS)))] = dataclasses.field(
+        default="auto", metadata=FREE
+    )
+    remat: Annotated[str, Choice(tuple(REMAT_POLICIES))] = dataclasses.field(default="dots", metadata=FREE)
+    scan_unroll: Count = dataclasses.field(default=1, metadata=FREE)
     dtype: Any = jnp.float32
 
     @property
@@ -88,17 +93,12 @@ class Transformer(nn.Module):
 
     def check(self) -> None:
         """Raise InputError if the fields contradict each other."""
+        check_fields(self, "", hidden=LINEN_FIELDS)
         _ = self.pyramid
-        rules = {
-            "num_heads": (self.width % self.num_heads == 0, f"a divisor of width={self.width}"),
-            "conditioning": (self.conditioning in CONDITIONINGS, f"one of {', '.join(CONDITIONINGS)}"),
-            "remat": (self.remat in REMAT_POLICIES, f"one of {', '.join(REMAT_POLICIES)}"),
-        }
-        for field, (is_valid, expected) in rules.items():
-            if not is_valid:
-                given = getattr(self, field)
-                message = f"{field} must be {expected}, got {given!r}"
-                raise InputError(message, field=field, given=given, expected=expected)
+        if self.width % self.num_heads:
+            expected = f"a divisor of width={self.width}"
+            message = f"num_heads must be {expected}, got {self.num_heads}"
+            raise InputError(message, field="num_heads", given=self.num_heads, expected=expected)
 
     def phases(self) -> tuple[Phase, ...]:
         """Return the phases, which together cover every token once."""

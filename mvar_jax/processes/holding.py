@@ -16,6 +16,7 @@ from mvar_jax.errors import InputError, RunError, describe_file_error, shorten
 from mvar_jax.fields import flatten
 from mvar_jax.files.atomic import remove_leftovers, write_json
 from mvar_jax.files.directories import naming_errors
+from mvar_jax.files.json_files import read_json
 from mvar_jax.files.locks import acquire, release_now
 from mvar_jax.processes import group
 from mvar_jax.processes.shared import check_shared
@@ -50,7 +51,7 @@ OUTPUTS = {
     "reconstruct": Output(
         "reconstructions",
         "reconstructions.json",
-        (f"{_NUMBER}_*.png", "reconstructions.png", "psnr.md", "tokens.npz"),
+        (f"{_NUMBER}_*.png", "reconstructions.png", "reconstructions.npz", "psnr.md", "tokens.npz"),
     ),
     "data": Output("survey", "data.json", ("train.png", "val.png")),
     "cache_tokens": Output(
@@ -169,8 +170,8 @@ def _claim(field: str, folder: Path, command: str, identity: dict[str, Any] | No
     if identity is None:
         return
     try:
-        stored = dict(json.loads(path.read_text())) if path.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
+        stored = read_json(path, dict[str, Any]) if path.exists() else {}
+    except (OSError, ValueError) as error:
         reason = f"holds a damaged {output.identity} ({shorten(error)})"
         raise _refuse(field, folder, reason) from None
     if own:

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from tqdm import tqdm
 
 from mvar_jax.checkpoints.model_directory import fingerprint
 from mvar_jax.errors import InputError
@@ -28,6 +27,7 @@ from mvar_jax.files.paths import is_store
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.random import keys_of_samples
+from mvar_jax.progress import Progress
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import num_shards_of, replicated, shardings_of, spec_of, use_mesh
 from mvar_jax.values import as_integer, as_seed
@@ -36,7 +36,6 @@ SAMPLES_FILE = "samples.npz"
 TOKENS_FILE = "tokens.npz"
 UNFINISHED = "unfinished"
 NUM_WRITERS = 8
-PROGRESS = "{desc}: {n_fmt}/{total_fmt} images, {rate_noinv_fmt}, {remaining} left"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +96,7 @@ def place_networks(networks: Networks, mesh: Mesh, dtype: str | None = None) -> 
 
     dtype: of the computation and of the transformer's weights; None keeps both.
     """
-    if dtype is not None:
-        kind = jnp.dtype(dtype).type
-        networks = networks.replace(
-            tokenizer=networks.tokenizer.clone(dtype=kind),
-            transformer=networks.transformer.clone(dtype=kind),
-            params=jax.tree.map(lambda x: x.astype(kind), networks.params),
-        )
+    networks = networks.with_dtype(dtype)
     return networks.replace(
         tokenizer_params=jax.device_put(networks.tokenizer_params, replicated(mesh)),
         params=jax.device_put(networks.params, shardings_of(abstract_params(networks.transformer), mesh)),
@@ -218,8 +211,8 @@ def _write_missing(draw: Callable, batches: _Batches, own: range, is_shown: bool
     writing: collections.deque[Future] = collections.deque()
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(NUM_WRITERS))
-        bar = {"desc": "sample", "unit": " images", "bar_format": PROGRESS, "mininterval": 1, "disable": not is_shown}
-        progress = stack.enter_context(tqdm(total=sum(sizes.values()), initial=num_done, **bar))
+        shown = Progress("sample", sum(sizes.values()), "image", done=num_done, is_shown=is_shown)
+        progress = stack.enter_context(shown)
         for batch, arrays in draw(missing):
             writing.append(pool.submit(batches.write, batch, arrays))
             while len(writing) > 2 * NUM_WRITERS:  # otherwise a slow disk would fill the memory

@@ -1,4 +1,4 @@
-"""Editing of part of an image: known tokens are restored at each scale, known pixels at the end.
+"""Editing of part of an image: known tokens are restored at each scale; known pixels see `squares`.
 
 A mask is 1 where the image is drawn and 0 where it is known. The model never sees the pixels under the mask.
 """
@@ -8,7 +8,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import ndimage
 
 from mvar_jax.errors import InputError
 from mvar_jax.models.networks import Networks
@@ -21,55 +20,12 @@ SOFTNESS = 0.5  # tokens masked from 1/4 to 3/4 are mixed
 SOFT_BORDER_SHARE = 1 / 32  # default width of the fade inside the mask, as a share of the side
 
 
-def check_mask(mask, image_side: int) -> np.ndarray:
-    """Return a mask `[Y, X]` or `[B, Y, X]`, bool or numbers (above 0: draw), as `[B, Y, X] bool`.
-
-    Raises InputError if the shape differs from the image's, or if nothing is masked or nothing is known.
-    """
-    mask = np.asarray(mask)
-    given = list(mask.shape)
-    mask_BYX = (mask[None] if mask.ndim == 2 else mask) > 0
-    if mask_BYX.ndim != 3 or mask_BYX.shape[1:] != (image_side, image_side):
-        expected = f"[{image_side}, {image_side}] or [B, {image_side}, {image_side}]"
-        raise InputError(
-            f"mask must have shape {expected}, got {given}", field="mask", given=given, expected=expected
-        )
-    if not mask_BYX.any(axis=(1, 2)).all():
-        message = "mask must be above 0 (white) in some pixels, those to draw, but it is 0 everywhere"
-        raise InputError(message, field="mask", given="empty", expected="above 0 in some pixels")
-    if mask_BYX.all(axis=(1, 2)).any():
-        message = "mask must be 0 (black) in some pixels, those to keep, but it is not 0 anywhere; use sample instead"
-        raise InputError(message, field="mask", given="full", expected="0 in some pixels")
-    return mask_BYX
-
-
 def check_border(border_px: float | None, softness: float, image_side: int) -> float:
     """Return border_px, by default a share of the side. Raises InputError if it or softness is out of range."""
     if border_px is None:
         border_px = round(image_side * SOFT_BORDER_SHARE)
     as_real(softness, "softness", 0, 1, "from 0 (a hard border) to 1")
     return as_real(border_px, "border", 0, 1e6, "0 pixels or more")
-
-
-def hide_masked(image_BYX3: np.ndarray, mask_BYX: np.ndarray) -> np.ndarray:
-    """Replace each masked pixel by the nearest known one, so that the masked content does not reach the model."""
-
-    def hide(image_YX3, mask_YX):
-        nearest = ndimage.distance_transform_edt(mask_YX, return_distances=False, return_indices=True)
-        return image_YX3[tuple(nearest)]
-
-    return np.stack([hide(image, mask) for image, mask in zip(image_BYX3, mask_BYX, strict=True)])
-
-
-def blend(before_BYX3: np.ndarray, after_BYX3: np.ndarray, mask_BYX: np.ndarray, border_px: float) -> np.ndarray:
-    """Return `before` outside the mask, bit for bit, and (1 - a) * before + a * after inside it.
-
-    a = min(1, d / (border_px + 1)), where d is the distance to the nearest known pixel; if border_px is 0, the whole
-    mask is `after`.
-    """
-    distance_BYX = np.stack([ndimage.distance_transform_edt(mask) for mask in mask_BYX])
-    share = np.minimum(1, distance_BYX / (border_px + 1)).astype(np.float32)[..., None]
-    return np.where(mask_BYX[..., None], (1 - share) * before_BYX3 + share * after_BYX3, before_BYX3)
 
 
 def shrink_onto_canvas(image_YX3: np.ndarray, expand: float) -> tuple[np.ndarray, np.ndarray]:

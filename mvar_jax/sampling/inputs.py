@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,20 +11,25 @@ from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.ops.pixels import from_levels
 from mvar_jax.sampling.sampler import SampleOptions
 from mvar_jax.scales import areas_of
-from mvar_jax.values import MAX_INDEX, as_array
+from mvar_jax.values import INDEX_RANGE, MAX_INDEX, as_array
 
 ROUNDING = 1e-3  # by which a float image may leave [-1, 1]
 
 
-def check_images(images_BYX3: Any, side: int) -> np.ndarray:
+def check_images(images_BYX3: Any, side: int | None = None) -> np.ndarray:
     """Return images as `[B, Y, X, 3] float32` in [-1, 1].
 
-    images_BYX3: uint8, converted as the training data are, or float in [-1, 1]. Raises InputError for another shape
+    Args:
+      images_BYX3: uint8, converted as the training data are, or float in [-1, 1].
+      side: height and width that they must have; None: any.
+
+    Raises InputError for another shape
     or dtype, no image, or values that are not finite or out of range by more than rounding.
     """
-    expected = f"an array [B, {side}, {side}, 3]"
+    expected = f"an array [B, {side or 'Y'}, {side or 'X'}, 3]"
     images = as_array(images_BYX3, "images", expected)
-    _check_form("images", images, expected, images.shape[1:] == (side, side, 3))
+    size = (side, side) if side else images.shape[1:3]
+    _check_form("images", images, expected, images.size > 0 and images.shape[1:] == (*size, 3))
     if images.dtype == np.uint8:
         return from_levels(images)
     if not jnp.issubdtype(images.dtype, jnp.floating):  # bfloat16 too
@@ -34,18 +40,20 @@ def check_images(images_BYX3: Any, side: int) -> np.ndarray:
         images = images.astype(np.float32, copy=False)
     low, high = images.min(), images.max()
     if not (low >= -1 - ROUNDING and high <= 1 + ROUNDING):
-        given, expected = f"{low:g} to {high:g}", "from -1 to 1"
+        given, expected = f"{low:g} to {high:g}", "finite and from -1 to 1"
         words = f"images must be {expected}, got {given}; pass levels 0 to 255 as uint8, and clip what goes beyond"
         raise InputError(words, field="images", given=given, expected=expected)
     return images
 
 
-def check_features(f_hat_BYXc: Any, tokenizer: Tokenizer) -> Any:
-    """Return latent maps as they are. Raises InputError for another shape than `[B, y, x, c]`, or no map."""
-    side = tokenizer.sides[-1]
-    shape = (side, side, tokenizer.code_width)
-    _check_form("f_hat", f_hat_BYXc, f"an array [B, {side}, {side}, {shape[2]}]", np.shape(f_hat_BYXc)[1:] == shape)
-    return f_hat_BYXc
+def check_features(f_hat_BYXc: Any, tokenizer: Tokenizer) -> jax.Array:
+    """Return latent maps as an array. Raises InputError unless they are float `[B, y, x, c]` with B of 1 or more."""
+    side, width = tokenizer.sides[-1], tokenizer.code_width
+    expected = f"float [B, {side}, {side}, {width}]"
+    f_hat = f_hat_BYXc if isinstance(f_hat_BYXc, jax.Array) else as_array(f_hat_BYXc, "f_hat", expected)
+    is_right = f_hat.shape[1:] == (side, side, width) and jnp.issubdtype(f_hat.dtype, jnp.floating)
+    _check_form("f_hat", f_hat, expected, is_right)
+    return jnp.asarray(f_hat)
 
 
 def check_ids(ids_BL: Any, tokenizer: Tokenizer) -> np.ndarray:
@@ -67,10 +75,10 @@ def check_index(index_B: Any, num: int) -> np.ndarray:
     """
     if index_B is None:
         return np.arange(num, dtype=np.uint32)
-    expected = f"{num} integers from 0 to 2**32 - 1, one for each label"
+    expected = f"integers [{num}] {INDEX_RANGE}, one for each label"
     index = as_array(index_B, "index", expected)
     is_right = index.shape == (num,) and np.issubdtype(index.dtype, np.integer)
-    given = f"{index.dtype} of shape {list(index.shape)}"
+    given = f"{index.dtype} {list(index.shape)}"
     if is_right and (index.min() < 0 or index.max() > MAX_INDEX):
         is_right, given = False, f"{index.min()} to {index.max()}"
     if not is_right:
@@ -97,6 +105,6 @@ def check_rows(labels_B: np.ndarray, ids_BL: np.ndarray) -> None:
 
 def _check_form(field: str, array: Any, expected: str, is_right: bool) -> None:
     if not is_right or not len(array):
-        given = f"{np.result_type(array)} {list(np.shape(array))}"
+        given = f"{array.dtype} {list(array.shape)}"
         words = f"{field} must be {expected} with B of 1 or more, got {given}"
         raise InputError(words, field=field, given=given, expected=expected)

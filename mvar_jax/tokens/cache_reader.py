@@ -37,6 +37,7 @@ class Shard(TypedDict):
     name: str
     num_records: int
     bytes: int
+    files: NotRequired[str]  # a digest of the images that it was made of; older caches have none
 
 
 class Split(TypedDict):

@@ -40,6 +40,21 @@ class Entry(TypedDict):
     skipped: list[dict[str, Any]]
 
 
+class Identity(TypedDict):
+    """What tells an unfinished cache from others, as far as its classes need it."""
+
+    label_names: list[str]
+
+
+def classes_in(out: Path) -> list[str]:
+    """Return the classes of a token cache, finished or not, in the order of their labels; [] if there is none."""
+    if (out / META_NAME).exists():
+        return read_meta(out)["label_names"]
+    with contextlib.suppress(OSError, ValueError):
+        return read_json(out / UNFINISHED / f"train-{_IDENTITY_NAME}", Identity)["label_names"]
+    return []
+
+
 class CacheWriter:
     """Writes a token cache split by split; the cache appears when the `with` block ends without an exception.
 
@@ -111,8 +126,9 @@ class CacheWriter:
         num_views: int,
         transform: dict[str, Any],
         num_shards: int = 1,
+        files_of: Callable[[int, int], str] = lambda begin, end: "",
     ) -> None:
-        """Write this process's shards of one split; finished ones are kept.
+        """Write this process's shards of one split; finished ones are kept if they are of the same files.
 
         Args:
           split: name of the split.
@@ -121,6 +137,7 @@ class CacheWriter:
           num_views: views of each image.
           transform: how the images were transformed before encoding; stored, not interpreted.
           num_shards: files over which the images are spread in order.
+          files_of: (begin, end) -> a digest of the files of these images, stored with their shard; "" if unknown.
 
         Raises:
           InputError: ids or labels are out of range, ids have another shape or are no integers, records and
@@ -137,11 +154,17 @@ class CacheWriter:
         self._meta["splits"][split] = plan
         self._check_identity(split)
         for shard in range(self._process_index, num_shards, self._process_count):
-            if not self._is_kept(names[shard], num_views):
-                self._write_shard(names[shard], read_records, bounds[shard], bounds[shard + 1], num_views)
+            name, begin, end = names[shard], bounds[shard], bounds[shard + 1]
+            files = files_of(begin, end)
+            if not self._is_kept(name, num_views, files):
+                self._entries.pop(name, None)
+                self._entry_file(name).unlink(missing_ok=True)
+                self._write_shard(name, read_records, begin, end, num_views, files)
         self._wait_for_uploads(0)
 
-    def _write_shard(self, name: str, read_records: ReadRecords, begin: int, end: int, num_views: int) -> None:
+    def _write_shard(
+        self, name: str, read_records: ReadRecords, begin: int, end: int, num_views: int, files: str
+    ) -> None:
         path, skipped, num_records = self._unfinished / name, [], 0
         with contextlib.ExitStack() as stack:
             temporary = stack.enter_context(replacing(path))
@@ -154,6 +177,7 @@ class CacheWriter:
                 message = f"num_images {end - begin} must be the sum of {found} of {name}"
                 raise InputError(message, field="num_images", given=end - begin, expected=found)
             entry = {"name": name, "num_records": num_records, "bytes": temporary.stat().st_size}
+            entry |= {"files": files} if files else {}
             finish = stack.pop_all()
 
         def put_in_place() -> None:
@@ -212,11 +236,11 @@ class CacheWriter:
                 return path
         return None
 
-    def _is_kept(self, name: str, num_views: int) -> bool:
-        """Return whether an earlier writer finished a shard and its file, if it is on a disk, is undamaged."""
+    def _is_kept(self, name: str, num_views: int, files: str) -> bool:
+        """Return whether an earlier writer finished a shard of these files that, if it is on a disk, is undamaged."""
         entry = self._finished(name)
         path = entry and self._find(name, entry["shard"])
-        if not entry or not path:
+        if not entry or not path or entry["shard"].get("files", "") != files:
             return False
         if is_store(path):  # an object is whole or not there
             return True
@@ -233,7 +257,10 @@ class CacheWriter:
         """Raise InputError if an interrupted writer of another cache left shards of a split."""
         file = self._unfinished / f"{split}-{_IDENTITY_NAME}"
         shared = {key: value for key, value in self._meta.items() if key not in _NO_IDENTITY}
-        identity = {**shared, "split": self._meta["splits"][split]}
+        plan = self._meta["splits"][split]
+        # where the images lie is no matter, since each shard has a digest of its files
+        transform = {key: value for key, value in plan["transform"].items() if key != "path"}
+        identity = {**shared, "split": plan | {"transform": transform}}
         there = None
         with contextlib.suppress(FileNotFoundError, ValueError):
             there = read_json(file, Any)

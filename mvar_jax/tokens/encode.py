@@ -8,7 +8,6 @@ from pathlib import Path
 import grain
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from mvar_jax.checkpoints.model_directory import save_model
 from mvar_jax.data.decoding import BadImage
@@ -16,14 +15,14 @@ from mvar_jax.data.options import LoadOptions
 from mvar_jax.data.pipeline import DEFAULT_LOADING
 from mvar_jax.data.protocols import ImageSource, Transform
 from mvar_jax.data.skipped import Skipped
-from mvar_jax.data.sources import SPLITS
-from mvar_jax.errors import InputError
 from mvar_jax.files.paths import as_path
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.pixels import as_images
+from mvar_jax.progress import Progress
 from mvar_jax.sharding import make_mesh, put_batch, replicated
-from mvar_jax.tokens.cache_reader import META_NAME, find_missing, read_meta
+from mvar_jax.tokens.cache_reader import META_NAME, find_missing
 from mvar_jax.tokens.cache_writer import CacheWriter
+from mvar_jax.tokens.same import check_same_cache
 
 IMAGES_PER_SHARD = 8192  # an interruption loses at most so much work
 
@@ -101,7 +100,9 @@ def encode_range(
       skip: called with the number of a bad image and the reason.
     """
     load = partial(_load_views, source, transform, num_views, seed)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * encoder.batch_size * num_threads)
+    # a batch waits while the one before is encoded, and each thread prepares an image
+    num_waiting = -(-encoder.batch_size // num_views) + num_threads
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_waiting)
     loaded = iter(grain.MapDataset.range(begin, end).map(load).to_iter_dataset(options))
     labels: list[int] = []
 
@@ -129,7 +130,7 @@ def _write_split(
 ):
     """Write one split; options: num_views, seed, description, images_per_shard, num_threads, check_stop."""
     split, num_views, seed = skipped.split, options["num_views"], options["seed"]
-    with tqdm(total=len(source), desc=f"encode {split}", unit="image", mininterval=1) as progress:
+    with Progress(f"encode {split}", len(source), "image") as progress:
 
         def read_records(begin: int, end: int, bad: list):
             def skip(number: int, reason: str) -> None:
@@ -138,7 +139,7 @@ def _write_split(
                 skipped.add(number, name, reason)
                 progress.update()
 
-            progress.update(begin - progress.n)  # shards of an earlier run
+            progress.skip_to(begin)  # shards of an earlier run
             numbers = {"num_views": num_views, "seed": seed, "num_threads": options["num_threads"]}
             for record in encode_range(encoder, source, transform, begin, end, skip=skip, **numbers):
                 yield record
@@ -152,6 +153,7 @@ def _write_split(
             num_views=num_views,
             transform=options["description"],
             num_shards=-(-len(source) // options["images_per_shard"]),
+            files_of=lambda begin, end: source.files_digest(np.arange(begin, end), with_sizes=True),
         )
         for entry in writer.skipped()[split]:  # those of an earlier run too
             skipped.add(**entry)
@@ -185,7 +187,7 @@ def write_cache(
       tokenizer_path: where the tokenizer was loaded from; stored with the cache.
       networks: the tokenizer and its weights, which are written into the cache.
       tokenizer_fingerprint: of the tokenizer; stored with the cache.
-      sources: image source of each split.
+      sources: image source of each split; there may be no "val".
       transform: makes the views of an image.
       description: what decides on the pixels; stored with the cache.
       num_views: views of each training image; a validation image has the first alone.
@@ -202,9 +204,9 @@ def write_cache(
     """
     transform.check_views(num_views)
     out, views = as_path(out, "out"), {"train": num_views, "val": 1}
-    descriptions = {split: {**description, "num_views": views[split], "seed": seed} for split in SPLITS}
+    descriptions = {split: {**description, "num_views": views[split], "seed": seed} for split in sources}
     if (out / META_NAME).exists():
-        _check_same(out, tokenizer_fingerprint, descriptions)
+        check_same_cache(out, tokenizer_fingerprint, descriptions, sources)
         if not (missing := find_missing(out)):
             return False
         if process_index == 0:
@@ -222,8 +224,7 @@ def write_cache(
         process_count=process_count,
         wait=wait,
     ) as writer:
-        for split in SPLITS:
-            source = sources[split]
+        for split, source in sources.items():
             _write_split(
                 writer,
                 encoder,
@@ -242,16 +243,3 @@ def write_cache(
 
 def _save_tokenizer(networks: Networks, folder: Path) -> None:
     save_model(folder, {"tokenizer": networks.tokenizer}, {"tokenizer": networks.tokenizer_params})
-
-
-def _check_same(out: Path, tokenizer_fingerprint: str, descriptions: dict) -> None:
-    """Raise InputError unless the cache in `out` was made of these images by this tokenizer."""
-    meta = read_meta(out)
-    found = {split: entry["transform"] for split, entry in meta["splits"].items()}
-    for name, given, there in (
-        ("tokenizer", tokenizer_fingerprint, meta["tokenizer_fingerprint"]),
-        ("data", descriptions, found),
-    ):
-        if given != there:
-            message = f"{out} holds a token cache of another {name}: {there}, not {given}; choose another --out"
-            raise InputError(message, field=name, given=given, expected=str(there))

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from mvar_jax.errors import RunError, shorten
 from mvar_jax.files.atomic import write_atomically
 from mvar_jax.files.directories import local_folder, upload_folder
 from mvar_jax.files.lines import open_lines, read_lines
 from mvar_jax.files.paths import as_path, is_store
+from mvar_jax.progress import Progress
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -94,42 +94,17 @@ def has_line(workdir: str | os.PathLike, kind: str, step: int) -> bool:
     return any(line["kind"] == kind and line["step"] == step for line in lines)
 
 
-class Progress:
-    """A progress bar on a terminal, otherwise a plain line every few seconds; only the first process shows it."""
+class StepProgress(Progress):
+    """Progress of a run with its rate, loss and memory; only the first process shows it."""
 
     def __init__(self, start_step: int, num_steps: int, examples_per_step: int):
-        self._num_steps, self._examples_per_step = num_steps, examples_per_step
-        self._start_step = self._shown_step = start_step
-        self._started_s = self._shown_s = time.monotonic()
-        self._is_showing = jax.process_index() == 0
-        self._bar = None
-        if self._is_showing and sys.stderr.isatty():
-            self._bar = tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True)
-        self._interval_s = 0.5 if self._bar else 5.0
+        super().__init__("step", num_steps, "step", done=start_step, is_shown=jax.process_index() == 0)
+        self._examples_per_step = examples_per_step
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_):
-        if self._bar:
-            self._bar.close()
-
-    def show(self, num_done: int, loss: Any) -> None:
-        """Show the progress, if due. `loss` is a scalar array, fetched only then."""
-        now_s = time.monotonic()
-        if not self._is_showing or (now_s - self._shown_s < self._interval_s and num_done < self._num_steps):
-            return
-        num_new = num_done - self._shown_step
-        rate = num_new * self._examples_per_step / max(now_s - self._shown_s, 1e-9)
-        text = f"{rate:.1f} images/s, loss {float(loss):.4f}, {describe_memory()}"
-        if self._bar:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(num_new)
-        else:
-            step_s = (now_s - self._started_s) / (num_done - self._start_step)
-            left = tqdm.format_interval((self._num_steps - num_done) * step_s)
-            print(f"step {num_done}/{self._num_steps}, {text}, {left} left", file=sys.stderr, flush=True)
-        self._shown_step, self._shown_s = num_done, now_s
+    def count_step(self, loss: Any) -> None:
+        """Count a step. `loss` is a scalar array, fetched only if the progress is shown."""
+        examples = self._examples_per_step
+        self.update(note=lambda rate: f"{rate * examples:.1f} images/s, loss {float(loss):.4f}, {describe_memory()}")
 
 
 def describe_memory() -> str:

@@ -1,12 +1,13 @@
 """The training loop. It knows tasks (steps, batches, evaluations) and neither images nor models."""
 
 import dataclasses
+import functools
 import math
 import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +15,16 @@ import jax
 
 from mvar_jax.checkpoints.best import Metric
 from mvar_jax.checkpoints.manager import Checkpoints
-from mvar_jax.errors import RunError
+from mvar_jax.errors import InputError, RunError
 from mvar_jax.files.paths import as_path
 from mvar_jax.hardware.machines import peak_flops
 from mvar_jax.processes.holding import hold
 from mvar_jax.processes.join import join_initialized
 from mvar_jax.processes.shared import check_shared
-from mvar_jax.training.logging import MetricLog, Progress, has_line
+from mvar_jax.training.logging import MetricLog, StepProgress, has_line
 from mvar_jax.training.profiling import Profiler
 from mvar_jax.training.protocol import Task
-from mvar_jax.training.resume_rules import check_resumable, keep_identity
+from mvar_jax.training.resume_rules import check_resumable, describe_change, keep_identity
 from mvar_jax.training.saving import Saver, check_first, say
 from mvar_jax.training.settings import LoopSettings
 from mvar_jax.training.stopping import RunStopFlag
@@ -50,11 +51,13 @@ def run(
     prepare: Callable[[], None] = lambda: None,
     has_lock: bool = True,
     strict: bool = False,
+    allow_change: Collection[str] = (),
 ) -> RunResult:
     """Train to `settings.num_steps`, resuming from the newest checkpoint in `workdir` that is not damaged.
 
-    A resumed run gives bit-equal metrics and weights. SIGINT, SIGTERM and SIGHUP end a run at a step boundary
-    with a checkpoint, unless it is the last one; a second SIGINT raises KeyboardInterrupt at once.
+    A resumed run gives bit-equal metrics and weights; a finished run goes on if num_steps is larger now. SIGINT,
+    SIGTERM and SIGHUP end a run at a step boundary with a checkpoint, unless it is the last one; a second SIGINT
+    raises KeyboardInterrupt at once.
 
     Args:
       task: what is trained.
@@ -64,19 +67,31 @@ def run(
       prepare: called as soon as the workdir is held.
       has_lock: refuse a workdir that another run holds.
       strict: refuse a damaged newest checkpoint instead of resuming from an older one.
+      allow_change: keys of the configuration that may change although they change what is learned.
 
     Raises:
-      InputError: the workdir has another configuration, is in use or unwritable, or has no good checkpoint.
+      InputError: the workdir has another configuration, is in use or unwritable, or has no good checkpoint; or
+        there is no evaluation for keep_best.
       RunError: too many steps in a row without a finite loss and gradient, no more batches, or a failed save.
     """
     started_s = time.monotonic()
+    if settings.keep_best and not task.has_evaluation:
+        words = f"config.keep_best={settings.keep_best} needs an evaluation, but the data have no validation split: "
+        words += "set it to '', or hold images out with config.data.val_fraction"
+        raise InputError(words, field="keep_best", given=settings.keep_best, expected="''")
     workdir = as_path(workdir, "workdir")
+    best = Metric.parse(settings.keep_best)
+    if best is not None and task.metrics:
+        best.check(task.metrics)
     join_initialized()
     check_shared("workdir", workdir)
-    check_resumable(workdir, config_json, task.data_identity)  # before the lock, so a refused run leaves no trace
+    check = functools.partial(check_resumable, workdir, config_json, task.data_identity, allow_change)
+    check()  # before the lock, so a refused run leaves no trace
     with RunStopFlag() as stop, hold("workdir", workdir, has_lock, kept="the newest checkpoint is intact"):
-        check_resumable(workdir, config_json, task.data_identity)
-        keep_identity(workdir, config_json, task.data_identity)
+        changes = check()
+        keep_identity(workdir, config_json, task.data_identity, changes)
+        for change in changes:
+            say(describe_change(**change))
         prepare()
         with Checkpoints(workdir, settings.keep_checkpoints) as checkpoints:
             newest = checkpoints.latest_step()
@@ -91,13 +106,14 @@ def run(
                 say(f"resuming from step {newest} of {settings.num_steps} in {workdir}")
             start = int(state.step)
             check_first(state, workdir, None if newest is None else start)
+            was_end = start > 0 and has_line(workdir, "eval", start)
             with (
                 MetricLog(workdir, start) as log,
-                Progress(start, settings.num_steps, task.examples_per_step) as progress,
+                StepProgress(start, settings.num_steps, task.examples_per_step) as progress,
                 Profiler(workdir, settings.profile_steps) as profiler,
             ):
                 saver = Saver(workdir, checkpoints, config_json, None if newest is None else start)
-                loop = _Loop(task, settings, checkpoints, saver, log, progress, profiler)
+                loop = _Loop(task, settings, checkpoints, saver, log, progress, profiler, start if was_end else 0)
                 step, interrupted = loop.train(state, task.batches(start), start, stop)
     return RunResult(step, interrupted, time.monotonic() - started_s)
 
@@ -109,8 +125,9 @@ class _Loop:
     _checkpoints: Checkpoints
     _saver: Saver
     _log: MetricLog
-    _progress: Progress
+    _progress: StepProgress
     _profiler: Profiler
+    _evaluated_step: int  # evaluated again, since the line of its evaluation was dropped
 
     def __post_init__(self):
         self._best = Metric.parse(self._settings.keep_best)
@@ -160,7 +177,8 @@ class _Loop:
     def _observe(self, state: Any, step: int, is_last: bool) -> None:
         """Write pictures and evaluate, if due."""
         settings = self._settings
-        has_evaluation = step == 0 or is_last or _is_due(step, settings.eval_every_steps)
+        has_evaluation = step == self._evaluated_step or _is_due(step, settings.eval_every_steps)
+        has_evaluation = is_last or (has_evaluation and self._task.has_evaluation)
         every = settings.picture_every_steps
         has_pictures = every >= 0 and (is_last or (step > 0 and _is_due(step, every)))
         if not (has_evaluation or has_pictures):
@@ -172,7 +190,7 @@ class _Loop:
             if has_evaluation:
                 metrics = self._task.evaluate(state)
                 self._keep_if_best(state, step, metrics)
-                # Last of all: the line of the final evaluation marks a run as complete.
+                # Last of all: the line of the final evaluation marks a run as complete, even if it is empty.
                 self._log.write(step, "eval", metrics)
 
     def _keep_if_best(self, state: Any, step: int, metrics: dict[str, Any]) -> None:
@@ -196,7 +214,7 @@ class _Loop:
             self._throughput.count_step(self._task.flops_of_step(step) if self._has_peak else 0.0)
             if step % self._settings.log_every_steps == 0 or step == self._settings.num_steps - 1:
                 self._log.write(step, "train", jax.device_get(metrics) | self._throughput.take())
-            self._progress.show(step + 1, metrics["loss"])
+            self._progress.count_step(metrics["loss"])
             self._num_bad = self._num_bad + 1 if is_bad else 0
             if self._num_bad >= self._settings.max_bad_steps:
                 self._saver.drop_poisoned(step + 1 - self._num_bad)
@@ -215,7 +233,7 @@ class _Loop:
     def _is_proven_by_evaluation(self, state: Any) -> bool:
         """Return whether the weights after a bad last step are good: no step follows that would show it."""
         self._read_finished(0)
-        return bool(self._num_bad) and math.isfinite(self._task.evaluate(state)["loss"])
+        return bool(self._num_bad) and math.isfinite(self._task.evaluate(state).get("loss", math.nan))
 
 
 def _is_complete(workdir: Path, newest: int, num_steps: int) -> bool:

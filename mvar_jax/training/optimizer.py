@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from mvar_jax.errors import InputError
-from mvar_jax.fields import FREE
+from mvar_jax.fields import FREE, check_fields
+from mvar_jax.schema import Decay, Natural, NotNegative, Positive, Share
 from mvar_jax.training.schedules import check_schedule, learning_rate_factor, weight_decay_at
 
 UNDECAYED = ("bias", "q_bias", "v_bias", "scale", "log_scale", "pos_start", "pos_embed", "level_embed")
@@ -36,34 +37,30 @@ class OptimizerOptions:
     Raises InputError for values out of range.
     """
 
-    base_learning_rate: float = 1e-4
+    base_learning_rate: NotNegative = 1e-4
     schedule: str = "lin0"
-    warmup_steps: int = 0
-    warmup_epochs: float = dataclasses.field(default=0.0, metadata=FREE)  # a run is compared by its steps
-    warmup_factor: float = 0.005
-    final_factor: float = 0.1
-    weight_decay: float = 0.05
-    final_weight_decay: float | None = None
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    clip_norm: float = 2.0
-    ema_decay: float = 0.0
+    warmup_steps: Natural = 0
+    warmup_epochs: NotNegative = dataclasses.field(default=0.0, metadata=FREE)  # a run is compared by its steps
+    warmup_factor: Share = 0.005
+    final_factor: Share = 0.1
+    weight_decay: NotNegative = 0.05
+    final_weight_decay: NotNegative | None = None
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    eps: Positive = 1e-8
+    clip_norm: NotNegative = 2.0
+    ema_decay: Decay = 0.0
 
     def __post_init__(self):
+        check_fields(self, "config.optimizer")
         check_schedule(self.schedule)
-        if not 0 <= self.ema_decay < 1:
-            words = f"config.optimizer.ema_decay must be from 0 (off) to below 1, got {self.ema_decay}"
-            raise InputError(words, field="ema_decay", given=self.ema_decay, expected="0 to below 1")
-        for name in ("warmup_steps", "warmup_epochs"):
-            if (given := getattr(self, name)) < 0:
-                words = f"config.optimizer.{name} must be 0 or more, got {given}"
-                raise InputError(words, field=name, given=given, expected="0 or more")
         if self.warmup_steps and self.warmup_epochs:
             both = f"{self.warmup_steps} and {self.warmup_epochs}"
             words = "only one of config.optimizer.warmup_steps and config.optimizer.warmup_epochs may be above 0, "
             words += f"got {both}; set the other to 0"
-            raise InputError(words, field="warmup_epochs", given=both, expected="one of them to be 0")
+            raise InputError(
+                words, field="config.optimizer.warmup_epochs", given=both, expected="one of them to be 0"
+            )
 
     def with_steps(self, steps_per_epoch: int) -> "OptimizerOptions":
         """Return the options with warmup_epochs turned into warmup_steps."""

@@ -12,13 +12,20 @@ from mvar_jax.files.directories import local_folder
 PROFILE_FOLDER = "profile"
 
 
-def check_profile_steps(profile_steps: tuple[int, ...]) -> None:
-    """Raise InputError unless they are () or two increasing steps."""
-    is_pair = isinstance(profile_steps, tuple | list) and len(profile_steps) == 2
-    if profile_steps != () and not (is_pair and 0 <= profile_steps[0] < profile_steps[1]):
-        expected = "() or (first step, end) such as (10, 15)"
+def check_profile_steps(profile_steps: tuple[int, ...], num_steps: int) -> None:
+    """Raise InputError unless they are () or two increasing steps, the first one a step of the run.
+
+    num_steps: length of the run; 0 if it is not known yet.
+    """
+    if not profile_steps:
+        return
+    expected = "() or (first step, end) such as (10, 15)"
+    if num_steps:
+        expected += f", the first one below num_steps={num_steps}"
+    is_pair = len(profile_steps) == 2 and 0 <= profile_steps[0] < profile_steps[1]
+    if not is_pair or (num_steps and profile_steps[0] >= num_steps):
         words = f"config.profile_steps must be {expected}, got {profile_steps!r}"
-        raise InputError(words, field="profile_steps", given=profile_steps, expected=expected)
+        raise InputError(words, field="config.profile_steps", given=profile_steps, expected=expected)
 
 
 class Profiler:

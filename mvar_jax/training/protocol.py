@@ -13,10 +13,14 @@ class Task(abc.ABC):
 
     Attributes:
       examples_per_step: images of a step.
+      has_evaluation: whether there are validation data.
+      metrics: names of the numbers of an evaluation; () if they are not known beforehand.
       data_identity: what the data are, wherever they lie, as a JSON object: a run resumes only with the same.
     """
 
     examples_per_step: int
+    has_evaluation: bool = True
+    metrics: tuple[str, ...] = ()
     data_identity: dict[str, Any] = {}  # noqa: RUF012
 
     @abc.abstractmethod
@@ -45,7 +49,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, state: Any) -> dict[str, float | list[float]]:
-        """Return means over the validation data, among them `loss`."""
+        """Return means over the validation data, among them `loss`; nothing without such data."""
 
     @abc.abstractmethod
     def pictures(self, state: Any) -> dict[str, np.ndarray]:

@@ -1,13 +1,15 @@
 """What a run that resumes must have in common with the run that began: configuration and data.
 
 A key is free if its field says so (`fields.FREE`): it does not change what is learned. All other keys, and the data
-themselves, must stay as they were once there is a checkpoint.
+themselves, must stay as they were once there is a checkpoint, but for two changes on purpose, which config.json
+notes: a larger num_steps of a run that has reached its end, and the keys that `--allow_change` names.
 """
 
 import dataclasses
+import datetime
 import inspect
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from mvar_jax.checkpoints.manager import has_checkpoint
-from mvar_jax.checkpoints.model_directory import LINEN_FIELDS
+from mvar_jax.checkpoints.steps import checkpoint_folder, list_steps
 from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError, shorten
-from mvar_jax.fields import flatten
+from mvar_jax.fields import check_keys, flatten
 from mvar_jax.files.atomic import write_atomically
 from mvar_jax.files.json_files import read_json
+from mvar_jax.models.init import LINEN_FIELDS
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import make_mesh
@@ -34,16 +37,28 @@ CONFIG_FILE = "config.json"
 DATA_FILE = "data_identity.json"
 # The keys that name places of data. They are free because the data's identity is compared instead.
 PLACE_KEYS = ("data.path", "data.cache", "data.tokenizer")
+# Keys of config.json that no config has: changes of the run so far, and the ARG of --config FILE:ARG.
+NOTES = ("history", "config_arg")
+# What a run may change on purpose: its checkpoints and its model fit any value.
+_CHANGEABLE = ("num_steps", "batch_size")
+_CHANGEABLE_SECTIONS = ("optimizer", "codebook", "phases")
 _SECTIONS = {"data": DataOptions, "optimizer": OptimizerOptions, "codebook": CodebookOptions, "phases": PhaseOptions}
 _MODELS = {"tokenizer": Tokenizer, "transformer": Transformer}
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a resumed run may do with a key. default: the value of a config without the key, None if it needs it."""
+    """What a resumed run may do with a key.
+
+    Attributes:
+      is_free: the key may change.
+      default: the value of a config without the key, None if it needs it.
+      may_change: `--allow_change` may name the key.
+    """
 
     is_free: bool
     default: Any = None
+    may_change: bool = False
 
 
 def rules_of(task: str | None) -> dict[str, Rule]:
@@ -63,7 +78,11 @@ def rules_of(task: str | None) -> dict[str, Rule]:
 
 def _rules_of_fields(cls: type, prefix: str, hidden: Collection[str] = ()) -> dict[str, Rule]:
     return {
-        prefix + field.name: Rule(field.metadata.get("is_free", False), _plain_default(field))
+        prefix + field.name: Rule(
+            field.metadata.get("is_free", False),
+            _plain_default(field),
+            prefix.removesuffix(".") in _CHANGEABLE_SECTIONS or prefix + field.name in _CHANGEABLE,
+        )
         for field in dataclasses.fields(cls)
         if field.name not in hidden
     }
@@ -77,45 +96,94 @@ def _plain_default(field: dataclasses.Field) -> Any:
     return json.loads(json.dumps(value))
 
 
-def check_resumable(workdir: Path, config: dict, data_identity: dict) -> None:
+def check_allowed(keys: Collection[str], task: str) -> None:
+    """Raise InputError for a key that `--allow_change` may not name. task: tokenizer or transformer."""
+    rules = rules_of(task)
+    check_keys(dict.fromkeys(keys), rules, "config")
+    for key in keys:
+        if not (rules[key].is_free or rules[key].may_change):
+            allowed = f"{', '.join(_CHANGEABLE)} or a key of {', '.join(_CHANGEABLE_SECTIONS)}"
+            words = f"--allow_change must name {allowed}, got {key}, which cannot change in a run; "
+            raise InputError(f"{words}choose another workdir", field="allow_change", given=key, expected=allowed)
+
+
+def check_resumable(
+    workdir: Path, config: dict, data_identity: dict, allowed: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Raise InputError if the workdir has a checkpoint of a run of another config or of other data; write nothing.
 
     Args:
       workdir: the run's folder.
       config: the configuration of this run.
       data_identity: `Task.data_identity` of this run.
+      allowed: keys that may change although they change what is learned.
+
+    Returns the changes of such keys for `keep_identity`: step of the newest checkpoint, key, from and to.
     """
     if not has_checkpoint(workdir):
-        return
-    stored = _read(workdir, CONFIG_FILE)
-    changed = () if stored is None else _check_config(workdir, stored, json.loads(json.dumps(config)))
-    _check_data(workdir, _read(workdir, DATA_FILE), data_identity, [key for key in changed if key in PLACE_KEYS])
+        return []
+    stored, stored_data = _read(workdir, CONFIG_FILE), _read(workdir, DATA_FILE)
+    if stored_data is not None and (config.get("epochs") or config.get("optimizer", {}).get("warmup_epochs")):
+        _check_data(workdir, stored_data, data_identity, [])  # before the steps, which follow from their number
+    free, changes = ([], []) if stored is None else _check_config(workdir, stored, _as_json(config), allowed)
+    _check_data(workdir, stored_data, data_identity, [key for key in free if key in PLACE_KEYS])
+    return changes
 
 
-def _check_config(workdir: Path, stored: dict, config: dict) -> list[str]:
-    """Return the free keys that changed. Raises InputError if another one did."""
-    rules, changed = rules_of(config.get("task")), []
-    before, now = dict(flatten(stored)), dict(flatten(config))
+def _as_json(content: dict) -> dict:
+    return json.loads(json.dumps(content))
+
+
+def _check_config(workdir: Path, stored: dict, config: dict, allowed: Collection[str]) -> tuple[list, list]:
+    """Return (free keys that changed, allowed changes of others). Raises InputError if more changed."""
+    rules, free, changes, refused = rules_of(config.get("task")), [], [], []
+    before, now = (dict(flatten({k: v for k, v in c.items() if k not in NOTES})) for c in (stored, config))
+    newest = max(list_steps(checkpoint_folder(workdir)), default=0)
     for key in [*now, *(key for key in before if key not in now)]:
         rule = rules.get(key, Rule(False))
         given, expected = now.get(key, rule.default), before.get(key, rule.default)
         if given == expected:
             continue
         if rule.is_free:
-            changed.append(key)
+            free.append(key)
         elif key not in now and key not in rules:
             words = f"the run in {workdir} has config.{key}={expected!r}, a key that this version does not know; "
             words += "continue with the version that began the run, or choose another workdir"
             raise InputError(words, field=f"config.{key}", given=None, expected=repr(expected))
+        elif key in allowed or _extends(key, given, expected, newest):
+            changes.append({"step": newest, "key": key, "from": expected, "to": given})
         else:
-            words = f"config.{key} is {given!r}, but the run in {workdir} has {expected!r}"
-            raise InputError(
-                f"{words}; choose another workdir for another run",
-                field=f"config.{key}",
-                given=given,
-                expected=repr(expected),
-            )
-    return changed
+            refused.append((key, given, expected))
+    if refused:
+        may_change = lambda change: rules.get(change[0], Rule(False)).may_change
+        key, given, expected = min(refused, key=may_change)  # first one that no option permits
+        advice = "choose another workdir for another run"
+        if all(map(may_change, refused)):
+            keys = ",".join(key for key, *_ in refused)
+            advice = f"pass --allow_change={keys} to go on with it, or choose another workdir"
+        words = f"config.{key} is {given!r}, but the run in {workdir} has {expected!r}; {advice}"
+        raise InputError(words, field=f"config.{key}", given=given, expected=repr(expected))
+    for change in changes:
+        _check_change(workdir, newest, change)
+    return free, changes
+
+
+def _extends(key: str, given: Any, expected: Any, newest: int) -> bool:
+    """Return whether a change is a larger num_steps of a run that has reached its end."""
+    return key == "num_steps" and newest >= expected < given
+
+
+def _check_change(workdir: Path, newest: int, change: dict) -> None:
+    """Raise InputError if the checkpoints of the run do not fit an allowed change."""
+    key, before, given, expected = change["key"], change["from"], change["to"], None
+    if key == "num_steps" and given < newest:
+        expected = f"at least {newest}, the step that the run in {workdir} has reached"
+    elif key == "optimizer.ema_decay" and (given > 0) != (before > 0):
+        expected = "above 0, since" if before else "0, since"
+        expected += f" the checkpoints in {workdir} hold {'an' if before else 'no'} average of the weights"
+    if expected is not None:
+        words = f"config.{key} must be {expected}, got {given}"
+        raise InputError(words, field=f"config.{key}", given=given, expected=expected)
 
 
 def _check_data(workdir: Path, stored: dict | None, data_identity: dict, moved: list[str]) -> None:
@@ -129,18 +197,45 @@ def _check_data(workdir: Path, stored: dict | None, data_identity: dict, moved: 
         )
         words += "resume it once with the old value, which notes it, or choose another workdir"
         raise InputError(words, field=key, expected="the value of the run")
-    before, now = dict(flatten(stored)), dict(flatten(json.loads(json.dumps(data_identity))))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            words = f"config.data must name the data of the run in {workdir}: {key} is "
-            words += f"{now.get(key)!r}, not {before.get(key)!r}; name the same data, or choose another workdir"
-            raise InputError(words, field="config.data", given=now.get(key), expected=repr(before.get(key)))
+    before, now = dict(flatten(stored)), dict(flatten(_as_json(data_identity)))
+    # what one side does not know is compared by the config; a validation split may come and go
+    for key in sorted(before.keys() & now.keys(), key=lambda key: (not key.endswith(".num_items"), key)):
+        if before[key] != now[key]:
+            difference = _describe_difference(key, before[key], now[key])
+            words = f"config.data must name the data of the run in {workdir}, {difference}; "
+            words += "name the same data, or choose another workdir"
+            raise InputError(words, field="config.data", given=now[key], expected=repr(before[key]))
 
 
-def keep_identity(workdir: Path, config: dict, data_identity: dict) -> None:
-    """Write config.json and the identity of the data, in the first process. Raises InputError if that fails."""
+def _describe_difference(key: str, before: Any, now: Any) -> str:
+    """Return how a value of the data's identity differs, as a relative clause."""
+    split, _, name = key.partition(".")
+    if name == "num_items":
+        return f"which had {before:,} {split} images, not {now:,}"
+    if name in ("classes", "names", "files"):
+        return f"whose {split} images had other {'classes' if name == 'classes' else 'names'}"
+    return f"whose {key} is {before!r}, not {now!r}"
+
+
+def describe_change(step: int, key: str, **ends) -> str:
+    """Return a change of `check_resumable` as a line."""
+    line = f"from step {step} on, config.{key} is {ends['to']!r} instead of {ends['from']!r}"
+    if key == "num_steps":
+        line += f"; learning rate and weight decay follow their schedules over {ends['to']} steps"
+    return line
+
+
+def keep_identity(workdir: Path, config: dict, data_identity: dict, changes: Sequence[dict] = ()) -> None:
+    """Write config.json and the identity of the data, in the first process. Raises InputError if that fails.
+
+    changes: see `check_resumable`; config.json keeps them, and those of earlier starts, as `history`.
+    """
     if jax.process_index():
         return
+    history = (_read(workdir, CONFIG_FILE) or {}).get("history", []) if has_checkpoint(workdir) else []
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    history = [*history, *({"time": now, **change} for change in changes)]
+    config = config | ({"history": history} if history else {})
     try:
         for name, content in ((CONFIG_FILE, config), (DATA_FILE, data_identity)):
             path, text = workdir / name, json.dumps(content, indent=2) + "\n"

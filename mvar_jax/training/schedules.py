@@ -13,7 +13,7 @@ def check_schedule(name: str) -> None:
     if name != "cos" and name not in FLAT_SHARES and not _is_two_piece(name):
         known = "cos, lin, lin0, lin00, exp, or lin<T> with 0 < T < 1 such as lin0.3"
         words = f"config.optimizer.schedule must be one of {known}, got {name!r}"
-        raise InputError(words, field="schedule", given=name, expected=known)
+        raise InputError(words, field="config.optimizer.schedule", given=name, expected=known)
 
 
 def _is_two_piece(name: str) -> bool:

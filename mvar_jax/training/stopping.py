@@ -6,7 +6,7 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
-from mvar_jax.stopping import StopFlag
+from mvar_jax.stopping import StopFlag, raise_stopped
 
 
 class RunStopFlag(StopFlag):
@@ -29,7 +29,7 @@ class RunStopFlag(StopFlag):
     def _catch(self, number: int, frame) -> None:
         if number == signal.SIGINT:
             self._notice += " (Ctrl-C again: at once, without)"
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, raise_stopped)
         super()._catch(number, frame)
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -15,10 +15,13 @@ from mvar_jax.data.pipeline import eval_batches, train_batches
 from mvar_jax.data.protocols import Source, Transform
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.errors import InputError
-from mvar_jax.fields import FREE
+from mvar_jax.fields import FREE, check_fields, put_below
+from mvar_jax.schema import Count, Natural, NotNegative, Seed
 from mvar_jax.sharding import check_batch_size, check_sizes, constrain, num_shards_of, put_batch, replicated, use_mesh
+from mvar_jax.training.initial import CLASS_TABLE, Initial
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.protocol import Task
+from mvar_jax.training.saving import say
 from mvar_jax.training.state import TrainState, abstract_sharded, init_sharded, make_state
 
 NUM_PICTURES = 16
@@ -40,32 +43,33 @@ class RunOptions:
     Raises InputError for values out of range.
     """
 
-    seed: int
-    num_steps: int
+    seed: Seed
+    num_steps: Natural
     batch_size: int
     optimizer: OptimizerOptions
     mesh: Mesh = dataclasses.field(metadata=FREE)
-    accumulate_steps: int = dataclasses.field(default=1, metadata=FREE)
-    epochs: float = dataclasses.field(default=0.0, metadata=FREE)  # a run is compared by its steps
+    accumulate_steps: Count = dataclasses.field(default=1, metadata=FREE)
+    epochs: NotNegative = dataclasses.field(default=0.0, metadata=FREE)  # a run is compared by its steps
 
     def __post_init__(self):
-        if self.accumulate_steps < 1:
-            words = f"config.accumulate_steps must be 1 or more, got {self.accumulate_steps}"
-            raise InputError(words, field="accumulate_steps", given=self.accumulate_steps, expected="1 or more")
-        check_batch_size(self.batch_size, self.mesh, self.accumulate_steps)
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int | float) or self.epochs < 0:
-            words = f"config.epochs must be a number of at least 0, got {self.epochs!r}"
-            raise InputError(words, field="epochs", given=self.epochs, expected="0 or more")
+        check_fields(self, "config")
+        try:
+            check_batch_size(self.batch_size, self.mesh, self.accumulate_steps)
+        except InputError as error:
+            raise put_below(error, "config") from None
         if (self.num_steps > 0) == (self.epochs > 0):
             both = f"{self.num_steps} and {self.epochs}"
             words = f"exactly one of config.num_steps and config.epochs must be above 0, got {both}"
-            raise InputError(f"{words}; set the other to 0", field="num_steps", given=both, expected="one above 0")
+            raise InputError(
+                f"{words}; set the other to 0", field="config.num_steps", given=both, expected="one above 0"
+            )
         # of different units they are compared by `with_images`
         for warmup_name, end_name in (("warmup_steps", "num_steps"), ("warmup_epochs", "epochs")):
             warmup, end = getattr(self.optimizer, warmup_name), getattr(self, end_name)
             if end and warmup >= end:
-                words = f"config.optimizer.{warmup_name} must be below config.{end_name}={end}, got {warmup}"
-                raise InputError(words, field=warmup_name, given=warmup, expected=f"0 to below {end}")
+                field = f"config.optimizer.{warmup_name}"
+                words = f"{field} must be below config.{end_name}={end}, got {warmup}"
+                raise InputError(words, field=field, given=warmup, expected=f"0 to below {end}")
 
     def with_images(self, num_images: int) -> "RunOptions":
         """Return the options with epochs turned into steps. num_images: of the training split."""
@@ -82,7 +86,7 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """The data of a task: sources by split, the transform of their samples, and how batches are loaded."""
+    """The data of a task: sources by split (maybe no "val"), their transform, and how batches are loaded."""
 
     sources: dict[str, Source]
     transform: Transform | None
@@ -101,13 +105,14 @@ class DataTask(Task):
         self.data, self.transform, self.loading = data.sources, data.transform, data.loading
         # split -> bad samples found by this process
         share = data.loading.max_bad_share
+        self.has_evaluation = "val" in data.sources
         self.data_identity = {split: source.identity() for split, source in data.sources.items()}
         self.skipped = {split: Skipped(split, len(source), share) for split, source in data.sources.items()}
         self.examples_per_step = run.batch_size
         # rbg: compiling many threefry draws takes most of a small model's start
         init = functools.partial(module.init_params, jax.random.key(run.seed, impl="rbg"))
         self._make_state = functools.partial(make_state, init, run.optimizer, extra)
-        self.initial_params = None
+        self.initial: Initial | None = None
         # outputs are placed as the state: left to itself the compiler may place them differently
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         self._whole = replicated(run.mesh)
@@ -116,13 +121,25 @@ class DataTask(Task):
         """Return sharded arrays, a function of the seed or of the weights that fine-tuning starts from."""
         with use_mesh(self.run.mesh):
             state, abstract = init_sharded(self._make_state, self.run.mesh)
-        if self.initial_params is None:
+        if self.initial is None:
             return state
+        if self.initial.note:
+            say(self.initial.note)
+        # the average has buffers of its own: a step donates both
+        ema = None if state.ema is None else self._start_params(state, abstract.params)
+        return state.replace(params=self._start_params(state, abstract.params), ema=ema)
+
+    def _start_params(self, state: TrainState, abstract_params):
+        """Return the weights that fine-tuning starts from, with fresh class rows taken from the run's own state."""
+        initial = self.initial
+        assert initial is not None
         place = lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding)
-        params = jax.tree.map(place, self.initial_params, abstract.params)
-        # the average has a buffer of its own: a step donates both
-        ema = None if state.ema is None else jax.tree.map(place, self.initial_params, abstract.params)
-        return state.replace(params=params, ema=ema)
+        params = jax.tree.map(place, initial.params, abstract_params)
+        if initial.fresh_rows is not None:
+            is_fresh_C1 = jax.device_put(initial.fresh_rows[:, None], self._whole)
+            pick = jax.jit(jnp.where, out_shardings=abstract_params[CLASS_TABLE].sharding)
+            params[CLASS_TABLE] = pick(is_fresh_C1, state.params[CLASS_TABLE], params[CLASS_TABLE])
+        return params
 
     def abstract_state(self) -> TrainState:
         """Return shapes and shardings of the state."""

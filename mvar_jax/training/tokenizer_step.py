@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from mvar_jax.errors import InputError
+from mvar_jax.fields import check_fields
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.ops.metrics import psnr_of_error
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.scales import areas_of, offsets_of
+from mvar_jax.schema import Decay, Natural, NotNegative
 from mvar_jax.training.accumulate import value_and_grad_over_parts
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
 from mvar_jax.training.state import TrainState
@@ -34,26 +36,21 @@ class CodebookOptions:
     Raises InputError for values out of range.
     """
 
-    warmup_steps: int = 0
-    revive_every_steps: int = 0
-    revive_until_step: int = 0
-    revive_below: float = 0.1
-    l1_weight: float = 0.0
-    l2_weight: float = 1.0
-    usage_decay: float = 0.99
-    usage_decay_early: float = 0.9
-    usage_early_steps: int = 100
+    warmup_steps: Natural = 0
+    revive_every_steps: Natural = 0
+    revive_until_step: Natural = 0
+    revive_below: NotNegative = 0.1
+    l1_weight: NotNegative = 0.0
+    l2_weight: NotNegative = 1.0
+    usage_decay: Decay = 0.99
+    usage_decay_early: Decay = 0.9
+    usage_early_steps: Natural = 100
 
     def __post_init__(self):
-        for name in ("warmup_steps", "revive_every_steps", "revive_until_step"):
-            value = getattr(self, name)
-            if value < 0:
-                words = f"config.codebook.{name} must be 0 or more, got {value}"
-                raise InputError(words, field=f"codebook.{name}", given=value, expected="0 or more")
-        l1, l2 = self.l1_weight, self.l2_weight
-        if l1 < 0 or l2 < 0 or l1 + l2 == 0:
-            words = f"config.codebook.l1_weight and l2_weight must be 0 or more and not both 0, got {l1} and {l2}"
-            raise InputError(words, field="codebook.l2_weight", given=l2, expected="0 or more, not both 0")
+        check_fields(self, "config.codebook")
+        if self.l1_weight + self.l2_weight == 0:
+            words = "config.codebook.l2_weight must be above 0 if config.codebook.l1_weight is 0, got 0 for both"
+            raise InputError(words, field="config.codebook.l2_weight", given=0, expected="above 0")
 
     def is_redraw_due(self, step: int) -> bool:
         """Return whether codes are redrawn before iteration `step`."""

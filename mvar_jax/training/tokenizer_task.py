@@ -21,6 +21,8 @@ from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 class TokenizerTask(DataTask):
     """The task that trains an autoencoder and its codebook on images."""
 
+    metrics = ("loss", "psnr_db", "codebook_used_percent")
+
     def __init__(
         self, run: RunOptions, tokenizer: Tokenizer, options: tokenizer_step.CodebookOptions, data: TaskData
     ):
@@ -74,6 +76,8 @@ class TokenizerTask(DataTask):
 
     def evaluate(self, state) -> dict:
         """Return held-out mse, PSNR (mean over images, dB), codebook usage and perplexity of the averaged weights."""
+        if not self.has_evaluation:
+            return {}
         with use_mesh(self.run.mesh):
             parts = [self.evaluate_batch(self.averaged(state), batch) for batch in self.eval_batches()]
         error, psnr, hits_SV, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(4))
@@ -92,8 +96,8 @@ class TokenizerTask(DataTask):
         return decode_in_chunks(networks, networks.apply_tokenizer(ids_BL, method="f_hats")[-1])
 
     def pictures(self, state) -> dict[str, np.ndarray]:
-        """Return held-out images next to their reconstructions."""
-        data = self.data["val"]
+        """Return held-out images, or training images if none are held out, next to their reconstructions."""
+        data = self.data["val" if self.has_evaluation else "train"]
         # every process reads the same few images and computes its part of them
         batches = eval_batches(data, self.transform, batch_size=min(NUM_PICTURES, len(data)), options=self.loading)
         pixels = next(batches)["image"]

@@ -1,15 +1,17 @@
 """Steps of the transformer: the paper's schedule of phases (MVAR section 3.3) and the joint one."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from mvar_jax.errors import InputError
+from mvar_jax.fields import check_fields
 from mvar_jax.models.transformer import Transformer, previous_of
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.scales import Phase, phase_of
+from mvar_jax.schema import Choice, Count, Decay
 from mvar_jax.training.accumulate import value_and_grad_over_parts
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
 from mvar_jax.training.state import TrainState
@@ -28,29 +30,18 @@ class PhaseOptions:
     Raises InputError for values out of range.
     """
 
-    schedule: str = "paper"
-    ratio: int = 8
-    label_drop_rate: float = 0.1
-    label_smoothing: float = 0.0
+    schedule: Annotated[str, Choice(("paper", "joint"))] = "paper"
+    ratio: Count = 8
+    label_drop_rate: Decay = 0.1
+    label_smoothing: Decay = 0.0
 
     def __post_init__(self):
-        if self.schedule not in ("paper", "joint"):
-            raise _out_of_range("schedule", self.schedule, "paper or joint")
-        if self.ratio < 1:
-            raise _out_of_range("ratio", self.ratio, "1 or more")
-        for name in ("label_drop_rate", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise _out_of_range(name, getattr(self, name), "from 0 to below 1")
+        check_fields(self, "config.phases")
 
     def phases_of_step(self, model: Transformer, step: int) -> tuple[Phase, ...]:
         """Return the phases that iteration `step` trains."""
         phases = model.phases()
         return phases if self.schedule == "joint" else (phases[phase_of(step, len(phases), self.ratio)],)
-
-
-def _out_of_range(name: str, given, expected: str) -> InputError:
-    words = f"config.phases.{name} must be {expected}, got {given!r}"
-    return InputError(words, field=f"phases.{name}", given=given, expected=expected)
 
 
 def phase_loss(model, params, batch: dict, phase: Phase, label_smoothing: float = 0.0):

@@ -13,6 +13,7 @@ from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import use_mesh
 from mvar_jax.training import transformer_step
+from mvar_jax.training.initial import Initial
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 
 
@@ -28,8 +29,10 @@ class TransformerTask(DataTask):
     """The task that trains a transformer on token ids; their teacher-forcing input is recomputed on the device.
 
     If the data are images, the tokenizer encodes them inside the same step program. tokenizer: networks without a
-    transformer. initial_params: weights to start from, None for random ones.
+    transformer. initial: weights to start from, None for random ones.
     """
+
+    metrics = ("loss",)
 
     def __init__(
         self,
@@ -38,10 +41,10 @@ class TransformerTask(DataTask):
         options: transformer_step.PhaseOptions,
         tokenizer: Networks,
         data: TaskData,
-        initial_params=None,
+        initial: Initial | None = None,
     ):
         super().__init__(run, transformer, data, {})
-        self.initial_params = initial_params
+        self.initial = initial
         self.data_identity["tokenizer"] = fingerprint(tokenizer.tokenizer, tokenizer.tokenizer_params)
         self.transformer, self.options = transformer, options
         # one copy on each device, for the ids of images, the teacher-forcing input and the pictures
@@ -79,6 +82,8 @@ class TransformerTask(DataTask):
 
     def evaluate(self, state) -> dict:
         """Return token-weighted means over the validation split, in nats a token: averaged weights, no dropout."""
+        if not self.has_evaluation:
+            return {}
         with use_mesh(self.run.mesh):
             params = self.averaged(state)
             parts = [self.evaluate_batch(params, batch, self.tokenizer) for batch in self.eval_batches()]

@@ -53,6 +53,27 @@ def test_run_killed_after_its_best_step_goes_on_keeping_it(tmp_path):
     assert checkpoints_of(tmp_path) == [10, 23]
 
 
+class Blind(ToyTask):
+    has_evaluation = False
+
+    def evaluate(self, state):
+        super().evaluate(state)
+        return {}
+
+
+def test_run_without_evaluation_is_complete_but_has_no_best_checkpoint(tmp_path, capsys):
+    task = Blind()
+    assert run(task, tmp_path, make_settings(10), CONFIG).step == 10 and task.evaluated_steps == [10]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in lines if line["kind"] == "eval"] == [{"step": 10, "kind": "eval"}]
+    run(Blind(), tmp_path, make_settings(10), CONFIG)
+    assert "already holds step 10 of 10" in capsys.readouterr().out
+    words = "config.keep_best=loss needs an evaluation, but the data have no validation split: set it to '', or hold"
+    with pytest.raises(InputError, match=words) as error:
+        run(Blind(), tmp_path / "other", make_settings(10, keep_best="loss"), CONFIG)
+    assert error.value.field == "keep_best" and not (tmp_path / "other").exists()
+
+
 def test_score_without_its_checkpoint_does_not_count(tmp_path):
     run(Scripted(), tmp_path, make_settings(23, keep_best="loss", keep_checkpoints=1), CONFIG)
     path = tmp_path / "checkpoints/scores.json"
@@ -65,3 +86,28 @@ def test_metric_that_no_evaluation_has_is_refused_with_those_it_has(tmp_path):
         run(Scripted(), tmp_path, make_settings(23, keep_best="los"), CONFIG)
     with pytest.raises(InputError, match="config.keep_best must be the name of a metric .*got 'loss:down'"):
         Metric.parse("loss:down")
+
+
+def test_metric_that_a_task_does_not_have_is_refused_before_anything_is_written(tmp_path):
+    task = Scripted()
+    task.metrics = ("loss", "psnr_db")
+    with pytest.raises(InputError, match="one of loss, psnr_db, got 'pnsr_db'") as caught:
+        run(task, tmp_path / "run", make_settings(23, keep_best="pnsr_db"), CONFIG)
+    assert caught.value.field == "config.keep_best" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_more_better"),
+    [
+        ("loss", False),
+        ("fid", False),
+        ("psnr_db", True),
+        ("ssim", True),
+        ("accuracy", True),
+        ("codebook_used_percent", True),
+        ("psnr_db:min", False),
+        ("my_score:max", True),
+    ],
+)
+def test_the_name_of_a_metric_decides_what_is_better_unless_a_direction_is_given(text, is_more_better):
+    assert Metric.parse(text) == Metric(text.partition(":")[0], is_more_better)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import mvar_jax
 from mvar_jax.__main__ import main
@@ -39,10 +38,14 @@ def refuse(capfd, arguments: list[str], *words: str) -> str:
         (["--top_p", "-0.1"], ["top_p must be", "got -0.1"]),
         (["--top_p", "nan"], ["top_p must be", "got nan"]),
         (["--cfg", "-2"], ["cfg must be", "got -2"]),
-        (["--temperature", "0"], ["temperature must be", "above 0", "got 0.0"]),
+        (["--cfg", "inf"], ["cfg must be from 0 (no guidance) to 1e6, got inf"]),
+        (["--cfg", "1e39"], ["cfg must be", "got 1e+39"]),
+        (["--cfg", "nan"], ["cfg must be", "got nan"]),
+        (["--temperature", "0"], ["temperature must be from 1e-6", "got 0.0"]),
         (["--num", "0"], ["--num must be 1 or more, got 0"]),
         (["--batch_size", "0"], ["--batch_size must be 1 or more, got 0"]),
-        (["--seed", "-1"], ["--seed must be from 0 to", "got -1"]),
+        (["--seed", "-1"], ["seed must be from 0 to 2**32 - 1, got -1"]),
+        (["--seed", "4294967301"], ["seed must be from 0 to 2**32 - 1, got 4294967301"]),
         (["--colour", "red"], ["unrecognized", "--colour"]),
     ],
 )
@@ -165,7 +168,6 @@ def test_output_that_cannot_be_written_is_refused(run, tmp_path, capfd):
 
 def test_file_that_is_not_an_image_is_refused(run, tmp_path, capfd):
     (tmp_path / "a.png").write_bytes(b"not a png")
-    Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
     out = tmp_path / "out"
     base = ["reconstruct", "--checkpoint", run.tokenizer, "--out", str(out), "--images"]
     refuse(capfd, [*base, str(tmp_path)], "images", "a.png")

@@ -33,7 +33,8 @@ def files(tmp_path):
 def test_edit_changes_the_masked_pixels_alone(tiny_model, quick_programs, files):
     """The command writes one PNG per result and a grid, keeps known pixels, and samples what `Model.edit` samples.
 
-    Equality with the Python API shows that every option arrives; --expand must keep the shrunk image's pixels.
+    The image is not square: results have its size. Equality with the Python API shows that every option arrives;
+    --expand must keep the shrunk image's pixels.
     """
     base = ["edit", "--checkpoint", str(tiny_model), "--image", str(files / "image.png"), "--label", "0,2"]
     options = ["--num", "2", "--seed", "5", "--cfg", "1.0", "--top_k", "12", "--temperature", "3"]
@@ -44,17 +45,24 @@ def test_edit_changes_the_masked_pixels_alone(tiny_model, quick_programs, files)
         "grid.png",
     ]
     after = np.stack([np.asarray(Image.open(files / "in" / f"00000{i}.png")) for i in range(4)])
-    before = noise(8, 6)[:, 1:7]  # the middle square
-    np.testing.assert_array_equal(after[:, :, :3], before[None, :, :3].repeat(4, 0))
+    before = noise(8, 6)
+    np.testing.assert_array_equal(after[:, :, :4], before[None, :, :4].repeat(4, 0))
     assert (after[:, :, 4:] != before[:, 4:]).any(axis=(1, 2, 3)).all()
     assert Image.open(files / "in" / "grid.png").size == (2 + 4 * 98, 2 + 2 * 98)
 
-    mask = np.zeros((6, 6), bool)
-    mask[:, 3:] = True
+    mask = np.asarray(Image.open(files / "mask.png"))
     model = mvar_jax.load(str(tiny_model))
-    images, _ = model.edit(before[None] / 127.5 - 1, mask, [0, 0, 2, 2], seed=5, cfg=1.0, top_k=12, temperature=3.0)
+    images, ids = model.edit(before[None], mask, [0, 0, 2, 2], seed=5, cfg=1.0, top_k=12, temperature=3.0)
     np.testing.assert_array_equal(np.rint((images + 1) * 127.5), after)
 
+    inverted = [*base, *options, "--mask", str(files / "inverted.png"), "--invert", "--batch_size", "3"]
+    Image.fromarray(255 - mask).save(files / "inverted.png")
+    assert main([*inverted, "--out", str(files / "again")]) == 0
+    again = np.stack([np.asarray(Image.open(files / "again" / f"00000{i}.png"), int) for i in range(4)])
+    assert np.abs(again - after).max() <= 1, "batches of 3 and 1 give other results than one of 4"
+    assert (files / "again" / "grid.png").read_bytes() == (files / "in" / "grid.png").read_bytes()
+
+    before = before[:, 1:7]  # the middle square
     assert main([*base, *options, "--expand", "2", "--out", str(files / "out")]) == 0
     outer = np.stack([np.asarray(Image.open(files / "out" / f"00000{i}.png")) for i in range(4)])
     small = np.asarray(Image.fromarray(before).resize((3, 3), Image.Resampling.LANCZOS))
@@ -66,8 +74,12 @@ def test_edit_changes_the_masked_pixels_alone(tiny_model, quick_programs, files)
     ("flags", "words"),
     [
         (["--mask", "small.png"], ["--mask must have the image's size, 8 x 6 pixels, got 12 x 9 pixels"]),
-        (["--mask", "black.png"], ["mask must be above 0", "0 everywhere"]),
-        (["--mask", "white.png"], ["mask must be 0 ", "use sample instead"]),
+        (["--mask", "black.png"], ["mask must mark some pixels to draw", "but marks none"]),
+        (["--mask", "white.png"], ["mask must leave some pixels as they are", "use sample instead"]),
+        (["--mask", "white.png", "--invert"], ["inverted mask must mark some pixels to draw"]),
+        (["--mask", "wide.png"], ["mask must draw at most 6 x 6 pixels", "8 x 6 pixels, got 8 x 1 pixels"]),
+        (["--expand", "2", "--invert"], ["--invert needs --mask"]),
+        (["--mask", "mask.png", "--batch_size", "0"], ["--batch_size must be 1 or more, got 0"]),
         (["--mask", "broken.png"], ["mask", "broken.png"]),
         (["--mask", "mask.png", "--image", "broken.png"], ["image", "broken.png"]),
         (["--mask", "mask.png", "--expand", "2"], ["exactly one of --mask and --expand", "both"]),
@@ -78,7 +90,8 @@ def test_edit_changes_the_masked_pixels_alone(tiny_model, quick_programs, files)
         (["--mask", "mask.png", "--border", "-1"], ["border must be 0 pixels or more, got -1"]),
         (["--mask", "mask.png", "--softness", "2"], ["softness must be", "got 2.0"]),
         (["--mask", "mask.png", "--num", "0"], ["--num must be 1 or more, got 0"]),
-        (["--mask", "mask.png", "--seed", "-1"], ["--seed must be", "got -1"]),
+        (["--mask", "mask.png", "--seed", "-1"], ["seed must be", "got -1"]),
+        (["--mask", "mask.png", "--cfg", "1e39"], ["cfg must be", "got 1e+39"]),
     ],
 )
 def test_edit_refuses_what_does_not_fit(tiny_model, loaded_once, files, capfd, monkeypatch, flags, words):
@@ -86,6 +99,7 @@ def test_edit_refuses_what_does_not_fit(tiny_model, loaded_once, files, capfd, m
     Image.new("L", (12, 9), 255).save("small.png")
     Image.new("L", (8, 6), 0).save("black.png")
     Image.new("L", (8, 6), 255).save("white.png")
+    Image.fromarray(np.uint8(255) * (np.arange(6) == 2)[:, None].repeat(8, 1)).save("wide.png")
     (files / "broken.png").write_bytes(b"not a png")
     base = ["edit", "--checkpoint", str(tiny_model), "--image", "image.png", "--label", "1", "--out", "out"]
     refuse(capfd, [*base, *flags], *words)

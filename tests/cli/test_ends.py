@@ -96,6 +96,38 @@ def test_signal_before_the_work_begins_gives_the_same_status_and_leaves_nothing(
     assert errors == f"stopped by {number.name}; the same command continues\n"
 
 
+SLOW_TO_END = """
+import atexit, pathlib, time
+
+def end_slowly():
+    pathlib.Path({ending!r}).touch()
+    time.sleep(300)
+
+{register}
+try:
+    pathlib.Path({reading!r}).touch()
+    time.sleep(300)
+finally:
+    {unwind}
+"""
+
+
+@pytest.mark.parametrize("moment", ["unwinding", "exiting"])
+def test_second_interrupt_ends_a_command_that_is_ending_without_a_traceback(tmp_path, moment):
+    config, reading, ending = tmp_path / "slow.py", tmp_path / "reading", tmp_path / "ending"
+    calls = {"register": "atexit.register(end_slowly)", "unwind": "pass"}
+    if moment == "unwinding":
+        calls = {"register": "", "unwind": "end_slowly()"}
+    config.write_text(SLOW_TO_END.format(reading=str(reading), ending=str(ending), **calls))
+    with start([*TRAIN[:-1], str(config), "--workdir", str(tmp_path / "run")], stderr=subprocess.PIPE) as process:
+        for marker in (reading, ending):
+            wait_until(marker.exists, process)
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert errors == (b"interrupted\n" if moment == "exiting" else b"")
+
+
 def test_hangup_that_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

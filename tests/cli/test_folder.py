@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from small_case import MODEL, TOKENIZER, seeded_params
 
 from mvar_jax.__main__ import main
 from mvar_jax.checkpoints.model_directory import load_model, save_model
-from mvar_jax.training import transformer_task
+from mvar_jax.tokens import encode
+from mvar_jax.tokens.cache_writer import classes_in
+from mvar_jax.training import loop, transformer_task
 
 SIZES = [
     f"--config.model.{name}={getattr(MODEL, name)}".replace(" ", "")
@@ -39,18 +42,20 @@ def _data(folder, share=0.2):
 
 def test_data_command_tells_counts_bad_files_balance_and_rate_and_draws_a_sheet(folder, tmp_path, capsys):
     out = tmp_path / "out"
+    (folder / "train/fox").mkdir()
     assert main(["data", *_data(folder), "--out", str(out), "--num_pictures", "9"]) == 0
     text = capsys.readouterr().out
     for words in (
         "train: 15 images, 2 bad",
         "images/s with 2 threads",
         "val: 6 images, 0 bad",
-        "3 classes, 0 of them",
+        "4 classes, 1 of them",
     ):
         assert words in text
+    assert "1 classes have no images: fox" in text
     assert "bad: bee/1.jpg: OSError" in text and "bad: cat/0.jpg: not a JPEG" in text
     found = json.loads((out / "data.json").read_text())
-    assert found["train"]["counts"] == {"ant": 5, "bee": 4, "cat": 4} and found["train"]["num_good"] == 13
+    assert found["train"]["counts"] == {"ant": 5, "bee": 4, "cat": 4, "fox": 0} and found["train"]["num_good"] == 13
     assert found["train"]["most"]["ant"] == 5 and found["train"]["images_per_s"] > 0
     assert found["data"]["path"] == str(folder)
     sheet = np.asarray(Image.open(out / "train.png"))
@@ -69,7 +74,7 @@ def test_data_command_fails_where_training_would_stop(folder, tmp_path, capsys):
         ("--config.data.path=none", "data.path must be a folder that holds train/CLASS/, got 'none'"),
         ("--config.data.source=floppy", "data.source must be one of digits"),
         ("--config.data.crop=round", "data.crop must be one of centre, random, resized, got 'round'"),
-        ("--config.data.num_workers=-1", "data.num_workers must be 0 to 1024, got -1"),
+        ("--config.data.num_workers=-1", "data.num_workers must be a whole number from 0 to 1024, got -1"),
         ("--num_pictures=-1", "--num_pictures must be from 0 to 10000, got -1"),
     ],
 )
@@ -82,22 +87,89 @@ def test_data_command_refuses_what_it_cannot_walk(folder, tmp_path, capsys, over
 
 
 def test_training_from_a_folder_writes_its_classes_and_what_it_skipped(folder, tmp_path, capsys, monkeypatch):
+    """Also without a validation split, and a restart does not undo the limit of bad images."""
+    shutil.rmtree(folder / "val")
+    (folder / "train/ant/notes.txt").write_text("no image")
     monkeypatch.setattr(transformer_task.jax, "jit", quick_jit)
     save_model(tmp_path / "tokenizer", {"tokenizer": TOKENIZER}, {"tokenizer": seeded_params(TOKENIZER)})
     workdir, run = tmp_path / "workdir", {"num_steps": 3, "batch_size": 8, "optimizer.warmup_steps": 1}
     monkeypatch.setattr(transformer_task.TransformerTask, "pictures", lambda self, state: {})
-    arguments = ["train", *_data(folder), *SIZES, f"--config.data.tokenizer={tmp_path / 'tokenizer'}"]
+    arguments = [
+        "train",
+        *_data(folder),
+        "--config.data.val_fraction=0.0",
+        *SIZES,
+        f"--config.data.tokenizer={tmp_path / 'tokenizer'}",
+    ]
     arguments += [f"--config.{name}={value}" for name, value in run.items()]
     arguments += ["--config.model.dtype=float32", "--workdir", str(workdir)]
     assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert (
+        said.count("there is no evaluation") == 1
+        and "1 files of other kinds are ignored: 1 .txt (first: ant/n" in said
+    )
     assert json.loads((workdir / "classes.json").read_text()) == ["ant", "bee", "cat"]
     skipped = json.loads((workdir / "skipped_train.json").read_text())
     assert [bad["name"] for bad in skipped["skipped"]] == ["bee/1.jpg", "cat/0.jpg"]
     assert not (workdir / "skipped_val.json").exists()
     assert load_model(workdir)[0]["transformer"].num_classes == 3
+    assert main([*arguments, "--config.data.max_bad_share=0.1"]) == 2
+    assert "2 bad images, but data.max_bad_share=0.1 allows at most 1 of 15 train" in capsys.readouterr().err
+    shutil.copy(folder / "train/ant/0.jpg", folder / "train/ant/new.jpg")
+    assert main(arguments) == 2
+    assert "which had 15 train images, not 16; name the same data" in capsys.readouterr().err
     shutil.copytree(folder / "train/ant", folder / "train/dog")
     assert main(arguments) == 2
     assert "got 4; different: dog" in capsys.readouterr().err
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """(A tree whose eleven class folders are called by numbers, these names by number)."""
+    numbers = tuple(str(i) for i in range(11))
+    return write_tree(tmp_path / "numbered", numbers, num_train=1, num_val=1), numbers
+
+
+def test_a_run_keeps_the_order_of_its_class_folders(numbered, tmp_path, monkeypatch, capsys):
+    """A run of version 0.1, which sorted folders called by numbers as text, resumes with its labels and samples."""
+    tree, numbers = numbered
+    workdir, seen = tmp_path / "run", []
+    config = Path("configs/debug.py").read_text().replace("size=40", f"path={str(tree)!r}")
+    (tmp_path / "config.py").write_text(config.replace('"synthetic"', '"folder"'))
+    arguments = ["train", f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"]
+
+    def loop_run(task, workdir, settings, config, prepare, **options):
+        seen.append((task.data["val"].label_names, config["data"].get("class_order", ())))
+        return loop.RunResult(3, None, 0.0)
+
+    monkeypatch.setattr(loop, "run", loop_run)
+    assert main(arguments) == 0
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    (workdir / "classes.json").write_text(json.dumps(sorted(numbers)))
+    assert main(arguments) == 0
+    assert seen == [(numbers, ()), (tuple(sorted(numbers)), tuple(sorted(numbers)))]
+    (workdir / "classes.json").write_text(json.dumps([*numbers[:-1], "x"]))
+    assert main(arguments) == 2
+    assert "got 11; different: 10, x" in capsys.readouterr().err
+
+
+def test_a_token_cache_keeps_the_order_of_its_class_folders(numbered, tmp_path, monkeypatch):
+    tree, numbers = numbered
+    save_model(tmp_path / "vae", {"tokenizer": TOKENIZER}, {"tokenizer": seeded_params(TOKENIZER)})
+    seen, out = [], tmp_path / "out"
+    write = lambda *args, **options: seen.append(args[4]["val"].label_names)
+    monkeypatch.setattr(encode, "write_cache", write)
+    meta = {"format": 1, "tokenizer_fingerprint": "", "tokenizer_path": "", "sides": [1], "vocab_size": 16}
+    meta |= {"dtype": "uint16", "splits": {}, "label_names": sorted(numbers)}
+    out.mkdir()
+    (out / "cache.json").write_text(json.dumps(meta))
+    assert main(["cache_tokens", *_data(tree), "--tokenizer", str(tmp_path / "vae"), "--out", str(out)]) == 0
+    assert seen == [tuple(sorted(numbers))]
+    (out / "cache.json").unlink()  # an interrupted one
+    (out / "unfinished").mkdir()
+    (out / "unfinished" / "train-identity.json").write_text(json.dumps(meta))
+    assert classes_in(out) == sorted(numbers)
 
 
 def test_two_processes_write_the_cache_that_one_writes(folder, tmp_path):

@@ -39,7 +39,8 @@ def refuse(capfd, arguments: list, words: str) -> None:
 
 def test_edits_on_a_full_disk_leave_nothing(full_disk, tiny_model, tmp_path, capfd, monkeypatch):
     Image.fromarray(noise(8, 6)).save(tmp_path / "a.png")
-    monkeypatch.setattr(mvar_jax.api.Model, "edit", lambda *_, **__: (np.zeros((4, 6, 6, 3)), None))
+    results = np.zeros((4, 6, 6, 3), np.float32)
+    monkeypatch.setattr(mvar_jax.api.Model, "edit_squares", lambda *_: (results, None))
     command = ["edit", "--checkpoint", tiny_model, "--image", tmp_path / "a.png", "--expand=2", "--label=0"]
     words = f"out {tmp_path}/out cannot be written (000000.png: Disk quota exceeded); run the command again"
     refuse(capfd, [*command, f"--out={tmp_path}/out"], words)

@@ -11,6 +11,7 @@ import mvar_jax
 from mvar_jax.__main__ import main
 from mvar_jax.checkpoints.manager import restore_weights
 from mvar_jax.tokens.cache_reader import TokenCache
+from mvar_jax.training.optimizer import OptimizerOptions
 
 
 @pytest.fixture
@@ -71,5 +72,36 @@ def test_epochs_become_steps_of_the_data_which_are_said_kept_and_compared(run, t
     same = [f"--config.num_steps={2 * steps}", f"--config.optimizer.warmup_steps={warmup}"]
     assert main([*by_epochs, *same, *workdir]) == 0
     assert "nothing to do" in capfd.readouterr().out
-    assert main([*by_epochs, *epochs, "--config.epochs=3.0", *workdir]) == 2
-    assert f"config.num_steps is {3 * steps}, but the run in" in capfd.readouterr().err
+    assert main([*by_epochs, *epochs, "--config.epochs=1.0", *workdir]) == 2
+    assert f"config.num_steps is {steps}, but the run in" in capfd.readouterr().err
+
+
+def lines_of(workdir: Path, kind: str) -> dict[int, dict]:
+    lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if line["kind"] == kind}
+
+
+def test_a_finished_run_goes_on_to_a_larger_number_of_steps_with_another_learning_rate(run, tmp_path, capfd):
+    workdir = tmp_path / "workdir"
+    shutil.copytree(run.transformer, workdir)
+    before = lines_of(workdir, "eval")
+    longer = [*run.train_transformer, "--config.num_steps=5", "--workdir", str(workdir)]
+    slower = [*longer, "--config.optimizer.base_learning_rate=0.001"]
+    assert main(slower) == 2
+    assert "pass --allow_change=optimizer.base_learning_rate to go on with it" in capfd.readouterr().err
+    assert main([*slower, "--allow_change=config.optimizer.base_learning_rate,num_steps"]) == 0
+    assert "from step 3 on, config.num_steps is 5 instead of 3; learning rate and" in capfd.readouterr().out
+    after, trained = lines_of(workdir, "eval"), lines_of(workdir, "train")
+    assert {step: line["loss"] for step, line in after.items()} == {
+        **{step: line["loss"] for step, line in before.items()},
+        5: after[5]["loss"],
+    }, "the evaluation at the old end is there as it was"
+    rates = OptimizerOptions(base_learning_rate=0.001, schedule="cos", warmup_steps=1, final_factor=0.01)
+    for step in (3, 4):
+        assert trained[step]["learning_rate"] == pytest.approx(rates.at(step, 5, 8)[0])
+    assert main(slower) == 0 and "nothing to do" in capfd.readouterr().out
+    history = json.loads((workdir / "config.json").read_text())["history"]
+    assert [(one["step"], one["key"], one["to"]) for one in history] == [
+        (3, "num_steps", 5),
+        (3, "optimizer.base_learning_rate", 0.001),
+    ]

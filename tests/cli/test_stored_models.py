@@ -1,5 +1,7 @@
 """Models in an object store: loaded, edited with, and converted there, with no local folder of that name."""
 
+import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +47,9 @@ def test_images_in_a_store_are_edited_and_reconstructed_into_it(s3, stored_model
     folder, outs = as_path(s3.url) / "photos", [f"{s3.url}/edited", f"{s3.url}/reconstructed"]
     photos = tmp_path / "photos"
     photos.mkdir()
-    image_file(photos / "a.png")
+    (photos / "sub").mkdir()
+    for name in ("a.png", "sub/b.png"):
+        image_file(photos / name)
     Image.fromarray(np.repeat(np.uint8([[0, 255]]), 6, axis=1).repeat(12, axis=0)).save(tmp_path / "mask.png")
     upload_folder(photos, folder)
     (folder.parent / "mask.png").upload(tmp_path / "mask.png")
@@ -55,7 +59,10 @@ def test_images_in_a_store_are_edited_and_reconstructed_into_it(s3, stored_model
     save_model(as_path(f"{s3.url}/larger"), {"tokenizer": larger}, {"tokenizer": small_case.seeded_params(larger)})
     assert main(["reconstruct", f"--checkpoint={s3.url}/larger", f"--images={folder}", f"--out={outs[1]}"]) == 0
     assert as_path(outs[0]).find() == ["000000.png", "edits.json", "grid.png"]
-    assert as_path(outs[1]).find() == ["000000_a.png", "psnr.md", "reconstructions.json", "reconstructions.png"]
+    own = [f"reconstructions.{suffix}" for suffix in ("json", "npz", "png")]
+    assert as_path(outs[1]).find() == ["000000_a.png", "000001_b.png", "psnr.md", *own]
+    arrays = np.load(io.BytesIO((as_path(outs[1]) / "reconstructions.npz").read_bytes()))
+    assert arrays["arr_0"].shape == (2, 12, 12, 3)
 
 
 def test_weights_are_converted_from_and_to_a_store(s3, tmp_path, capsys):
@@ -67,5 +74,11 @@ def test_weights_are_converted_from_and_to_a_store(s3, tmp_path, capsys):
         assert main(["convert", *files, f"--out={folder}/model"]) == 0
         assert main(["convert", f"--checkpoint={folder}/model", f"--to_torch={folder}/torch"]) == 0
     assert contents(there / "torch") == contents(tmp_path / "torch") and len(contents(there / "torch")) == 2
+    safe = [f"--to_safetensors={there}/safe", "--shard_mib=1"]
+    assert main(["convert", f"--checkpoint={there}/model", *safe]) == 0
+    index = f"--transformer={there}/safe/mvar.safetensors.index.json"
+    assert main(["convert", index, f"--out={there}/again"]) == 0
+    fields = [json.loads((there / name / "model.json").read_text())["transformer"] for name in ("model", "again")]
+    assert fields[0] == fields[1]
     assert main(["convert", *files, f"--out={there}/model"]) == 2
     assert "--out must be a new or an empty directory" in capsys.readouterr().err

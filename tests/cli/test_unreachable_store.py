@@ -31,6 +31,8 @@ def commands(model: Path) -> list[list[str]]:
         ["cache_tokens", *DIGITS, f"--tokenizer={model}", f"--out={STORE}"],
         [*sample, f"--checkpoint={STORE}", "--out=out"],
         [*sample, f"--checkpoint={model}", f"--out={STORE}"],
+        [*sample, f"--checkpoint={model}", f"--tokenizer={STORE}", "--out=out"],
+        [*edit, f"--checkpoint={model}", f"--tokenizer={STORE}", "--image=none.png", "--out=out"],
         [*edit, f"--checkpoint={STORE}", f"--image={ROOT}/docs/figures/none.png", "--out=out"],
         [*edit, f"--checkpoint={model}", f"--image={STORE}", "--out=out"],
         [*edit, f"--checkpoint={model}", f"--image={ROOT}/docs/figures/none.png", f"--out={STORE}"],

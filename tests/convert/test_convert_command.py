@@ -30,13 +30,31 @@ def refuse(*arguments):
 def test_converts_there_and_back(tmp_path, capsys):
     files = ["--tokenizer", TINY / "vae.pth", "--transformer", TINY / "mvar.pth"]
     options = ["--patch_nums", "1,2,3,4,5,6,8,10,13,16", "--kernel_size", "5", "--refine_step", "9"]
-    assert run(*files, "--out", tmp_path / "model", *options, "--conditioning", "full") == 0
+    assert run(*files, "--out", tmp_path / "model", *options, "--conditioning", "markov") == 0
     fields = json.loads((tmp_path / "model" / "model.json").read_text())["transformer"]
-    assert (fields["kernel_size"], fields["refine_step"], fields["conditioning"]) == (5, 9, "full")
+    assert (fields["kernel_size"], fields["refine_step"], fields["conditioning"]) == (5, 9, "markov")
     assert run("--checkpoint", tmp_path / "model", "--to_torch", tmp_path / "torch") == 0
-    assert sorted(path.name for path in (tmp_path / "torch").iterdir()) == ["vae.pth", "var.pth"]
+    assert sorted(path.name for path in (tmp_path / "torch").iterdir()) == ["mvar.pth", "vae.pth"]
     assert str(tmp_path / "model") in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "torch"]
+
+
+def test_converts_to_safetensors_and_back(tmp_path, capsys):
+    run("--transformer", TINY / "mvar.pth", "--out", tmp_path / "model")
+    assert run("--checkpoint", tmp_path / "model", "--to_safetensors", tmp_path / "safe", "--shard_mib", "1") == 0
+    index = tmp_path / "safe" / "mvar.safetensors.index.json"
+    assert f"wrote {index}" in capsys.readouterr().out
+    run("--transformer", index, "--out", tmp_path / "again")
+    first, second = ((tmp_path / name / "model.json").read_text() for name in ("model", "again"))
+    assert first == second
+
+
+def test_one_of_several_state_dicts_is_chosen(tmp_path):
+    state = dict(np.load(TINY / "mvar.npz"))
+    torch_files.save(tmp_path / "x.pth", {"model": state, "ema": dict(state)})
+    error = refuse("--transformer", tmp_path / "x.pth", "--out", tmp_path / "out")
+    assert error.field == "weights" and not (tmp_path / "out").exists()
+    run("--transformer", tmp_path / "x.pth", "--out", tmp_path / "out", "--weights", "ema")
 
 
 def test_one_window_for_each_scale(tmp_path):
@@ -89,6 +107,13 @@ def test_files_come_from_the_hub_by_name(tmp_path, monkeypatch):
         (["--checkpoint", "x", "--to_torch", "OUT"], "checkpoint"),
         (["--checkpoint", "x", "--to_torch", "OUT", "--kernel_size", "7"], "kernel_size"),
         (["--checkpoint", "x", "--to_torch", "OUT", "--out", "OUT"], "out"),
+        (["--checkpoint", "x", "--to_torch", "OUT", "--weights", "ema"], "weights"),
+        (["--checkpoint", "x", "--to_torch", "OUT", "--to_safetensors", "OUT"], "to_safetensors"),
+        (["--checkpoint", "x", "--to_torch", "OUT", "--shard_mib", "1"], "shard_mib"),
+        (["--checkpoint", "x", "--to_safetensors", "OUT", "--shard_mib", "x"], "shard_mib"),
+        (["--checkpoint", "x", "--to_safetensors", "OUT", "--shard_mib", "0"], "shard_mib"),
+        (["--shard_mib", "1", "--tokenizer", "x", "--out", "OUT"], "to_torch"),
+        (["--to_safetensors", "OUT"], "checkpoint"),
     ],
 )
 def test_refusals_name_the_option(tmp_path, arguments, field):

@@ -1,3 +1,4 @@
+import json
 import logging
 import sys
 import types
@@ -40,3 +41,21 @@ def test_says_in_one_line_what_to_do_without_a_network(monkeypatch, caplog, erro
     assert "some/repo mvar.pth" in message and "by hand" in message and "\n" not in message
     assert " ".join(str(error).split()) in message
     assert not caplog.records
+
+
+def test_shards_are_downloaded_with_their_index(tmp_path, monkeypatch):
+    weight_map = {"a": "x-00001-of-00002.safetensors", "b": "x-00002-of-00002.safetensors"}
+    index = tmp_path / "x.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    asked = []
+
+    def hf_hub_download(repo_id, filename):
+        asked.append(filename)
+        return str(tmp_path / Path(filename).name)
+
+    put_hub(monkeypatch, hf_hub_download)
+    assert download("some/repo", f"d16/{index.name}") == index
+    assert asked == [f"d16/{name}" for name in (index.name, *weight_map.values())]
+    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere"}}))
+    with pytest.raises(InputError, match="must name files beside it"):
+        download("some/repo", index.name)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mvar_jax.checkpoints.model_directory import module_from_dict, save_model
-from mvar_jax.convert.reader import TorchFile
+from mvar_jax.convert.reader import open_weights
 from mvar_jax.convert.to_torch import to_torch, write_torch
 from mvar_jax.convert.weights import convert
 from mvar_jax.errors import InputError
@@ -25,7 +25,7 @@ def written(tmp_path_factory):
 
 
 def read_all(path):
-    with TorchFile("checkpoint", path) as file:
+    with open_weights("checkpoint", path) as file:
         content = file.content.get("mvar_wo_ddp", file.content)
         assert path.name != "mvar.pth" or list(file.content) == ["mvar_wo_ddp"]
         return {name: file.read(tensor) for name, tensor in content.items()}
@@ -73,7 +73,7 @@ def test_writes_arrays_of_any_order_and_rank(tmp_path):
         "empty": np.zeros((0, 3), np.float32),
     }
     write_torch(tmp_path / "x.pth", {"inner": arrays})
-    with TorchFile("checkpoint", tmp_path / "x.pth") as file:
+    with open_weights("checkpoint", tmp_path / "x.pth") as file:
         for name, value in arrays.items():
             np.testing.assert_array_equal(file.read(file.content["inner"][name]), value, strict=True)
 

@@ -8,7 +8,7 @@ import torch_files
 
 import mvar_jax
 from mvar_jax.checkpoints.model_directory import load_model, module_from_dict, save_model
-from mvar_jax.convert.reader import TorchFile
+from mvar_jax.convert.reader import open_weights
 from mvar_jax.convert.to_torch import to_torch
 from mvar_jax.convert.weights import MisfitError, convert, load_published
 from mvar_jax.errors import InputError, RunError
@@ -33,6 +33,13 @@ TRANSFORMER = {
 @pytest.fixture
 def golden():
     return {name: dict(np.load(TINY / f"{name}.npz")) for name in ("vae", "mvar")}
+
+
+@pytest.fixture
+def states(golden):
+    """The golden states and VAR's, which has the same weights and its own mask."""
+    with open_weights("transformer", TINY / "var.pth") as file:
+        return golden | {"var": {name: file.read(tensor).copy() for name, tensor in file.content.items()}}
 
 
 def make_params(module, seed=0):
@@ -123,6 +130,70 @@ def test_plain_transformer_needs_a_conditioning_unless_its_mask_shows_mvar(tmp_p
     assert modules["transformer"].conditioning == "markov"
 
 
+@pytest.mark.parametrize(
+    ("name", "wrap", "given", "shown"),
+    [
+        ("mvar", lambda state: state, "full", "markov"),
+        ("mvar", lambda state: {"mvar_wo_ddp": state}, "full", "markov"),
+        ("var", lambda state: state, "markov", "full"),
+        ("var", lambda state: {"trainer": {"var_wo_ddp": state}}, "markov", "full"),
+        ("var", lambda state: {"model": state}, "markov", "full"),
+        ("mvar", lambda state: state, "half", "markov"),
+    ],
+)
+def test_a_conditioning_that_the_mask_contradicts_is_refused(tmp_path, states, name, wrap, given, shown):
+    error = refusal(tmp_path, transformer=save(tmp_path, wrap(states[name])), conditioning=given)
+    assert error.field == "conditioning" and error.given == given
+    assert f"--conditioning must be {shown}, as attn_bias_for_masking in " in str(error) and f"got {given}" in str(
+        error
+    )
+
+
+def test_a_mask_that_is_left_over_from_var_decides_nothing(tmp_path, states):
+    """MVAR that was fine-tuned from VAR may hold its mask: the trainer's name counts, alone or asked for."""
+    path = save(tmp_path, {"mvar_wo_ddp": states["var"]})
+    for given in (None, "markov"):
+        module = convert(None, path, tmp_path / str(given), conditioning=given)["transformer"]
+        assert module.conditioning == "markov"
+    message = refuse(tmp_path, transformer=save(tmp_path, states["var"]))
+    assert "give --conditioning full if it is VAR" in message and "remove the mask" in message
+    del states["var"]["attn_bias_for_masking"]
+    for given in ("markov", "full"):
+        module = convert(None, save(tmp_path, states["var"]), tmp_path / f"plain_{given}", conditioning=given)
+        assert module["transformer"].conditioning == given
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("kind", "name"), [("vae", "encoder.conv_in.bias"), ("mvar", "blocks.1.ffn.fc2.weight")])
+def test_values_that_are_not_finite_are_refused_by_name_and_number(tmp_path, states, kind, name, value):
+    states[kind][name].reshape(-1)[[0, 5]] = value
+    path = save(tmp_path, states[kind])
+    paths = (path, None) if kind == "vae" else (None, path)
+    message = refuse(tmp_path, *paths, patch_nums=SIDES)
+    assert f"NaN or infinite as float32 in {name} (2 of {states[kind][name].size})" in message
+    if kind == "mvar":
+        with pytest.raises(InputError, match="NaN or infinite"):
+            load_published(path)
+
+
+def test_many_tensors_that_are_not_finite_are_counted(tmp_path, states):
+    state = {name: np.full_like(x, np.nan) if name.endswith("bias") else x for name, x in states["mvar"].items()}
+    del state["blocks.0.attn.zero_k_bias"], state["blocks.1.attn.zero_k_bias"]
+    damaged = [name for name in state if name.endswith("bias")]
+    message = refuse(tmp_path, transformer=save(tmp_path, state))
+    assert f"and {len(damaged) - 3} more" in message
+
+
+def test_doubles_are_rounded_and_it_is_said(tmp_path, states, capsys):
+    states["mvar"]["head.weight"] = states["mvar"]["head.weight"].astype(np.float64) * (1 + 1e-12)
+    _, params = load_published(save(tmp_path, states["mvar"]))
+    expected = states["mvar"]["head.weight"].astype(np.float32).T
+    np.testing.assert_array_equal(params["head"]["kernel"], expected, strict=True)
+    assert "1 float64 tensors are rounded to float32" in capsys.readouterr().err
+    states["mvar"]["head.weight"][0, 0] = 1e300  # finite, but not as float32
+    assert "head.weight (1 of " in refuse(tmp_path, transformer=save(tmp_path, states["mvar"]))
+
+
 def test_load_published_gives_var_weights_as_the_same_tree(converted):
     fields, params = load_published(TINY / "var.pth")
     expected = {name: value for name, value in TRANSFORMER.items() if name not in ("kernel_size", "refine_step")}
@@ -152,7 +223,7 @@ def test_other_structures_go_to_torch_and_back(tmp_path, case):
     params = make_params(module)
     save_model(tmp_path / "model", {kind: module}, {kind: params})
     (path,) = to_torch(tmp_path / "model", tmp_path / "torch")
-    with TorchFile(kind, path) as file:
+    with open_weights(kind, path) as file:
         assert file.content.get("mvar_wo_ddp", file.content)[key].shape == shape
     if kind == "tokenizer":
         again = convert(path, None, tmp_path / "again", patch_nums=(1, 2, 3))
@@ -178,7 +249,7 @@ def test_every_missing_extra_and_misshapen_tensor_is_listed(tmp_path, golden, ki
     first, second, third, fourth = [name for name in state if name.endswith(("bias", "weight"))][-4:]
     del state[first]
     state[second] = state[second][..., :-1]
-    state[third] = state[third].astype(np.float64)
+    state[third] = state[third].astype(np.int32)
     state[f"{fourth}_copy"] = np.ones((2, 5), np.float32)
     paths = (save(tmp_path, state), None) if kind == "vae" else (None, save(tmp_path, {"mvar_wo_ddp": state}))
     with pytest.raises(MisfitError) as caught:
@@ -187,7 +258,7 @@ def test_every_missing_extra_and_misshapen_tensor_is_listed(tmp_path, golden, ki
     wanted = {
         first: "is missing",
         second: f"has shape {shape}",
-        third: "float64",
+        third: "int32",
         f"{fourth}_copy": "(2, 5) is unknown",
     }
     assert len(caught.value.misfits) == 4
@@ -258,6 +329,14 @@ def test_tokenizer_of_other_codes_than_the_transformer_is_refused(tmp_path, gold
 def test_tokenizer_of_other_than_32_groups_is_refused(tmp_path, golden):
     golden["vae"]["encoder.conv_in.weight"] = np.zeros((16, 3, 3, 3), np.float32)
     assert "32 groups" in refuse(tmp_path, save(tmp_path, golden["vae"]), patch_nums=SIDES)
+
+
+def test_number_of_blocks_is_bounded(tmp_path, golden):
+    """Two small numbers of names give a product of blocks, each of which would be traced."""
+    names = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(5, 40)]
+    names += [f"encoder.down.0.block.{i}.conv1.weight" for i in range(2, 40)]
+    state = golden["vae"] | dict.fromkeys(names, golden["vae"]["encoder.down.0.block.0.conv1.weight"])
+    assert "at most 100 blocks, got 40 x 40" in refuse(tmp_path, save(tmp_path, state), patch_nums=SIDES)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ import io
 import pickle
 import tarfile
 
+import numpy as np
 import pytest
 from image_files import write_tree
 
-from mvar_jax.data import tars
+from mvar_jax.data import tar_index, tars
 from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.folder import FolderSource
 from mvar_jax.data.sources import open_source
@@ -21,7 +22,10 @@ def test_folder_in_a_store_equals_the_folder_on_a_disk(store, tmp_path):
     (tmp_path / "train/ant/notes.txt").write_text("no image")
     (tmp_path / "train/ant/.hidden.jpg").write_text("no image")
     (tmp_path / "train/ant/deeper").mkdir()
-    (tmp_path / "train/ant/deeper/9.jpg").write_text("no image of the class")
+    (tmp_path / "train/ant/deeper/9.jpg").write_text("an image of the class")
+    (tmp_path / "train/ant/deeper/.hidden.jpg").write_text("no image")
+    (tmp_path / "train/_old").mkdir()
+    (tmp_path / "train/_old/9.jpg").write_text("no class")
     (tmp_path / "train/readme.md").write_text("no class")
     url = f"{store.url}/images"
     upload_folder(tmp_path, as_path(url))
@@ -30,6 +34,12 @@ def test_folder_in_a_store_equals_the_folder_on_a_disk(store, tmp_path):
         assert ours.label_names == theirs.label_names == ("ant", "bee.wild", "cat")
         assert [ours.name_of(i) for i in range(len(ours))] == [theirs.name_of(i) for i in range(len(theirs))]
         assert [ours[i] for i in range(len(ours))] == [theirs[i] for i in range(len(theirs))]
+        assert ours.notes == tuple(note.replace(str(tmp_path), url) for note in theirs.notes)
+        everything = np.arange(len(ours))
+        assert (
+            ours.files_digest(everything, with_sizes=True) == theirs.files_digest(everything, with_sizes=True) != ""
+        )
+        assert ours.identity() == theirs.identity()
     (as_path(url) / "val/ant/0.jpg").unlink()
     with pytest.raises(BadImage, match="cannot be read"):
         ours[0]  # of val
@@ -74,7 +84,7 @@ def test_tars_in_a_store_equal_tars_on_a_disk_and_are_scanned_once(store, tmp_pa
         expected = items(tars.TarSource(tmp_path, split))
         source = tars.TarSource(url, split)
         assert items(source) == expected and items(pickle.loads(pickle.dumps(source))) == expected
-    monkeypatch.setattr(tars, "_scan", lambda path: pytest.fail(f"{path} is scanned again"))
+    monkeypatch.setattr(tar_index, "_scan", lambda path: pytest.fail(f"{path} is scanned again"))
     assert items(tars.TarSource(url, "val")) == expected
 
 

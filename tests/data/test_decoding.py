@@ -77,9 +77,12 @@ def test_broken_orientation_tag_leaves_the_pixels_alone():
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "not a JPEG, PNG, WEBP image \\(0 bytes"),
-        (b"GIF89a" + bytes(40), "not a JPEG"),
-        (encode(Image.fromarray(COLOUR), "BMP"), "not a JPEG"),
+        (b"", "not a JPEG, PNG, WEBP, BMP, GIF, TIFF image \\(0 bytes"),
+        (b"GIF89a" + bytes(40), "."),
+        (encode(Image.fromarray(COLOUR), "PPM"), "not a JPEG"),
+        (encode(Image.fromarray(COLOUR), "BMP")[:-100], "truncated"),
+        (encode(Image.new("F", (30, 20), 0.5), "TIFF"), "pixels of 32 bits in mode F, of which nobody knows"),
+        (encode(Image.new("I", (30, 20), 70_000), "TIFF"), "pixels of 32 bits in mode I, of which nobody knows"),
         (JPEG[:-100], "OSError.*truncated"),
         (JPEG[:30], "OSError.*Truncated"),
         (encode(Image.fromarray(COLOUR))[:200], "truncated"),
@@ -95,9 +98,36 @@ def test_unusable_bytes_are_bad_with_a_reason_in_one_line(data, reason):
     assert "\n" not in str(error.value) and str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["BMP", "TIFF"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
+def test_lossless_formats_give_the_pixels_that_were_saved(kind, mode):
+    if (kind, mode) == ("BMP", "CMYK"):
+        mode = "RGBA"  # BMP has no CMYK
+    picture = Image.fromarray(COLOUR).convert(mode)
+    assert np.array_equal(_pixels(encode(picture, kind)), np.asarray(picture.convert("RGB")))
+
+
+def test_of_several_frames_the_first_is_read():
+    frames = [Image.fromarray(COLOUR).convert("P"), Image.new("P", (30, 20))]
+    for kind in ("GIF", "TIFF"):
+        data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert np.array_equal(_pixels(data), np.asarray(frames[0].convert("RGB")))
+
+
+def test_sixteen_bits_of_tiff_are_scaled_also_where_zero_is_white():
+    ramp_YX = np.linspace(0, 65535, 24 * 16).reshape(16, 24).astype(np.uint16)
+    data = encode(Image.fromarray(ramp_YX), "TIFF")
+    tag = b"\x06\x01\x03\x00\x01\x00\x00\x00"  # photometric interpretation, one short
+    assert data.count(tag + b"\x01") == 1
+    for white, wanted_YX in ((65535, ramp_YX), (0, 65535 - ramp_YX.astype(int))):
+        pixels = _pixels(data.replace(tag + b"\x01", tag + (b"\x01" if white else b"\x00")))
+        assert np.abs(pixels[..., 0] - wanted_YX / 257).max() <= 0.5
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
 def test_damage_anywhere_is_bad_or_harmless_but_never_another_error():
     rng = np.random.default_rng(0)
-    for kind in ("JPEG", "PNG", "WEBP"):
+    for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"):
         whole = np.frombuffer(encode(Image.fromarray(COLOUR), kind), np.uint8)
         for _ in range(60):
             damaged = whole.copy()

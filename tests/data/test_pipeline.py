@@ -6,7 +6,7 @@ import pytest
 
 from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.options import DataOptions, LoadOptions
-from mvar_jax.data.pipeline import eval_batches, train_batches
+from mvar_jax.data.pipeline import eval_batches, is_bad, train_batches
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.data.sources import ArraySource
 from mvar_jax.data.transforms import PhotoTransform
@@ -228,13 +228,14 @@ def test_nothing_but_bad_images_ends_the_work():
 
 def test_list_of_skipped_images_is_kept_in_a_file_and_gone_on_with(tmp_path):
     file = tmp_path / "skipped.json"
+    still_bad = lambda entry: True
     first = Skipped("train", 10, 0.2)
-    first.keep_in(file)
+    first.keep_in(file, still_bad)
     assert not file.exists()
     first.add(7, "b.jpg", "cut short")
     again = Skipped("train", 10, 0.2)
-    again.keep_in(file)
-    again.add(7, "b.jpg", "cut short")
+    again.keep_in(file, still_bad)
+    again.add(8, "b.jpg", "cut short")  # by its name: the number may have changed
     again.add(2, "a.jpg", "empty")
     content = json.loads(file.read_text())
     assert content["skipped"] == [
@@ -245,15 +246,39 @@ def test_list_of_skipped_images_is_kept_in_a_file_and_gone_on_with(tmp_path):
         again.add(3, "c.jpg", "empty")
 
 
+def test_limit_of_bad_images_is_not_undone_by_restarting(tmp_path):
+    mended: set[str] = set()
+    still_bad = lambda entry: entry["name"] not in mended
+
+    def start(*names):
+        skipped = Skipped("train", 10, 0.3)
+        skipped.keep_in(tmp_path / "skipped.json", still_bad)
+        for name in names:
+            skipped.add(int(name), name, "empty")
+        return skipped
+
+    start("0", "1", "2")
+    for _ in range(4):
+        with pytest.raises(InputError, match="4 bad images, .*at most 3 of 10 train images; the last is 5: empty"):
+            start("5", "6", "7")
+    mended |= {"0", "2"}
+    assert [entry["name"] for entry in start("6").entries()] == ["1", "5", "6"]
+
+
+def test_an_image_is_bad_only_under_its_name_and_while_it_cannot_be_read():
+    asked = [(3, "image 3"), (4, "image 4"), (7, "image 3"), (99, "image 99")]
+    assert [is_bad(_source(), _refuse_some, *entry) for entry in asked] == [True, False, False, False]
+
+
 @pytest.mark.parametrize("field", ["num_threads", "num_workers", "max_bad_share"])
 def test_loading_options_out_of_range_are_refused(field):
-    with pytest.raises(InputError, match=f"data.{field} must be 0 to .*, got -1") as error:
+    with pytest.raises(InputError, match=f"data.{field} must be a .*number from 0 to .*, got -1") as error:
         LoadOptions(**{field: -1})
-    assert error.value.field == f"data.{field}"
+    assert error.value.field == f"config.data.{field}"
     with pytest.raises(InputError, match=f"data.{field}"):
         DataOptions("digits", 32, **{field: -1})
 
 
 def test_memory_of_a_cache_below_zero_is_refused():
-    with pytest.raises(InputError, match="data.cache_memory_mib must be 0 or more, got -1"):
+    with pytest.raises(InputError, match="data.cache_memory_mib must be a whole number of at least 0, got -1"):
         DataOptions("digits", 32, cache_memory_mib=-1)

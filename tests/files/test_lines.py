@@ -119,3 +119,15 @@ def test_store_that_fails_is_said_once_and_loses_no_line(s3, tmp_path, monkeypat
     lines.close()
     assert numbers(path) == [0, 1]
     assert capfd.readouterr().err.count(f"{path} cannot be written at the moment: no answer") == 1
+
+
+def test_line_on_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    lines = open_lines(path, lambda _: True)
+    for attempt in (lambda: lines.write({"step": 1}), lines.flush):
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            attempt()
+        assert caught.value.filename == str(path)
+    with pytest.raises(OSError):
+        lines.close()

@@ -3,9 +3,13 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from types import SimpleNamespace
 
 import jax
@@ -20,15 +24,16 @@ from mvar_jax import build
 from mvar_jax.__main__ import main
 from mvar_jax.checkpoints.model_directory import module_to_dict, save_model
 from mvar_jax.cli.configuration import read_config
+from mvar_jax.cli.train import notes_on
 from mvar_jax.data.pipeline import LoadOptions, train_batches
-from mvar_jax.data.sources import open_source
+from mvar_jax.data.sources import ArraySource, open_source
 from mvar_jax.data.transforms import PhotoTransform
 from mvar_jax.errors import InputError
 from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.ops.pixels import from_levels
 from mvar_jax.tokens.cache_reader import TokenCache
 from mvar_jax.tokens.cache_writer import UNFINISHED
-from mvar_jax.tokens.encode import write_cache
+from mvar_jax.tokens.encode import Encoder, encode_range, write_cache
 from mvar_jax.training.transformer_task import with_input
 
 FLIPS = PhotoTransform(TOKENIZER.image_size, flip=True)
@@ -52,7 +57,8 @@ def _write(parts, out, tree, source_of=lambda source: source, **options):
     sources = {split: source_of(open_source("folder", split, path=str(tree))) for split in ("train", "val")}
     options = {"num_views": 2, "seed": 0, "batch_size": 8, "images_per_shard": 4, **options}
     options.setdefault("loading", LoadOptions(max_bad_share=0.1))
-    write_cache(out, parts.tokenizer, parts.networks, "abc", sources, FLIPS, {}, **options)
+    description, fingerprint = options.pop("description", {}), options.pop("fingerprint", "abc")
+    write_cache(out, parts.tokenizer, parts.networks, fingerprint, sources, FLIPS, description, **options)
     return sources
 
 
@@ -141,6 +147,112 @@ def test_too_many_bad_images_end_encoding_also_when_they_are_spread_over_two_run
     with pytest.raises(InputError, match="2 bad images, .*at most 1 of 15 train"):
         _write(parts, tmp_path / "out", tree)
     assert not (tmp_path / "out/cache.json").exists()
+
+
+def _change(tree, how):
+    """Change a copy of the folder of images; return what the data are then."""
+    if how == "class":
+        shutil.copytree(tree / "train/ant", tree / "train/fox")
+    elif how == "image":
+        shutil.copy(tree / "train/ant/0.jpg", tree / "train/bee/new.jpg")
+    elif how == "name":
+        os.rename(tree / "train/bee/3.jpg", tree / "train/bee/3.jpeg")
+    elif how == "size":
+        (tree / "val/cat/1.jpg").write_bytes((tree / "val/cat/0.jpg").read_bytes() + b"\0")
+    elif how == "val":
+        shutil.rmtree(tree / "val")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("class", r"of 15 train images in 3 classes, but the data has 20 in 4 \(new: fox\)"),
+        ("image", "of 15 train images in 3 classes, but the data has 16 in 3"),
+        (
+            "name",
+            "of other train images: between bee/2.jpg and cat/0.jpg files have other names, sizes or labels now",
+        ),
+        ("size", "of other val images: between bee/1.jpg and cat/1.jpg files have other names, sizes or labels now"),
+        ("val", "of 15 train images in 3 classes, but the data has 12 in 3"),
+    ],
+)
+def test_cache_of_images_that_have_changed_is_refused_with_what_changed(parts, cache, tmp_path, how, message):
+    shutil.copytree(parts.whole, tmp_path / "tree")
+    _write(parts, cache, tmp_path / "tree")  # the same images at another place
+    _change(tmp_path / "tree", how)
+    with pytest.raises(InputError) as error:
+        _write(parts, cache, tmp_path / "tree")
+    words = f"--out {cache} holds a token cache {message}: use another folder or delete it"
+    assert re.fullmatch(words, str(error.value)) and len(str(error.value)) < 300
+
+
+def test_finished_cache_is_the_same_by_any_spelling_of_its_folder_and_names_other_options(parts, cache, tmp_path):
+    options = {"path": f"{parts.whole}", "image_size": 10, "crop": "centre"}
+    _write(parts, tmp_path, parts.whole, description=options)
+    meta = json.loads((tmp_path / "cache.json").read_text())
+    for knows_files in (True, False):
+        if not knows_files:  # as an older version wrote it
+            for entry in meta["splits"].values():
+                for shard in entry["shards"]:
+                    del shard["files"]
+            (tmp_path / "cache.json").write_text(json.dumps(meta))
+            assert len(TokenCache(tmp_path, "train")) == 15
+        for path in (f"{parts.whole}/", os.path.relpath(parts.whole), f"{parts.whole}/../whole"):
+            _write(parts, tmp_path, parts.whole, description=options | {"path": path, "val_fraction": 0.2})
+        with pytest.raises(
+            InputError, match="made with data.crop='centre', but it is 'random' now: use another folder"
+        ):
+            _write(parts, tmp_path, parts.whole, description=options | {"crop": "random"})
+        with pytest.raises(InputError, match="made with config.seed=0, but it is 1 now"):
+            _write(parts, tmp_path, parts.whole, description=options, seed=1)
+    with pytest.raises(InputError, match="made with data.path='.*whole', but it is '.*tree' now"):
+        _write(parts, tmp_path, parts.whole, description=options | {"path": str(parts.tree)})
+    with pytest.raises(InputError, match=r"of another tokenizer \(abc, not def\): use another folder"):
+        _write(parts, tmp_path, parts.whole, description=options, fingerprint="def")
+
+
+def test_unfinished_shards_of_files_that_have_changed_are_made_again(parts, tmp_path):
+    tree = tmp_path / "tree"
+    shutil.copytree(parts.tree, tree)  # bee/1.jpg, number 6, is cut short
+    with pytest.raises(_Killed):
+        _write(parts, tmp_path / "out", tree, _Dying)
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / UNFINISHED).glob("*.array_record")}
+    assert len(kept) == 2
+    shutil.copy(parts.whole / "train/bee/1.jpg", tree / "train/bee/1.jpg")
+    _write(parts, tmp_path / "out", tree)
+    is_same = [(tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in sorted(kept.items())]
+    assert is_same == [True, False] and len(TokenCache(tmp_path / "out", "train")) == 15
+
+
+def test_encoding_holds_a_batch_or_two_of_decoded_images_whatever_the_threads(parts):
+    """Each image kept costs its views' pixels: 12.6 MB at 1024 px with both flips."""
+    num_images, batch_size, num_threads = 160, 8, 2
+    alive: set[int] = set()
+    most, lock = 0, threading.Lock()
+
+    class View(np.ndarray):
+        pass
+
+    class Counting:
+        def view(self, image, view, rng):
+            nonlocal most
+            pixels = image.view(View)
+            with lock:
+                alive.add(key := id(pixels))
+                most = max(most, len(alive))
+            weakref.finalize(pixels, alive.discard, key)
+            return pixels
+
+    images = np.zeros((num_images, TOKENIZER.image_size, TOKENIZER.image_size, 3), np.uint8)
+    source = ArraySource(images, np.zeros(num_images, int), ("one",))
+    encoder = Encoder(parts.networks, batch_size)
+    options = {"num_views": 2, "seed": 0, "num_threads": num_threads, "skip": lambda *bad: pytest.fail(str(bad))}
+    records = encode_range(encoder, source, Counting(), 0, num_images, **options)
+    for _ in itertools.islice(records, 40):
+        time.sleep(0.01)  # a slow device: the threads get ahead as far as they may
+    records.close()
+    # waiting, being collected, and for each thread an image in work and one that nobody has taken
+    assert batch_size < most <= 2 * batch_size + 2 * num_threads * 2
 
 
 @pytest.mark.parametrize("seed", [0, 5])
@@ -285,6 +397,22 @@ def test_other_tokenizer_than_the_cache_s_is_refused_with_the_reason(parts, move
     shutil.copytree(other, tmp_path / "mixed/tokenizer")
     with pytest.raises(InputError, match="mixed holds another tokenizer than the one that made it"):
         _open(cache=str(tmp_path / "mixed"))
+
+
+def test_data_without_a_validation_split_train_without_evaluation(parts, tmp_path):
+    shutil.copytree(parts.whole / "train", tmp_path / "tree/train")
+    images = {"path": str(tmp_path / "tree"), "tokenizer": str(parts.tokenizer), "val_fraction": 0.0}
+    sources = build.build_data(_config(**images)).open_all()
+    options = {"num_views": 2, "seed": 0, "batch_size": 8}
+    write_cache(tmp_path / "cache", parts.tokenizer, parts.networks, "abc", sources, FLIPS, {}, **options)
+    meta = json.loads((tmp_path / "cache/cache.json").read_text())
+    fingerprint = build.build_task(_config(**images))[0].data_identity["tokenizer"]
+    (tmp_path / "cache/cache.json").write_text(json.dumps(meta | {"tokenizer_fingerprint": fingerprint}))
+    for data in (images, {"cache": str(tmp_path / "cache")}):
+        task = build.build_task(_config(**data))[0]
+        assert task.data.keys() == {"train"} and len(task.data["train"]) == 15
+        assert not task.has_evaluation and task.evaluate(None) == {}
+        assert notes_on(task) == ["there is no evaluation: the data have no validation split"]
 
 
 def test_number_of_classes_that_the_data_do_not_have_is_refused(parts):

@@ -11,7 +11,7 @@ from mvar_jax.files import lines
 from mvar_jax.files.lines import read_lines as read_json_lines
 from mvar_jax.files.paths import as_path
 from mvar_jax.training import logging
-from mvar_jax.training.logging import MetricLog, Progress, has_line
+from mvar_jax.training.logging import MetricLog, StepProgress, has_line
 
 
 class FakeWriter:
@@ -125,9 +125,9 @@ def test_pictures_are_files_too(tmp_path, writer):
 
 
 def test_progress_on_a_file_is_plain_lines(tmp_path, capfd):
-    with Progress(0, 3, 8) as progress:
-        for step in range(3):
-            progress.show(step + 1, np.float32(0.5))
+    with StepProgress(0, 3, 8) as progress:
+        for _ in range(3):
+            progress.count_step(np.float32(0.5))
     text = capfd.readouterr().err
     assert text.startswith("step 3/3, ") and "loss 0.5000" in text and "MiB" in text
     assert "\r" not in text and text.count("\n") == 1

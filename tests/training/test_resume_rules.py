@@ -13,7 +13,7 @@ from mvar_jax.errors import InputError
 from mvar_jax.fields import flatten
 from mvar_jax.files.paths import as_path
 from mvar_jax.training import resume_rules
-from mvar_jax.training.resume_rules import check_resumable, keep_identity, rules_of
+from mvar_jax.training.resume_rules import check_allowed, check_resumable, keep_identity, rules_of
 
 DATA = {"train": {"num_items": 40}, "val": {"num_items": 10}}
 
@@ -68,9 +68,9 @@ def test_what_does_not_change_learning_may_change(workdir, key, value):
     [
         ("model.depth", 9, "config.model.depth is 9, but the run in .* has 2; choose another workdir"),
         ("model.sides", (1, 3), r"config.model.sides is \[1, 3\], but the run in .* has \[1, 2, 4\]"),
-        ("optimizer.beta1", 0.8, "config.optimizer.beta1 is 0.8, but the run in .* has 0.9"),
+        ("optimizer.beta1", 0.8, "config.optimizer.beta1 is 0.8, .* has 0.9; pass --allow_change=optimizer.beta1 to"),
         ("model.dtype", "bfloat16", "config.model.dtype is 'bfloat16', but the run in .* has 'float32'"),
-        ("num_steps", 13, "config.num_steps is 13, but the run in .* has 12"),
+        ("num_steps", 13, "config.num_steps is 13, but the run in .* has 12; pass --allow_change=num_steps to go on"),
         ("data.source", "digits", "config.data.source is 'digits', but .* has 'synthetic'"),
     ],
 )
@@ -80,6 +80,71 @@ def test_what_changes_learning_is_refused_and_nothing_written(workdir, key, valu
         check_resumable(workdir, change(load("debug_transformer"), key, value), DATA)
     assert caught.value.field == f"config.{key}"
     assert {path: path.read_bytes() for path in workdir.iterdir()} == before
+
+
+def test_all_changes_that_an_option_permits_are_named_unless_another_is_not_permitted(workdir):
+    config = change(change(load("debug_transformer"), "optimizer.beta1", 0.8), "phases.ratio", 3)
+    with pytest.raises(InputError, match="pass --allow_change=optimizer.beta1,phases.ratio to go on"):
+        check_resumable(workdir, config, DATA)
+    with pytest.raises(InputError, match="config.seed is 9, .*; choose another workdir for another run"):
+        check_resumable(workdir, change(config, "seed", 9), DATA)
+
+
+def test_allowed_changes_are_noted_once_and_stay(workdir, monkeypatch):
+    monkeypatch.setattr(resume_rules, "list_steps", lambda folder: [4, 8])
+    config = change(change(load("debug_transformer"), "optimizer.beta1", 0.8), "num_steps", 20)
+    allowed = ["optimizer.beta1", "num_steps", "batch_size"]
+    changes = check_resumable(workdir, config, DATA, allowed)
+    assert sorted((one["key"], one["step"], one["from"], one["to"]) for one in changes) == [
+        ("num_steps", 8, 12, 20),
+        ("optimizer.beta1", 8, 0.9, 0.8),
+    ]
+    keep_identity(workdir, config, DATA, changes)
+    assert check_resumable(workdir, config, DATA) == []
+    keep_identity(workdir, config | {"config_arg": "big"}, DATA)
+    kept = json.loads((workdir / "config.json").read_text())
+    assert [set(one) for one in kept["history"]] == [{"time", "step", "key", "from", "to"}] * 2
+    assert kept["config_arg"] == "big" and check_resumable(workdir, config, DATA) == []
+    monkeypatch.setattr(resume_rules, "has_checkpoint", lambda workdir: False)
+    keep_identity(workdir, config, DATA)
+    assert "history" not in json.loads((workdir / "config.json").read_text()), "another run begins"
+
+
+def test_a_run_at_its_end_may_be_extended_and_never_ends_before_its_checkpoints(workdir, monkeypatch):
+    longer, shorter = (change(load("debug_transformer"), "num_steps", num) for num in (13, 7))
+    monkeypatch.setattr(resume_rules, "list_steps", lambda folder: [8, 12])
+    assert check_resumable(workdir, longer, DATA) == [{"step": 12, "key": "num_steps", "from": 12, "to": 13}]
+    with pytest.raises(InputError, match="config.num_steps is 7, but .* has 12; pass --allow_change=num_steps"):
+        check_resumable(workdir, shorter, DATA)
+    with pytest.raises(InputError, match="config.num_steps must be at least 12, the step that the run .*, got 7"):
+        check_resumable(workdir, shorter, DATA, ["num_steps"])
+
+
+def test_an_average_that_the_checkpoints_hold_stays(workdir):
+    config = change(load("debug_transformer"), "optimizer.ema_decay", 0.0)
+    with pytest.raises(
+        InputError, match="config.optimizer.ema_decay must be above 0, since the checkpoints .*, got 0"
+    ):
+        check_resumable(workdir, config, DATA, ["optimizer.ema_decay"])
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (
+            "model.depth",
+            "--allow_change must name num_steps, batch_size or a key of optimizer, ",
+        ),
+        (
+            "optimizer.base_learing_rate",
+            "unknown key config.optimizer.base_learing_rate. Did you mean ",
+        ),
+    ],
+)
+def test_key_that_may_not_change_is_refused_by_name(key, message):
+    check_allowed(["optimizer.base_learning_rate", "data.path"], "transformer")
+    with pytest.raises(InputError, match=f"^{message}"):
+        check_allowed([key], "transformer")
 
 
 def test_a_key_that_is_not_written_counts_as_its_default_on_either_side(workdir):
@@ -119,10 +184,26 @@ def test_before_a_checkpoint_nothing_binds(tmp_path):
 
 def test_other_data_at_the_same_or_another_place_are_refused(workdir):
     other = DATA | {"train": {"num_items": 41}}
-    words = "config.data must name the data of the run .*: train.num_items is 41, not 40; name the same data, or"
+    words = "config.data must name the data of the run .*, which had 40 train images, not 41; name the same data, or"
     for config in (load("debug_transformer"), change(load("debug_transformer"), "data.cache", "elsewhere")):
         with pytest.raises(InputError, match=words):
             check_resumable(workdir, config, other)
+
+
+def test_data_that_grew_are_named_before_the_steps_that_follow_from_them(workdir):
+    config = change(load("debug_transformer"), "epochs", 2)
+    keep_identity(workdir, config, DATA)
+    with pytest.raises(InputError, match="which had 40 train images, not 41; name the same data"):
+        check_resumable(workdir, change(config, "num_steps", 13), DATA | {"train": {"num_items": 41}})
+
+
+def test_what_only_one_version_notes_of_the_data_is_not_compared(workdir):
+    train = DATA["train"] | {"files": "abc"}
+    check_resumable(workdir, load("debug_transformer"), {"train": train})  # nor a validation split that is gone
+    keep_identity(workdir, load("debug_transformer"), {"train": train})
+    check_resumable(workdir, load("debug_transformer"), DATA)
+    with pytest.raises(InputError, match="whose train images had other names; name the same data"):
+        check_resumable(workdir, load("debug_transformer"), {"train": train | {"files": "def"}})
 
 
 def test_a_run_that_noted_no_data_may_not_move_before_it_has(workdir):

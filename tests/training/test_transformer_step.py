@@ -217,4 +217,4 @@ def test_drop_path_factors_have_mean_one_and_linear_rates():
 def test_phase_options_out_of_range_are_refused(changes, field):
     with pytest.raises(InputError, match=f"^config.{field} must be .*, got ") as caught:
         PhaseOptions(**changes)
-    assert caught.value.field == field
+    assert caught.value.field == f"config.{field}"

@@ -1,0 +1,32 @@
+"""The model that a command uses: its directory, checkpoint, tokenizer and dtype."""
+
+
+def add_model_arguments(parser) -> None:
+    """Add --checkpoint, --which and --dtype."""
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model directory or training workdir")
+    parser.add_argument(
+        "--which", choices=("last", "best"), default="last", help="checkpoint of a workdir (default last)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="dtype of the computation and of the transformer's weights (default: the model's own, float32 weights)",
+    )
+
+
+def add_tokenizer_argument(parser) -> None:
+    """Add --tokenizer."""
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="model directory or workdir of the tokenizer, if --checkpoint holds a transformer alone or is to be "
+        "used with another one",
+    )
+
+
+def load_as_asked(args):
+    """Return the `Model` that the arguments name, in their dtype; see `mvar_jax.load`."""
+    from mvar_jax.api import Model, load
+
+    model = load(args.checkpoint, args.which, getattr(args, "tokenizer", None))
+    return Model(model.networks.with_dtype(args.dtype), model.classes)

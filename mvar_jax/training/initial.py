@@ -1,0 +1,85 @@
+"""The weights that a run starts from: those of a model whose classes may be others."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mvar_jax.checkpoints.class_names import NUM_IMAGENET_CLASSES, ClassNames, class_names_of, imagenet_spellings
+from mvar_jax.checkpoints.model_directory import check_shapes, load_model
+from mvar_jax.convert.weights import load_published
+from mvar_jax.errors import InputError
+from mvar_jax.files.paths import as_path
+from mvar_jax.models.transformer import Transformer
+
+CLASS_TABLE = "class_embed"
+
+
+class Initial(NamedTuple):
+    """Initial weights.
+
+    Attributes:
+      params: the parameter tree.
+      fresh_rows: rows of the class table that the run initializes itself, `[C + 1] bool`; None for none.
+      note: what is said when they are used, "" for nothing.
+    """
+
+    params: Any
+    fresh_rows: np.ndarray | None = None
+    note: str = ""
+
+
+def load_initial(path: str, transformer: Transformer, label_names: Sequence[str]) -> Initial | None:
+    """Load the weights to start from: a model directory, a workdir or a published file (MVAR or VAR); None for "".
+
+    If the other model has another number of classes, its class table gives the row of "no class" and those of the
+    classes that have a name of `label_names` there. The other rows are the run's own.
+
+    Args:
+      path: of the weights.
+      transformer: the model of the run.
+      label_names: names of its classes.
+
+    Raises InputError if another parameter has another shape than the transformer's.
+    """
+    if not path:
+        return None
+    directory = as_path(path, "config.init_from")
+    if directory.is_dir():
+        params = load_model(directory)[1].get("transformer")
+        if params is None:
+            raise InputError(
+                f"config.init_from={path} holds no transformer",
+                field="config.init_from",
+                given=path,
+                expected="a directory with a transformer",
+            )
+    else:
+        params = load_published(path, transformer.sides)[1]
+    num_classes = len(params[CLASS_TABLE]) - 1
+    check_shapes(directory, "transformer", transformer.clone(num_classes=num_classes), params)
+    if num_classes == transformer.num_classes:
+        return Initial(params)
+    return _with_classes(path, params, _names_of(directory, num_classes), label_names)
+
+
+def _names_of(path: Path, num_classes: int) -> ClassNames:
+    if path.is_dir():
+        return class_names_of(path)
+    return ClassNames(imagenet_spellings() if num_classes == NUM_IMAGENET_CLASSES else ())
+
+
+def _with_classes(path: str, params: Any, names: ClassNames, label_names: Sequence[str]) -> Initial:
+    table = np.asarray(params[CLASS_TABLE])
+    rows, fresh = np.zeros((len(label_names) + 1, table.shape[1]), table.dtype), np.ones(len(label_names) + 1, bool)
+    rows[-1], fresh[-1] = table[-1], False
+    for label, name in enumerate(label_names):
+        with contextlib.suppress(InputError):  # unknown there, or of several classes
+            rows[label], fresh[label] = table[names.find(name)], False
+    num_kept = len(fresh) - 1 - int(fresh.sum())
+    note = f"config.init_from={path} has {len(table) - 1} classes and the data have {len(label_names)}: "
+    note += f"the class table keeps the row of no class and those of {num_kept} classes of equal name, "
+    note += f"its other rows ({fresh.sum()}) are new; "
+    return Initial({**params, CLASS_TABLE: rows}, fresh, f"{note}all other weights are kept")

@@ -1,0 +1,53 @@
+"""Fine-tuning to other classes than those of the weights that a run starts from."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvar_jax import build
+from mvar_jax.checkpoints.model_directory import load_model
+from mvar_jax.cli.configuration import read_config
+from mvar_jax.errors import InputError
+from mvar_jax.files.paths import as_path
+
+
+@pytest.fixture
+def config(run, tmp_path) -> dict:
+    """A run on folders of three classes, two of which are called like digits, from the weights of the digits' run."""
+    for split, name in ((split, name) for split in ("train", "val") for name in ("3", "8", "house")):
+        folder = tmp_path / split / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (12, 12), (int(name == "3") * 200, 90, 30)).save(folder / "a.png")
+    own = [f"data.path={tmp_path}", f"data.tokenizer={run.tokenizer}", f"init_from={run.transformer}", "seed=5"]
+    own += ["model.num_heads=3", "model.code_width=16", "model.dtype=float32", "model.num_classes=0"]
+    flags = [flag for flag in run.transformer_flags if "data.size" not in flag and "sides" not in flag]
+    config = read_config("folder", [*flags, *(f"--config.{one}" for one in own)])
+    return config | {"model": config["model"] | {"sides": (1, 2, 3, 6)}}
+
+
+def test_other_classes_get_fresh_rows_and_everything_else_is_kept(run, config, capsys):
+    task, modules, _ = build.build_task(config)
+    state = task.init_state()
+    assert modules["transformer"].num_classes == 3 and task.data["train"].label_names == ("3", "8", "house")
+    there = load_model(as_path(run.transformer))[1]["transformer"]
+    line = f"config.init_from={run.transformer} has 10 classes and the data have 3: the class table keeps the row of "
+    assert (
+        line + "no class and those of 2 classes of equal name, its other rows (1) are new; all other"
+        in capsys.readouterr().out
+    )
+    own = build.build_task(config | {"init_from": ""})[0].init_state().params["class_embed"]
+    for params in (state.params, state.ema):
+        table, old = params["class_embed"], there["class_embed"]
+        np.testing.assert_array_equal(table, np.stack([old[3], old[8], own[2], old[10]]))
+        assert jax.tree.all(jax.tree.map(np.array_equal, {**params, "class_embed": 0}, {**there, "class_embed": 0}))
+
+
+def test_number_of_classes_that_the_config_names_must_be_that_of_the_data(config):
+    with pytest.raises(InputError, match="config.model.num_classes must be 3, .*, got 10; 0 takes the number from"):
+        build.build_task(config | {"model": config["model"] | {"num_classes": 10}})
+
+
+def test_another_parameter_of_another_shape_is_refused(config):
+    with pytest.raises(InputError, match="must have transformer .* of shape"):
+        build.build_task(config | {"model": config["model"] | {"width": 48}})
