@@ -95,7 +95,7 @@ def test_what_are_no_probabilities_is_refused(p, message):
 
 @pytest.mark.parametrize("split_size", [0, 2.5, True])
 def test_a_split_size_that_is_no_count_is_refused(split_size):
-    with pytest.raises(InputError, match="^split_size must be 1 or more, got "):
+    with pytest.raises(InputError, match="^split_size must be (a whole number, )?1 or more, got "):
         inception_score(np.full((2, 2), 0.5), split_size)
 
 
@@ -189,7 +189,7 @@ def test_progress_of_something_else_is_replaced(tmp_path, stale):
         (((5, 2), (5, 3)), 3, "^features of both sets must have the same width, got 2 and 3$"),
         (((3, 2), (5, 2)), 3, r"^reference must be numbers \[N, D\] with at least 4 rows, got float64 \[3, 2\]$"),
         (((5, 2), (5, 2)), 0, "^k must be 1 or more, got 0$"),
-        (((5, 2), (5, 2)), 2.0, "^k must be 1 or more, got 2.0$"),
+        (((5, 2), (5, 2)), 2.0, "^k must be a whole number, 1 or more, got 2.0$"),
     ],
 )
 def test_sets_or_neighbours_that_do_not_fit_are_refused(shapes, k, message):
