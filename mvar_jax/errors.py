@@ -58,6 +58,7 @@ def find_storage_error(error: BaseException, path: str | os.PathLike) -> OSError
 def describe_file_error(error: OSError) -> str:
     """Return the file, if it is known, and the reason, such as "out/grid.png: No space left on device"."""
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    name = name.encode(errors="backslashreplace").decode()  # of a file whose name is not UTF-8
     return f"{name}: {shorten(error)}" if name else shorten(error)
 
 

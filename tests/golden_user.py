@@ -7,9 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+import eval_case
 import numpy as np
+import torch_files
 
 import mvar_jax
+from mvar_jax import evaluation
 from mvar_jax.__main__ import main
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
@@ -25,7 +28,11 @@ def run(out: Path) -> None:
     ids_BL = model.encode(images_BYX3)
     logits_BLV = model.logits(tokenizer["ids"], train["labels"])
     samples_BYX3, sampled_BL = model.sample(sample["labels"], cfg=2.7, top_k=1)
-    np.savez(out / "results.npz", ids=ids_BL, logits=logits_BLV, samples=samples_BYX3, sampled=sampled_BL)
+    torch_files.save(out / "inception.pth", eval_case.inception_state())
+    scored_BYX3 = eval_case.images("image/64x64", 2, 64, 64)
+    features = evaluation.inception_features(scored_BYX3, out / "inception.pth")
+    arrays = {"ids": ids_BL, "logits": logits_BLV, "samples": samples_BYX3, "sampled": sampled_BL}
+    np.savez(out / "results.npz", **arrays, **features._asdict())
 
 
 if __name__ == "__main__":

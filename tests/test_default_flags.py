@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import eval_case
 import numpy as np
 import pytest
 from golden_case import LOGITS, MVAR, assert_close, assert_images_close, load
@@ -43,3 +44,9 @@ def test_greedy_sample_with_guidance_is_the_published_one(results):
     golden = load("sample_cfg2.7")
     np.testing.assert_array_equal(results["sampled"], golden["ids"])
     assert_images_close("sample", results["samples"], golden, "img", 8)
+
+
+@pytest.mark.parametrize("name", ["pool", "spatial", "probabilities"])
+def test_features_of_the_evaluation_are_the_published_ones(results, name):
+    golden = eval_case.load("inception.npz")[f"64x64/tf_{name}"]
+    np.testing.assert_allclose(results[name], golden, rtol=0, atol=5e-6 * np.abs(golden).max())

@@ -5,6 +5,7 @@ writes the objects of its own shards and reads the chunks of its own shards, wha
 The layout is in `zarr.json`, whose checksum is among its attributes.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -131,18 +132,26 @@ def plain_index(index: Index | None, shape: Sequence[int]) -> Index:
 
 
 def write(folder: Path, pieces: Iterable[Piece]) -> None:
-    """Write objects into a folder; returns when all are there."""
+    """Write objects into a folder; returns when all are there, or raises when none is under way any more."""
     context = _context()
     stores: dict[str, ts.TensorStore] = {}
+    under_way: deque = deque()
 
     def start(piece: Piece):
         if piece.name not in stores:
             stores[piece.name] = _open(folder, piece.name, piece.layout, context)
         target = stores[piece.name][piece.place]
-        return target.write(piece.values, can_reference_source_data_indefinitely=True)
+        under_way.append(target.write(piece.values, can_reference_source_data_indefinitely=True))
+        return under_way[-1]
 
-    for _, future in _overlap(pieces, start, lambda piece: piece.values.nbytes):
-        future.result()
+    try:
+        for _, future in _overlap(pieces, start, lambda piece: piece.values.nbytes):
+            future.result()
+            under_way.popleft()
+    finally:
+        for future in under_way:  # of a failed write, whose folder is removed next
+            with contextlib.suppress(Exception):
+                future.result()
 
 
 def write_layouts(folder: Path, layouts: Mapping[str, Layout]) -> None:

@@ -68,7 +68,7 @@ class ClassNames:
         if text.startswith(NAME):
             return (self.find(text.removeprefix(NAME).strip()),)
         plain = text.removeprefix(NUMBER)
-        match, named = _RANGE.fullmatch(plain), self._named(text)
+        match, named = _RANGE.fullmatch(plain), self.numbers_named(text)
         if match is None:
             return (self.find(text),)
         numbers = range(int(match[1]), int(match[2] or match[1]) + 1)
@@ -91,7 +91,7 @@ class ClassNames:
 
         Raises InputError for an unknown name, with the nearest known one, or for one that several classes share.
         """
-        found = self._named(text)
+        found = self.numbers_named(text)
         if len(found) == 1:
             return found[0]
         if found:
@@ -109,7 +109,7 @@ class ClassNames:
             words += "; a comma inside a name is written \\,"
         raise InputError(words, field="labels", given=text, expected=expected)
 
-    def _named(self, text: str) -> list[int]:
+    def numbers_named(self, text: str) -> list[int]:
         """Return the classes of this name by the strictest comparison that finds one."""
         return next((found for simplify, numbers in self._tables if (found := numbers.get(simplify(text)))), [])
 

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     forward.add_argument(
         "--weights", metavar="NAME", help="which state dict to take of a file that holds several, such as ema"
     )
-    forward.add_argument("--out", metavar="DIR", help="model directory to write; new or empty")
+    forward.add_argument("--out", metavar="PATH", help="model directory, or .npz file, to write; new")
     forward.add_argument(
         "--from_hub",
         metavar="REPO",
@@ -46,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     forward.add_argument("--kernel_size", metavar="K", help="window side, or one per scale from refine_step on")
     forward.add_argument("--refine_step", metavar="N", help="first scale that attends to a local window")
     forward.add_argument("--conditioning", metavar="C", help="markov (MVAR) or full (VAR)")
+    scores = parser.add_argument_group("networks that score images, to one .npz file")
+    scores.add_argument(
+        "--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth or classify_image_graph_def.pb"
+    )
+    scores.add_argument(
+        "--lpips", metavar="FILE", nargs=2, help="torchvision's vgg16-397923af.pth and vgg.pth of the lpips package"
+    )
     back = parser.add_argument_group("back to PyTorch")
     back.add_argument("--checkpoint", metavar="DIR", help="model directory or training workdir")
     back.add_argument("--to_torch", metavar="DIR", help="where to write vae.pth and mvar.pth; new or empty")
@@ -59,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command in the direction that its options choose."""
+    if args.inception is not None or args.lpips is not None:
+        return _run_scores(args)
     if any(getattr(args, name) is not None for name in ("checkpoint", *BACK, "shard_mib")):
         return _run_back(args)
     from mvar_jax.convert.weights import MisfitError, convert
@@ -81,6 +90,29 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(error.misfits), file=sys.stderr)
         raise
     print(f"wrote {args.out}: {', '.join(sorted(modules))}")
+    return 0
+
+
+def _run_scores(args: argparse.Namespace) -> int:
+    from mvar_jax.evaluation.inception_weights import convert_inception
+    from mvar_jax.evaluation.lpips import convert_lpips
+
+    chosen, other = ("lpips", "inception") if args.inception is None else ("inception", "lpips")
+    for name in (other, *FROM_TORCH_OPTIONS, "checkpoint", *BACK, "shard_mib"):
+        if getattr(args, name) is not None and name != "out":
+            message = f"--{name} cannot be combined with --{chosen}"
+            raise InputError(message, field=name, given=getattr(args, name), expected=f"not with --{chosen}")
+    if args.out is None:
+        raise InputError("give --out, the .npz file to write", field="out", given=None, expected="a file")
+    if args.inception is not None:
+        weights = convert_inception(args.inception, args.out)
+    else:
+        weights = convert_lpips(*args.lpips, args.out)
+    for name, sha256 in weights.sources.items():
+        print(f"read {name}, SHA-256 {sha256}")
+    if weights.is_published is False:
+        print("note: this is not the published file; its scores compare only with scores by the same file")
+    print(f"wrote {args.out}")
     return 0
 
 

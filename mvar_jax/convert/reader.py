@@ -7,7 +7,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mvar_jax.convert.files import NUM_HEAD_BYTES, WeightsFile, explain, open_regular, refuse
-from mvar_jax.convert.safetensors_files import INDEX_SUFFIX, MAX_HEADER_BYTES, SHARD, SafetensorsFile, parse_json
+from mvar_jax.convert.safetensors_files import INDEX_SUFFIX, MAX_HEADER_BYTES, SHARD, SafetensorsFile, parse_object
 from mvar_jax.convert.tensors import Tensor
 from mvar_jax.convert.torch_files import LegacyTorchFile, ZippedTorchFile
 from mvar_jax.errors import shorten
@@ -86,7 +86,7 @@ class ShardedFile(WeightsFile):
             data = file.read(MAX_HEADER_BYTES)
         except OSError as error:
             raise self.refuse(shorten(error)) from None
-        places = parse_json(self, data).get("weight_map")
+        places = parse_object(self, data).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise self.refuse("it is JSON without the weight_map of an index of safetensors")
         for name in places.values():

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from mvar_jax.convert.files import AGAIN, WeightsFile
 from mvar_jax.convert.tensors import Tensor
-from mvar_jax.errors import InputError, shorten
+from mvar_jax.errors import InputError, find_storage_error, shorten
 from mvar_jax.files.paths import is_store
 
 MAX_HEADER_BYTES = 8 << 20
@@ -71,7 +71,7 @@ class SafetensorsFile(WeightsFile):
         if num_header_bytes > MAX_HEADER_BYTES:
             limit = f"at most {MAX_HEADER_BYTES} are read"
             raise self.refuse(f"its header would have {num_header_bytes} bytes; {limit}")
-        header = parse_json(self, file.read(num_header_bytes))
+        header = parse_object(self, file.read(num_header_bytes))
         spans = [value.get("data_offsets") for value in header.values() if isinstance(value, dict)]
         ends = [span[1] for span in spans if isinstance(span, list) and len(span) == 2 and type(span[1]) is int]
         num_needed = 8 + num_header_bytes + max(ends, default=0)
@@ -80,7 +80,7 @@ class SafetensorsFile(WeightsFile):
         return header
 
 
-def parse_json(file: WeightsFile, data: bytes) -> dict:
+def parse_object(file: WeightsFile, data: bytes) -> dict:
     """Parse an object. Raises InputError if it is none, or if a key appears twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict:
@@ -117,10 +117,7 @@ def write_safetensors(folder: Path, name: str, tensors: dict[str, np.ndarray], s
     if len(shards) > 1:
         names = [f"{name}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, shard in zip(names, shards, strict=True):
-        (folder / file).touch()
-        mode = (folder / file).stat().st_mode
-        safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(mode)  # the package lets nobody else read its files
+        _write_file(folder / file, shard)
     if len(shards) == 1:
         return names
     places = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
@@ -128,3 +125,13 @@ def write_safetensors(folder: Path, name: str, tensors: dict[str, np.ndarray], s
     first = f"{name}.safetensors{INDEX_SUFFIX}"
     (folder / first).write_text(json.dumps(index, indent=1) + "\n")
     return [first, *names]
+
+
+def _write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise find_storage_error(error, path) or error from None
+    path.chmod(mode)  # the package lets nobody else read its files

@@ -1,14 +1,28 @@
 """Images that cannot be used: they are skipped and listed by name, and too many of them end the run."""
 
 import contextlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mvar_jax.errors import InputError
 from mvar_jax.files.atomic import write_json
+from mvar_jax.files.json_files import read_json
+
+
+class SkippedImage(TypedDict):
+    """An image that cannot be used."""
+
+    number: int
+    name: str
+    reason: str
+
+
+class SkippedFile(TypedDict):
+    """The file of a list, as far as the list is read from it."""
+
+    skipped: list[SkippedImage]
 
 
 class Skipped:
@@ -45,8 +59,8 @@ class Skipped:
         Raises:
           InputError: the list has more bad images than allowed.
         """
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            for entry in json.loads(file.read_text())["skipped"]:
+        with contextlib.suppress(OSError, ValueError):
+            for entry in read_json(file, SkippedFile)["skipped"]:
                 self._entries[entry["name"]] = {key: entry[key] for key in ("number", "name", "reason")}
         self._file = file
         if len(self) > self.max_bad:

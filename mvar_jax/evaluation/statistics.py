@@ -1,10 +1,13 @@
 """Statistics between two sets of features. Host arithmetic in float64."""
 
+import warnings
+
 import numpy as np
 from scipy import linalg
 from scipy.spatial.distance import cdist
 
 from mvar_jax.errors import InputError
+from mvar_jax.evaluation.moments import Moments, check_features
 
 
 def _factor(covariance_DD: np.ndarray) -> np.ndarray:
@@ -26,27 +29,24 @@ def frechet_distance_of_moments(mean_a_D, covariance_a_DD, mean_b_D, covariance_
     return max(0.0, float(distance))
 
 
-def moments(features_ND) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean `[D]` and unbiased covariance `[D, D]`. Raises InputError if there are less than two rows."""
-    features_ND = np.asarray(features_ND, np.float64)
-    if features_ND.ndim != 2 or len(features_ND) < 2:
-        given, expected = list(features_ND.shape), "[N, D] with at least 2 rows"
-        message = f"features must have shape {expected}, got {given}"
-        raise InputError(message, field="features", given=given, expected=expected)
-    return features_ND.mean(0), np.atleast_2d(np.cov(features_ND, rowvar=False))
-
-
 def frechet_distance(features_a_ND, features_b_ND) -> float:
     """Return the Frechet distance of two sets of features, in squared feature units; they may differ in size.
 
-    Raises InputError if the sets differ in width or one has less than two rows.
+    Warns if a set has no more rows than features: its covariance is then singular and the distance too large to be
+    compared with that of larger sets. Raises InputError if the sets differ in width, one has less than two rows, or a
+    value is not finite.
     """
-    moments_a, moments_b = moments(features_a_ND), moments(features_b_ND)
-    if moments_a[0].shape != moments_b[0].shape:
-        expected, given = (len(mean_D) for mean_D, _ in (moments_a, moments_b))
+    sets = [check_features(x, min_rows=2) for x in (features_a_ND, features_b_ND)]
+    expected, given = (x.shape[1] for x in sets)
+    if expected != given:
         message = f"features of both sets must have the same width, got {expected} and {given}"
         raise InputError(message, field="features", given=given, expected=str(expected))
-    return frechet_distance_of_moments(*moments_a, *moments_b)
+    num_rows = min(map(len, sets))
+    if num_rows <= given:
+        message = f"a Frechet distance of {num_rows} rows of {given} features is too large; take {given + 1} or more"
+        warnings.warn(message, stacklevel=2)
+    a, b = map(Moments.of, sets)
+    return frechet_distance_of_moments(a.mean_D, a.covariance_DD, b.mean_D, b.covariance_DD)
 
 
 def nearest_distances(queries_ND, references_MD, chunk: int = 256) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Area downsampling and bicubic upsampling by one constant matrix per axis (docs/method.md, Tokenizer)."""
+"""Area, bicubic (docs/method.md, Tokenizer) and TensorFlow 1's bilinear resizing by one constant matrix per axis."""
 
 import functools
 
@@ -45,11 +45,31 @@ def bicubic_matrix(source: int, target: int) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-def _apply(matrix_ty: np.ndarray, x_BYXc: jax.Array) -> jax.Array:
-    """Apply one matrix to rows and columns, in full float32: TF32 or bfloat16 rounding would change f_hat."""
-    m, precision = jnp.asarray(matrix_ty), precision_of("quantizer", jnp.float32)
-    x = jnp.einsum("iy,byxc->bixc", m, x_BYXc.astype(jnp.float32), precision=precision)
-    return jnp.einsum("jx,bixc->bijc", m, x, precision=precision)
+@functools.lru_cache(maxsize=256)
+def tf1_matrix(source: int, target: int) -> np.ndarray:
+    """Return `[target, source] float32`: bilinear weights at i * source / target.
+
+    No half-pixel centres, no antialiasing, a replicated border: `tf.compat.v1.image.resize_bilinear`, which the 2015
+    Inception graph contains. Positions are float32 as there. The identity at equal sizes.
+    """
+    places = np.arange(target, dtype=np.float32) * np.float32(source / target)
+    low = np.floor(places).astype(int)
+    t = places - low.astype(np.float32)
+    matrix = np.zeros((target, source), np.float32)
+    matrix[np.arange(target), low] = 1 - t
+    matrix[np.arange(target), np.minimum(low + 1, source - 1)] += t
+    return matrix
+
+
+def _apply(matrix_iy: np.ndarray, x_BYXc: jax.Array, matrix_jx: np.ndarray | None = None) -> jax.Array:
+    """Apply a matrix to the rows and one to the columns (None: the same), in full float32.
+
+    TF32 or bfloat16 rounding would change f_hat and the evaluation's features.
+    """
+    rows = jnp.asarray(matrix_iy)
+    columns, precision = rows if matrix_jx is None else jnp.asarray(matrix_jx), precision_of("quantizer", jnp.float32)
+    x = jnp.einsum("iy,byxc->bixc", rows, x_BYXc.astype(jnp.float32), precision=precision)
+    return jnp.einsum("jx,bixc->bijc", columns, x, precision=precision)
 
 
 def resize_area(x_BYXc: jax.Array, side: int) -> jax.Array:
@@ -62,3 +82,9 @@ def resize_bicubic(x_BYXc: jax.Array, side: int) -> jax.Array:
     """Resize `[B, y, y, c]` to `[B, side, side, c] float32` by bicubic interpolation; the identity at equal sizes."""
     source = x_BYXc.shape[1]
     return x_BYXc if source == side else _apply(bicubic_matrix(source, side), x_BYXc)
+
+
+def resize_tf1(x_BYXc: jax.Array, side: int) -> jax.Array:
+    """Resize `[B, Y, X, c]` to `[B, side, side, c] float32` bilinearly as TensorFlow 1 does; see `tf1_matrix`."""
+    num_rows, num_columns = x_BYXc.shape[1:3]
+    return _apply(tf1_matrix(num_rows, side), x_BYXc, tf1_matrix(num_columns, side))

@@ -1,6 +1,5 @@
 """The weights that a run starts from: those of a model whose classes may be others."""
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +34,8 @@ def load_initial(path: str, transformer: Transformer, label_names: Sequence[str]
     """Load the weights to start from: a model directory, a workdir or a published file (MVAR or VAR); None for "".
 
     If the other model has another number of classes, its class table gives the row of "no class" and those of the
-    classes that have a name of `label_names` there. The other rows are the run's own.
+    classes that have a name of `label_names` there. The other rows are the run's own. If it has the same classes in
+    another order, its rows go by name; as many other classes take over the rows as they are.
 
     Args:
       path: of the weights.
@@ -60,9 +60,14 @@ def load_initial(path: str, transformer: Transformer, label_names: Sequence[str]
         params = load_published(path, transformer.sides)[1]
     num_classes = len(params[CLASS_TABLE]) - 1
     check_shapes(directory, "transformer", transformer.clone(num_classes=num_classes), params)
-    if num_classes == transformer.num_classes:
-        return Initial(params)
-    return _with_classes(path, params, _names_of(directory, num_classes), label_names)
+    names = _names_of(directory, num_classes)
+    found = [names.numbers_named(name) for name in label_names]
+    sources = [numbers[0] if len(numbers) == 1 else None for numbers in found]  # unknown there, or of several classes
+    if num_classes != transformer.num_classes:
+        return _with_classes(path, params, sources)
+    if sorted(sources, key=str) == sorted(range(num_classes), key=str) != sources:
+        return _in_order(path, params, sources)
+    return Initial(params)
 
 
 def _names_of(path: Path, num_classes: int) -> ClassNames:
@@ -71,15 +76,21 @@ def _names_of(path: Path, num_classes: int) -> ClassNames:
     return ClassNames(imagenet_spellings() if num_classes == NUM_IMAGENET_CLASSES else ())
 
 
-def _with_classes(path: str, params: Any, names: ClassNames, label_names: Sequence[str]) -> Initial:
+def _with_classes(path: str, params: Any, sources: list[int | None]) -> Initial:
     table = np.asarray(params[CLASS_TABLE])
-    rows, fresh = np.zeros((len(label_names) + 1, table.shape[1]), table.dtype), np.ones(len(label_names) + 1, bool)
+    rows, fresh = np.zeros((len(sources) + 1, table.shape[1]), table.dtype), np.ones(len(sources) + 1, bool)
     rows[-1], fresh[-1] = table[-1], False
-    for label, name in enumerate(label_names):
-        with contextlib.suppress(InputError):  # unknown there, or of several classes
-            rows[label], fresh[label] = table[names.find(name)], False
+    for label, source in enumerate(sources):
+        if source is not None:
+            rows[label], fresh[label] = table[source], False
     num_kept = len(fresh) - 1 - int(fresh.sum())
-    note = f"config.init_from={path} has {len(table) - 1} classes and the data have {len(label_names)}: "
+    note = f"config.init_from={path} has {len(table) - 1} classes and the data have {len(sources)}: "
     note += f"the class table keeps the row of no class and those of {num_kept} classes of equal name, "
     note += f"its other rows ({fresh.sum()}) are new; "
     return Initial({**params, CLASS_TABLE: rows}, fresh, f"{note}all other weights are kept")
+
+
+def _in_order(path: str, params: Any, sources: list[int]) -> Initial:
+    rows = np.asarray(params[CLASS_TABLE])[[*sources, -1]]
+    note = f"config.init_from={path} has the classes of the data in another order: rows of the class table go by name"
+    return Initial({**params, CLASS_TABLE: rows}, note=note)

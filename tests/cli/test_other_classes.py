@@ -10,6 +10,7 @@ from mvar_jax.checkpoints.model_directory import load_model
 from mvar_jax.cli.configuration import read_config
 from mvar_jax.errors import InputError
 from mvar_jax.files.paths import as_path
+from mvar_jax.training.initial import load_initial
 
 
 @pytest.fixture
@@ -41,6 +42,19 @@ def test_other_classes_get_fresh_rows_and_everything_else_is_kept(run, config, c
         table, old = params["class_embed"], there["class_embed"]
         np.testing.assert_array_equal(table, np.stack([old[3], old[8], own[2], old[10]]))
         assert jax.tree.all(jax.tree.map(np.array_equal, {**params, "class_embed": 0}, {**there, "class_embed": 0}))
+
+
+def test_same_classes_in_another_order_take_their_rows_by_name(run):
+    modules, params, *_ = load_model(as_path(run.transformer))
+    names = [str(digit) for digit in range(9, -1, -1)]
+    initial = load_initial(run.transformer, modules["transformer"], names)
+    table = np.asarray(params["transformer"]["class_embed"])
+    np.testing.assert_array_equal(initial.params["class_embed"], table[[*range(9, -1, -1), 10]])
+    assert "another order" in initial.note and initial.fresh_rows is None
+    for others in (names[::-1], [*names[:9], "house"], []):  # the same order, as many others, no names
+        initial = load_initial(run.transformer, modules["transformer"], others)
+        np.testing.assert_array_equal(initial.params["class_embed"], table)
+        assert not initial.note
 
 
 def test_number_of_classes_that_the_config_names_must_be_that_of_the_data(config):

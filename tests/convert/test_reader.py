@@ -254,7 +254,7 @@ def test_refuses_huge_pickle_before_reading_it(tmp_path, monkeypatch):
         (b"<!DOCTYPE html><html>Sign in</html>", "HTML page"),
         (b"\n <html><body>404", "HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git lfs pull"),
-        (gzip.compress(b"weights"), "gunzip"),
+        (gzip.compress(b"weights", mtime=0), "gunzip"),
         (lzma.compress(b"weights"), "unxz"),
         (bz2.compress(b"weights"), "bunzip2"),
         (b"x.pth".ljust(257, b"\0") + b"ustar\x0000".ljust(300, b"\0"), "tar archive"),

@@ -13,7 +13,7 @@ from mvar_jax.convert import safetensors_files
 from mvar_jax.convert.reader import open_weights
 from mvar_jax.convert.to_torch import to_safetensors, to_torch
 from mvar_jax.convert.weights import convert
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, RunError
 
 TINY = Path(__file__).parent.parent / "golden" / "tiny"
 
@@ -194,6 +194,22 @@ def test_an_index_that_lies_is_refused(sharded, change, words):
 def test_a_shard_alone_names_the_index(sharded):
     path = sharded[0].with_name("x-00001-of-00002.safetensors")
     assert "one of 2 shards; give x.safetensors.index.json" in refusal_of(path)
+
+
+def test_files_have_the_mode_of_every_other_file(tmp_path, model):
+    (tmp_path / "other").touch()
+    for path in to_safetensors(model, tmp_path / "safe"):
+        assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, model, monkeypatch):
+    def fail(*_, **__):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(RunError, match="No space left on device"):
+        to_safetensors(model, tmp_path / "safe")
+    assert not (tmp_path / "safe").exists()
 
 
 @pytest.mark.parametrize("shard_mib", [0, -1, 1.5, True])

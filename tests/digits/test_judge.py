@@ -6,6 +6,7 @@ import pytest
 from mvar_jax.digits import judge
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation import statistics
+from mvar_jax.evaluation.moments import Moments
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,8 @@ def test_hidden_layer_is_converged_deterministic_and_separates_noise_from_digits
 
 def test_principal_space_is_centred_and_uncorrelated_on_the_training_images(digits):
     train = digits[0]
-    mean_D, covariance_DD = statistics.moments(judge.principal_space(judge.reduce_to_grid(train))(train))
+    found = Moments.of(judge.principal_space(judge.reduce_to_grid(train))(train))
+    mean_D, covariance_DD = found.mean_D, found.covariance_DD
     assert mean_D.shape == (32,)
     np.testing.assert_allclose(mean_D, 0, atol=1e-10)
     variance_D = np.diag(covariance_DD)

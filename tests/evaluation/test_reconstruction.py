@@ -12,7 +12,7 @@ from PIL import Image
 
 from mvar_jax.__main__ import main
 from mvar_jax.cli import reconstruct as command
-from mvar_jax.data.decoding import BadImage
+from mvar_jax.data.decoding import FORMATS, BadImage
 from mvar_jax.errors import RunError
 from mvar_jax.evaluation import reconstruction
 from mvar_jax.evaluation.reconstruction import Images, write_reconstructions
@@ -136,7 +136,7 @@ def test_bad_images_are_skipped_counted_and_named(reconstruct, tmp_path, capsys)
     printed, table = capsys.readouterr().out, (tmp_path / "out" / "psnr.md").read_text()
     assert printed.endswith("2 images, 3 skipped\n")
     for text in (printed, table):
-        assert "broken.jpg: not a JPEG, PNG, WEBP image (10 bytes)\n" in text
+        assert f"broken.jpg: not a {', '.join(FORMATS)} image (10 bytes)\n" in text
         assert "pipe.png: is missing or no file\n" in text and "gone.png: is missing" in text
     assert len(np.load(tmp_path / "out" / "reconstructions.npz")["arr_0"]) == 2
     assert "left out" not in printed

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mvar_jax.checkpoints.best import read_scores
+from mvar_jax.data.skipped import Skipped
 from mvar_jax.errors import InputError
 from mvar_jax.files.json_files import read_json
 from mvar_jax.files.lines import read_lines
@@ -97,6 +98,16 @@ def test_a_damaged_cache_json_is_refused_with_the_key(tmp_path, change, words):
 def test_scores_of_another_type_count_as_none(tmp_path, content):
     (tmp_path / "scores.json").write_text(content)
     assert read_scores(tmp_path) == {}
+
+
+@pytest.mark.parametrize("entry", [{"number": "3"}, {"name": 3}, {"reason": None}])
+def test_a_list_of_bad_images_of_another_type_is_begun_again(tmp_path, entry):
+    good = {"number": 3, "name": "ant/3.jpg", "reason": "cut"}
+    for entries, expected in (([good], [good]), ([good | entry], [])):
+        (tmp_path / "skipped.json").write_text(json.dumps({"skipped": entries}))
+        skipped = Skipped("train", 10, 1.0)
+        skipped.keep_in(tmp_path / "skipped.json", lambda entry: True)
+        assert skipped.entries() == expected
 
 
 def test_lines_that_are_no_objects_are_dropped(tmp_path):

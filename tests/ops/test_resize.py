@@ -1,11 +1,12 @@
 import math
 
+import eval_case
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_case import assert_close, load
 
-from mvar_jax.ops.resize import area_matrix, bicubic_matrix, resize_area, resize_bicubic
+from mvar_jax.ops.resize import area_matrix, bicubic_matrix, resize_area, resize_bicubic, resize_tf1
 from mvar_jax.scales import KNOWN_SIDES
 
 GOLDEN = load("interp")
@@ -51,3 +52,15 @@ def test_upsampling_keeps_constants_and_is_symmetric(side):
     np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-6)
     np.testing.assert_allclose(matrix, matrix[::-1, ::-1], atol=1e-6)
     assert (matrix != 0).sum(1).max() <= 4
+
+
+@pytest.mark.parametrize("size", ["64x64", "256x256", "32x48", "299x299", "320x300"])
+def test_tf1_resizing_is_that_of_the_published_evaluator(size):
+    """Sampled pixels, the last rows (whose neighbour below does not exist) and the sum of every row, of 0..255."""
+    pixels = eval_case.images(f"resize/{size}", 2, *eval_case.sizes_of(size))[1:]
+    ours, golden = np.asarray(resize_tf1(jnp.asarray(pixels), 299)), eval_case.load("resize.npz")
+    np.testing.assert_allclose(ours[:, ::7, ::5], golden[f"{size}/every_7_5"], atol=3e-4)
+    np.testing.assert_allclose(ours[:, -3:, ::5], golden[f"{size}/last_rows"], atol=3e-4)
+    np.testing.assert_allclose(ours.sum(2, dtype=np.float64), golden[f"{size}/row_sums"], atol=299 * 3e-4)
+    if size == "299x299":
+        np.testing.assert_array_equal(ours, pixels)

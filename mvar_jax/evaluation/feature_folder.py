@@ -1,0 +1,98 @@
+"""Features of an image set in a folder, part by part: resumable, and shared by several processes.
+
+A part is the features of consecutive images, 20 kB an image. All scores are computed from the parts in their order,
+so they depend neither on interruptions nor on the number of processes.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mvar_jax.errors import InputError
+from mvar_jax.evaluation.features import FeatureExtractor
+from mvar_jax.evaluation.inception import NUM_CLASSES, POOL_WIDTH, SPATIAL_WIDTH, Features
+from mvar_jax.evaluation.moments import Moments, RunningMoments
+from mvar_jax.files.npz import save_npz
+from mvar_jax.files.npz_reader import NpzFile
+
+PART_IMAGES = 1024
+WIDTHS = Features(POOL_WIDTH, SPATIAL_WIDTH, NUM_CLASSES)
+
+
+@dataclass(frozen=True)
+class FeatureFolder:
+    """The parts of one image set.
+
+    Attributes:
+      path: the folder, which must exist; see `processes.holding.owned_folder` for who may write there.
+      num_images: images of the set.
+    """
+
+    path: Path
+    num_images: int
+
+    @property
+    def num_parts(self) -> int:
+        return -(-self.num_images // PART_IMAGES)
+
+    def rows(self, part: int) -> range:
+        """Return the numbers of a part's images."""
+        return range(part * PART_IMAGES, min((part + 1) * PART_IMAGES, self.num_images))
+
+    def has(self, part: int) -> bool:
+        """Return whether a part is there whole; one that a killed machine cut counts as missing."""
+        try:
+            with NpzFile("features", self._file(part)) as file:
+                for name, width in zip(Features._fields, WIDTHS, strict=True):
+                    file.header(name, (len(self.rows(part)), width), "f")
+        except InputError:
+            return False
+        return True
+
+    def fill(
+        self,
+        extractor: FeatureExtractor,
+        read_images: Callable[[range], np.ndarray],
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Iterator[int]:
+        """Compute this process's missing parts, and yield the number of each when it is written.
+
+        Args:
+          read_images: numbers -> pixels `[n, Y, X, 3] uint8`.
+          process_index, process_count: process i of n takes parts i, i + n, ...
+        """
+        for part in range(process_index, self.num_parts, process_count):
+            if self.has(part):
+                continue
+            rows, size = self.rows(part), extractor.batch_size
+            batches = (read_images(rows[i : i + size]) for i in range(0, len(rows), size))
+            found = zip(*extractor.stream(batches), strict=True)
+            save_npz(self._file(part), **dict(zip(Features._fields, map(np.concatenate, found), strict=True)))
+            yield part
+
+    def parts(self, name: str) -> Iterator[np.ndarray]:
+        """Yield `pool`, `spatial` or `probabilities` of each part in order. Raises InputError if one is missing."""
+        width = getattr(WIDTHS, name)
+        for part in range(self.num_parts):
+            with NpzFile("features", self._file(part)) as file:
+                yield file.read(name, (len(self.rows(part)), width))
+
+    def array(self, name: str) -> np.ndarray:
+        """Return the features of all images, `[N, D] float32`."""
+        found = np.empty((self.num_images, getattr(WIDTHS, name)), np.float32)
+        for part, rows in enumerate(self.parts(name)):
+            found[part * PART_IMAGES :][: len(rows)] = rows
+        return found
+
+    def moments(self, name: str) -> Moments:
+        """Return the moments of the features of all images."""
+        running = RunningMoments()
+        for rows in self.parts(name):
+            running.add(rows)
+        return running.moments()
+
+    def _file(self, part: int) -> Path:
+        return self.path / f"{part:06d}.npz"

@@ -1,0 +1,133 @@
+"""Reference sets and samples as .npz files in the published form, and the statistics of a reference.
+
+`arr_0` holds images `[N, Y, X, 3] uint8`. A reference may also hold `mu`, `sigma` (mean and covariance of the pool
+features of the whole training set) and `mu_s`, `sigma_s` (the same of the spatial features).
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mvar_jax.evaluation.inception import POOL_WIDTH, SPATIAL_WIDTH
+from mvar_jax.evaluation.moments import Moments
+from mvar_jax.evaluation.network_files import read_json_array
+from mvar_jax.files.npz import Pieces, save_npz
+from mvar_jax.files.npz_reader import NpzFile
+from mvar_jax.files.paths import as_path
+
+IMAGES = "arr_0"
+NETWORK = "network"  # ours: the fingerprint of the network that the statistics come from, as JSON
+SYMMETRY_TOLERANCE = 1e-6
+
+
+class Gaussian(NamedTuple):
+    """The mean `[D]` and covariance `[D, D]` of features, float64."""
+
+    mean_D: np.ndarray
+    covariance_DD: np.ndarray
+
+    @classmethod
+    def of(cls, moments: Moments) -> "Gaussian":
+        return cls(moments.mean_D, moments.covariance_DD)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """The images of an .npz file, which are read in pieces because 50,000 of 256 x 256 pixels take 9.8 GB.
+
+    Raises InputError if the file is damaged or holds no uint8 images as `arr_0`.
+    """
+
+    field: str
+    path: Path
+    shape: tuple[int, int, int, int]
+
+    @classmethod
+    def open(cls, field: str, path: str | os.PathLike) -> "ImageFile":
+        with NpzFile(field, path) as file:
+            return cls(field, file.path, _image_shape(file))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def pieces(self, num_images: int, first: int = 0) -> Iterator[np.ndarray]:
+        """Yield the images from number `first` on, `num_images` at a time and at last fewer."""
+        with NpzFile(self.field, self.path) as file:
+            yield from file.pieces(IMAGES, num_images, first)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with.
+
+    Attributes:
+      pool, spatial: statistics for FID and sFID; None if the file does not hold them.
+      images: for precision and recall, and for the statistics that are None; None if the file has no images.
+      network: name -> SHA-256 of the files of the network that the statistics come from; {} if the file does not say.
+    """
+
+    pool: Gaussian | None
+    spatial: Gaussian | None
+    images: ImageFile | None
+    network: Mapping[str, str]
+
+
+def read_reference(path: str | os.PathLike, field: str = "reference") -> Reference:
+    """Read a reference. Raises InputError if it is damaged, or has statistics of another network's features."""
+    with NpzFile(field, path) as file:
+        pool = _read_gaussian(file, "mu", "sigma", POOL_WIDTH)
+        spatial = _read_gaussian(file, "mu_s", "sigma_s", SPATIAL_WIDTH)
+        images = ImageFile(field, file.path, _image_shape(file)) if IMAGES in file.headers else None
+        if pool is None and images is None:
+            raise file.refuse("it has neither statistics (mu, sigma) nor images (arr_0)")
+        network = read_json_array(file, NETWORK, dict[str, str]) if NETWORK in file.headers else {}
+        return Reference(pool, spatial, images, network)
+
+
+def save_reference(
+    path: str | os.PathLike,
+    pool: Gaussian,
+    spatial: Gaussian,
+    images: Pieces | None = None,
+    network: Mapping[str, str] | None = None,
+) -> None:
+    """Write a reference in the published form, which the published evaluator reads too.
+
+    Args:
+      pool, spatial: statistics of the whole set.
+      images: 10,000 images or so for precision and recall, see `mvar_jax.files.npz`.
+      network: `NetworkWeights.sources` of the network that the statistics come from.
+    """
+    arrays: dict[str, np.ndarray | Pieces] = {"mu": pool.mean_D, "sigma": pool.covariance_DD}
+    arrays |= {"mu_s": spatial.mean_D, "sigma_s": spatial.covariance_DD}
+    if images is not None:
+        arrays[IMAGES] = images
+    if network is not None:
+        arrays[NETWORK] = np.array([json.dumps(dict(network))])
+    save_npz(as_path(path, "reference"), **arrays)
+
+
+def _image_shape(file: NpzFile) -> tuple[int, int, int, int]:
+    header = file.header(IMAGES, (None, None, None, 3), "u")
+    if header.dtype != np.uint8 or 0 in header.shape:
+        raise file.refuse(f"{IMAGES} must be uint8 with at least one image, got {header.dtype} {list(header.shape)}")
+    return header.shape  # type: ignore[return-value]
+
+
+def _read_gaussian(file: NpzFile, mean: str, covariance: str, width: int) -> Gaussian | None:
+    """Return statistics, None if the file has neither array. Raises InputError if they are no covariance."""
+    if mean not in file.headers and covariance not in file.headers:
+        return None
+    found = Gaussian(*(file.read(name, shape) for name, shape in ((mean, (width,)), (covariance, (width, width)))))
+    found = Gaussian(*(x.astype(np.float64) for x in found))
+    if not all(np.isfinite(x).all() for x in found):
+        raise file.refuse(f"{mean} or {covariance} is not finite")
+    scale = np.abs(found.covariance_DD).max()
+    if np.abs(found.covariance_DD - found.covariance_DD.T).max() > SYMMETRY_TOLERANCE * scale:
+        raise file.refuse(f"{covariance} must be symmetric, as a covariance is")
+    return found

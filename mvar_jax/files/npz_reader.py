@@ -1,0 +1,142 @@
+"""Reading of .npz files that others wrote: headers first, then arrays, whole or in pieces; nothing is unpickled."""
+
+import contextlib
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from mvar_jax.errors import InputError, shorten
+from mvar_jax.files.paths import as_path
+
+MAX_ARRAYS = 10_000
+HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+class Header(NamedTuple):
+    """What an array's header says, checked against the size of its member."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    is_fortran: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class NpzFile:
+    """An open .npz file. Opening and reading raise InputError if it is damaged, cut or needs pickle.
+
+    Attributes:
+      headers: of all arrays by name.
+    """
+
+    def __init__(self, field: str, path: str | os.PathLike):
+        self.field, self.path = field, as_path(path, field)
+        self._opened = contextlib.ExitStack()
+        try:
+            if self.path.exists() and not self.path.is_file():  # a pipe would block
+                raise self.refuse("it is not a regular file")
+            file = self._opened.enter_context(self.path.open("rb"))
+            self._zip = self._opened.enter_context(zipfile.ZipFile(file))
+            names = [name for name in self._zip.namelist() if name.endswith(".npy")]
+            if len(names) > MAX_ARRAYS:
+                raise self.refuse(f"it has {len(names)} arrays, more than {MAX_ARRAYS}")
+            self.headers = {name.removesuffix(".npy"): self._read_header(name) for name in names}
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError | zipfile.BadZipFile | NotImplementedError):
+                raise self.refuse(shorten(error)) from None
+            raise
+
+    def __enter__(self) -> "NpzFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def refuse(self, reason: str) -> InputError:
+        """Return an InputError with the reason why the file cannot be used."""
+        message = f"{self.field}={self.path} is not a usable .npz file: {reason}"
+        return InputError(message, field=self.field, given=str(self.path), expected="a whole .npz file")
+
+    def read(self, name: str, shape: tuple[int | None, ...], kinds: str = "f") -> np.ndarray:
+        """Return an array. Raises InputError if it is missing or of another shape or kind of dtype.
+
+        Args:
+          shape: what it must have; None allows any size.
+          kinds: allowed values of `dtype.kind`.
+        """
+        header = self.header(name, shape, kinds)
+        with self._reading(name) as file:
+            data = self._take(name, file, header.num_bytes)
+        return np.frombuffer(data, header.dtype).reshape(header.shape, order="F" if header.is_fortran else "C")
+
+    def pieces(self, name: str, num_rows: int, first: int = 0) -> Iterator[np.ndarray]:
+        """Yield the rows of an array from row `first` on, `num_rows` at a time and at last fewer."""
+        header = self.headers[name]
+        if header.is_fortran and len(header.shape) > 1:
+            raise self.refuse(f"{name} is stored by columns; store it again with numpy.ascontiguousarray")
+        row_bytes = header.num_bytes // max(header.shape[0], 1)
+        with self._reading(name) as file:
+            file.seek(first * row_bytes, os.SEEK_CUR)
+            for begin in range(first, header.shape[0], num_rows):
+                n = min(num_rows, header.shape[0] - begin)
+                data = self._take(name, file, n * row_bytes)
+                yield np.frombuffer(data, header.dtype).reshape(n, *header.shape[1:])
+
+    def header(self, name: str, shape: tuple[int | None, ...], kinds: str) -> Header:
+        """Return the header of an array. Raises InputError as `read` does; no value is read."""
+        header = self.headers.get(name)
+        if header is None:
+            raise self.refuse(f"it has no array {name}")
+        fits = len(header.shape) == len(shape)
+        fits = fits and all(want in (None, n) for want, n in zip(shape, header.shape, strict=True))
+        if not fits or header.dtype.kind not in kinds:
+            wanted = ", ".join("any" if n is None else str(n) for n in shape)
+            raise self.refuse(f"{name} must have shape [{wanted}], got {header.dtype} {list(header.shape)}")
+        return header
+
+    def _read_header(self, name: str) -> Header:
+        size = self._zip.getinfo(name).file_size
+        try:
+            with self._zip.open(name) as file:
+                version = np.lib.format.read_magic(file)
+                if version not in HEADER_READERS:
+                    raise ValueError(f"its format {version} is unknown")
+                read = HEADER_READERS[version]
+                shape, is_fortran, dtype = read(file)
+                begin = file.tell()
+        except (ValueError, EOFError, zlib.error) as error:
+            raise self.refuse(f"{name}: {shorten(error)}") from None
+        header = Header(shape, dtype, is_fortran)
+        if dtype.hasobject:
+            raise self.refuse(f"{name} holds Python objects, which are not read")
+        if begin + header.num_bytes != size:
+            raise self.refuse(f"{name} claims {header.num_bytes} bytes and has {size - begin}")
+        return header
+
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[IO[bytes]]:
+        """Yield the member after its header; errors of the file become InputErrors."""
+        begin = self._zip.getinfo(f"{name}.npy").file_size - self.headers[name].num_bytes
+        try:
+            with self._zip.open(f"{name}.npy") as file:
+                file.seek(begin)
+                yield file
+        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise self.refuse(f"{name}: {shorten(error)}") from None
+
+    def _take(self, name: str, file: IO[bytes], num_bytes: int) -> bytes:
+        data = file.read(num_bytes)
+        if len(data) != num_bytes:
+            raise self.refuse(f"{name} is cut")
+        return data
