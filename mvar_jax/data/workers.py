@@ -59,13 +59,14 @@ def run_workers(items_of: Callable[[int, int], Iterator[Any]], num_workers: int)
             for worker, (process, channel) in enumerate(workers):
                 try:
                     kind, content = receive(channel)
-                except EOFError:
+                    if kind == "item":
+                        channel.send(b"+")
+                except (EOFError, ConnectionError):  # the latter if it dies between the two, or with words unread
                     raise _describe_death(worker, process) from None
                 if kind == "end":
                     return
                 if kind == "error":
                     raise content
-                channel.send(b"+")
                 yield content
     finally:
         if workers:  # otherwise the interpreter has ended them and may already have cleared its modules

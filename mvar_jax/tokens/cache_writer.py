@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,15 +11,16 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from mvar_jax.errors import InputError, shorten
+from mvar_jax.errors import InputError
 from mvar_jax.files.atomic import replacing, write_json
 from mvar_jax.files.directories import remove_tree
 from mvar_jax.files.json_files import read_json
 from mvar_jax.files.paths import as_path, is_store
 from mvar_jax.processes.holding import check_options
 from mvar_jax.scales import areas_of
-from mvar_jax.tokens.cache_reader import FORMAT, LABEL_BYTES, META_NAME, TOKENIZER_FOLDER, Shard, read_meta
-from mvar_jax.tokens.shards import LocalShard, writing_shard
+from mvar_jax.tokens.cache_reader import FORMAT, LABEL_BYTES, META_NAME, TOKENIZER_FOLDER, read_meta
+from mvar_jax.tokens.finished import FinishedShards
+from mvar_jax.tokens.shards import writing_shard
 
 UNFINISHED = "unfinished"  # folder inside the cache's that holds the shards until the last one is finished
 _IDENTITY_NAME = "identity.json"
@@ -31,13 +31,6 @@ _NO_IDENTITY = ("splits", "tokenizer_path", "tokenizer")  # keys that say nothin
 Record = tuple[np.ndarray, int]
 # (begin, end, skipped) -> the records of images begin to end; bad ones are appended to `skipped` instead
 ReadRecords = Callable[[int, int, list[dict[str, Any]]], Iterable[Record]]
-
-
-class Entry(TypedDict):
-    """The own JSON file of a finished shard; `skipped` lists its bad images, as `Skipped` does."""
-
-    shard: Shard
-    skipped: list[dict[str, Any]]
 
 
 class Identity(TypedDict):
@@ -108,7 +101,7 @@ class CacheWriter:
         }
         self._num_tokens = sum(areas_of(self._meta["sides"]))
         self._save_tokenizer = save_tokenizer
-        self._entries: dict[str, dict[str, Any]] = {}  # of finished shards
+        self._finished = FinishedShards(self._dir, self._unfinished)
         self._uploads = ThreadPoolExecutor(_NUM_UPLOADS, thread_name_prefix="token_uploads")
         self._uploading: deque[Future[None]] = deque()
         self._process_index, self._process_count, self._wait = process_index, process_count, wait
@@ -156,9 +149,9 @@ class CacheWriter:
         for shard in range(self._process_index, num_shards, self._process_count):
             name, begin, end = names[shard], bounds[shard], bounds[shard + 1]
             files = files_of(begin, end)
-            if not self._is_kept(name, num_views, files):
-                self._entries.pop(name, None)
-                self._entry_file(name).unlink(missing_ok=True)
+            record_bytes = LABEL_BYTES + num_views * self._num_tokens * self._dtype.itemsize
+            if not self._finished.has(name, record_bytes, files):
+                self._finished.forget(name)
                 self._write_shard(name, read_records, begin, end, num_views, files)
         self._wait_for_uploads(0)
 
@@ -182,7 +175,7 @@ class CacheWriter:
 
         def put_in_place() -> None:
             finish.close()
-            write_json(self._entry_file(name), {"shard": entry, "skipped": skipped})
+            self._finished.note(name, entry, skipped)
 
         if is_store(path):
             self._wait_for_uploads(_NUM_UPLOADS)
@@ -211,47 +204,9 @@ class CacheWriter:
     def skipped(self) -> dict[str, list[dict[str, Any]]]:
         """Return `{"number", "name", "reason"}` of the bad images of every split's finished shards."""
         return {
-            split: [bad for name in plan["names"] for bad in (self._finished(name) or {"skipped": []})["skipped"]]
+            split: [bad for name in plan["names"] for bad in (self._finished.get(name) or {"skipped": []})["skipped"]]
             for split, plan in self._meta["splits"].items()
         }
-
-    def _entry_file(self, name: str) -> Path:
-        return self._unfinished / f"{name}.json"
-
-    def _finished(self, name: str) -> dict[str, Any] | None:
-        """Return the content of a finished shard's own JSON, or None if the shard is still to be written."""
-        if name in self._entries:
-            return self._entries[name]
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            entry = read_json(self._entry_file(name), Entry)
-            if self._find(name, entry["shard"]):
-                self._entries[name] = entry
-                return entry
-        return None
-
-    def _find(self, name: str, shard: dict[str, Any]) -> Path | None:
-        """Return where a shard of this size is: a writer killed while it put the cache together has moved some."""
-        for path in (self._unfinished / name, self._dir / name):
-            if path.is_file() and path.stat().st_size == shard["bytes"]:
-                return path
-        return None
-
-    def _is_kept(self, name: str, num_views: int, files: str) -> bool:
-        """Return whether an earlier writer finished a shard of these files that, if it is on a disk, is undamaged."""
-        entry = self._finished(name)
-        path = entry and self._find(name, entry["shard"])
-        if not entry or not path or entry["shard"].get("files", "") != files:
-            return False
-        if is_store(path):  # an object is whole or not there
-            return True
-        try:
-            num_bytes = LABEL_BYTES + num_views * self._num_tokens * self._dtype.itemsize
-            LocalShard(path, entry["shard"], num_bytes, self._dir).read_all()
-        except (InputError, RuntimeError) as error:
-            print(f"{path} is written again: {shorten(error)}", file=sys.stderr, flush=True)
-            del self._entries[name]
-            return False
-        return True
 
     def _check_identity(self, split: str) -> None:
         """Raise InputError if an interrupted writer of another cache left shards of a split."""
@@ -286,11 +241,12 @@ class CacheWriter:
     def _put_together(self) -> None:
         splits = {}
         for split, plan in self._meta["splits"].items():
-            entries = [self._finished(name) for name in plan["names"]]
-            missing = [name for name, entry in zip(plan["names"], entries, strict=True) if entry is None]
-            if missing:
-                message = f"shard {missing[0]} is not finished in {self._unfinished}; run the command again"
-                raise InputError(message, field="shards", given=missing[0], expected="a finished shard")
+            entries = []
+            for name in plan["names"]:
+                if (entry := self._finished.get(name)) is None:
+                    message = f"shard {name} is not finished in {self._unfinished}; run the command again"
+                    raise InputError(message, field="shards", given=name, expected="a finished shard")
+                entries.append(entry)
             shards = [entry["shard"] for entry in entries]
             splits[split] = {
                 "num_records": sum(shard["num_records"] for shard in shards),

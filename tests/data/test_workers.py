@@ -103,6 +103,18 @@ def test_killed_worker_is_named_with_its_signal():
     _wait_until(lambda: not any(map(_is_alive, workers)), "the other worker outlives the iterator")
 
 
+def test_worker_that_dies_before_its_item_is_taken_is_named_too():
+    items = run_workers(lambda worker, num_workers: itertools.count(worker, num_workers), 1)
+    next(items)
+    (worker,) = multiprocessing.active_children()
+    time.sleep(0.5)  # its next items are on their way
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    with pytest.raises(RunError, match=r"worker process 0 of data\.num_workers was killed by signal 9"):
+        for _ in range(10):
+            next(items)
+
+
 def test_signals_to_all_processes_end_no_worker():
     items = run_workers(lambda worker, num_workers: itertools.count(worker, num_workers), 2)
     taken = [next(items)]
