@@ -40,9 +40,9 @@ def make_mesh(
     """Return a mesh over all devices; one axis may be -1 and takes the devices that are left, or data and fsdp may.
 
     Args:
-      data: devices that share a batch and each hold a copy of the state; -1: those that are left.
-      fsdp: devices that share a batch and split the state by width; -1: those that are left, or if data is -1 too, as
-        many of them as divide the widths.
+      data: devices that share a batch and each hold a copy of the state; -1: all remaining devices.
+      fsdp: devices that share a batch and split the state by width; -1: all remaining devices, or if data is -1 too,
+        the largest number of them that divides the widths.
       tensor: devices that split heads, the hidden layer, channels and the vocabulary.
       devices: devices to use; None for all.
       dimensions: what the mesh splits, as for `check_sizes`; needed if data and fsdp are -1.

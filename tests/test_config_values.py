@@ -100,7 +100,10 @@ def test_value_of_another_type_or_out_of_range_is_refused_with_key_value_and_wha
     "override", ["model.class_init_std=None", "optimizer.final_weight_decay=None", "data.cache=3"]
 )
 def test_none_of_an_optional_key_and_any_text_are_taken(override):
-    build_all(read_config(TRANSFORMER, ["--config.data.cache=x", f"--config.{override}"]))
+    config = read_config(TRANSFORMER, ["--config.data.cache=x", f"--config.{override}"])
+    build_all(config)
+    (section, name), value = override.partition("=")[0].split("."), override.partition("=")[2]
+    assert str(config[section][name]) == value
 
 
 def test_learning_rate_that_a_file_writes_as_a_whole_number_takes_a_fraction(tmp_path):

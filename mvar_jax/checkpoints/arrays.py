@@ -132,7 +132,7 @@ def plain_index(index: Index | None, shape: Sequence[int]) -> Index:
 
 
 def write(folder: Path, pieces: Iterable[Piece]) -> None:
-    """Write objects into a folder; returns when all are there, or raises when none is under way any more."""
+    """Write objects into a folder and wait for all. If one fails, wait for the others, then raise its error."""
     context = _context()
     stores: dict[str, ts.TensorStore] = {}
     under_way: deque = deque()

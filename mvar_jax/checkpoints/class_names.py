@@ -47,7 +47,7 @@ class ClassNames:
         """Return the class numbers that labels mean, `[B] int32`; the same in Python and on the command line.
 
         labels: text such as "207,golden retriever,0-9", or a sequence of numbers and of such texts, each one label;
-        see `parse`. Raises InputError for a label that is not a class, or if there is none.
+        see `parse`. Raises InputError for a label that is not a class, or if there are no labels.
         """
         if isinstance(labels, str):
             labels = [part.replace("\\,", ",") for part in _COMMA.split(labels)]
@@ -124,7 +124,7 @@ class ClassNames:
 def check_labels(labels_B: Any, num_classes: int | None) -> np.ndarray:
     """Return class numbers as `[B] int32`.
 
-    num_classes: None if it is not known. Raises InputError if there is none, or for the first outside
+    num_classes: None if it is not known. Raises InputError if there are no labels, or for the first label outside
     0 .. num_classes - 1.
     """
     expected = "a list of class numbers or class names"

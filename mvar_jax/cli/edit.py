@@ -1,9 +1,9 @@
 """Edit part of an image: in-painting or another class by --mask, out-painting by --expand.
 
 White in the mask is sampled as the class and black is kept, with a threshold at half; values 0 and 1 are black and
-white too. In a mask with colours the coloured pixels are sampled, whatever is behind them. In one with transparency
-it is the opaque paint of any colour, or its white parts if it is black and white; of a picture out of which a part
-was cut (more than 16 colours) it is the transparent pixels. --invert exchanges what is sampled and kept.
+white too. If a mask has colours, the coloured pixels are sampled, whatever is behind them. If a mask has transparent
+pixels, the opaque paint is sampled, or its white parts if the paint is black and white. If the opaque part has more
+than 16 colours, the mask is an image with a hole, and the hole is sampled. --invert swaps what is sampled and kept.
 
 The largest square around the mask is resized to the model's size, and the result back into an image of the full size.
 Pixels outside the mask stay unchanged; sampled ones fade in over --border pixels inside it. With --expand the image

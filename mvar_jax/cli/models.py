@@ -20,7 +20,7 @@ def add_precision_argument(parser) -> None:
     parser.add_argument(
         "--precision",
         choices=("standard", "exact"),
-        help="standard: an accelerator rounds float32 operands of products where that does not show; exact: nowhere "
+        help="standard: an accelerator may round float32 operands of blocks, encoder and decoder; exact: none "
         "(default: the model's own)",
     )
 

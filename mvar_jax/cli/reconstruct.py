@@ -1,8 +1,9 @@
 """Encode and decode images: originals next to reconstructions, PSNR and SSIM of each, and the arrays.
 
 Writes NNNNNN_NAME.png for each image, numbered in the order of the names; a grid of the first ones; the table
-psnr.md; and reconstructions.npz, whose `arr_0` (uint8, NHWC) FID programs read. Images in sub-folders count, hidden
-files do not. Images that cannot be used are skipped, counted and listed by name; if none is left, nothing is written.
+psnr.md; and reconstructions.npz, whose `arr_0` (uint8, NHWC) FID programs read. Images in sub-folders are
+read, hidden files are not. Unusable images are skipped, counted and listed by name. If all are unusable, nothing is
+written.
 """
 
 import hashlib

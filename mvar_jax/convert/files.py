@@ -1,5 +1,6 @@
 """Files of weights: what every format has in common, and what a file that is none may be instead."""
 
+import abc
 import contextlib
 import os
 import stat
@@ -41,7 +42,7 @@ MAX_UNPACKED_BYTES = 1 << 30
 MAX_RATIO = 100
 
 
-class WeightsFile:
+class WeightsFile(abc.ABC):
     """An open file of weights; opening it and reading a tensor raise InputError if it is unreadable or damaged.
 
     Attributes:
@@ -66,9 +67,9 @@ class WeightsFile:
     def close(self) -> None:
         self._opened.close()
 
+    @abc.abstractmethod
     def read(self, tensor: Tensor) -> np.ndarray:
         """Return the tensor's values in their own dtype and the machine's byte order; the array is read-only."""
-        raise NotImplementedError
 
     def check_unpacked(self, num_bytes: int) -> None:
         """Raise InputError if what the file holds takes far more bytes than the file."""

@@ -3,6 +3,7 @@
 A tensor is a small record until it is read, so a training checkpoint costs only the memory of the tensors used.
 """
 
+import abc
 import io
 import struct
 import zipfile
@@ -62,13 +63,13 @@ class TorchFile(WeightsFile):
         strides = tuple(stride * dtype.itemsize for stride in strides)
         return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
 
+    @abc.abstractmethod
     def _open(self, file: BinaryIO) -> None:
         """Read the content. Raises InputError or PickleError."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _read_storage(self, storage: Storage) -> bytes:
         """Return the bytes of a storage. Raises InputError unless they are as many as it claims."""
-        raise NotImplementedError
 
 
 class ZippedTorchFile(TorchFile):

@@ -192,7 +192,7 @@ def test_nested_containers_in_files_of_the_older_format_take_no_time(tmp_path, p
     pickled = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}, {}, [])]
     pickled[place] = b"\x80\x02]" + LAUGHS["tuples"] + b"a."
     (tmp_path / "x.pth").write_bytes(b"".join(pickled))
-    refuse(tmp_path)
+    assert refuse(tmp_path)
 
 
 def test_zip_bombs_and_overlapping_or_repeated_members_are_refused(tmp_path):

@@ -122,7 +122,7 @@ def test_honours_strides_and_offsets_of_shared_storage(tmp_path, save):
 )
 def test_refuses_tensor_outside_its_storage(tmp_path, view):
     torch_files.save(tmp_path / "x.pth", {"x": View(Storage(np.zeros(100, np.float32)), *view)})
-    refusal_of(tmp_path / "x.pth")
+    assert refusal_of(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("num_claimed", [99, 101, 2**62])
@@ -231,7 +231,7 @@ def test_drops_attributes_of_pickled_dicts(tmp_path):
 )
 def test_refuses_damaged_pickle(tmp_path, pickled):
     torch_files.save_members(tmp_path / "x.pth", pickled)
-    refusal_of(tmp_path / "x.pth")
+    assert refusal_of(tmp_path / "x.pth")
 
 
 def test_refuses_file_that_would_unpack_to_far_more(tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ def test_headers_that_lie_are_refused(tmp_path, lie):
     header = header if isinstance(header, bytes) else json.dumps(header).encode()
     num_claimed = len(header) if num_claimed is None else num_claimed
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", num_claimed) + header + bytes(num_bytes))
-    refusal_of(tmp_path / "x.safetensors")
+    assert refusal_of(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("magic", [b"\x80\2", b"PK", b"\x1f\x8b", b"{\0", b"<h"])
