@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mvar_jax.errors import InputError, RunError, describe_file_error, shorten
+from mvar_jax.errors import InputError, RunError, describe_file_error, shorten, show
 from mvar_jax.fields import flatten
 from mvar_jax.files.atomic import remove_leftovers, write_json
 from mvar_jax.files.directories import naming_errors
@@ -190,14 +190,9 @@ def check_options(field: str, what: str, stored: dict[str, Any], identity: dict[
     there = dict(flatten(stored))
     for name, value in flatten(identity):
         if there.get(name) != value:
-            given, expected = _show(value), _show(there.get(name))
+            given, expected = show(value), show(there.get(name))
             words = f"{name}={given} differs from {expected}, used for {what}; choose another --{field}"
             raise InputError(words, field=name, given=value, expected=expected)
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _own_names(folder: Path, output: Output) -> list[str]:
