@@ -119,6 +119,11 @@ def _find_files(folder: Path) -> dict[str, int]:
     return {name: size for name, size in found.items() if name[0] != "_" or "/" not in name}
 
 
+def find_images(folder: Path) -> list[str]:
+    """Return the image files below a folder, by name relative to it and in order, without hidden ones."""
+    return sorted(name for name in _find_files(folder) if name.lower().endswith(SUFFIXES))
+
+
 def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
     """Yield the files below; links are followed, but not to a folder that they lie in."""
     above = (*above, os.path.realpath(folder))

@@ -4,9 +4,10 @@
 features of the whole training set) and `mu_s`, `sigma_s` (the same of the spatial features).
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,7 @@ class Gaussian(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageFile:
-    """The images of an .npz file, which are read in pieces because 50,000 of 256 x 256 pixels take 9.8 GB.
+    """The images of an .npz file, which are read few at a time because 50,000 of 256 x 256 pixels take 9.8 GB.
 
     Raises InputError if the file is damaged or holds no uint8 images as `arr_0`.
     """
@@ -55,10 +56,11 @@ class ImageFile:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def pieces(self, num_images: int, first: int = 0) -> Iterator[np.ndarray]:
-        """Yield the images from number `first` on, `num_images` at a time and at last fewer."""
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[range], np.ndarray]]:
+        """Yield a function from numbers to images; ascending numbers are read in one pass of the file."""
         with NpzFile(self.field, self.path) as file:
-            yield from file.pieces(IMAGES, num_images, first)
+            yield file.row_reader(IMAGES)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Reading of .npz files that others wrote: headers first, then arrays, whole or in pieces; nothing is unpickled."""
+"""Reading of .npz files that others wrote: headers first, then arrays, whole or some rows; nothing is unpickled."""
 
 import contextlib
 import math
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -76,22 +76,34 @@ class NpzFile:
           kinds: allowed values of `dtype.kind`.
         """
         header = self.header(name, shape, kinds)
-        with self._reading(name) as file:
+        with self._naming(name), self._zip.open(f"{name}.npy") as file:
+            self._take(name, file, self._size(name) - header.num_bytes)
             data = self._take(name, file, header.num_bytes)
         return np.frombuffer(data, header.dtype).reshape(header.shape, order="F" if header.is_fortran else "C")
 
-    def pieces(self, name: str, num_rows: int, first: int = 0) -> Iterator[np.ndarray]:
-        """Yield the rows of an array from row `first` on, `num_rows` at a time and at last fewer."""
+    def row_reader(self, name: str) -> Callable[[range], np.ndarray]:
+        """Return a function from numbers of rows to these rows; ascending numbers are read in one pass of the file."""
         header = self.headers[name]
         if header.is_fortran and len(header.shape) > 1:
             raise self.refuse(f"{name} is stored by columns; store it again with numpy.ascontiguousarray")
         row_bytes = header.num_bytes // max(header.shape[0], 1)
-        with self._reading(name) as file:
-            file.seek(first * row_bytes, os.SEEK_CUR)
-            for begin in range(first, header.shape[0], num_rows):
-                n = min(num_rows, header.shape[0] - begin)
-                data = self._take(name, file, n * row_bytes)
-                yield np.frombuffer(data, header.dtype).reshape(n, *header.shape[1:])
+        begin = self._size(name) - header.num_bytes
+        with self._naming(name):
+            file = self._opened.enter_context(self._zip.open(f"{name}.npy"))
+            self._take(name, file, begin)
+
+        def read(rows: range) -> np.ndarray:
+            with self._naming(name):
+                if file.tell() != (place := begin + rows.start * row_bytes):
+                    file.seek(place)  # from here on the checksum is not compared any more
+                data = self._take(name, file, len(rows) * row_bytes)
+            return np.frombuffer(data, header.dtype).reshape(len(rows), *header.shape[1:])
+
+        return read
+
+    def checksum(self, name: str) -> str:
+        """Return the CRC-32 of an array and its header, which the file's directory holds."""
+        return f"{self._zip.getinfo(f'{name}.npy').CRC:08x}"
 
     def header(self, name: str, shape: tuple[int | None, ...], kinds: str) -> Header:
         """Return the header of an array. Raises InputError as `read` does; no value is read."""
@@ -124,14 +136,14 @@ class NpzFile:
             raise self.refuse(f"{name} claims {header.num_bytes} bytes and has {size - begin}")
         return header
 
+    def _size(self, name: str) -> int:
+        return self._zip.getinfo(f"{name}.npy").file_size
+
     @contextlib.contextmanager
-    def _reading(self, name: str) -> Iterator[IO[bytes]]:
-        """Yield the member after its header; errors of the file become InputErrors."""
-        begin = self._zip.getinfo(f"{name}.npy").file_size - self.headers[name].num_bytes
+    def _naming(self, name: str) -> Iterator[None]:
+        """Raise an error of the file as InputError that names the array."""
         try:
-            with self._zip.open(f"{name}.npy") as file:
-                file.seek(begin)
-                yield file
+            yield
         except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise self.refuse(f"{name}: {shorten(error)}") from None
 

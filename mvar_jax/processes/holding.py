@@ -40,6 +40,7 @@ class Output(NamedTuple):
 
 
 _NUMBER = "[0-9]" * 6
+UNFINISHED = "unfinished"  # of `evaluate`
 OUTPUTS = {
     "sample": Output(
         "samples",
@@ -52,6 +53,12 @@ OUTPUTS = {
         "reconstructions",
         "reconstructions.json",
         (f"{_NUMBER}_*.png", "reconstructions.png", "reconstructions.npz", "psnr.md", "tokens.npz"),
+    ),
+    "evaluate": Output(
+        "evaluation",
+        "evaluation_options.json",
+        ("evaluation.json", "evaluation.txt", UNFINISHED),
+        "the finished features are kept: run the command again",
     ),
     "data": Output("survey", "data.json", ("train.png", "val.png")),
     "cache_tokens": Output(

@@ -31,13 +31,23 @@ def test_reads_whole_arrays(stored):
             np.testing.assert_array_equal(file.read(name, array.shape, "fu"), array)
 
 
-@pytest.mark.parametrize(("num_rows", "first"), [(4, 0), (3, 4), (100, 0), (1, 9), (4, 10)])
-def test_reads_rows_in_pieces_from_any_row(stored, num_rows, first):
+@pytest.mark.parametrize("numbers", [[(0, 4), (4, 8), (8, 10)], [(3, 7), (9, 10)], [(5, 6), (0, 10), (2, 2)]])
+def test_reads_rows_by_their_numbers_in_any_order(stored, numbers):
     path, arrays = stored
     with NpzFile("samples", path) as file:
-        pieces = list(file.pieces("x", num_rows, first))
-    assert all(len(piece) == num_rows for piece in pieces[:-1])
-    np.testing.assert_array_equal(np.concatenate([np.zeros((0, 2, 3), np.uint8), *pieces]), arrays["x"][first:])
+        read = file.row_reader("x")
+        for first, end in numbers:
+            np.testing.assert_array_equal(read(range(first, end)), arrays["x"][first:end])
+
+
+def test_the_checksum_of_an_array_tells_others_from_it(stored):
+    path, arrays = stored
+    with NpzFile("samples", path) as file:
+        before = {name: file.checksum(name) for name in arrays}
+    arrays["x"][9, 1, 2] += 1
+    np.savez(path, **arrays)
+    with NpzFile("samples", path) as file:
+        assert [name for name in arrays if file.checksum(name) != before[name]] == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +73,7 @@ def test_a_cut_or_damaged_file_is_refused(stored):
     at = whole.index(b"}") + 90  # within the first array's values
     damaged[at : at + 10] = bytes(255 - byte for byte in damaged[at : at + 10])
     path.write_bytes(damaged)
-    assert "x" in refusal_of(path, lambda file: list(file.pieces("x", 100)))
+    assert "x" in refusal_of(path, lambda file: [file.row_reader("x")(rows) for rows in (range(5), range(5, 10))])
 
 
 def with_header(path, header: str, num_bytes: int) -> None:

@@ -1,0 +1,118 @@
+"""Score samples as the published evaluator does: FID, sFID, inception score, precision and recall.
+
+Scores the samples of a file or folder (--samples), draws samples of a model and scores them without writing images
+(--checkpoint), or scores a tokenizer's reconstructions (--tokenizer and --images). Writes evaluation.json and
+evaluation.txt, with every setting on which the scores depend. Resumable: rerunning the command continues. Nothing is
+downloaded.
+"""
+
+import contextlib
+import sys
+
+from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
+from mvar_jax.errors import InputError
+
+SUMMARY = "score samples, a model or a tokenizer: FID and others"
+
+SAMPLES, CHECKPOINT, REFERENCE = "samples", "checkpoint", "save_reference"
+DOORS = (SAMPLES, CHECKPOINT)
+# options that only some doors take; the others are of all
+_SCORING = (SAMPLES, CHECKPOINT)
+OPTIONS_OF = {
+    "reference": (*_SCORING, REFERENCE),
+    "save_reference": (*_SCORING, REFERENCE),
+    "image_size": (REFERENCE,),
+    "scores": _SCORING,
+    "preset": _SCORING,
+    "inception_dtype": _SCORING,
+}
+
+
+def add_arguments(parser) -> None:
+    """Add the command's arguments; what only some doors take has the default None."""
+    doors = parser.add_mutually_exclusive_group()
+    doors.add_argument(
+        "--samples", metavar="PATH", help="score an .npz file of images (arr_0 uint8 [N, Y, X, 3]) or a folder of PNGs"
+    )
+    parser.add_argument(
+        "--reference", metavar="PATH", help="what to compare with: an .npz file in the published form or of images"
+    )
+    parser.add_argument(
+        "--save_reference", metavar="FILE", help="also write the reference in the published form; a new .npz file"
+    )
+    parser.add_argument(
+        "--scores", metavar="NAME,...", help="of fid, sfid, inception_score, precision, recall (default: all)"
+    )
+    parser.add_argument(
+        "--inception",
+        required=True,
+        metavar="FILE",
+        help="what `mvar convert --inception` wrote, or the public download itself",
+    )
+    parser.add_argument(
+        "--inception_batch", type=int, metavar="B", help="images of a device at a time (default: 256, 32 on a CPU)"
+    )
+    parser.add_argument(
+        "--inception_dtype",
+        choices=("float32", "bfloat16"),
+        help="of the samples' features (default float32); bfloat16 is faster on an accelerator and gives other scores: "
+        "the difference in FID is measured on the first samples and stated",
+    )
+    parser.add_argument("--out", default="evaluation", metavar="DIR", help="folder of the results (default evaluation)")
+    parser.add_argument("--strict", action="store_true", help="refuse to compute scores that would carry a warning")
+    add_machine_arguments(parser)
+
+
+def run(args) -> int:
+    """Run the command; everything is checked before the first file is written."""
+    from mvar_jax.files.directories import remove_tree
+    from mvar_jax.files.paths import as_path
+
+    door = door_of(args)
+    out = as_path(args.out, "out")
+    use_compilation_cache(args.compilation_cache)
+
+    from mvar_jax.evaluation.report import RESULT_FILE, TEXT_FILE, write_evaluation
+    from mvar_jax.processes import group
+    from mvar_jax.processes.holding import UNFINISHED, owned_folder
+
+    here = group.current()
+    if here.count > 1:
+        print_machine()
+    with contextlib.ExitStack() as stack:
+        job = prepare(door, args, stack)
+        if job.warnings and args.strict:
+            message = f"--strict refuses scores that do not compare with others: {job.warnings[0]}"
+            raise InputError(message, field="strict", given=job.warnings[0], expected="no warning")
+        for warning in job.warnings if here.index == 0 else ():
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        stack.enter_context(owned_folder("out", out, "evaluate", dict(job.identity)))
+        is_new = not (out / RESULT_FILE).exists()
+        here.wait_for_all("the look at the results")  # no process writes before all have looked
+        evaluation = job.run(out / UNFINISHED) if is_new else None
+        if here.index == 0:
+            text = write_evaluation(out, evaluation) if evaluation else (out / TEXT_FILE).read_text(encoding="utf-8")
+            remove_tree(out / UNFINISHED)
+            print(f"{text}\n{out / RESULT_FILE}: {'written' if is_new else 'already there'}")
+        here.wait_for_all("the results")
+    return 0
+
+
+def door_of(args) -> str:
+    """Return what is to be scored. Raises InputError if nothing is, or for an option of another door."""
+    door = next((name for name in (*DOORS, REFERENCE) if getattr(args, name, None) is not None), None)
+    if door is None:
+        words = " or ".join(f"--{name}" for name in (*DOORS, REFERENCE))
+        raise InputError(f"give {words}", field=SAMPLES, given=None, expected=words)
+    for name, doors in OPTIONS_OF.items():
+        if getattr(args, name, None) is not None and door not in doors:
+            expected = f"not with --{door}"
+            raise InputError(f"--{name} cannot be combined with --{door}", field=name, expected=expected)
+    return door
+
+
+def prepare(door: str, args, stack: contextlib.ExitStack):
+    """Return the `Job` of a door; its open files close with the stack."""
+    from mvar_jax.cli import evaluate_samples
+
+    return evaluate_samples.prepare(door, args, stack)
