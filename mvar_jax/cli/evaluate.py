@@ -1,8 +1,9 @@
 """Score samples as the published evaluator does: FID, sFID, inception score, precision and recall.
 
 Scores the samples of a file or folder (--samples), draws samples of a model and scores them without writing images
-(--checkpoint), or scores a tokenizer's reconstructions (--tokenizer and --images). Writes evaluation.json and
-evaluation.txt, with every setting on which the scores depend. Resumable: rerunning the command continues. Nothing is
+(--checkpoint), or scores a tokenizer's reconstructions (--tokenizer and --images: rFID, PSNR, SSIM, LPIPS, codebook
+usage and perplexity by scale, curves.csv and curves.png; in float32 unless --dtype says otherwise). Writes
+evaluation.json and evaluation.txt, with every setting on which the scores depend. Resumable: rerunning the command continues. Nothing is
 downloaded.
 """
 
@@ -10,12 +11,13 @@ import contextlib
 import sys
 
 from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
+from mvar_jax.cli.models import add_loading_arguments
 from mvar_jax.errors import InputError
 
 SUMMARY = "score samples, a model or a tokenizer: FID and others"
 
-SAMPLES, CHECKPOINT, REFERENCE = "samples", "checkpoint", "save_reference"
-DOORS = (SAMPLES, CHECKPOINT)
+SAMPLES, CHECKPOINT, TOKENIZER, REFERENCE = "samples", "checkpoint", "tokenizer", "save_reference"
+DOORS = (SAMPLES, CHECKPOINT, TOKENIZER)
 # options that only some doors take; the others are of all
 _SCORING = (SAMPLES, CHECKPOINT)
 OPTIONS_OF = {
@@ -25,6 +27,10 @@ OPTIONS_OF = {
     "scores": _SCORING,
     "preset": _SCORING,
     "inception_dtype": _SCORING,
+    "inception_batch": (*_SCORING, REFERENCE),
+    "tokenizer": (TOKENIZER,),
+    **dict.fromkeys(("images", "lpips", "curves", "ignore_orientation"), (TOKENIZER,)),
+    **dict.fromkeys(("which", "dtype", "precision", "batch_size"), (TOKENIZER,)),
 }
 
 
@@ -45,7 +51,6 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument(
         "--inception",
-        required=True,
         metavar="FILE",
         help="what `mvar convert --inception` wrote, or the public download itself",
     )
@@ -58,9 +63,39 @@ def add_arguments(parser) -> None:
         help="of the samples' features (default float32); bfloat16 is faster on an accelerator and gives other scores: "
         "the difference in FID is measured on the first samples and stated",
     )
+    add_tokenizer_arguments(parser)
     parser.add_argument("--out", default="evaluation", metavar="DIR", help="folder of the results (default evaluation)")
     parser.add_argument("--strict", action="store_true", help="refuse to compute scores that would carry a warning")
     add_machine_arguments(parser)
+
+
+def add_tokenizer_arguments(parser) -> None:
+    """Add the arguments of --tokenizer; their defaults are None as well."""
+    parser.add_argument("--tokenizer", metavar="DIR", help="score a tokenizer: a model directory or training workdir")
+    parser.add_argument(
+        "--images",
+        metavar="SOURCE",
+        help="originals for --tokenizer, cut to squares as in training: a folder, FILE.npz with arr_0, config:val (the "
+        "held-out images of the workdir's own config), folder:val:PATH, tars:val:PATH, tfds:val:NAME or digits:val",
+    )
+    parser.add_argument(
+        "--lpips", metavar="FILE", help="what `mvar convert --lpips` wrote; without it there is no LPIPS"
+    )
+    parser.add_argument(
+        "--curves",
+        choices=("off", "pixels", "all"),
+        help="scores after each number of scales S: PSNR, SSIM and LPIPS (pixels, default), rFID too (all); each image "
+        "is decoded S times, with off once",
+    )
+    parser.add_argument(
+        "--ignore_orientation",
+        action="store_true",
+        default=None,
+        help="leave photographs as the camera stored them, as the published programs do",
+    )
+    add_loading_arguments(parser)
+    parser.set_defaults(which=None)
+    parser.add_argument("--batch_size", type=int, metavar="B", help="images of a device and batch (default 16)")
 
 
 def run(args) -> int:
@@ -113,6 +148,13 @@ def door_of(args) -> str:
 
 def prepare(door: str, args, stack: contextlib.ExitStack):
     """Return the `Job` of a door; its open files close with the stack."""
-    from mvar_jax.cli import evaluate_samples
+    from mvar_jax.cli import evaluate_samples, evaluate_tokenizer
 
+    if door == TOKENIZER:
+        return evaluate_tokenizer.prepare(args)
+    if args.inception is None:
+        from mvar_jax.evaluation.inception_weights import COMMAND, DOWNLOAD
+
+        words = f"give --inception: download {DOWNLOAD.name} from {DOWNLOAD.url}, then run `{COMMAND}`"
+        raise InputError(words, field="inception", expected=DOWNLOAD.name)
     return evaluate_samples.prepare(door, args, stack)

@@ -32,8 +32,14 @@ SCORES = {
     "inception_score": Score("inception score", ".3f"),
     "precision": Score("precision", ".4f"),
     "recall": Score("recall", ".4f"),
+    "rfid": Score("rFID", ".3f"),
+    "psnr": Score("PSNR, dB", ".3f"),
+    "ssim": Score("SSIM", ".4f"),
+    "lpips": Score("LPIPS", ".4f"),
+    "usage_percent": Score("codes used, %", ".1f"),
+    "perplexity": Score("perplexity of the codes", ".1f"),
 }
-ALWAYS_WRITTEN = tuple(SCORES)  # None if they were not asked for
+ALWAYS_WRITTEN = ("fid", "sfid", "inception_score", "precision", "recall")  # None if they were not asked for
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Evaluation:
       published_as: whose figures they are.
       warnings: sentences on why the scores do not compare with others.
       notes: further sentences.
+      details: text below the table.
     """
 
     scores: Mapping[str, Any]
@@ -55,6 +62,7 @@ class Evaluation:
     published_as: str = ""
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    details: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,4 +114,5 @@ def as_text(evaluation: Evaluation) -> str:
     table = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows]
     said = [f"warning: {line}" for line in evaluation.warnings] + [f"note: {line}" for line in evaluation.notes]
     settings = [f"{name}: {value}" for name, value in flatten(dict(evaluation.settings))]
-    return "\n".join([*table, "", *said, *([""] if said else []), *settings]) + "\n"
+    parts = ["\n".join(lines) for lines in (table, evaluation.details.splitlines(), said, settings) if lines]
+    return "\n\n".join(parts) + "\n"
