@@ -4,6 +4,11 @@
 def add_model_arguments(parser) -> None:
     """Add --checkpoint, --which, --dtype and --precision."""
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model directory or training workdir")
+    add_model_options(parser)
+
+
+def add_model_options(parser) -> None:
+    """Add --which, --dtype and --precision."""
     parser.add_argument(
         "--which", choices=("last", "best"), default="last", help="checkpoint of a workdir (default last)"
     )
@@ -33,6 +38,28 @@ def add_tokenizer_argument(parser) -> None:
         help="model directory or workdir of the tokenizer, if --checkpoint holds a transformer alone or is to be "
         "used with another one",
     )
+
+
+def load_for_sampling(args):
+    """Return (`Model`, its networks on the devices of this process in the dtype that is asked for, the mesh of these).
+
+    Raises InputError if there is no such model, or --weight_shards does not divide the devices.
+    """
+    import jax
+
+    from mvar_jax.api import load
+    from mvar_jax.errors import InputError
+    from mvar_jax.sampling.bulk import place_networks
+    from mvar_jax.sharding import make_mesh
+
+    devices = jax.local_devices()
+    if len(devices) % args.weight_shards:
+        expected = f"a divisor of {len(devices)}, the number of this process's devices"
+        message = f"--weight_shards must be {expected}, got {args.weight_shards}"
+        raise InputError(message, field="weight_shards", given=args.weight_shards, expected=expected)
+    mesh = make_mesh(fsdp=args.weight_shards, devices=devices)
+    model = load(args.checkpoint, args.which, args.tokenizer, args.precision)
+    return model, place_networks(model.networks, mesh, args.dtype), mesh
 
 
 def load_as_asked(args):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-NUM_SAMPLES = 50_000
+NUM_SAMPLES, IMAGE_SIZE = 50_000, "256 x 256"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ SCORES = {
     "precision": Score("precision", ".4f"),
     "recall": Score("recall", ".4f"),
 }
-ALWAYS_WRITTEN = tuple(SCORES)  # None if they were not asked for
+SAMPLE_SCORES = ("fid", "sfid", "inception_score", "precision", "recall")  # written always, None if not asked for
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Evaluation:
       published_as: whose figures they are.
       warnings: sentences on why the scores do not compare with others.
       notes: further sentences.
+      details: text below the table.
     """
 
     scores: Mapping[str, Any]
@@ -55,6 +56,7 @@ class Evaluation:
     published_as: str = ""
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    details: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def write_evaluation(out: Path, evaluation: Evaluation) -> str:
     """Write evaluation.txt and, last, evaluation.json; return the text."""
     text = as_text(evaluation)
     write_atomically(out / TEXT_FILE, text)
-    content = dict.fromkeys(ALWAYS_WRITTEN) | dict(evaluation.scores)
+    content = dict.fromkeys(SAMPLE_SCORES) | dict(evaluation.scores)
     content |= {"settings": dict(evaluation.settings), "published": dict(evaluation.published)}
     write_json(out / RESULT_FILE, content | {"warnings": [*evaluation.warnings], "notes": [*evaluation.notes]})
     return text
@@ -106,4 +108,5 @@ def as_text(evaluation: Evaluation) -> str:
     table = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows]
     said = [f"warning: {line}" for line in evaluation.warnings] + [f"note: {line}" for line in evaluation.notes]
     settings = [f"{name}: {value}" for name, value in flatten(dict(evaluation.settings))]
-    return "\n".join([*table, "", *said, *([""] if said else []), *settings]) + "\n"
+    details = [evaluation.details.rstrip(), ""] if evaluation.details else []
+    return "\n".join([*table, "", *details, *said, *([""] if said else []), *settings]) + "\n"
