@@ -3,12 +3,10 @@
 Writes NNNNNN_NAME.png for each image, numbered in the order of the names; a grid of the first ones; the table
 psnr.md; and reconstructions.npz, whose `arr_0` (uint8, NHWC) FID programs read. Images in sub-folders are
 read, hidden files are not. Unusable images are skipped, counted and listed by name. If all are unusable, nothing is
-written.
+written. `evaluate --tokenizer` computes the scores of any number of images: rFID, LPIPS and codebook usage too.
 """
 
 import hashlib
-import os
-from pathlib import Path
 
 from mvar_jax.cli.identity import options_of
 from mvar_jax.cli.models import add_model_arguments, load_as_asked
@@ -29,75 +27,16 @@ def add_arguments(parser) -> None:
     parser.add_argument("--save_tokens", action="store_true", help="also write tokens.npz: ids int32 [N, L]")
 
 
-def list_files(folder: Path, out: Path) -> list[str]:
-    """Return the names of the files below a folder, relative to it, in order, without hidden ones and those of `out`.
-
-    Folders that links lead to count once. Raises OSError if a folder cannot be read.
-    """
-    from mvar_jax.files.paths import is_store
-
-    if is_store(folder):
-        names = [name for name in folder.find() if not str(folder / name).startswith(f"{out}/")]  # type: ignore
-    else:
-        names, seen = [], {os.path.realpath(out)}
-        for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
-            if (real := os.path.realpath(parent)) in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            names += [os.path.relpath(os.path.join(parent, file), folder) for file in files]
-    return sorted(name for name in names if not any(part.startswith(".") for part in name.split(os.sep)))
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def find_images(path: Path, out: Path) -> tuple[Path, list[str]]:
-    """Return (folder, names of its images in order); a single file alone. Raises InputError if there are none."""
-    from mvar_jax.data.decoding import SUFFIXES
-    from mvar_jax.errors import InputError, shorten
-
-    expected, reason, names = f"an image file or a folder of {', '.join(SUFFIXES)} files", "", []
-    try:
-        if path.is_dir():
-            found = list_files(path, out)
-            names = [name for name in found if name.lower().endswith(SUFFIXES)]
-            if others := len(found) - len(names):
-                other = next(name for name in found if not name.lower().endswith(SUFFIXES))
-                print(f"{path}: {others} of {len(found)} files left out, no images by their names, such as {other}")
-        elif path.exists():
-            return path.parent, [path.name]
-    except OSError as error:
-        reason = f" ({error.filename}: {shorten(error)})"
-    if not names:
-        message = f"--images must be {expected}, got {str(path)!r}{reason}"
-        raise InputError(message, field="images", given=str(path), expected=expected)
-    return path, names
-
-
-def load_pixels(path: Path, transform):
-    """Return an image file as pixels of the model's size. Raises BadImage if it cannot be used."""
-    from mvar_jax.data.decoding import BadImage
-    from mvar_jax.errors import shorten
-    from mvar_jax.files.paths import is_store
-
-    try:
-        if not (is_store(path) or path.is_file()):  # a pipe would never end
-            raise BadImage("is missing or no file")
-        return transform(path.read_bytes())
-    except OSError as error:
-        raise BadImage(f"cannot be read: {shorten(error)}") from None
-
-
 def run(args) -> int:
     """Check the model and every image, then write the results."""
+    from mvar_jax.data.image_files import find_images, read_file
     from mvar_jax.errors import InputError
     from mvar_jax.files.paths import as_path
 
     check_positive(args, "batch_size")
     out, path = as_path(args.out, "out"), as_path(args.images, "images")
-    folder, names = find_images(path, out)
+    folder, names, notes = find_images(path, out)
+    print(*(f"{note}\n" for note in notes), sep="", end="")
 
     from mvar_jax.data.transforms import PhotoTransform
     from mvar_jax.evaluation.reconstruction import TABLE_FILE, Images, readable, write_reconstructions
@@ -105,7 +44,7 @@ def run(args) -> int:
 
     model = load_as_asked(args)
     transform = PhotoTransform(model.tokenizer.image_size, flip=False)
-    images = Images.check(names, lambda name: load_pixels(folder / name, transform))
+    images = Images.check(names, lambda name: transform(read_file(folder / name)))
     bad = [f"{readable(name)}: {reason}" for name, reason in images.bad.items()]
     if not images.names:
         expected = "an image that can be used"

@@ -113,3 +113,7 @@ class Transform(Protocol):
     def check_views(self, num_views: int) -> None:
         """Raise InputError if a token cache of `num_views` views would repeat or lack one."""
         ...
+
+    def describe(self) -> str:
+        """Return in words what is done to an image without an rng."""
+        ...

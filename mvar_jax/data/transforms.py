@@ -59,6 +59,10 @@ class DigitTransform:
         levels_YX1 = np.rint(255 * np.clip(warped, 0, 1)).reshape(self.image_size, self.image_size, 1)
         return np.repeat(levels_YX1.astype(np.uint8), 3, axis=-1)
 
+    def describe(self) -> str:
+        """Return in words what is done to an image without an rng."""
+        return f"enlarged to {self.image_size} x {self.image_size} pixels by cubic splines"
+
     def view(self, image: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
         """Return view `view` of a token cache: view 0 is the image itself, the others are augmented."""
         return self(image, None if view == 0 else rng)
@@ -126,6 +130,11 @@ class PhotoTransform:
         # drawn first, like the view of a token cache: images and the cache of both flips then give equal batches
         is_mirrored = self.flip and rng is not None and rng.integers(2) == 1
         return self._cut(image, rng, is_mirrored)
+
+    def describe(self) -> str:
+        """Return in words what is done to an image without an rng."""
+        turned = "turned upright" if self.upright else "orientation tag ignored"
+        return f"{turned}, then ADM's centre crop to {self.image_size} x {self.image_size} pixels"
 
     def view(self, image: np.ndarray | bytes, view: int, rng: np.random.Generator) -> np.ndarray:
         """Return view `view` of a token cache: with `flip` odd ones are mirrored; the first of each is centred."""

@@ -106,15 +106,19 @@ class FeatureExtractor:
                 raise InputError(message, field="images", given=len(pixels), expected=expected)
             rows = np.minimum(np.arange(self.batch_size), len(pixels) - 1)
             filled = pixels if len(pixels) == self.batch_size else pixels[rows]
-            features = compute_features(self._params, jax.device_put(filled, self._sharding), self.dtype)
+            features = self.compute(filled)
             if pending is not None:
-                yield _fetch(*pending)
+                yield fetch(*pending)
             pending = len(pixels), features
         if pending is not None:
-            yield _fetch(*pending)
+            yield fetch(*pending)
+
+    def compute(self, pixels_BYX3) -> Features:
+        """Return the features of a batch of `batch_size` uint8 images, on the devices, without waiting for them."""
+        return compute_features(self._params, jax.device_put(pixels_BYX3, self._sharding), self.dtype)
 
 
-def _fetch(num: int, features: Features) -> Features:
+def fetch(num: int, features: Features) -> Features:
     """Return the first rows on the host. Raises InputError if they are not finite."""
     found = Features(*(np.asarray(x)[:num] for x in features))
     if not all(np.isfinite(x).all() for x in found):

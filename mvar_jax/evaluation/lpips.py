@@ -45,6 +45,7 @@ STAGES = ((64, (0, 2)), (128, (5, 7)), (256, (10, 12, 14)), (512, (17, 19, 21)),
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 EPS = 1e-10
 BATCH_SIZE = 16
+MIN_SIDE = 16  # of images, in pixels: the last of four halvings needs one
 
 
 class Lpips(nn.Module):
@@ -152,7 +153,7 @@ def lpips(a_NYX3, b_NYX3, weights: str | os.PathLike | NetworkWeights, batch_siz
 
 
 def _check_images(images: np.ndarray) -> np.ndarray:
-    if images.ndim != 4 or images.shape[3] != 3 or len(images) == 0 or min(images.shape[1:3]) < 16:
+    if images.ndim != 4 or images.shape[3] != 3 or len(images) == 0 or min(images.shape[1:3]) < MIN_SIDE:
         raise _refuse("have shape [N, Y, X, 3] with at least one image of 16 x 16 pixels", str(list(images.shape)))
     if images.dtype != np.uint8:
         is_float = jnp.issubdtype(images.dtype, jnp.floating)

@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import grain
 import numpy as np
@@ -26,6 +27,7 @@ MAX_STEM_BYTES = 100  # of an image's name in the name of its PNG
 SILENT_S = 10.0  # a check that is quicker shows no progress
 TABLE_FILE = "psnr.md"
 
+Item = TypeVar("Item")
 Load = Callable[[str], np.ndarray]  # name -> pixels [Y, X, 3] uint8; raises BadImage
 
 
@@ -71,13 +73,13 @@ class Images:
     @classmethod
     def check(cls, names: list[str], load: Load) -> "Images":
         """Load every image once to find out which can be used."""
-        found = track(_load_all(names, load), len(names), "check", "image", delay_s=SILENT_S)
+        found = track(load_all(names, load), len(names), "check", "image", delay_s=SILENT_S)
         bad = {name: loaded for name, loaded in zip(names, found, strict=True) if isinstance(loaded, str)}
         return cls([name for name in names if name not in bad], load, bad)
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """Yield the pixels `[b, Y, X, 3] uint8` of batch_size images at a time."""
-        loaded = zip(self.names, _load_all(self.names, self.load), strict=True)
+        loaded = zip(self.names, load_all(self.names, self.load), strict=True)
         while batch := list(itertools.islice(loaded, batch_size)):
             for name, pixels in batch:
                 if isinstance(pixels, str):
@@ -85,17 +87,17 @@ class Images:
             yield np.stack([pixels for _, pixels in batch])
 
 
-def _load_all(names: list[str], load: Load) -> Iterator[np.ndarray | str]:
-    """Yield the pixels of each image, or the reason why it has none; threads load NUM_AHEAD images ahead."""
+def load_all(items: Sequence[Item], load: Callable[[Item], np.ndarray]) -> Iterator[np.ndarray | str]:
+    """Yield the pixels of each item, or the reason why it has none; threads load NUM_AHEAD images ahead."""
 
     def visit(number: int) -> np.ndarray | str:
         try:
-            return load(names[number])
+            return load(items[number])
         except BadImage as error:
             return str(error)
 
     options = grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=NUM_AHEAD)
-    return iter(grain.MapDataset.range(len(names)).map(visit).to_iter_dataset(options))
+    return iter(grain.MapDataset.range(len(items)).map(visit).to_iter_dataset(options))
 
 
 def write_reconstructions(model: Model, images: Images, out: Path, batch_size: int, saves_tokens: bool) -> str:

@@ -1,9 +1,16 @@
-"""Metrics of reconstructions and of codebook usage, in float64 on the host (`psnr_of_error`: in any program)."""
+"""Metrics of reconstructions and of codebook usage, in float64 on the host.
+
+`psnr_of_error` and `similarity` also run in a program.
+"""
+
+import functools
 
 import numpy as np
-from scipy import ndimage
 
 from mvar_jax.errors import InputError
+from mvar_jax.ops.precision import EXACT, computing
+
+SSIM_WINDOW = 11  # side in pixels
 
 
 def _image_pair(a_BYX3, b_BYX3) -> tuple[np.ndarray, np.ndarray]:
@@ -32,27 +39,50 @@ def psnr_of_error(mse, data_range: float):
 
 
 def ssim(a_BYX3, b_BYX3, data_range: float) -> np.ndarray:
-    """Return the structural similarity of each image, `[B] float64` (Wang et al. 2004).
+    """Return the structural similarity of each image, `[B] float64`; see `similarity`.
 
-    Gaussian window of 11 x 11 pixels and deviation 1.5, K1 = 0.01, K2 = 0.03; mean over the channels and over the
-    positions at which the window is inside the image. Raises InputError for images smaller than 11 x 11.
+    Raises InputError for images smaller than 11 x 11.
     """
     a_BYX3, b_BYX3 = _image_pair(a_BYX3, b_BYX3)
-    radius = 5
-    if min(a_BYX3.shape[1:3]) <= 2 * radius:
+    if min(a_BYX3.shape[1:3]) < SSIM_WINDOW:
         message = f"images must have at least 11 x 11 pixels for SSIM, got shape {list(a_BYX3.shape)}"
         raise InputError(message, field="images", given=a_BYX3.shape, expected="at least 11 x 11 pixels")
+    return similarity(a_BYX3, b_BYX3, data_range)
+
+
+def similarity(a_BYX3, b_BYX3, data_range: float):
+    """Return the structural similarity of each image, `[B]`, of numpy or jax arrays of floats (Wang et al. 2004).
+
+    Gaussian window of 11 x 11 pixels and deviation 1.5, K1 = 0.01, K2 = 0.03; mean over the channels and over the
+    positions at which the window is inside the image. Written with the moments of the difference, since those of
+    similar images would cancel: float32 is then within 1e-6 of float64.
+    """
+    xp = a_BYX3.__array_namespace__()
+    rows, columns = (xp.asarray(_gaussian_rows(size), dtype=a_BYX3.dtype) for size in a_BYX3.shape[1:3])
 
     def average(x_BYX3):
-        inside = slice(radius, -radius)
-        return ndimage.gaussian_filter(x_BYX3, (0, 1.5, 1.5, 0), radius=radius)[:, inside, inside]
+        with computing(EXACT):
+            return rows @ xp.permute_dims(x_BYX3, (0, 3, 1, 2)) @ columns.T
 
-    mean_a, mean_b = average(a_BYX3), average(b_BYX3)
-    variances = average(a_BYX3**2) + average(b_BYX3**2) - mean_a**2 - mean_b**2
-    covariance = average(a_BYX3 * b_BYX3) - mean_a * mean_b
+    shift_B111 = a_BYX3.mean((1, 2, 3), keepdims=True)
+    a, b = a_BYX3 - shift_B111, b_BYX3 - shift_B111
+    mean_a, mean_b = average(a), average(b)
+    difference = mean_a - mean_b
+    variances = average(a**2 + b**2) - mean_a**2 - mean_b**2
+    variance_of_difference = average((a - b) ** 2) - difference**2
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    return (similarity / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))).mean((1, 2, 3))
+    luminance = 1 - difference**2 / ((mean_a + shift_B111) ** 2 + (mean_b + shift_B111) ** 2 + c1)
+    return (luminance * (1 - variance_of_difference / (variances + c2))).mean((1, 2, 3))
+
+
+@functools.lru_cache(maxsize=8)
+def _gaussian_rows(size: int) -> np.ndarray:
+    """Return the matrix `[size - 10, size]` of the weighted means of 11 neighbors."""
+    taps = np.exp(-0.5 * ((np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) / 1.5) ** 2)
+    matrix = np.zeros((size - SSIM_WINDOW + 1, size))
+    for row in range(len(matrix)):
+        matrix[row, row : row + SSIM_WINDOW] = taps / taps.sum()
+    return matrix
 
 
 def perplexity(counts_V) -> float:

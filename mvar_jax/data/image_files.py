@@ -1,0 +1,100 @@
+"""Image files in any folder as a source: no classes, sub-folders included, in the order of the names."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvar_jax.data.decoding import SUFFIXES, BadImage
+from mvar_jax.data.protocols import ImageSource, digest
+from mvar_jax.errors import InputError, shorten
+from mvar_jax.files.paths import is_store
+
+
+class ImageFiles(ImageSource):
+    """The image files of a folder, each with label 0; items hold the bytes of a file.
+
+    Args:
+      path: an image file, or a folder of them and of sub-folders; hidden files are left out.
+      out: a folder whose files are left out.
+
+    Raises:
+      InputError: there are no image files.
+    """
+
+    label_names = ("images",)
+
+    def __init__(self, path: Path, out: Path):
+        self._folder, self._names, self.notes = find_images(path, out)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name_of(self, index: int) -> str:
+        """Return the name of the file, relative to the folder."""
+        return self._names[index]
+
+    def files_digest(self, numbers: np.ndarray, *, with_sizes: bool) -> str:
+        """Return a digest of the names; sizes are not asked for."""
+        return digest(self._names[number] for number in numbers.tolist())
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": read_file(self._folder / self._names[index]), "label": 0}
+
+
+def find_images(path: Path, out: Path) -> tuple[Path, list[str], tuple[str, ...]]:
+    """Return (folder, names of its images in order, notes); a single file alone.
+
+    out: a folder whose files are left out. Raises InputError if there are none.
+    """
+    expected, reason, names = f"an image file or a folder of {', '.join(SUFFIXES)} files", "", []
+    notes: tuple[str, ...] = ()
+    try:
+        if path.is_dir():
+            found = _list_files(path, out)
+            names = [name for name in found if name.lower().endswith(SUFFIXES)]
+            if others := len(found) - len(names):
+                other = next(name for name in found if not name.lower().endswith(SUFFIXES))
+                words = f"{others} of {len(found)} files left out, no images by their names, such as {other}"
+                notes = (f"{path}: {words}",)
+        elif path.exists():
+            return path.parent, [path.name], ()
+    except OSError as error:
+        reason = f" ({error.filename}: {shorten(error)})"
+    if not names:
+        message = f"--images must be {expected}, got {str(path)!r}{reason}"
+        raise InputError(message, field="images", given=str(path), expected=expected)
+    return path, names, notes
+
+
+def _list_files(folder: Path, out: Path) -> list[str]:
+    """Return the names of the files below a folder, relative to it, in order, without hidden ones and those of `out`.
+
+    Folders that links lead to count once. Raises OSError if a folder cannot be read.
+    """
+    if is_store(folder):
+        names = [name for name in folder.find() if not str(folder / name).startswith(f"{out}/")]  # type: ignore
+    else:
+        names, seen = [], {os.path.realpath(out)}
+        for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+            if (real := os.path.realpath(parent)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            names += [os.path.relpath(os.path.join(parent, file), folder) for file in files]
+    return sorted(name for name in names if not any(part.startswith(".") for part in name.split(os.sep)))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a file. Raises BadImage if it cannot be read."""
+    try:
+        if not (is_store(path) or path.is_file()):  # a pipe would never end
+            raise BadImage("is missing or no file")
+        return path.read_bytes()
+    except OSError as error:
+        raise BadImage(f"cannot be read: {shorten(error)}") from None
