@@ -24,10 +24,10 @@ _SCORING, _ALL = (SAMPLES, CHECKPOINT), (SAMPLES, CHECKPOINT, REFERENCE)
 DOORS_OF = {
     **dict.fromkeys(("reference", "save_reference", "inception_batch"), _ALL),
     **dict.fromkeys(("scores", "preset", "inception_dtype"), _SCORING),
-    **dict.fromkeys(("image_size",), (REFERENCE,)),
-    **dict.fromkeys(("which", "dtype", "precision", "tokenizer", "weight_shards", "labels", "num_samples"), (CHECKPOINT,)),
+    "image_size": (REFERENCE,),
+    **dict.fromkeys(("which", "dtype", "precision", "tokenizer", "labels", "num_samples"), (CHECKPOINT,)),
     **dict.fromkeys(("cfg", "top_k", "top_p", "temperature", "smooth", "seed", "batch_size"), (CHECKPOINT,)),
-    **dict.fromkeys(("truncate_uint8",), (CHECKPOINT,)),
+    **dict.fromkeys(("truncate_uint8", "weight_shards"), (CHECKPOINT,)),
 }
 
 
@@ -42,7 +42,9 @@ def add_arguments(parser) -> None:
     doors.add_argument(
         "--checkpoint", metavar="DIR", help="draw samples of a model directory or training workdir and score them"
     )
-    parser.add_argument("--out", default="evaluation", metavar="DIR", help="folder of the results (default evaluation)")
+    parser.add_argument(
+        "--out", default="evaluation", metavar="DIR", help="folder of the results (default evaluation)"
+    )
     parser.add_argument("--strict", action="store_true", help="refuse to compute scores that would carry a warning")
     _add_scoring(parser.add_argument_group("scores"))
     _add_drawing(parser.add_argument_group("samples of --checkpoint, as `mvar sample` draws them"))
@@ -60,7 +62,7 @@ def _add_scoring(parser) -> None:
     parser.add_argument(
         "--save_reference",
         metavar="FILE",
-        help="write the reference that is computed, in the published form; a new .npz file; without samples nothing else",
+        help="write the reference that is computed, in the published form, to a new .npz file; alone: only that",
     )
     parser.add_argument(
         "--image_size", type=int, metavar="N", help="side of the images of --save_reference without samples"
@@ -84,8 +86,8 @@ def _add_scoring(parser) -> None:
     parser.add_argument(
         "--inception_dtype",
         choices=("float32", "bfloat16"),
-        help="of the samples' features (default float32); bfloat16 is faster on an accelerator and gives other scores: "
-        "the difference in FID is measured on the first 1,024 samples and stated",
+        help="of the samples' features (default float32); bfloat16 is faster on an accelerator and gives other "
+        "scores; the difference in FID is measured on the first 1,024 samples and stated",
     )
 
 

@@ -40,7 +40,9 @@ def prepare(args, stack: contextlib.ExitStack):
         message = f"--save_reference needs images to compute it from; {reference.name} holds the statistics already"
         raise InputError(message, field="save_reference", given=args.save_reference, expected="images")
     comparison = Comparison(samples, reference, weights, asked, dtype, args.inception_batch, saves_to)
-    warnings = tuple(find_warnings(comparison) + (find_misfits(args.preset, preset, samples, sampler) if preset else []))
+    warnings = tuple(
+        find_warnings(comparison) + (find_misfits(args.preset, preset, samples, sampler) if preset else [])
+    )
     inception = {"inception": sorted(weights.sources.values()), "inception_dtype": dtype}
     identity = {"scores": [*asked], "preset": args.preset, "save_reference": args.save_reference}
     identity |= {**inception, **reference.about, **(samples.about if samples else {})}
@@ -157,7 +159,9 @@ def check_network(reference, weights) -> None:
     """Raise InputError if the reference's statistics are of another network's features, as far as it is known."""
     if reference.network and {*reference.network.values()} != {*weights.sources.values()}:
         given, expected = (", ".join(x.values()) for x in (weights.sources, reference.network))
-        message = f"reference={reference.name} is of features by the file of SHA-256 {expected}; --inception is {given}"
+        message = (
+            f"reference={reference.name} is of features by the file of SHA-256 {expected}; --inception is {given}"
+        )
         raise InputError(message, field="reference", given=given, expected=expected)
 
 

@@ -41,7 +41,7 @@ def add_tokenizer_argument(parser) -> None:
 
 
 def load_for_sampling(args):
-    """Return (`Model`, its networks on the devices of this process in the dtype that is asked for, the mesh of these).
+    """Return (`Model`, its networks in the dtype that is asked for on this process's devices, their mesh).
 
     Raises InputError if there is no such model, or --weight_shards does not divide the devices.
     """

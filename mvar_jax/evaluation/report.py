@@ -66,7 +66,7 @@ class Job:
     Attributes:
       identity: JSON values on which the result depends, by the names of the command's options.
       warnings: sentences on why the scores will not compare with others.
-      run: folder for unfinished work -> the evaluation. All processes of a run call it; the first one's result counts.
+      run: folder for unfinished work -> the evaluation. All processes call it; the first one's result counts.
     """
 
     identity: Mapping[str, Any]
@@ -78,7 +78,9 @@ def common_settings(networks: Mapping[str, NetworkWeights]) -> dict[str, Any]:
     """Return the settings of every evaluation: fingerprints of the networks by their names, versions and devices."""
     versions = {"mvar_jax": mvar_jax.__version__, **{name: version(name) for name in PACKAGES}}
     return {
-        "networks": {name: {"files": dict(x.sources), "is_published": x.is_published} for name, x in networks.items()},
+        "networks": {
+            name: {"files": dict(x.sources), "is_published": x.is_published} for name, x in networks.items()
+        },
         "versions": versions | {"python": platform.python_version()},
         "device": describe(jax.devices(), {}),
     }

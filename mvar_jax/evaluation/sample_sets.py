@@ -66,7 +66,9 @@ def open_samples(field: str, path: Path, stack: contextlib.ExitStack) -> SampleS
     if there are none, a file is damaged, or their sizes differ.
     """
     if not path.exists():
-        raise InputError(f"{field}={path} is missing", field=field, given=str(path), expected="an .npz file or folder")
+        raise InputError(
+            f"{field}={path} is missing", field=field, given=str(path), expected="an .npz file or folder"
+        )
     if not path.is_dir():
         return of_npz(field, path, stack)
     if (path / OPTIONS_FILE).exists():

@@ -1,6 +1,6 @@
-"""Scores of samples against a reference: features in resumable parts by all processes, then the scores by the first."""
+"""Scores of samples against a reference: features in parts by all processes, then scores by the first one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from mvar_jax.evaluation.manifolds import precision_recall
 from mvar_jax.evaluation.moments import Moments
 from mvar_jax.evaluation.network_files import OWN_SUFFIX, NetworkWeights
 from mvar_jax.evaluation.reference import Gaussian, save_reference
-from mvar_jax.evaluation.report import SAMPLE_SCORES
 from mvar_jax.evaluation.sample_sets import SampleSet
 from mvar_jax.evaluation.statistics import frechet_distance_of_moments
 from mvar_jax.files.npz import Pieces
@@ -84,37 +83,44 @@ class Comparison:
 
         folder: for unfinished work, the same for all processes.
         """
-        reference, findings = self.reference, {}
-        if self.saves_to is not None and (self.saves_to.suffix != OWN_SUFFIX or self.saves_to.exists()):
-            expected = f"a new file that ends in {OWN_SUFFIX}"
-            message = f"save_reference must be {expected}, got {self.saves_to}"
-            raise InputError(message, field="save_reference", given=str(self.saves_to), expected=expected)
+        self._check_saves_to()
+        reference, samples = self.reference, None
         wanted = {*GAUSSIANS} if self.saves_to else {*GAUSSIANS} & {*self.asked}
-        samples = self._fill(folder / "samples", self.samples, self.dtype) if self.samples else None
-        needs_images = (wanted and reference.pool is None) or {*MANIFOLD_SCORES} & {*self.asked}
-        references = self._fill(folder / "reference", reference.images, "float32") if needs_images else None
+        needs_manifold = {*MANIFOLD_SCORES} & {*self.asked}
+        if self.samples is not None:
+            samples = self._fill(folder / "samples", self.samples, self.dtype)
+        references = None
+        if needs_manifold or (wanted and reference.pool is None):
+            references = self._fill(folder / "reference", reference.images, "float32")
         group.current().wait_for_all("the features")
         if group.current().index:
             return {}, {}
-        stored = {"fid": reference.pool, "sfid": reference.spatial}
-        gaussians = {name: stored[name] or Gaussian.of(references.moments(GAUSSIANS[name])) for name in sorted(wanted)}
+        gaussians = {"fid": reference.pool, "sfid": reference.spatial}
+        for name in wanted if reference.pool is None else ():
+            gaussians[name] = Gaussian.of(references.moments(GAUSSIANS[name]))
         scores: dict[str, Any] = {}
+        findings: dict[str, Any] = {}
         if samples is not None:
-            for name in wanted & {*self.asked}:
+            for name in {*GAUSSIANS} & {*self.asked}:
                 scores[name] = _distance(samples.moments(GAUSSIANS[name]), gaussians[name])
             if "inception_score" in self.asked:
                 scores["inception_score"], findings = _inception_scores(samples.array("probabilities"))
-            if any(name in MANIFOLD_SCORES for name in self.asked):
-                rows = references.array("pool")[reference.manifold_numbers]
+            if needs_manifold:
+                rows_MD = references.array("pool")[reference.manifold_numbers]
                 progress = folder / "precision_recall.npz"
-                pair = precision_recall(rows, samples.array("pool"), progress=progress)
-                found = dict(zip(MANIFOLD_SCORES, pair, strict=True))
-                scores |= {name: found[name] for name in self.asked if name in found}
+                pair = precision_recall(rows_MD, samples.array("pool"), progress=progress)
+                scores |= {k: v for k, v in zip(MANIFOLD_SCORES, pair, strict=True) if k in self.asked}
             if self.dtype != "float32" and "fid" in self.asked:
                 findings |= self._compare_dtypes(folder / "float32", samples, gaussians["fid"])
         if self.saves_to is not None:
             self._save_reference(gaussians["fid"], gaussians["sfid"])
         return scores, findings
+
+    def _check_saves_to(self) -> None:
+        path, expected = self.saves_to, f"a new file that ends in {OWN_SUFFIX}"
+        if path is not None and (path.suffix != OWN_SUFFIX or path.exists()):
+            message = f"save_reference must be {expected}, got {path}{', which exists' if path.exists() else ''}"
+            raise InputError(message, field="save_reference", given=str(path), expected=expected)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings of the samples and of the reference."""
@@ -243,7 +249,7 @@ def check_sets(samples: SampleSet | None, reference: ReferenceSet, asked: tuple[
     theirs = reference.images
     if samples is not None and theirs is not None and samples.size != theirs.size:
         given, expected = ("{} x {} pixels".format(*x.size) for x in (samples, theirs))
-        message = f"samples must have the reference's {expected}, got {given}; resize neither: draw samples of its size"
+        message = (
+            f"samples must have the reference's {expected}, got {given}; resize neither: draw samples of its size"
+        )
         raise InputError(message, field="samples", given=given, expected=expected)
-
-
