@@ -1,8 +1,9 @@
 """Score samples as the published evaluator does: FID, sFID, inception score, precision and recall.
 
 Scores the samples of a file or folder (--samples), draws samples of a model and scores them without writing images
-(--checkpoint), or scores a tokenizer's reconstructions (--tokenizer and --images). Writes evaluation.json and
-evaluation.txt, with every setting on which the scores depend. Resumable: rerunning the command continues. Nothing is
+(--checkpoint), or scores a tokenizer's reconstructions (--tokenizer and --images: rFID, PSNR, SSIM, LPIPS, codebook
+usage and perplexity by scale, curves.csv and curves.png; in float32 unless --dtype says otherwise). Writes
+evaluation.json and evaluation.txt, with every setting on which the scores depend. Resumable: rerunning the command continues. Nothing is
 downloaded.
 """
 
@@ -10,24 +11,25 @@ import contextlib
 import sys
 
 from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
-from mvar_jax.cli.models import add_model_options, add_tokenizer_argument
+from mvar_jax.cli.models import add_loading_arguments
 from mvar_jax.cli.sampling import add_drawing_arguments, add_sampling_arguments
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation.published import PRESETS
 
 SUMMARY = "score samples, a model or a tokenizer: FID and others"
 
-SAMPLES, CHECKPOINT, REFERENCE = "samples", "checkpoint", "save_reference"
-DOORS = (SAMPLES, CHECKPOINT)
+SAMPLES, CHECKPOINT, TOKENIZER, REFERENCE = "samples", "checkpoint", "tokenizer", "save_reference"
+DOORS = (SAMPLES, CHECKPOINT, TOKENIZER)
 _SCORING, _ALL = (SAMPLES, CHECKPOINT), (SAMPLES, CHECKPOINT, REFERENCE)
 # the doors that take an option; those that are not here are of all doors
 DOORS_OF = {
     **dict.fromkeys(("reference", "save_reference", "inception_batch"), _ALL),
     **dict.fromkeys(("scores", "preset", "inception_dtype"), _SCORING),
     "image_size": (REFERENCE,),
-    **dict.fromkeys(("which", "dtype", "precision", "tokenizer", "labels", "num_samples"), (CHECKPOINT,)),
-    **dict.fromkeys(("cfg", "top_k", "top_p", "temperature", "smooth", "seed", "batch_size"), (CHECKPOINT,)),
-    **dict.fromkeys(("truncate_uint8", "weight_shards"), (CHECKPOINT,)),
+    **dict.fromkeys(("which", "dtype", "precision", "tokenizer", "batch_size"), (CHECKPOINT, TOKENIZER)),
+    **dict.fromkeys(("labels", "num_samples", "truncate_uint8", "weight_shards", "seed"), (CHECKPOINT,)),
+    **dict.fromkeys(("cfg", "top_k", "top_p", "temperature", "smooth"), (CHECKPOINT,)),
+    **dict.fromkeys(("images", "lpips", "curves", "ignore_orientation"), (TOKENIZER,)),
 }
 
 
@@ -47,7 +49,9 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--strict", action="store_true", help="refuse to compute scores that would carry a warning")
     _add_scoring(parser.add_argument_group("scores"))
+    _add_models(parser.add_argument_group("models"))
     _add_drawing(parser.add_argument_group("samples of --checkpoint, as `mvar sample` draws them"))
+    _add_reconstructions(parser.add_argument_group("reconstructions of --tokenizer"))
     add_machine_arguments(parser)
     parser.set_defaults(**dict.fromkeys(DOORS_OF))
 
@@ -91,15 +95,49 @@ def _add_scoring(parser) -> None:
     )
 
 
+def _add_models(parser) -> None:
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="score the reconstructions of this model directory or training workdir; with --checkpoint: its tokenizer, "
+        "as in `mvar sample`",
+    )
+    add_loading_arguments(parser)
+    parser.add_argument(
+        "--batch_size", type=int, metavar="B", help="samples per batch (default 64), images of a device (default 16)"
+    )
+
+
 def _add_drawing(parser) -> None:
     parser.add_argument(
         "--num_samples", type=int, metavar="N", help="number of samples, of all labels in turn (default 50000)"
     )
     parser.add_argument("--labels", metavar="L,L", help="as in `mvar sample` (default: all classes)")
-    add_model_options(parser)
-    add_tokenizer_argument(parser)
     add_sampling_arguments(parser)
     add_drawing_arguments(parser)
+
+
+def _add_reconstructions(parser) -> None:
+    parser.add_argument(
+        "--images",
+        metavar="SOURCE",
+        help="originals for --tokenizer, cut to squares as in training: a folder, FILE.npz with arr_0, config:val (the "
+        "held-out images of the workdir's own config), folder:val:PATH, tars:val:PATH, tfds:val:NAME or digits:val",
+    )
+    parser.add_argument(
+        "--lpips", metavar="FILE", help="what `mvar convert --lpips` wrote; without it there is no LPIPS"
+    )
+    parser.add_argument(
+        "--curves",
+        choices=("off", "pixels", "all"),
+        help="scores after each number of scales S: PSNR, SSIM and LPIPS (pixels, default), rFID too (all); each image "
+        "is decoded S times, with off once",
+    )
+    parser.add_argument(
+        "--ignore_orientation",
+        action="store_true",
+        help="leave photographs as the camera stored them, as the published programs do",
+    )
 
 
 def run(args) -> int:
@@ -151,6 +189,8 @@ def check_door(args) -> None:
 
 def prepare(args, stack: contextlib.ExitStack):
     """Return the `Job` of a door; its open files close with the stack."""
-    from mvar_jax.cli import evaluate_samples
+    from mvar_jax.cli import evaluate_samples, evaluate_tokenizer
 
+    if args.checkpoint is None and args.tokenizer is not None:
+        return evaluate_tokenizer.prepare(args)
     return evaluate_samples.prepare(args, stack)

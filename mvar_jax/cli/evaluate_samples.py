@@ -28,7 +28,8 @@ def prepare(args, stack: contextlib.ExitStack):
     preset = PRESETS.get(args.preset)
     asked, dtype = () if is_reference_alone else scores_of(args.scores), args.inception_dtype or "float32"
     if args.inception is None:
-        message = f"give --inception, the network of the scores: {INCEPTION_COMMAND} makes it of {DOWNLOAD.url}"
+        files = f"{DOWNLOAD.name} (SHA-256 {DOWNLOAD.sha256}...) from {DOWNLOAD.url}"
+        message = f"give --inception: download {files}, then run `{INCEPTION_COMMAND}`"
         raise InputError(message, field="inception", given=None, expected="a file")
     weights = load_inception(args.inception)
     samples, sampler = open_samples(args, preset, stack)

@@ -4,10 +4,10 @@
 def add_model_arguments(parser) -> None:
     """Add --checkpoint, --which, --dtype and --precision."""
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model directory or training workdir")
-    add_model_options(parser)
+    add_loading_arguments(parser)
 
 
-def add_model_options(parser) -> None:
+def add_loading_arguments(parser) -> None:
     """Add --which, --dtype and --precision."""
     parser.add_argument(
         "--which", choices=("last", "best"), default="last", help="checkpoint of a workdir (default last)"

@@ -26,6 +26,7 @@ def add_arguments(parser) -> None:
     add_sampling_arguments(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the samples; one run's alone")
     parser.add_argument("--save_tokens", action="store_true", help="also write tokens.npz: ids, labels, f_hat")
+    parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="images per batch (default 64)")
     add_drawing_arguments(parser)
     add_machine_arguments(parser)
 

@@ -20,9 +20,8 @@ def add_sampling_arguments(parser) -> None:
 
 
 def add_drawing_arguments(parser) -> None:
-    """Add --seed, --batch_size, --truncate_uint8 and --weight_shards, for the commands that draw many samples."""
+    """Add --seed, --truncate_uint8 and --weight_shards, for the commands that draw many samples."""
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
-    parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="images per batch (default 64)")
     parser.add_argument("--truncate_uint8", action="store_true", help="round pixels down, as the published code")
     parser.add_argument(
         "--weight_shards",

@@ -18,6 +18,7 @@ class ImageFiles(ImageSource):
     Args:
       path: an image file, or a folder of them and of sub-folders; hidden files are left out.
       out: a folder whose files are left out.
+      field: name of the option, for the error.
 
     Raises:
       InputError: there are no image files.
@@ -25,8 +26,8 @@ class ImageFiles(ImageSource):
 
     label_names = ("images",)
 
-    def __init__(self, path: Path, out: Path):
-        self._folder, self._names, self.notes = find_images(path, out)
+    def __init__(self, path: Path, out: Path, field: str = "images"):
+        self._folder, self._names, self.notes = find_images(path, out, field)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -43,7 +44,7 @@ class ImageFiles(ImageSource):
         return {"image": read_file(self._folder / self._names[index]), "label": 0}
 
 
-def find_images(path: Path, out: Path) -> tuple[Path, list[str], tuple[str, ...]]:
+def find_images(path: Path, out: Path, field: str = "images") -> tuple[Path, list[str], tuple[str, ...]]:
     """Return (folder, names of its images in order, notes); a single file alone.
 
     out: a folder whose files are left out. Raises InputError if there are none.
@@ -63,8 +64,8 @@ def find_images(path: Path, out: Path) -> tuple[Path, list[str], tuple[str, ...]
     except OSError as error:
         reason = f" ({error.filename}: {shorten(error)})"
     if not names:
-        message = f"--images must be {expected}, got {str(path)!r}{reason}"
-        raise InputError(message, field="images", given=str(path), expected=expected)
+        message = f"--{field} must be {expected}, got {str(path)!r}{reason}"
+        raise InputError(message, field=field, given=str(path), expected=expected)
     return path, names, notes
 
 

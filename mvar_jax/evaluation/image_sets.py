@@ -1,9 +1,11 @@
 """Sets of images to be scored: files, an .npz file or a data source, cut to squares of one size as in training."""
 
 import abc
-from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -12,18 +14,28 @@ from mvar_jax.data.options import DataOptions
 from mvar_jax.data.protocols import ImageSource, Transform
 from mvar_jax.data.sources import SPLITS
 from mvar_jax.data.transforms import PhotoTransform
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, shorten
 from mvar_jax.evaluation.reconstruction import load_all, readable
 from mvar_jax.evaluation.reference import IMAGES, ImageFile
+from mvar_jax.fields import from_dict
+from mvar_jax.files.json_files import read_json
 from mvar_jax.files.npz_reader import NpzFile
 from mvar_jax.files.paths import as_path
 
 FIELD = "images"
-KINDS = ("digits", "folder", "tars", "tfds")
+CONFIG_FILE = "config.json"  # of a training workdir
+PLACES = {"folder": "path", "tars": "path", "tfds": "name"}  # data set -> the option that WHERE gives
+KINDS = ("digits", *PLACES)
 FORMS = (
-    "a folder of images or an image file, FILE.npz with arr_0 (uint8 NHWC), folder:SPLIT:PATH, tars:SPLIT:PATH, "
-    "tfds:SPLIT:NAME or digits:SPLIT"
+    "a folder of images or an image file, FILE.npz with arr_0, config:SPLIT for the tokenizer's own data, "
+    "folder:SPLIT:PATH, tars:SPLIT:PATH, tfds:SPLIT:NAME or digits:SPLIT"
 )
+
+
+class WorkdirConfig(TypedDict):
+    """The part of config.json that is read."""
+
+    data: dict[str, Any]
 
 
 class ImageSet(abc.ABC):
@@ -45,7 +57,7 @@ class ImageSet(abc.ABC):
         """Return the name by which a person finds an image."""
 
     @abc.abstractmethod
-    def stream(self, numbers: Sequence[int]) -> Iterator[np.ndarray | str]:
+    def stream(self, numbers: Sequence[int]) -> Generator[np.ndarray | str, None, None]:
         """Yield the pixels `[Y, X, 3] uint8` of each image, or the reason why it has none. numbers: ascending."""
 
 
@@ -63,9 +75,9 @@ class SourceImages(ImageSet):
     def name_of(self, number: int) -> str:
         return readable(self._source.name_of(number))
 
-    def stream(self, numbers: Sequence[int]) -> Iterator[np.ndarray | str]:
+    def stream(self, numbers: Sequence[int]) -> Generator[np.ndarray | str, None, None]:
         """Yield the pixels of each image, or the reason why it has none; threads load some ahead."""
-        return load_all(numbers, lambda number: self._transform(self._source[number]["image"]))
+        yield from load_all(numbers, lambda number: self._transform(self._source[number]["image"]))
 
 
 class NpzImages(ImageSet):
@@ -83,51 +95,68 @@ class NpzImages(ImageSet):
     def name_of(self, number: int) -> str:
         return f"image {number}"
 
-    def stream(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+    def stream(self, numbers: Sequence[int]) -> Generator[np.ndarray, None, None]:
         """Yield the pixels of each image."""
         with self._images.reading() as read:
             for number in numbers:
                 yield self._transform(read(range(number, number + 1))[0])
 
 
-def open_images(text: str, image_size: int, out: Path, upright: bool = True) -> ImageSet:
+def open_images(
+    text: str, image_size: int, out: Path, upright: bool = True, tokenizer: Path | None = None, field: str = FIELD
+) -> ImageSet:
     """Return the images that a user names.
 
     Args:
       text: one of FORMS.
-      image_size: side to which they are cut.
+      image_size: side to which images are cut.
       out: folder of the results, which are no images of the set.
       upright: obey the camera's orientation tag.
+      tokenizer: the workdir of config:SPLIT; None if there is none.
+      field: name of the option, for errors.
 
     Raises InputError if there are no such images.
     """
     kind, colon, rest = text.partition(":")
-    if kind in KINDS and colon:
-        return open_split(*_options_of(text, kind, rest, image_size, upright), text)
-    path, transform = as_path(text, FIELD), PhotoTransform(image_size, flip=False, upright=upright)
     about = {"source": text.rstrip("/")}
+    if colon and kind in ("config", *KINDS):
+        split, _, where = rest.partition(":")
+        if split not in SPLITS or bool(where) != (kind in PLACES):
+            forms = f"{kind}:SPLIT{':WHERE' * (kind in PLACES)} with SPLIT {' or '.join(SPLITS)}"
+            raise InputError(f"--{field} must be {forms}, got {text!r}", field=field, given=text, expected=forms)
+        if kind == "config":
+            data = _data_of(text, tokenizer, field)
+        else:
+            options: dict[str, Any] = {PLACES[kind]: where} if where else {}
+            data = DataOptions(source=kind, image_size=image_size, **options)
+        data = data if upright else dataclasses.replace(data, upright=False)
+        return SourceImages(data.open(split), data.transform(), about)
+    path, transform = as_path(text, field), PhotoTransform(image_size, flip=False, upright=upright)
     if path.suffix == ".npz":
-        return NpzImages(ImageFile.open(FIELD, path), transform, about)
-    return SourceImages(ImageFiles(path, out), transform, about)
+        return NpzImages(ImageFile.open(field, path), transform, about)
+    return SourceImages(ImageFiles(path, out, field), transform, about)
 
 
-def open_split(data: DataOptions, split: str, text: str) -> ImageSet:
-    """Return a split of a data set. text: what the user wrote. Raises InputError if it cannot be opened."""
-    if split not in SPLITS:
-        raise _refuse(text, f"{text.partition(':')[0]}:SPLIT with SPLIT {' or '.join(SPLITS)}")
-    return SourceImages(data.open(split), data.transform(), {"source": text.rstrip("/")})
+def _data_of(text: str, tokenizer: Path | None, field: str) -> DataOptions:
+    """Return the data of a workdir. Raises InputError if it is none."""
+    try:
+        config = read_json(tokenizer / CONFIG_FILE, WorkdirConfig) if tokenizer else None
+    except (OSError, ValueError) as error:
+        message = f"--{field}={text} needs the {CONFIG_FILE} of a training workdir as --tokenizer: {shorten(error)}"
+        raise InputError(message, field=field, given=text, expected=FORMS) from None
+    if config is None:
+        raise InputError(f"--{field} must be {FORMS}, got {text!r}", field=field, given=text, expected=FORMS)
+    return from_dict(DataOptions, config["data"], "config.data")
 
 
-def _options_of(text: str, kind: str, rest: str, image_size: int, upright: bool) -> tuple[DataOptions, str]:
-    """Return the options and the split of KIND:SPLIT[:WHERE]."""
-    split, _, where = rest.partition(":")
-    if bool(where) == (kind == "digits"):
-        raise _refuse(text, FORMS)
-    options: dict[str, Any] = {"source": kind, "image_size": image_size}
-    if kind != "digits":
-        options |= {"name" if kind == "tfds" else "path": where, "upright": upright}
-    return DataOptions(**options), split
-
-
-def _refuse(text: str, expected: str) -> InputError:
-    return InputError(f"--images must be {expected}, got {text!r}", field=FIELD, given=text, expected=expected)
+def require_usable(images: ImageSet) -> None:
+    """Raise InputError if no image of a set can be used; the first that can be ends the look."""
+    bad, last = 0, ""
+    with contextlib.closing(images.stream(range(len(images)))) as loaded:
+        for number, pixels in enumerate(loaded):
+            if not isinstance(pixels, str):
+                return
+            bad, last = bad + 1, f"; the last is {images.name_of(number)}: {pixels}"
+    expected, given = "an image that can be used", f"{bad} bad ones"
+    message = f"--images must hold {expected}, got {given}{last}"
+    raise InputError(message, field=FIELD, given=given, expected=expected)

@@ -32,6 +32,12 @@ SCORES = {
     "inception_score": Score("inception score", ".3f"),
     "precision": Score("precision", ".4f"),
     "recall": Score("recall", ".4f"),
+    "rfid": Score("rFID", ".3f"),
+    "psnr": Score("PSNR, dB", ".3f"),
+    "ssim": Score("SSIM", ".4f"),
+    "lpips": Score("LPIPS", ".4f"),
+    "usage_percent": Score("codes used, %", ".1f"),
+    "perplexity": Score("perplexity of the codes", ".1f"),
 }
 SAMPLE_SCORES = ("fid", "sfid", "inception_score", "precision", "recall")  # written always, None if not asked for
 
@@ -110,5 +116,5 @@ def as_text(evaluation: Evaluation) -> str:
     table = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows]
     said = [f"warning: {line}" for line in evaluation.warnings] + [f"note: {line}" for line in evaluation.notes]
     settings = [f"{name}: {value}" for name, value in flatten(dict(evaluation.settings))]
-    details = [evaluation.details.rstrip(), ""] if evaluation.details else []
-    return "\n".join([*table, "", *details, *said, *([""] if said else []), *settings]) + "\n"
+    parts = ["\n".join(lines) for lines in (table, evaluation.details.splitlines(), said, settings) if lines]
+    return "\n\n".join(parts) + "\n"

@@ -4,6 +4,7 @@ A part holds the scores of consecutive images and, for rFID, their features: 8 k
 computed from the parts in their order, so they depend neither on interruptions nor on the number of processes.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mvar_jax.data.skipped import SkippedImage
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, RunError
 from mvar_jax.evaluation.image_sets import ImageSet
 from mvar_jax.evaluation.network_files import read_json_array
 from mvar_jax.evaluation.tokenizer_scores import HITS, PER_IMAGE, TokenizerScorer, Totals, frechet_to_originals
@@ -44,22 +45,23 @@ class PartFolder:
         """Return the numbers of a part's images."""
         return range(part * PART_IMAGES, min((part + 1) * PART_IMAGES, len(self.images)))
 
-    def find_missing(self, process_index: int = 0, process_count: int = 1) -> list[int]:
-        """Return the parts of process i of n, i, i + n, ..., that are not there whole."""
-        return [part for part in range(process_index, self.num_parts, process_count) if not self._has(part)]
+    def find_missing(self, parts: range) -> list[int]:
+        """Return those of the parts that are not there whole."""
+        return [part for part in parts if not self._has(part)]
 
     def fill(self, missing: list[int], on_image: Callable[[], None]) -> None:
         """Compute parts. on_image: called after each image; what it raises ends the work, and finished parts stay."""
-        loaded = self.images.stream([number for part in missing for number in self.rows(part)])
-        for part in missing:
-            bad: list[SkippedImage] = []
-            arrays = self.scorer.score(self._good(zip(self.rows(part), loaded, strict=False), bad, on_image))
-            save_npz(self._file(part), **arrays, **{BAD: np.array([json.dumps(bad)])})
+        numbers = [number for part in missing for number in self.rows(part)]
+        with contextlib.closing(self.images.stream(numbers)) as loaded:
+            for part in missing:
+                bad: list[SkippedImage] = []
+                arrays = self.scorer.score(self._good(zip(self.rows(part), loaded, strict=False), bad, on_image))
+                save_npz(self._file(part), **arrays, **{BAD: np.array([json.dumps(bad)])})
 
     def scores(self) -> dict[str, Any]:
         """Return the scores of all images, see `Totals.scores`, `rfid` and `skipped`.
 
-        Raises InputError if a part is missing, or if no image can be used.
+        Raises InputError if a part is missing, RunError if no image could be used.
         """
         totals, skipped = Totals(self.scorer.scales, self.scorer.tokenizer.sides), []
         for part in range(self.num_parts):
@@ -67,9 +69,8 @@ class PartFolder:
                 totals.add({name: self._read(file, name) for name in (HITS, *PER_IMAGE)})
                 skipped += read_json_array(file, BAD, list[SkippedImage])
         if totals.num_images == 0:
-            expected, last = "an image that can be used", f"{skipped[-1]['name']}: {skipped[-1]['reason']}"
-            message = f"--images must hold {expected}, got {len(skipped)} bad ones; the last is {last}"
-            raise InputError(message, field="images", given=len(skipped), expected=expected)
+            last = f"{skipped[-1]['name']}: {skipped[-1]['reason']}"
+            raise RunError(f"no image can be used any more; the last is {last}")
         scores, names = totals.scores(), self.scorer.feature_names()
         distances = frechet_to_originals(names, self._rows_of) if names and totals.num_images > 1 else {}
         for entry, name in zip(scores["by_scale"], self.scorer.scale_names(), strict=True):

@@ -30,7 +30,7 @@ PANELS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID"}
 
 
 def table_of(by_scale: Sequence[Mapping[str, Any]]) -> str:
-    """Return the entries of `Totals.scores`, with their rFID, as a text table; columns that are not computed are left out."""
+    """Return `by_scale` of `PartFolder.scores` as a text table, without the columns that are not computed."""
     names = [name for name in FORMATS if any(entry[name] is not None for entry in by_scale)]
     rows = [names]
     for entry in by_scale:

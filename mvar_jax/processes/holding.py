@@ -57,7 +57,7 @@ OUTPUTS = {
     "evaluate": Output(
         "evaluation",
         "evaluation_options.json",
-        ("evaluation.json", "evaluation.txt", UNFINISHED),
+        ("evaluation.json", "evaluation.txt", "curves.csv", "curves.png", UNFINISHED),
         "the finished features are kept: run the command again",
     ),
     "data": Output("survey", "data.json", ("train.png", "val.png")),

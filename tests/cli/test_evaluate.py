@@ -120,7 +120,9 @@ def test_a_computed_reference_is_stored_in_the_published_form_and_gives_the_same
 
 def test_only_what_is_asked_for_is_computed_and_the_rest_is_null():
     found = evaluate("--scores", "recall,fid")
-    assert [name for name in ("fid", "sfid", "inception_score", "precision", "recall") if found[name] is not None] == [
+    assert [
+        name for name in ("fid", "sfid", "inception_score", "precision", "recall") if found[name] is not None
+    ] == [
         "fid",
         "recall",
     ]
@@ -192,7 +194,10 @@ def test_published_scores_are_shown_beside_ours(capsys):
         (["--reference", "wide.npz"], "mu must have shape [6], got float64 [7]"),
         (["--reference", "nan.npz"], "mu or sigma is not finite"),
         (["--reference", "pool.npz"], "has no statistics of the spatial features (mu_s, sigma_s) for sfid"),
-        (["--reference", "pool.npz", "--scores", "precision"], "has no images (arr_0) for precision; use another one"),
+        (
+            ["--reference", "pool.npz", "--scores", "precision"],
+            "has no images (arr_0) for precision; use another one",
+        ),
         (["--reference", "other.npz"], "reference=other.npz is of a network of SHA-256 ffff; --inception is 12ab"),
         (["--scores", "kid"], "--scores must be of fid, sfid, inception_score, precision, recall, got 'kid'"),
         (["--save_reference", "reference.npz", "--samples", "samples.npz"], "reference.npz, which exists"),
