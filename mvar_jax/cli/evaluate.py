@@ -12,42 +12,64 @@ import sys
 
 from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
 from mvar_jax.cli.models import add_loading_arguments
+from mvar_jax.cli.sampling import add_drawing_arguments, add_sampling_arguments
 from mvar_jax.errors import InputError
+from mvar_jax.evaluation.published import PRESETS
 
 SUMMARY = "score samples, a model or a tokenizer: FID and others"
 
 SAMPLES, CHECKPOINT, TOKENIZER, REFERENCE = "samples", "checkpoint", "tokenizer", "save_reference"
 DOORS = (SAMPLES, CHECKPOINT, TOKENIZER)
-# options that only some doors take; the others are of all
-_SCORING = (SAMPLES, CHECKPOINT)
-OPTIONS_OF = {
-    "reference": (*_SCORING, REFERENCE),
-    "save_reference": (*_SCORING, REFERENCE),
+_SCORING, _ALL = (SAMPLES, CHECKPOINT), (SAMPLES, CHECKPOINT, REFERENCE)
+# the doors that take an option; those that are not here are of all doors
+DOORS_OF = {
+    **dict.fromkeys(("reference", "save_reference", "inception_batch"), _ALL),
+    **dict.fromkeys(("scores", "preset", "inception_dtype"), _SCORING),
     "image_size": (REFERENCE,),
-    "scores": _SCORING,
-    "preset": _SCORING,
-    "inception_dtype": _SCORING,
-    "inception_batch": (*_SCORING, REFERENCE),
-    "tokenizer": (TOKENIZER,),
+    **dict.fromkeys(("which", "dtype", "precision", "tokenizer", "batch_size"), (CHECKPOINT, TOKENIZER)),
+    **dict.fromkeys(("labels", "num_samples", "truncate_uint8", "weight_shards", "seed"), (CHECKPOINT,)),
+    **dict.fromkeys(("cfg", "top_k", "top_p", "temperature", "smooth"), (CHECKPOINT,)),
     **dict.fromkeys(("images", "lpips", "curves", "ignore_orientation"), (TOKENIZER,)),
-    **dict.fromkeys(("which", "dtype", "precision", "batch_size"), (TOKENIZER,)),
 }
 
 
 def add_arguments(parser) -> None:
-    """Add the command's arguments; what only some doors take has the default None."""
+    """Add the command's arguments; those that only some doors take have the default None."""
     doors = parser.add_mutually_exclusive_group()
     doors.add_argument(
-        "--samples", metavar="PATH", help="score an .npz file of images (arr_0 uint8 [N, Y, X, 3]) or a folder of PNGs"
+        "--samples",
+        metavar="PATH",
+        help="score an .npz file of images (arr_0 uint8 [N, Y, X, 3]), a folder of PNGs or one of `mvar sample`",
+    )
+    doors.add_argument(
+        "--checkpoint", metavar="DIR", help="draw samples of a model directory or training workdir and score them"
     )
     parser.add_argument(
-        "--reference", metavar="PATH", help="what to compare with: an .npz file in the published form or of images"
+        "--out", default="evaluation", metavar="DIR", help="folder of the results (default evaluation)"
+    )
+    parser.add_argument("--strict", action="store_true", help="refuse to compute scores that would carry a warning")
+    _add_scoring(parser.add_argument_group("scores"))
+    _add_models(parser.add_argument_group("models"))
+    _add_drawing(parser.add_argument_group("samples of --checkpoint, as `mvar sample` draws them"))
+    _add_reconstructions(parser.add_argument_group("reconstructions of --tokenizer"))
+    add_machine_arguments(parser)
+    parser.set_defaults(**dict.fromkeys(DOORS_OF))
+
+
+def _add_scoring(parser) -> None:
+    parser.add_argument(
+        "--reference",
+        metavar="PATH",
+        help="what to compare with: an .npz file in the published form or of images, a folder of images, or "
+        "KIND:SPLIT[:WHERE], a split of a data set as --images takes it",
     )
     parser.add_argument(
-        "--save_reference", metavar="FILE", help="also write the reference in the published form; a new .npz file"
+        "--save_reference",
+        metavar="FILE",
+        help="write the reference that is computed, in the published form, to a new .npz file; alone: only that",
     )
     parser.add_argument(
-        "--scores", metavar="NAME,...", help="of fid, sfid, inception_score, precision, recall (default: all)"
+        "--image_size", type=int, metavar="N", help="side of the images of --save_reference without samples"
     )
     parser.add_argument(
         "--inception",
@@ -55,23 +77,47 @@ def add_arguments(parser) -> None:
         help="what `mvar convert --inception` wrote, or the public download itself",
     )
     parser.add_argument(
-        "--inception_batch", type=int, metavar="B", help="images of a device at a time (default: 256, 32 on a CPU)"
+        "--scores", metavar="NAME,...", help="of fid, sfid, inception_score, precision, recall (default: all)"
+    )
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="show the published scores of this model beside; with --checkpoint also its published sampling options",
+    )
+    parser.add_argument(
+        "--inception_batch", type=int, metavar="B", help="images of a device at a time (default 256, on a CPU 32)"
     )
     parser.add_argument(
         "--inception_dtype",
         choices=("float32", "bfloat16"),
-        help="of the samples' features (default float32); bfloat16 is faster on an accelerator and gives other scores: "
-        "the difference in FID is measured on the first samples and stated",
+        help="of the samples' features (default float32); bfloat16 is faster on an accelerator and gives other "
+        "scores; the difference in FID is measured on the first 1,024 samples and stated",
     )
-    add_tokenizer_arguments(parser)
-    parser.add_argument("--out", default="evaluation", metavar="DIR", help="folder of the results (default evaluation)")
-    parser.add_argument("--strict", action="store_true", help="refuse to compute scores that would carry a warning")
-    add_machine_arguments(parser)
 
 
-def add_tokenizer_arguments(parser) -> None:
-    """Add the arguments of --tokenizer; their defaults are None as well."""
-    parser.add_argument("--tokenizer", metavar="DIR", help="score a tokenizer: a model directory or training workdir")
+def _add_models(parser) -> None:
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="score the reconstructions of this model directory or training workdir; with --checkpoint: its tokenizer, "
+        "as in `mvar sample`",
+    )
+    add_loading_arguments(parser)
+    parser.add_argument(
+        "--batch_size", type=int, metavar="B", help="samples per batch (default 64), images of a device (default 16)"
+    )
+
+
+def _add_drawing(parser) -> None:
+    parser.add_argument(
+        "--num_samples", type=int, metavar="N", help="number of samples, of all labels in turn (default 50000)"
+    )
+    parser.add_argument("--labels", metavar="L,L", help="as in `mvar sample` (default: all classes)")
+    add_sampling_arguments(parser)
+    add_drawing_arguments(parser)
+
+
+def _add_reconstructions(parser) -> None:
     parser.add_argument(
         "--images",
         metavar="SOURCE",
@@ -90,12 +136,8 @@ def add_tokenizer_arguments(parser) -> None:
     parser.add_argument(
         "--ignore_orientation",
         action="store_true",
-        default=None,
         help="leave photographs as the camera stored them, as the published programs do",
     )
-    add_loading_arguments(parser)
-    parser.set_defaults(which=None)
-    parser.add_argument("--batch_size", type=int, metavar="B", help="images of a device and batch (default 16)")
 
 
 def run(args) -> int:
@@ -103,7 +145,7 @@ def run(args) -> int:
     from mvar_jax.files.directories import remove_tree
     from mvar_jax.files.paths import as_path
 
-    door = door_of(args)
+    check_door(args)
     out = as_path(args.out, "out")
     use_compilation_cache(args.compilation_cache)
 
@@ -115,7 +157,7 @@ def run(args) -> int:
     if here.count > 1:
         print_machine()
     with contextlib.ExitStack() as stack:
-        job = prepare(door, args, stack)
+        job = prepare(args, stack)
         if job.warnings and args.strict:
             message = f"--strict refuses scores that do not compare with others: {job.warnings[0]}"
             raise InputError(message, field="strict", given=job.warnings[0], expected="no warning")
@@ -133,28 +175,22 @@ def run(args) -> int:
     return 0
 
 
-def door_of(args) -> str:
-    """Return what is to be scored. Raises InputError if nothing is, or for an option of another door."""
-    door = next((name for name in (*DOORS, REFERENCE) if getattr(args, name, None) is not None), None)
+def check_door(args) -> None:
+    """Raise InputError if nothing is to be scored, or for an option of another door."""
+    door = next((name for name in (*DOORS, REFERENCE) if getattr(args, name) is not None), None)
     if door is None:
         words = " or ".join(f"--{name}" for name in (*DOORS, REFERENCE))
         raise InputError(f"give {words}", field=SAMPLES, given=None, expected=words)
-    for name, doors in OPTIONS_OF.items():
-        if getattr(args, name, None) is not None and door not in doors:
-            expected = f"not with --{door}"
+    for name, doors in DOORS_OF.items():
+        if getattr(args, name) is not None and door not in doors:
+            expected = "only with " + " or ".join(f"--{name}" for name in doors)
             raise InputError(f"--{name} cannot be combined with --{door}", field=name, expected=expected)
-    return door
 
 
-def prepare(door: str, args, stack: contextlib.ExitStack):
+def prepare(args, stack: contextlib.ExitStack):
     """Return the `Job` of a door; its open files close with the stack."""
     from mvar_jax.cli import evaluate_samples, evaluate_tokenizer
 
-    if door == TOKENIZER:
+    if args.checkpoint is None and args.tokenizer is not None:
         return evaluate_tokenizer.prepare(args)
-    if args.inception is None:
-        from mvar_jax.evaluation.inception_weights import COMMAND, DOWNLOAD
-
-        words = f"give --inception: download {DOWNLOAD.name} from {DOWNLOAD.url}, then run `{COMMAND}`"
-        raise InputError(words, field="inception", expected=DOWNLOAD.name)
-    return evaluate_samples.prepare(door, args, stack)
+    return evaluate_samples.prepare(args, stack)

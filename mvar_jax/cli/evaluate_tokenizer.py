@@ -87,9 +87,7 @@ def compute(folder, images, scorer) -> dict[str, Any]:
     own = range(here.index, parts.num_parts, here.count)
     missing = parts.find_missing(own)
     num_of = lambda numbers: sum(len(parts.rows(part)) for part in numbers)
-    shown = Progress(
-        "evaluate", num_of(own), "image", done=num_of(own) - num_of(missing), is_shown=here.index == 0
-    )
+    shown = Progress("evaluate", num_of(own), "image", done=num_of(own) - num_of(missing), is_shown=here.index == 0)
     with shown as progress, StopFlag(notice="stopping; the finished parts are kept") as stop:
 
         def on_image() -> None:

@@ -40,6 +40,28 @@ def add_tokenizer_argument(parser) -> None:
     )
 
 
+def load_for_sampling(args):
+    """Return (`Model`, its networks in the dtype that is asked for on this process's devices, their mesh).
+
+    Raises InputError if there is no such model, or --weight_shards does not divide the devices.
+    """
+    import jax
+
+    from mvar_jax.api import load
+    from mvar_jax.errors import InputError
+    from mvar_jax.sampling.bulk import place_networks
+    from mvar_jax.sharding import make_mesh
+
+    devices = jax.local_devices()
+    if len(devices) % args.weight_shards:
+        expected = f"a divisor of {len(devices)}, the number of this process's devices"
+        message = f"--weight_shards must be {expected}, got {args.weight_shards}"
+        raise InputError(message, field="weight_shards", given=args.weight_shards, expected=expected)
+    mesh = make_mesh(fsdp=args.weight_shards, devices=devices)
+    model = load(args.checkpoint, args.which, args.tokenizer, args.precision)
+    return model, place_networks(model.networks, mesh, args.dtype), mesh
+
+
 def load_as_asked(args):
     """Return the `Model` that the arguments name, in their dtype and precision; see `mvar_jax.load`."""
     from mvar_jax.api import Model, load

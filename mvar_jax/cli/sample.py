@@ -4,8 +4,8 @@ Resumable: rerunning the command continues, and leaves the same files as an unin
 """
 
 from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
-from mvar_jax.cli.models import add_model_arguments, add_tokenizer_argument
-from mvar_jax.cli.sampling import add_sampling_arguments, check_positive, sampling_options
+from mvar_jax.cli.models import add_model_arguments, add_tokenizer_argument, load_for_sampling
+from mvar_jax.cli.sampling import add_drawing_arguments, add_sampling_arguments, check_positive, sampling_options
 from mvar_jax.processes import group
 
 SUMMARY = "sample images of given classes"
@@ -24,24 +24,15 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--num", type=int, default=8, metavar="N", help="images of each label (default 8)")
     add_sampling_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the samples; one run's alone")
-    parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="images per batch (default 64)")
     parser.add_argument("--save_tokens", action="store_true", help="also write tokens.npz: ids, labels, f_hat")
-    parser.add_argument("--truncate_uint8", action="store_true", help="round pixels down, as the published code")
-    parser.add_argument(
-        "--weight_shards",
-        type=int,
-        default=1,
-        metavar="N",
-        help="shard the transformer's weights over N of a process's devices (default 1: each device holds all)",
-    )
+    parser.add_argument("--batch_size", type=int, default=64, metavar="B", help="images per batch (default 64)")
+    add_drawing_arguments(parser)
     add_machine_arguments(parser)
 
 
 def run(args) -> int:
     """Run the command; everything is checked before the first file is written."""
-    from mvar_jax.errors import InputError
     from mvar_jax.files.paths import as_path
     from mvar_jax.values import as_seed
 
@@ -53,25 +44,16 @@ def run(args) -> int:
 
     import jax
 
-    from mvar_jax.api import load
     from mvar_jax.checkpoints.class_names import class_names_of
     from mvar_jax.processes.holding import owned_folder
-    from mvar_jax.sampling.bulk import Order, draw_all, place_networks
-    from mvar_jax.sharding import make_mesh
+    from mvar_jax.sampling.bulk import Order, draw_all
     from mvar_jax.stopping import StopFlag
 
     if group.current().count > 1:
         print_machine()
     labels = class_names_of(checkpoint).numbers_of(args.labels)
-    devices = jax.local_devices()
-    if len(devices) % args.weight_shards:
-        expected = f"a divisor of {len(devices)}, the number of this process's devices"
-        message = f"--weight_shards must be {expected}, got {args.weight_shards}"
-        raise InputError(message, field="weight_shards", given=args.weight_shards, expected=expected)
-    mesh = make_mesh(fsdp=args.weight_shards, devices=devices)
-    model = load(checkpoint, args.which, args.tokenizer, args.precision)
+    model, networks, mesh = load_for_sampling(args)
     labels = model.labels(labels)
-    networks = place_networks(model.networks, mesh, args.dtype)
     order = Order(
         tuple(labels.tolist()),
         args.num,

@@ -19,6 +19,19 @@ def add_sampling_arguments(parser) -> None:
     parser.add_argument("--smooth", action="store_true", help="Gumbel-average mode: smoother images, for display")
 
 
+def add_drawing_arguments(parser) -> None:
+    """Add --seed, --truncate_uint8 and --weight_shards, for the commands that draw many samples."""
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    parser.add_argument("--truncate_uint8", action="store_true", help="round pixels down, as the published code")
+    parser.add_argument(
+        "--weight_shards",
+        type=int,
+        default=1,
+        metavar="N",
+        help="shard the transformer's weights over N of a process's devices (default 1: each device holds all)",
+    )
+
+
 def sampling_options(args):
     """Return the `SampleOptions` of parsed arguments. Raises InputError if a value is out of range."""
     from mvar_jax.sampling.sampler import SampleOptions

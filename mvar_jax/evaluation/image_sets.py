@@ -160,4 +160,3 @@ def require_usable(images: ImageSet) -> None:
     expected, given = "an image that can be used", f"{bad} bad ones"
     message = f"--images must hold {expected}, got {given}{last}"
     raise InputError(message, field=FIELD, given=given, expected=expected)
-

@@ -7,7 +7,7 @@ from typing import Any
 
 from mvar_jax.scales import KNOWN_SIDES
 
-NUM_SAMPLES = 50_000
+NUM_SAMPLES, IMAGE_SIZE = 50_000, "256 x 256"
 
 
 @dataclass(frozen=True)

@@ -71,12 +71,14 @@ class Reference:
       pool, spatial: statistics for FID and sFID; None if the file does not hold them.
       images: for precision and recall, and for the statistics that are None; None if the file has no images.
       network: name -> SHA-256 of the files of the network that the statistics come from; {} if the file does not say.
+      checksums: of each array by name.
     """
 
     pool: Gaussian | None
     spatial: Gaussian | None
     images: ImageFile | None
     network: Mapping[str, str]
+    checksums: Mapping[str, str]
 
 
 def read_reference(path: str | os.PathLike, field: str = "reference") -> Reference:
@@ -88,7 +90,8 @@ def read_reference(path: str | os.PathLike, field: str = "reference") -> Referen
         if pool is None and images is None:
             raise file.refuse("it has neither statistics (mu, sigma) nor images (arr_0)")
         network = read_json_array(file, NETWORK, dict[str, str]) if NETWORK in file.headers else {}
-        return Reference(pool, spatial, images, network)
+        checksums = {name: file.checksum(name) for name in file.headers}
+        return Reference(pool, spatial, images, network, checksums)
 
 
 def save_reference(

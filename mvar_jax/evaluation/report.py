@@ -39,7 +39,7 @@ SCORES = {
     "usage_percent": Score("codes used, %", ".1f"),
     "perplexity": Score("perplexity of the codes", ".1f"),
 }
-ALWAYS_WRITTEN = ("fid", "sfid", "inception_score", "precision", "recall")  # None if they were not asked for
+SAMPLE_SCORES = ("fid", "sfid", "inception_score", "precision", "recall")  # written always, None if not asked for
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Job:
     Attributes:
       identity: JSON values on which the result depends, by the names of the command's options.
       warnings: sentences on why the scores will not compare with others.
-      run: folder for unfinished work -> the evaluation. All processes of a run call it; the first one's result counts.
+      run: folder for unfinished work -> the evaluation. All processes call it; the first one's result counts.
     """
 
     identity: Mapping[str, Any]
@@ -84,7 +84,9 @@ def common_settings(networks: Mapping[str, NetworkWeights]) -> dict[str, Any]:
     """Return the settings of every evaluation: fingerprints of the networks by their names, versions and devices."""
     versions = {"mvar_jax": mvar_jax.__version__, **{name: version(name) for name in PACKAGES}}
     return {
-        "networks": {name: {"files": dict(x.sources), "is_published": x.is_published} for name, x in networks.items()},
+        "networks": {
+            name: {"files": dict(x.sources), "is_published": x.is_published} for name, x in networks.items()
+        },
         "versions": versions | {"python": platform.python_version()},
         "device": describe(jax.devices(), {}),
     }
@@ -94,7 +96,7 @@ def write_evaluation(out: Path, evaluation: Evaluation) -> str:
     """Write evaluation.txt and, last, evaluation.json; return the text."""
     text = as_text(evaluation)
     write_atomically(out / TEXT_FILE, text)
-    content = dict.fromkeys(ALWAYS_WRITTEN) | dict(evaluation.scores)
+    content = dict.fromkeys(SAMPLE_SCORES) | dict(evaluation.scores)
     content |= {"settings": dict(evaluation.settings), "published": dict(evaluation.published)}
     write_json(out / RESULT_FILE, content | {"warnings": [*evaluation.warnings], "notes": [*evaluation.notes]})
     return text

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from mvar_jax.data.decoding import FORMATS, BadImage, open_rgb
 from mvar_jax.data.folder import find_images
 from mvar_jax.data.protocols import digest
 from mvar_jax.errors import InputError, shorten
+from mvar_jax.evaluation.image_sets import ImageSet
 from mvar_jax.evaluation.reference import IMAGES, ImageFile
 from mvar_jax.files.json_files import read_json
 from mvar_jax.files.npz_reader import NpzFile
@@ -35,7 +36,7 @@ class SampleSet:
       num_images: images of the set.
       size: their rows and columns.
       read: numbers -> pixels `[n, Y, X, 3] uint8`; ascending numbers are read in one pass.
-      about: JSON values that tell these images from others.
+      about: JSON values that tell these images from others, by the options that named them.
       labels_N: their classes; None if they are not known.
       num_jpeg: images stored as JPEG, which changes their scores.
       sampling: options that drew them; None if they are not known.
@@ -48,7 +49,7 @@ class SampleSet:
     about: Mapping[str, Any]
     labels_N: np.ndarray | None = None
     num_jpeg: int = 0
-    sampling: Mapping[str, Any] | None = field(default=None)
+    sampling: Mapping[str, Any] | None = None
 
     def class_balance(self) -> dict[str, int] | None:
         """Return the number of classes, and the least and most images of a class; None if they are not known."""
@@ -65,7 +66,9 @@ def open_samples(field: str, path: Path, stack: contextlib.ExitStack) -> SampleS
     if there are none, a file is damaged, or their sizes differ.
     """
     if not path.exists():
-        raise InputError(f"{field}={path} is missing", field=field, given=str(path), expected="an .npz file or folder")
+        raise InputError(
+            f"{field}={path} is missing", field=field, given=str(path), expected="an .npz file or folder"
+        )
     if not path.is_dir():
         return of_npz(field, path, stack)
     if (path / OPTIONS_FILE).exists():
@@ -84,7 +87,7 @@ def of_npz(field: str, path: Path, stack: contextlib.ExitStack) -> SampleSet:
         if header is not None and header.shape == (len(images),) and header.dtype.kind in "iu":
             labels_N = file.read(LABELS, header.shape, "iu")
         checksum = file.checksum(IMAGES)
-    about = {"num_images": len(images), "checksum": checksum}
+    about = {field: {"num_images": len(images), "checksum": checksum}}
     options, sampling = path.with_name(OPTIONS_FILE), None
     if path.name == ARRAYS_FILE and options.exists():
         with contextlib.suppress(OSError, ValueError):  # it is somebody else's
@@ -140,6 +143,20 @@ def of_folder(field: str, folder: Path) -> SampleSet:
     if all(classes):
         labels_N = np.unique(classes, return_inverse=True)[1]
     files = digest(f"{name} {header.num_bytes}" for name, header in zip(names, headers, strict=True))
-    about = {"num_images": len(names), "files": files}
+    about = {field: {"num_images": len(names), "files": files}}
     num_jpeg = sum(header.format == "JPEG" for header in headers)
     return SampleSet(str(folder), len(names), size, read, about, labels_N, num_jpeg)
+
+
+def of_image_set(field: str, name: str, images: ImageSet, size: tuple[int, int]) -> SampleSet:
+    """Return images that are cut to one size as they are read."""
+
+    def read(rows: range) -> np.ndarray:
+        found = list(images.stream(rows))
+        for number, pixels in zip(rows, found, strict=True):
+            if isinstance(pixels, str):
+                message = f"{field}={name} holds {images.name_of(number)}, which cannot be used: {pixels}"
+                raise InputError(message, field=field, given=images.name_of(number), expected="readable images")
+        return np.stack(found)
+
+    return SampleSet(name, len(images), size, read, {field: dict(images.about)})

@@ -1,6 +1,6 @@
-"""Scores of samples against a reference: features in resumable parts by all processes, then the scores by the first."""
+"""Scores of samples against a reference: features in parts by all processes, then scores by the first one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from mvar_jax.evaluation.features import FeatureExtractor, default_batch_size
 from mvar_jax.evaluation.inception import POOL_WIDTH
 from mvar_jax.evaluation.manifolds import precision_recall
 from mvar_jax.evaluation.moments import Moments
-from mvar_jax.evaluation.network_files import NetworkWeights
+from mvar_jax.evaluation.network_files import OWN_SUFFIX, NetworkWeights
 from mvar_jax.evaluation.reference import Gaussian, save_reference
-from mvar_jax.evaluation.report import ALWAYS_WRITTEN
 from mvar_jax.evaluation.sample_sets import SampleSet
 from mvar_jax.evaluation.statistics import frechet_distance_of_moments
 from mvar_jax.files.npz import Pieces
@@ -24,9 +23,11 @@ from mvar_jax.processes import group
 from mvar_jax.progress import Progress
 
 SHUFFLE_SEED = 0  # of the order in which the inception score is taken
+NOT_KNOWN = "not known"
 MIN_IMAGES = 4  # three neighbours and the image itself
 MANIFOLD_IMAGES = 10_000  # of a reference that is computed here, as in the published ones
 READ_IMAGES = 256
+GAUSSIANS = {"fid": "pool", "sfid": "spatial"}  # the features of a score
 MANIFOLD_SCORES = ("precision", "recall")
 
 
@@ -38,6 +39,8 @@ class ReferenceSet:
       pool, spatial: statistics; both None if they are to be computed from the images.
       images: None if there are only statistics.
       num_manifold: images for precision and recall, spread evenly over the set.
+      about: JSON values that tell this reference from others, by the option that named it.
+      network: name -> SHA-256 of the files of the network of the statistics; {} if it is not known.
     """
 
     name: str
@@ -45,6 +48,8 @@ class ReferenceSet:
     spatial: Gaussian | None
     images: SampleSet | None
     num_manifold: int
+    about: Mapping[str, Any]
+    network: Mapping[str, str]
 
     @property
     def manifold_numbers(self) -> np.ndarray:
@@ -62,7 +67,7 @@ class Comparison:
       asked: names of the scores.
       dtype: of the network for the samples; the reference's features are float32 always.
       batch_size: images of a device and batch; None for what fills it.
-      saves_to: file for the reference; None if it is not kept.
+      saves_to: file for the reference that is computed; None if it is not kept.
     """
 
     samples: SampleSet | None
@@ -78,36 +83,70 @@ class Comparison:
 
         folder: for unfinished work, the same for all processes.
         """
-        reference, findings = self.reference, {}
-        samples = self._fill(folder / "samples", self.samples, self.dtype) if self.samples else None
-        needs_images = reference.pool is None or any(name in MANIFOLD_SCORES for name in self.asked)
-        references = self._fill(folder / "reference", reference.images, "float32") if needs_images else None
+        self._check_saves_to()
+        reference, samples = self.reference, None
+        wanted = {*GAUSSIANS} if self.saves_to else {*GAUSSIANS} & {*self.asked}
+        needs_manifold = {*MANIFOLD_SCORES} & {*self.asked}
+        if self.samples is not None:
+            samples = self._fill(folder / "samples", self.samples, self.dtype)
+        references = None
+        if needs_manifold or (wanted and reference.pool is None):
+            references = self._fill(folder / "reference", reference.images, "float32")
         group.current().wait_for_all("the features")
         if group.current().index:
             return {}, {}
-        gaussians = {"fid": ("pool", reference.pool), "sfid": ("spatial", reference.spatial)}
-        scores: dict[str, Any] = dict.fromkeys(ALWAYS_WRITTEN)
-        for name, (kind, stored) in gaussians.items():
-            if stored is None and references is not None and (self.saves_to or name in self.asked):
-                gaussians[name] = kind, Gaussian.of(references.moments(kind))
+        gaussians = {"fid": reference.pool, "sfid": reference.spatial}
+        for name in wanted if reference.pool is None else ():
+            gaussians[name] = Gaussian.of(references.moments(GAUSSIANS[name]))
+        scores: dict[str, Any] = {}
+        findings: dict[str, Any] = {}
         if samples is not None:
-            for name in self.asked:
-                if name in gaussians:
-                    kind, theirs = gaussians[name]
-                    scores[name] = _distance(samples.moments(kind), theirs)
+            for name in {*GAUSSIANS} & {*self.asked}:
+                scores[name] = _distance(samples.moments(GAUSSIANS[name]), gaussians[name])
             if "inception_score" in self.asked:
                 scores["inception_score"], findings = _inception_scores(samples.array("probabilities"))
-            if any(name in MANIFOLD_SCORES for name in self.asked):
-                rows = references.array("pool")[reference.manifold_numbers]
+            if needs_manifold:
+                rows_MD = references.array("pool")[reference.manifold_numbers]
                 progress = folder / "precision_recall.npz"
-                pair = precision_recall(rows, samples.array("pool"), progress=progress)
-                found = dict(zip(MANIFOLD_SCORES, pair, strict=True))
-                scores |= {name: found[name] for name in self.asked if name in found}
+                pair = precision_recall(rows_MD, samples.array("pool"), progress=progress)
+                scores |= {k: v for k, v in zip(MANIFOLD_SCORES, pair, strict=True) if k in self.asked}
             if self.dtype != "float32" and "fid" in self.asked:
-                findings |= self._compare_dtypes(folder / "float32", samples, gaussians["fid"][1])
+                findings |= self._compare_dtypes(folder / "float32", samples, gaussians["fid"])
         if self.saves_to is not None:
-            self._save_reference(*(theirs for _, theirs in gaussians.values()))
+            self._save_reference(gaussians["fid"], gaussians["sfid"])
         return scores, findings
+
+    def _check_saves_to(self) -> None:
+        path, expected = self.saves_to, f"a new file that ends in {OWN_SUFFIX}"
+        if path is not None and (path.suffix != OWN_SUFFIX or path.exists()):
+            message = f"save_reference must be {expected}, got {path}{', which exists' if path.exists() else ''}"
+            raise InputError(message, field="save_reference", given=str(path), expected=expected)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings of the samples and of the reference."""
+        samples, reference = self.samples, self.reference
+        settings: dict[str, Any] = {}
+        if samples is not None:
+            rounding = {True: "down", False: "to the nearest"}.get((samples.sampling or {}).get("truncate_uint8"))
+            settings["samples"] = {
+                "source": samples.name,
+                "num_samples": samples.num_images,
+                "image_size": "{} x {}".format(*samples.size),
+                "classes": samples.class_balance() or NOT_KNOWN,
+                "rounding": rounding or NOT_KNOWN,
+                "num_jpeg": samples.num_jpeg,
+                "order": f"inception score of a fixed shuffle (seed {SHUFFLE_SEED}), in parts of 5000",
+            }
+            settings["sampling"] = dict(samples.sampling or {}) or NOT_KNOWN
+            settings["features"] = self.dtype
+        images = reference.images
+        settings["reference"] = {
+            "source": reference.name,
+            "statistics": f"of {images.num_images} images" if reference.pool is None and images else "stored in it",
+            "manifold_images": reference.num_manifold,
+            "network": dict(reference.network) or NOT_KNOWN,
+        }
+        return settings
 
     def _fill(self, path: Path, images: SampleSet, dtype: str, num_images: int | None = None) -> FeatureFolder:
         """Compute the features that are missing and this process's; num_images: only of the first ones, here."""
@@ -164,28 +203,28 @@ def _inception_scores(probabilities_NK: np.ndarray) -> tuple[float, dict[str, An
     return inception_score(probabilities_NK[shuffle]), {"inception_score_in_file_order": in_file_order}
 
 
-def find_warnings(samples: SampleSet, reference: ReferenceSet, weights: NetworkWeights, asked, dtype: str) -> list[str]:
+def find_warnings(comparison: Comparison) -> list[str]:
     """Return why the scores will not compare with published ones, as far as it is known before computing."""
-    found, num = [], samples.num_images
-    sets = {"samples": samples} | ({"reference images": reference.images} if reference.pool is None else {})
-    for what, images in sets.items():
-        if {"fid", "sfid"} & {*asked} and images.num_images <= POOL_WIDTH:
+    samples, reference, found = comparison.samples, comparison.reference, []
+    computed = reference.images if reference.pool is None else None
+    for what, images in {"samples": samples, "reference images": computed}.items():
+        if images is not None and {*GAUSSIANS} & {*comparison.asked} and images.num_images <= POOL_WIDTH:
             found.append(
                 f"{images.num_images} {what} are fewer than the {POOL_WIDTH + 1} that a covariance of {POOL_WIDTH} "
                 "features needs: FID and sFID are too large to compare with those of other numbers"
             )
-    balance = samples.class_balance()
+    balance = samples.class_balance() if samples else None
     if balance and balance["fewest"] != balance["most"]:
         found.append(
             f"the labels are unbalanced, {balance['fewest']} to {balance['most']} images of each of "
-            f"{balance['num_classes']} classes: scores are of this mixture"
+            f"{balance['num_classes']} classes: the scores are of this mixture"
         )
-    if samples.num_jpeg:
-        found.append(f"{samples.num_jpeg} of {num} samples are JPEG files, whose losses change the scores; use PNG")
-    if weights.is_published is False:
+    if samples and samples.num_jpeg:
+        found.append(f"{samples.num_jpeg} of {samples.num_images} samples are JPEG files, whose losses change scores")
+    if comparison.weights.is_published is False:
         found.append("the Inception weights are not the published file: compare only with scores by the same file")
-    if dtype != "float32":
-        found.append(f"features in {dtype} give other scores than float32; the difference in FID is stated below")
+    if comparison.dtype != "float32":
+        found.append(f"features in {comparison.dtype} give other scores than float32")
     return found
 
 
@@ -210,7 +249,7 @@ def check_sets(samples: SampleSet | None, reference: ReferenceSet, asked: tuple[
     theirs = reference.images
     if samples is not None and theirs is not None and samples.size != theirs.size:
         given, expected = ("{} x {} pixels".format(*x.size) for x in (samples, theirs))
-        message = f"samples must have the reference's {expected}, got {given}; resize neither: draw samples of its size"
+        message = (
+            f"samples must have the reference's {expected}, got {given}; resize neither: draw samples of its size"
+        )
         raise InputError(message, field="samples", given=given, expected=expected)
-
-

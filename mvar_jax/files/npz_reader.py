@@ -82,7 +82,7 @@ class NpzFile:
         return np.frombuffer(data, header.dtype).reshape(header.shape, order="F" if header.is_fortran else "C")
 
     def row_reader(self, name: str) -> Callable[[range], np.ndarray]:
-        """Return a function from numbers of rows to these rows; ascending numbers are read in one pass of the file."""
+        """Return a function from numbers to the rows of an array; ascending ones are read in one pass."""
         header = self.headers[name]
         if header.is_fortran and len(header.shape) > 1:
             raise self.refuse(f"{name} is stored by columns; store it again with numpy.ascontiguousarray")

@@ -254,6 +254,27 @@ def _start(networks: Networks, order: Order, rows: range, size: int, mesh: Mesh)
     return dict(zip(("pixels", *outputs[1:]), drawn, strict=True))
 
 
+def sample_reader(networks: Networks, order: Order, mesh: Mesh) -> Callable[[range], np.ndarray]:
+    """Return a function that draws the samples of these files of an order, `[n, Y, X, 3] uint8`, and writes nothing.
+
+    They are drawn in the batches of `draw_all`, so that they are the same; the last batch is kept, since those who
+    read in order ask for the rest of it next. networks, mesh: as for `draw_all`.
+    """
+    batches = _Batches(order, Path())
+
+    @functools.lru_cache(maxsize=1)
+    def draw(batch: int) -> np.ndarray:
+        rows = batches.rows(batch)
+        return np.asarray(_start(networks, order, rows, batches.size, mesh)["pixels"])[: len(rows)]
+
+    def read(files: range) -> np.ndarray:
+        first, last = files.start // batches.size, (files.stop - 1) // batches.size
+        drawn = np.concatenate([draw(batch) for batch in range(first, last + 1)])
+        return drawn[files.start - first * batches.size :][: len(files)]
+
+    return read
+
+
 def _join(batches: _Batches) -> None:
     """Write grid.png, tokens.npz and, last, samples.npz, which marks the samples as complete."""
     order, labels_N = batches.order, batches.order.labels_N
