@@ -46,7 +46,7 @@ def test_ssim_equals_the_definition_at_the_single_position_of_an_11_pixel_image(
 
 @pytest.mark.parametrize("size", ["64x64", "33x47"])
 def test_psnr_and_ssim_equal_those_of_scikit_image(size):
-    """The golden numbers are of `gaussian_weights, sigma=1.5, use_sample_covariance=False`; the last pair is equal."""
+    """Golden: `gaussian_weights, sigma=1.5, use_sample_covariance=False`. The images of the last pair are equal."""
     golden = eval_case.load("pixels.json")[size]
     a = eval_case.images(f"pixels/{size}", 4, *eval_case.sizes_of(size)).astype(int)
     b = (3 * a + np.roll(a, 1, 0)) // 4
