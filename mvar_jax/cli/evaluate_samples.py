@@ -160,9 +160,7 @@ def check_network(reference, weights) -> None:
     """Raise InputError if the reference's statistics are of another network's features, as far as it is known."""
     if reference.network and {*reference.network.values()} != {*weights.sources.values()}:
         given, expected = (", ".join(x.values()) for x in (weights.sources, reference.network))
-        message = (
-            f"reference={reference.name} is of features by the file of SHA-256 {expected}; --inception is {given}"
-        )
+        message = f"reference={reference.name} is of a network of SHA-256 {expected}; --inception is {given}"
         raise InputError(message, field="reference", given=given, expected=expected)
 
 
