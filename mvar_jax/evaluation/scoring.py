@@ -1,5 +1,6 @@
 """Scores of samples against a reference: features in parts by all processes, then scores by the first one."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,8 @@ class Comparison:
         group.current().wait_for_all("the features")
         if group.current().index:
             return {}, {}
+        if wanted:
+            _say("statistics of the features")
         gaussians = {"fid": reference.pool, "sfid": reference.spatial}
         for name in wanted if reference.pool is None else ():
             gaussians[name] = Gaussian.of(references.moments(GAUSSIANS[name]))
@@ -106,6 +109,8 @@ class Comparison:
             if "inception_score" in self.asked:
                 scores["inception_score"], findings = _inception_scores(samples.array("probabilities"))
             if needs_manifold:
+                num = reference.num_manifold
+                _say(f"precision and recall of {samples.num_images} samples and {num} references")
                 rows_MD = references.array("pool")[reference.manifold_numbers]
                 progress = folder / "precision_recall.npz"
                 pair = precision_recall(rows_MD, samples.array("pool"), progress=progress)
@@ -192,6 +197,10 @@ class Comparison:
         save_reference(self.saves_to, pool, spatial, pieces, self.weights.sources)
 
 
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
 def _distance(moments: Moments, reference: Gaussian) -> float:
     return frechet_distance_of_moments(moments.mean_D, moments.covariance_DD, *reference)
 
@@ -213,6 +222,11 @@ def find_warnings(comparison: Comparison) -> list[str]:
                 f"{images.num_images} {what} are fewer than the {POOL_WIDTH + 1} that a covariance of {POOL_WIDTH} "
                 "features needs: FID and sFID are too large to compare with those of other numbers"
             )
+    if reference.pool is not None and reference.spatial is None:
+        found.append(
+            f"{reference.name} has no spatial statistics, as pytorch-fid writes them, whose resizing and so features "
+            "are others"
+        )
     balance = samples.class_balance() if samples else None
     if balance and balance["fewest"] != balance["most"]:
         found.append(

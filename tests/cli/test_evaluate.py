@@ -203,10 +203,12 @@ def test_a_folder_of_pngs_is_scored_as_the_file_with_the_same_images():
 def test_jpeg_unbalanced_and_few_samples_are_warned_of_and_refused_if_strict(capsys):
     save_pngs("jpegs", SAMPLES[:6], ".jpg")
     np.savez("samples.npz", arr_0=SAMPLES, arr_1=np.arange(40) % 3)
+    np.savez("pool.npz", mu=np.zeros(6), sigma=np.eye(6))
     for args, words in (
         (("--samples", "jpegs"), "6 of 6 samples are JPEG files"),
         (("--samples", "samples.npz"), "the labels are unbalanced, 13 to 14 images of each of 3 classes"),
         (("--samples", "jpegs", "--scores", "fid"), "6 samples are fewer than the 7 that a covariance of 6 features"),
+        (("--reference", "pool.npz", "--scores", "fid"), "pool.npz has no spatial statistics, as pytorch-fid writes"),
         (("--preset", "mvar-d16", "--samples", "samples.npz"), "num_samples=40 in place of 50000, image_size=6 x 6"),
     ):
         assert "--strict refuses" in refusal_of(capsys, *args, "--strict")
