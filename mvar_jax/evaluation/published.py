@@ -7,7 +7,7 @@ from typing import Any
 
 from mvar_jax.scales import KNOWN_SIDES
 
-NUM_SAMPLES, IMAGE_SIZE = 50_000, "256 x 256"
+NUM_SAMPLES, NUM_CLASSES, IMAGE_SIZE = 50_000, 1000, "256 x 256"
 
 
 @dataclass(frozen=True)

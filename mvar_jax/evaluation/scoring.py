@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from mvar_jax.errors import InputError
@@ -163,7 +164,8 @@ class Comparison:
         total = sum(len(folder.rows(part)) for part in parts)
         if not missing:
             return folder
-        batch_size = self.batch_size or min(default_batch_size(), max(len(folder.rows(part)) for part in missing))
+        num_rows = max(len(folder.rows(part)) for part in missing)
+        batch_size = self.batch_size or min(default_batch_size(), -(-num_rows // jax.local_device_count()))
         extractor = FeatureExtractor(self.weights, batch_size, dtype)
         done = total - sum(len(folder.rows(part)) for part in missing)
         with Progress(f"features of {path.name}", total, "image", done=done, is_shown=here.index == 0) as progress:

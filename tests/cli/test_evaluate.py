@@ -3,15 +3,12 @@
 import contextlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
+import narrow_network
 import numpy as np
 import pytest
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "evaluation"))
-import narrow_network
 
 from mvar_jax.__main__ import main
 from mvar_jax.evaluation import frechet_distance, inception_score, precision_recall, scoring
@@ -119,7 +116,10 @@ def test_a_computed_reference_is_stored_in_the_published_form_and_gives_the_same
     again = evaluate("--reference", "stored.npz", out="again")
     for name in SAMPLE_SCORES:
         assert again[name] == pytest.approx(whole[name], rel=1e-12)
-    assert main(["evaluate", "--reference", "reference.npz", "--save_reference", "b.npz", "--inception", "x"]) == 0
+    alone = ["evaluate", "--reference", "reference.npz", "--save_reference", "b.npz", "--inception", "x"]
+    assert main([*alone, "--image_size", "6"]) == 2
+    assert "--image_size cannot be combined with an .npz file" in capsys.readouterr().err
+    assert main(alone) == 0
     np.testing.assert_array_equal(read_reference("b.npz").pool.mean_D, stored.pool.mean_D)
     assert json.loads(Path("evaluation/evaluation.json").read_text())["fid"] is None
 
@@ -165,7 +165,10 @@ def test_a_preset_sets_the_published_sampling_options_and_refuses_others(tiny_mo
     args = ["--checkpoint", tiny_model, "--preset", "mvar-d20-ft"]
     assert "--cfg must be 1.5, as --preset mvar-d20-ft, got 3.0" in refusal_of(capsys, *args, "--cfg", 3)
     error = refusal_of(capsys, *args, "--num_samples", 9, "--top_k", "900", "--strict", "--scores", "inception_score")
-    assert "num_samples=9 in place of 50000, image_size=6 x 6 in place of 256 x 256, depth=2 in place of 20" in error
+    assert (
+        "num_samples=9 in place of 50000, image_size=6 x 6 in place of 256 x 256, num_classes=3 in place of 1000, depth=2"
+        in error
+    )
     assert "cfg" not in error and "truncate" not in error
 
 
@@ -230,7 +233,10 @@ def test_published_scores_are_shown_beside_ours(capsys):
     ("args", "words"),
     [
         (["--samples", "none.npz"], "samples=none.npz is missing"),
-        (["--reference", "none.npz"], "reference=none.npz is not a usable .npz file: No such file"),
+        (
+            ["--reference", "none.npz"],
+            "reference=none.npz is missing; docs/reproducing.md says where",
+        ),
         (["--samples", "cut.npz"], "samples=cut.npz is not a usable .npz file"),
         (["--samples", "floats.npz"], "arr_0 must have shape [any, any, any, 3], got float32 [4, 6, 6, 3]"),
         (["--samples", "large.npz"], "samples must have the reference's 6 x 6 pixels, got 8 x 8 pixels"),
