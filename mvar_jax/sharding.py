@@ -231,6 +231,19 @@ def map_rows(fn, rows, num_together: int):
     return jax.tree.map(join, jax.lax.map(run_chunk, jax.tree.map(split, rows)))
 
 
+def map_batch(fn, *arrays):
+    """Run fn on arrays `[B, ...]`, on each device of the context's mesh for the samples that it holds.
+
+    For kernels, which XLA cannot partition. Without the project's mesh, inside shard_map or if the mesh does not
+    divide B, fn runs on the whole arrays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(MESH_AXES) <= set(mesh.axis_names) or mesh.manual_axes:
+        return fn(*arrays)
+    spec = spec_of(("batch",) if len(arrays[0]) % num_shards_of("batch", mesh) == 0 else ())
+    return jax.shard_map(fn, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Return this process's rows as global arrays sharded over the batch axes."""
     sharding = NamedSharding(mesh, spec_of(("batch",)))
