@@ -29,9 +29,10 @@ class Segments:
         return (number(query_Q)[:, None] == number(key_K)[None]) & (key_K < self.num_tokens)[None]
 
     def keys_of(self, begin, end):
-        offsets = offsets_of(self.lengths)
-        first = sum(jnp.where(begin >= offset, size, 0) for offset, size in zip(offsets[1:-1], self.lengths[:-1], strict=True))
-        last = sum(jnp.where(end > offset, size, 0) for offset, size in zip(offsets[:-1], self.lengths, strict=True))
+        begins, ends = offsets_of(self.lengths)[:-1], offsets_of(self.lengths)[1:]
+        segments = list(zip(begins, ends, self.lengths, strict=True))
+        first = sum(jnp.where(begin >= after, size, 0) for _, after, size in segments)
+        last = sum(jnp.where(end > before, size, 0) for before, _, size in segments)
         return first, last
 
     def queries_of(self, begin, end):

@@ -23,7 +23,7 @@ def forward(x):
 
 
 def backward(x, dy):
-    # by the sigmoid, 1 + tanh(u) = 2 sigmoid(2 u): of a tanh that forward and backward share, XLA would write an array
+    # by the sigmoid, 1 + tanh(u) = 2 sigmoid(2 u): a tanh that forward and backward share would be written to memory
     x32 = x.astype(jnp.float32)
     square = jnp.square(x32)
     gate = jax.nn.sigmoid(2 * SCALE * x32 * (1 + CUBIC * square))

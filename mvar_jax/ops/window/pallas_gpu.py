@@ -56,5 +56,5 @@ def attend(q_BYXHK, k_BYXHK, v_BYXHK, kernel_size: int, scale: float, interpret:
     """Compute local-window attention on a CUDA GPU; `interpret` runs it on any platform, slowly."""
     B, Y, X, H, K = q_BYXHK.shape
     rule = Window(Y, X, min(kernel_size, Y), min(kernel_size, X))
-    flat = (x.reshape(B, Y * X, H, K) for x in (q_BYXHK, k_BYXHK, v_BYXHK))
-    return triton_attention.attend(rule, *flat, scale, interpret).reshape(q_BYXHK.shape)
+    q, k, v = (x.reshape(B, Y * X, H, K) for x in (q_BYXHK, k_BYXHK, v_BYXHK))
+    return triton_attention.attend(rule, q, k, v, scale, interpret).reshape(q_BYXHK.shape)
