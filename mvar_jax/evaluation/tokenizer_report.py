@@ -55,18 +55,18 @@ def _plot(path: Path, by_scale: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
     shown = [name for name in PANELS if any(entry[name] is not None for entry in by_scale)]
+    scales = [entry["scales"] for entry in by_scale]
     figure = Figure(figsize=(4.5 * (len(shown) + 1), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     *panels, codes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
     for axes, name in zip(panels, shown, strict=True):
         points = [(entry["scales"], entry[name]) for entry in by_scale if entry[name] is not None]
         axes.plot(*zip(*points, strict=True), marker=".")
-        axes.set(title=PANELS[name], xlabel="number of scales")
-    scales = [entry["scales"] for entry in by_scale]
+        axes.set(title=PANELS[name], xlabel="number of scales", xticks=scales)
     for name, style in (("usage_percent", "-"), ("margin_percent", "--"), ("possible_percent", ":")):
         codes.plot(scales, [entry[name] for entry in by_scale], style, marker=".", label=name)
-    codes.set(title="codebook", xlabel="scale", ylabel="codes, %", ylim=(0, 102))
-    codes.legend(loc="lower right")
+    codes.set(title="codebook", xlabel="scale", ylabel="codes, %", ylim=(0, 102), xticks=scales)
+    codes.legend()
     perplexity = codes.twinx()
     perplexity.plot(scales, [entry["perplexity"] for entry in by_scale], color="black", marker="x")
     perplexity.set(ylabel="perplexity (x)", ylim=(0, None))

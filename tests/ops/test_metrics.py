@@ -1,3 +1,4 @@
+import eval_case
 import jax
 import numpy as np
 import pytest
@@ -41,6 +42,21 @@ def test_ssim_equals_the_definition_at_the_single_position_of_an_11_pixel_image(
     expected /= (mean_a**2 + mean_b**2 + 1e-4) * (variance_a + variance_b + 9e-4)
     rgb = lambda x_YX: np.repeat(x_YX[None, :, :, None], 3, axis=3)
     np.testing.assert_allclose(metrics.ssim(rgb(a_YX), rgb(b_YX), 1), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", ["64x64", "33x47"])
+def test_psnr_and_ssim_equal_those_of_scikit_image(size):
+    """Golden: `gaussian_weights, sigma=1.5, use_sample_covariance=False`. The images of the last pair are equal."""
+    golden = eval_case.load("pixels.json")[size]
+    a = eval_case.images(f"pixels/{size}", 4, *eval_case.sizes_of(size)).astype(int)
+    b = (3 * a + np.roll(a, 1, 0)) // 4
+    b[3] = a[3]
+    np.testing.assert_allclose(metrics.psnr(a, b, 255), [float(x) for x in golden["psnr_uint8"]], rtol=1e-13)
+    expected = golden["ssim_gaussian_skimage_uint8"]
+    np.testing.assert_allclose(metrics.ssim(a, b, 255), expected, rtol=1e-12)
+    in_program = jax.jit(lambda a, b: metrics.similarity(a, b, 255.0))(a.astype(np.float32), b.astype(np.float32))
+    assert in_program.dtype == np.float32 and in_program[3] == 1
+    np.testing.assert_allclose(in_program, expected, atol=5e-7)
 
 
 def test_perplexity_counts_codes_that_are_hit_alike():

@@ -1,0 +1,112 @@
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from image_files import noise
+from PIL import Image
+
+from mvar_jax.errors import InputError
+from mvar_jax.evaluation.image_sets import open_images, require_usable
+
+SIDE = 12
+CROP = "then ADM's centre crop to 12 x 12 pixels"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with photos of several sizes, a file that is none, and a text; the pixels of the photos by name."""
+    found = {"a/x.png": noise(30, 20, 0), "a/y.png": noise(12, 40, 1), "b/z.png": noise(12, 12, 2)}
+    for name, pixels in found.items():
+        path = tmp_path / "photos" / "val" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    (tmp_path / "photos" / "train").symlink_to("val")
+    (tmp_path / "photos" / "val" / "b" / "broken.jpg").write_bytes(b"no image")
+    with tarfile.open(tmp_path / "photos" / "val.tar", "w") as tar:
+        tar.add(tmp_path / "photos" / "val" / "b", "0")
+    config = {"data": {"source": "digits", "image_size": SIDE, "size": 7}, "model": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    np.savez(tmp_path / "four.npz", arr_0=np.stack([noise(SIDE, SIDE, i) for i in range(4)]))
+    return tmp_path
+
+
+def stream(images, numbers=None) -> list:
+    return list(images.stream(range(len(images)) if numbers is None else numbers))
+
+
+@pytest.mark.parametrize(
+    ("source", "num", "num_bad", "transform"),
+    [
+        ("{}/photos/val", 4, 1, f"turned upright, {CROP}"),
+        ("{}/photos/val/b/z.png", 1, 0, f"turned upright, {CROP}"),
+        ("{}/four.npz", 4, 0, f"turned upright, {CROP}"),
+        ("folder:val:{}/photos", 4, 1, f"turned upright, {CROP}"),
+        ("config:val", 7, 0, "enlarged to 12 x 12 pixels by cubic splines"),
+        ("digits:val", 360, 0, "enlarged to 12 x 12 pixels by cubic splines"),
+    ],
+)
+def test_every_form_of_source_gives_squares_of_one_size(photos, source, num, num_bad, transform):
+    images = open_images(source.format(photos), SIDE, photos / "out", tokenizer=photos)
+    found = stream(images)
+    assert (len(images), len(found), sum(isinstance(x, str) for x in found)) == (num, num, num_bad)
+    assert {(x.shape, x.dtype.name) for x in found if not isinstance(x, str)} == {((SIDE, SIDE, 3), "uint8")}
+    assert images.about["transform"] == transform
+    json.dumps(images.about)
+
+
+def test_images_that_have_the_size_stay_as_they_are_and_any_numbers_can_be_read(photos):
+    images = open_images(f"{photos}/four.npz", SIDE, photos / "out")
+    for number, pixels in zip((1, 3), stream(images, [1, 3]), strict=True):
+        np.testing.assert_array_equal(pixels, noise(SIDE, SIDE, number))
+    images = open_images(f"{photos}/photos/val", SIDE, photos / "out")
+    assert images.name_of(3) == "b/z.png"
+    np.testing.assert_array_equal(stream(images, [3])[0], noise(12, 12, 2))
+
+
+def test_the_orientation_tag_is_obeyed_unless_told_otherwise(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 3  # upside down
+    Image.fromarray(noise(SIDE, SIDE)).save(tmp_path / "x.png", exif=exif)
+    upright, stored = (stream(open_images(str(tmp_path), SIDE, tmp_path / "out", x))[0] for x in (True, False))
+    np.testing.assert_array_equal(stored, noise(SIDE, SIDE))
+    np.testing.assert_array_equal(upright, stored[::-1, ::-1])
+
+
+def test_other_images_of_a_source_are_told_apart(photos):
+    """What stands in `about` decides whether a folder of results may be continued."""
+    open_about = lambda text: open_images(text, SIDE, photos / "out", tokenizer=photos).about
+    sources = f"{photos}/photos/val", f"{photos}/four.npz"
+    before = [open_about(source) for source in sources]
+    assert [open_about(source) for source in sources] == before
+    Image.fromarray(noise(SIDE, SIDE)).save(photos / "photos" / "val" / "new.png")
+    np.savez(photos / "four.npz", arr_0=np.stack([noise(SIDE, SIDE, i) for i in range(1, 5)]))
+    for source, old in zip(sources, before, strict=True):
+        assert open_about(source)["identity"] != old["identity"]
+    assert open_about("digits:val")["identity"] != open_about("digits:train")["identity"]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nowhere", "--images must be an image file or a folder of .jpg"),
+        ("nowhere.npz", "images=nowhere.npz is not a usable .npz file: No such file"),
+        ("digits:test", "--images must be digits:SPLIT with SPLIT train or val, got 'digits:test'"),
+        ("tars:val", "--images must be tars:SPLIT:WHERE with SPLIT train or val, got 'tars:val'"),
+        ("digits:val:here", "--images must be digits:SPLIT with"),
+        ("config:val", "--images=config:val needs the config.json of a training workdir as --tokenizer"),
+    ],
+)
+def test_a_source_that_is_none_is_refused_in_one_sentence(tmp_path, source, words):
+    with pytest.raises(InputError) as caught:
+        open_images(source, SIDE, tmp_path / "out", tokenizer=tmp_path)
+    assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
+
+
+def test_a_set_without_a_usable_image_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    images = open_images(str(tmp_path), SIDE, tmp_path / "out")
+    with pytest.raises(InputError, match="--images must hold an image that can be used, got 1 bad ones"):
+        require_usable(images)
+    Image.fromarray(noise(SIDE, SIDE)).save(tmp_path / "b.png")
+    require_usable(open_images(str(tmp_path), SIDE, tmp_path / "out"))
