@@ -22,8 +22,9 @@ from mvar_jax.training.tokenizer_task import TokenizerTask
 from mvar_jax.training.transformer_step import PhaseOptions
 from mvar_jax.training.transformer_task import TransformerTask
 
-TOKENIZER, TRANSFORMER = small_case.TINY_MODULES["tokenizer"], small_case.TINY_MODULES["transformer"]
-PARAMS = small_case.tiny_params()
+TOKENIZER = small_case.TINY_MODULES["tokenizer"].clone(ch_mult=(1,))
+TRANSFORMER = small_case.TINY_MODULES["transformer"]
+PARAMS = small_case.tiny_params() | {"tokenizer": small_case.seeded_params(TOKENIZER, std=0.5)}
 
 
 class Listener(Scorer):
@@ -67,7 +68,7 @@ def test_samples_are_balanced_equal_each_time_and_of_the_averaged_weights(task):
     params = PARAMS["transformer"]
     first = task.evaluate(state_of(params))
     pixels, labels = task.scorer.drawn
-    assert labels.tolist() == [i % 3 for i in range(35)] and pixels.shape == (35, 6, 6, 3)
+    assert labels.tolist() == [i % 3 for i in range(35)] and pixels.shape == (35, 3, 3, 3)
     assert pixels.dtype == np.uint8 and len(np.unique(pixels.reshape(35, -1), axis=0)) > 20
     assert first == {"mean_level": pixels.mean()}
     other = jax.tree.map(np.zeros_like, params)
@@ -76,7 +77,7 @@ def test_samples_are_balanced_equal_each_time_and_of_the_averaged_weights(task):
 
 def test_few_samples_are_spread_over_the_classes(monkeypatch):
     task = transformer_task(2)
-    monkeypatch.setattr(task, "draw_samples", lambda params, tokenizer, labels, index: np.zeros((2, 6, 6, 3)))
+    monkeypatch.setattr(task, "draw_samples", lambda params, tokenizer, labels, index: np.zeros((2, 3, 3, 3)))
     ((_, labels),) = task._samples(state_of(None))
     assert labels.tolist() == [0, 1]
     monkeypatch.setattr(task, "transformer", TRANSFORMER.clone(num_classes=1000))
