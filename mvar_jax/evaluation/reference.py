@@ -62,6 +62,12 @@ class ImageFile:
         with NpzFile(self.field, self.path) as file:
             yield file.row_reader(IMAGES)
 
+    def pieces(self, num_images: int) -> Iterator[np.ndarray]:
+        """Yield all images in order, `num_images` at a time and at last fewer."""
+        with self.reading() as read:
+            for first in range(0, len(self), num_images):
+                yield read(range(first, min(first + num_images, len(self))))
+
 
 @dataclass(frozen=True)
 class Reference:
