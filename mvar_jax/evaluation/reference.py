@@ -5,6 +5,7 @@ features of the whole training set) and `mu_s`, `sigma_s` (the same of the spati
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -84,7 +85,7 @@ class Reference:
     spatial: Gaussian | None
     images: ImageFile | None
     network: Mapping[str, str]
-    checksums: Mapping[str, str]
+    checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_reference(path: str | os.PathLike, field: str = "reference") -> Reference:

@@ -156,6 +156,11 @@ def test_samples_of_a_model_are_those_of_sample_and_no_image_is_written(tiny_mod
     assert found["settings"]["samples"]["rounding"] == "down" == stored["settings"]["samples"]["rounding"]
     assert {"cfg": 2.0, "top_k": 4, "seed": 0}.items() <= found["settings"]["sampling"].items()
     assert {path.name for path in Path("out").iterdir()} <= {"evaluation.json", "evaluation.txt", *OPTIONS_AND_LOCK}
+    ten = evaluate(*drawing, "--num_samples", "10", out="ten")
+    with np.load("drawn/samples.npz") as drawn:
+        np.savez("first.npz", arr_0=drawn["arr_0"][:10], arr_1=drawn["arr_1"][:10])
+    assert ten["fid"] == evaluate("--samples", "first.npz", out="first")["fid"]
+    assert ten["settings"]["samples"]["classes"] == {"num_classes": 3, "fewest": 3, "most": 4}
     capsys.readouterr()
     evaluate(*drawing, "--num_samples", "12", "--seed", "1", status=2)
     assert "seed=1 differs from 0, used for the evaluation in out" in capsys.readouterr().err
