@@ -16,7 +16,7 @@ from mvar_jax.ops.attention import (
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.precision import precision_of
 from mvar_jax.ops.products import add_bias, multiply, multiply_rows
-from mvar_jax.ops.window import local_window_attention
+from mvar_jax.ops.window import local_window_attention, why_not
 from mvar_jax.scales import BLOCK_CAUSAL, BLOCK_DIAGONAL, Phase, Pyramid
 from mvar_jax.sharding import constrain, named_axes
 
@@ -41,7 +41,8 @@ def layer_norm(x: jax.Array) -> jax.Array:
 class Linear(nn.Module):
     """x `[..., *shape]` times a kernel `[*shape, features]`, plus a bias; shape has `num_axes` axes.
 
-    dtype: of the operands. out_dtype: of the result. part: see `precision.TABLE`.
+    dtype: of the operands. out_dtype: of the product. part: see `precision.TABLE`. sum_dtype: of the product plus
+    the bias, hence of the result; None for out_dtype.
     """
 
     features: int
@@ -50,6 +51,7 @@ class Linear(nn.Module):
     out_dtype: Any
     part: str = "blocks"
     num_axes: int = 1
+    sum_dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -58,7 +60,16 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel = x.reshape(*rows, -1).astype(self.dtype), kernel.reshape(-1, self.features)
         y = multiply_rows(x, kernel, self.out_dtype, precision_of(self.part, self.dtype))
-        return add_bias(y, bias)
+        return add_bias(y if self.sum_dtype is None else y.astype(self.sum_dtype), bias)
+
+
+def branch_dtype(dtype: Any) -> Any:
+    """Return the dtype in which the last bias of a branch is added: float32 on a GPU.
+
+    XLA then adds it in the kernel that adds the branch. In the product's dtype, cuBLAS would add it, and for that XLA
+    copies the layer's weights and bias out of the stacked ones.
+    """
+    return jnp.float32 if current_platform() == "gpu" else dtype
 
 
 class Attention(nn.Module):
@@ -91,7 +102,8 @@ class Attention(nn.Module):
             cache, (k, v) = self.extend_cache(cache, (k, v), layer)
         y_BNHK = self.attend(q, k, v)
         init = named_axes(normal(self.init_std, 1 / np.sqrt(2 * self.depth)), "heads", "head_width", "width")
-        return Linear(D, init, self.dtype, self.dtype, num_axes=2, name="proj")(y_BNHK), cache
+        out = Linear(D, init, self.dtype, self.dtype, num_axes=2, sum_dtype=branch_dtype(self.dtype), name="proj")
+        return out(y_BNHK), cache
 
     def project(self, x_BND, kernel_D3HK):
         """Return queries, keys and values, `[B, N, H, K]` each."""
@@ -102,6 +114,9 @@ class Attention(nn.Module):
         if platform == "tpu" or (platform == "cpu" and num_devices > 1):
             qkv = multiply("bnd,dthk->tbnhk", self.dtype, precision, x_BND, kernel_D3HK)
             return tuple(constrain(qkv, None, *axes))
+        if platform == "gpu" and num_devices <= 1:  # otherwise XLA copies the columns of each to matrices of their own
+            qkv = multiply_rows(x_BND, kernel_D3HK, self.dtype, precision)
+            return tuple(qkv[:, :, i] for i in range(3))
         # one product each: columns of all three together would mix whole axes with one that a mesh may split
         parts = (multiply_rows(x_BND, kernel_D3HK[:, i], self.dtype, precision) for i in range(3))
         return tuple(constrain(part, *axes) for part in parts)
@@ -122,15 +137,21 @@ class Attention(nn.Module):
     def attend(self, q, k, v):
         """Attend by the phase's rule: scale-Markov, spatial-Markov or VAR (docs/method.md, Attention)."""
         phase, areas = self.phase, self.pyramid.areas[self.phase.first : self.phase.last + 1]
+        side, backend = self.pyramid.sides[phase.first], self.window_backend
+        window = self.pyramid.window(phase.first)
         if phase.attention == BLOCK_DIAGONAL:
-            return block_diagonal_attention(q, k, v, areas)
+            if areas == (1,):
+                return v  # the only token attends to itself
+            # the kernel does in one launch what XLA does in eight
+            is_kernel = len(areas) == 1 and backend == "auto" and not why_not("pallas_gpu", q[:, :, None])
+            if not is_kernel:
+                return block_diagonal_attention(q, k, v, areas)
+            window, backend = 2 * side - 1, "pallas_gpu"
         if phase.attention == BLOCK_CAUSAL:
             mask = block_causal_mask(self.pyramid.areas[: phase.last + 1])[phase.begin :]
             return dense_attention(q, k, v, None if mask.all() else mask)
-        side = self.pyramid.sides[phase.first]
-        window = self.pyramid.window(phase.first)
         q, k, v = (x.reshape(x.shape[0], side, side, *x.shape[2:]) for x in (q, k, v))
-        y_BYXHK = local_window_attention(q, k, v, window, backend=self.window_backend)
+        y_BYXHK = local_window_attention(q, k, v, window, backend=backend)
         return y_BYXHK.reshape(y_BYXHK.shape[0], side * side, *y_BYXHK.shape[3:])
 
 
@@ -146,7 +167,14 @@ class FeedForward(nn.Module):
         D = x_BND.shape[-1]
         up, down = normal(self.init_std), normal(self.init_std, 1 / np.sqrt(2 * self.depth))
         widen = Linear(4 * D, named_axes(up, "width", "hidden"), self.dtype, self.dtype, name="up")
-        narrow = Linear(D, named_axes(down, "hidden", "width"), self.dtype, self.dtype, name="down")
+        narrow = Linear(
+            D,
+            named_axes(down, "hidden", "width"),
+            self.dtype,
+            self.dtype,
+            sum_dtype=branch_dtype(self.dtype),
+            name="down",
+        )
         return narrow(constrain(nn.gelu(widen(x_BND), approximate=True), "batch", "tokens", "hidden"))
 
 
