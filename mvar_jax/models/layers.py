@@ -114,7 +114,7 @@ class Attention(nn.Module):
         if platform == "tpu" or (platform == "cpu" and num_devices > 1):
             qkv = multiply("bnd,dthk->tbnhk", self.dtype, precision, x_BND, kernel_D3HK)
             return tuple(constrain(qkv, None, *axes))
-        if platform == "gpu" and num_devices <= 1:  # otherwise XLA copies the columns of each to matrices of their own
+        if platform == "gpu" and num_devices <= 1:  # as stored; XLA would copy the columns of each product
             qkv = multiply_rows(x_BND, kernel_D3HK, self.dtype, precision)
             return tuple(qkv[:, :, i] for i in range(3))
         # one product each: columns of all three together would mix whole axes with one that a mesh may split

@@ -27,16 +27,16 @@ TEXT = """HloModule jit_f
   %rows = f32[12,64]{1,0} get-tuple-element(%arg), index=2
   %fusion-start = ((f32[12,64,32]{2,1,0}, s32[]), f32[1,64,32]{2,1,0}, u32[]) fusion-start(%w, %i), calls=%sliced
   %fusion-done = f32[1,64,32]{2,1,0} fusion-done(%fusion-start)
-  %product = (f32[1,64]{1,0}, s8[4096]{0}) custom-call(%fusion-done), custom_call_target="gemm", metadata={op_name="a"}
+  %product = (f32[1,64]{1,0}, s8[4096]{0}) custom-call(%fusion-done), custom_call_target="gemm"
   %row = f32[1,64]{1,0} get-tuple-element(%product), index=0
-  %fusion = f32[12,64]{1,0} fusion(%rows, %row, %i), kind=kLoop, calls=%updated, metadata={op_name="b"}
+  %fusion = f32[12,64]{1,0} fusion(%rows, %row, %i), kind=kLoop, calls=%updated
   ROOT %out = (s32[], f32[12,64,32]{2,1,0}, f32[12,64]{1,0}) tuple(%i, %w, %fusion)
 }
 
 ENTRY %main (x: bf16[100]) -> bf16[100] {
   %x = bf16[100]{0} parameter(0)
   %start = (s32[], f32[12,64,32]{2,1,0}, /*index=2*/f32[12,64]{1,0}) tuple(%x)
-  %loop = (s32[], f32[12,64,32]{2,1,0}, /*index=2*/f32[12,64]{1,0}) while(%start), body=%body, backend_config={"known_trip_count":{"n":"12"}}
+  %loop = (s32[], f32[12,64,32], f32[12,64]) while(%start), body=%body, backend_config={"known_trip_count":{"n":"12"}}
   ROOT %copy = bf16[100]{0} copy(%x)
 }
 """
