@@ -102,6 +102,13 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def is_split(logical_axis: str) -> bool:
+    """Return whether the context's mesh splits a dimension of this name over more than one device."""
+    mesh, entry = jax.sharding.get_abstract_mesh(), spec_of((logical_axis,))[0]
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    return any(mesh.shape.get(name, 1) > 1 for name in names)
+
+
 @flax.struct.dataclass
 class Named(nn.Partitioned):
     """A parameter with logical axis names; `shardings_of` alone decides its placement."""

@@ -7,18 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvar_jax.ops.attention import (
-    block_causal_mask,
-    block_diagonal_attention,
-    dense_attention,
-    normalise_query_key,
-)
+from mvar_jax.ops.attention import block_causal_mask, dense_attention, normalise_query_key
+from mvar_jax.ops.block_diagonal import block_diagonal_attention
+from mvar_jax.ops.gelu import gelu
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.precision import precision_of
 from mvar_jax.ops.products import add_bias, multiply, multiply_rows
-from mvar_jax.ops.window import local_window_attention, why_not
+from mvar_jax.ops.window import local_window_attention
 from mvar_jax.scales import BLOCK_CAUSAL, BLOCK_DIAGONAL, Phase, Pyramid
-from mvar_jax.sharding import constrain, named_axes
+from mvar_jax.sharding import constrain, is_split, named_axes
 
 
 def normal(std: float, factors: np.ndarray | float = 1.0):
@@ -108,15 +105,16 @@ class Attention(nn.Module):
     def project(self, x_BND, kernel_D3HK):
         """Return queries, keys and values, `[B, N, H, K]` each."""
         precision, axes = precision_of("blocks", self.dtype), ("batch", "tokens", "heads", "head_width")
+        num_devices, platform = jax.sharding.get_abstract_mesh().size, current_platform()
         # one einsum on TPUs, where three products of matrices move more memory, and over several CPU devices, where
         # collectives of independent products can wait for each other for ever
-        num_devices, platform = jax.sharding.get_abstract_mesh().size, current_platform()
         if platform == "tpu" or (platform == "cpu" and num_devices > 1):
             qkv = multiply("bnd,dthk->tbnhk", self.dtype, precision, x_BND, kernel_D3HK)
             return tuple(constrain(qkv, None, *axes))
-        if platform == "gpu" and num_devices <= 1:  # as stored; XLA would copy the columns of each product
+        # one product on a GPU that has all heads: XLA would join three and copy their weights side by side each time
+        if platform == "gpu" and not is_split("heads"):
             qkv = multiply_rows(x_BND, kernel_D3HK, self.dtype, precision)
-            return tuple(qkv[:, :, i] for i in range(3))
+            return tuple(constrain(qkv[:, :, i], *axes) for i in range(3))
         # one product each: columns of all three together would mix whole axes with one that a mesh may split
         parts = (multiply_rows(x_BND, kernel_D3HK[:, i], self.dtype, precision) for i in range(3))
         return tuple(constrain(part, *axes) for part in parts)
@@ -137,21 +135,15 @@ class Attention(nn.Module):
     def attend(self, q, k, v):
         """Attend by the phase's rule: scale-Markov, spatial-Markov or VAR (docs/method.md, Attention)."""
         phase, areas = self.phase, self.pyramid.areas[self.phase.first : self.phase.last + 1]
-        side, backend = self.pyramid.sides[phase.first], self.window_backend
-        window = self.pyramid.window(phase.first)
         if phase.attention == BLOCK_DIAGONAL:
-            if areas == (1,):
-                return v  # the only token attends to itself
-            # the kernel does in one launch what XLA does in eight
-            is_kernel = len(areas) == 1 and backend == "auto" and not why_not("pallas_gpu", q[:, :, None])
-            if not is_kernel:
-                return block_diagonal_attention(q, k, v, areas)
-            window, backend = 2 * side - 1, "pallas_gpu"
+            return block_diagonal_attention(q, k, v, areas)
         if phase.attention == BLOCK_CAUSAL:
             mask = block_causal_mask(self.pyramid.areas[: phase.last + 1])[phase.begin :]
             return dense_attention(q, k, v, None if mask.all() else mask)
+        side = self.pyramid.sides[phase.first]
+        window = self.pyramid.window(phase.first)
         q, k, v = (x.reshape(x.shape[0], side, side, *x.shape[2:]) for x in (q, k, v))
-        y_BYXHK = local_window_attention(q, k, v, window, backend=backend)
+        y_BYXHK = local_window_attention(q, k, v, window, backend=self.window_backend)
         return y_BYXHK.reshape(y_BYXHK.shape[0], side * side, *y_BYXHK.shape[3:])
 
 
@@ -175,7 +167,7 @@ class FeedForward(nn.Module):
             sum_dtype=branch_dtype(self.dtype),
             name="down",
         )
-        return narrow(constrain(nn.gelu(widen(x_BND), approximate=True), "batch", "tokens", "hidden"))
+        return narrow(constrain(gelu(widen(x_BND)), "batch", "tokens", "hidden"))
 
 
 class Adaptive(nn.Module):

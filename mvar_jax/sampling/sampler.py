@@ -176,7 +176,7 @@ def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float | jax.Arra
 
 def decode_in_chunks(networks: Networks, f_hat_BYXc: jax.Array) -> jax.Array:
     """Decode latent maps to float32 images in [-1, 1], a chunk at a time on each device; call inside a program."""
-    decode = functools.partial(networks.apply_tokenizer, method="decode")
+    decode = functools.partial(networks.for_decoding().apply_tokenizer, method="decode")
     return map_rows(decode, f_hat_BYXc, DECODE_TOGETHER[current_platform()])
 
 

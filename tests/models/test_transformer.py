@@ -313,17 +313,7 @@ def test_logits_for_a_gpu_are_those_for_a_cpu():
     """A GPU's products and sums are joined in another way; attention by the one backend that runs here too."""
     model = MODEL.clone(window_backend="dense", depth=1)
     params, batch = seeded_params(model), seeded_batch(model)
-    for phase in (model.pyramid.scale_phase(0), model.pyramid.scale_phase(2)):
-        expected = phase_logits(model, phase, params, batch)
-        with compiling_for("gpu"):
-            np.testing.assert_allclose(phase_logits(model, phase, params, batch), expected, atol=2e-6)
-
-
-def test_a_coarse_scale_alone_attends_by_the_kernel_on_a_gpu():
-    def program(phase):
-        with compiling_for("gpu"):
-            make = jax.make_jaxpr(lambda params, batch: apply_phase(MODEL, phase, params, batch))
-            return str(make(shapes_of(MODEL), seeded_batch()))
-
-    assert "window_forward" in program(MODEL.pyramid.scale_phase(1))
-    assert "window_forward" not in program(MODEL.phases()[0])  # several scales: one masked product
+    phase = model.phases()[1]
+    expected = phase_logits(model, phase, params, batch)
+    with compiling_for("gpu"):
+        np.testing.assert_allclose(phase_logits(model, phase, params, batch), expected, atol=2e-6)
