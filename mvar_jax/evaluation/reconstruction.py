@@ -204,7 +204,8 @@ def write_reconstructions(model: Model, images: Images, out: Path, batch_size: i
     batches = _Batches(images.names, out, min(batch_size, N), model.tokenizer.image_size)
     missing = batches.find_missing()
     names = [images.names[row] for first in missing for row in batches.rows(first)]
-    with ThreadPoolExecutor(NUM_THREADS) as pool, Progress("reconstruct", N, "image", done=N - len(names)) as progress:
+    shown = Progress("reconstruct", N, "image", done=N - len(names))
+    with ThreadPoolExecutor(NUM_THREADS) as pool, shown as progress:
         pixels = dataclasses.replace(images, names=names).batches(batches.size)
         for first, batch in zip(missing, _reconstruct_batches(model, pixels, batches.size), strict=True):
             before, floats, ids = batch

@@ -170,23 +170,27 @@ def test_results_inside_the_folder_of_images_are_no_images_of_the_next_run(recon
         assert capsys.readouterr().out.endswith(": 1 images\n")
 
 
-@pytest.mark.parametrize("damage", ["", "cut", "lost"])
-def test_a_run_that_was_interrupted_continues_and_leaves_the_same_files(reconstruct, tmp_path, damage):
-    """The third batch of two failed: the first two are kept unless they are damaged, and no image is computed twice."""
+@pytest.mark.parametrize("damage", ["", "cut", "lost", "not joined"])
+def test_a_run_that_was_interrupted_continues_and_leaves_the_same_files(reconstruct, tmp_path, damage, monkeypatch):
+    """The third batch of two images failed, or joining all. Whole batches are kept, damaged ones are not."""
     for seed in range(7):
         write_image(tmp_path / "in" / f"{seed}.png", seed)
     out, whole = tmp_path / "out", tmp_path / "whole"
     assert reconstruct("--save_tokens", "--batch_size", "2", "--out", str(whole)) == 0
     first, second = FlatModel(), FlatModel()
-    first.fails_after = 4
-    assert reconstruct("--save_tokens", "--batch_size", "2", model=first) == 1
+    with monkeypatch.context() as patch:
+        if damage == "not joined":
+            patch.setattr(reconstruction._Batches, "join", lambda *_: first.encode(()))
+        first.fails_after = 8 if damage == "not joined" else 4
+        assert reconstruct("--save_tokens", "--batch_size", "2", model=first) == 1
     (*_, leftover) = sorted((out / "unfinished").iterdir())
     if damage == "cut":
         leftover.write_bytes(leftover.read_bytes()[:-100])
     elif damage == "lost":
         (out / "000000_0.png").unlink()
     assert reconstruct("--save_tokens", "--batch_size", "2", model=second) == 0
-    assert second.num_encoded == (6 if damage else 4)  # with the last image again, which fills its batch
+    # the last batch is filled with its last image again
+    assert second.num_encoded == {"": 4, "cut": 6, "lost": 6, "not joined": 0}[damage]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
         path.name: path.read_bytes() for path in whole.iterdir()
     }
@@ -201,8 +205,8 @@ def test_results_of_other_images_or_weights_are_not_mixed(reconstruct, tmp_path,
         write_image(tmp_path / "in" / ("a.png" if what == "images" else "b.png"), 1)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert reconstruct(model=FlatModel(version=int(what == "weights"))) == 2
-    key = "checkpoint='weights " if what == "weights" else f"images='{1 + (what == 'images')} images, names and pixels "
-    assert key in capsys.readouterr().err
+    words = "checkpoint='weights " if what == "weights" else f"images='{1 + (what == 'images')} images, names and "
+    assert words in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
