@@ -1,4 +1,4 @@
-"""One accelerator, measured: kernels, attention, sampling, training, the published program, resuming, where time goes.
+"""One accelerator, measured: kernels, sampling, training, the published program, kill and resume, where time goes.
 
     python benchmarks/accelerator.py --out out --record                     # every stage; minutes on an H100
     python benchmarks/accelerator.py --stages sampler,profile --triton_gemm both
@@ -6,8 +6,7 @@
 
 Weights are random. A stage is a process of its own with a time limit; one that fails or is stopped leaves the others
 running, and the exit status is then 1. It needs jax, flax, optax, orbax, ml_collections, numpy and Pillow; `resume`
-also grain, `torch` and `published` torch. All rounds of a time are measured in one process: a cell has their median
-and (least..most).
+also grain, `torch` and `published` torch. A time is the median of --rounds calls, with (least..most).
 """
 
 import argparse
@@ -30,15 +29,15 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 from benchmarks.stages.report import Report, read_rows, to_markdown
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
-TRITON = "--xla_gpu_enable_triton_gemm="
+DETERMINISTIC, TRITON = "--xla_gpu_deterministic_ops=true", "--xla_gpu_enable_triton_gemm="
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A function of benchmarks/stages, named like the stage.
+    """One stage: the function run_NAME of a module of benchmarks/stages.
 
     seconds: expected on an H100. limit_s: it is stopped after that. has_products: runs once for each choice of
-    --triton_gemm. variables: of its environment.
+    --triton_gemm. flags: more of XLA's. variables: more of its environment.
     """
 
     module: str
@@ -46,17 +45,21 @@ class Stage:
     limit_s: int
     what: str
     has_products: bool = False
+    flags: str = ""
     variables: dict = dataclasses.field(default_factory=dict)
 
 
+WITHOUT_JAX = {"JAX_PLATFORMS": "cpu"}  # jax would take most of the device's memory from torch
 STAGES = {
     "kernels": Stage("windows", 60, 180, "every window backend against the float32 oracle, run twice"),
     "attention": Stage("windows", 60, 180, "ms of a loop on the device: our kernels, XLA's forms", True),
+    "torch": Stage("torch_programs", 60, 150, "the same shapes: SDPA, FlexAttention", variables=WITHOUT_JAX),
     "sampler": Stage("models", 120, 300, "tokens and pixels: images/s, compiled and measured peak", True),
     "training": Stage("models", 90, 240, "a step of each phase: images/s, MFU, peak; the paper's cycle", True),
-    "profile": Stage(
-        "traces", 120, 300, "kernels of sampling and training by kind, part and name, with counts", True
-    ),
+    "published": Stage("torch_programs", 60, 180, "sampling and training by --published DIR", variables=WITHOUT_JAX),
+    "golden": Stage("runs", 90, 180, "numbers of the published programs at exact precision"),
+    "resume": Stage("runs", 90, 200, "train, SIGKILL, resume: equal losses; sample", flags=DETERMINISTIC),
+    "profile": Stage("traces", 120, 300, "kernels of sampling and training: kind, part, name, number", True),
 }
 
 
@@ -79,7 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
     epilog = f"stages, seconds expected on an H100 with nothing in the cache of compiled programs:\n{listed}"
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=raw)
-    parser.add_argument("--stages", type=stage_names, help="comma-separated (default all)")
+    parser.add_argument(
+        "--stages", type=stage_names, help="comma-separated (default all; `published` if it is given)"
+    )
     parser.add_argument("--size", default="256", choices=("256", "512", "1024", "tiny"), help="image side")
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--batches", type=integers, default=[1, 32, 64, 256], help="of sampling")
@@ -91,6 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--remat", default="dots", choices=("none", "dots", "full"))
     parser.add_argument("--triton_gemm", default="off", choices=("on", "off", "both"), help="XLA's Triton products")
     parser.add_argument("--compilation_cache", default="auto", metavar="auto|off|DIR")
+    parser.add_argument("--published", type=Path, metavar="DIR", help="checkout of CVL-UESTC/MVAR, for `published`")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for each stage's log and accelerator.json")
     parser.add_argument(
         "--record", nargs="?", type=Path, const=RESULTS, metavar="FILE", help="append the tables to RESULTS.md"
@@ -99,13 +105,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_here(name: str, args) -> bool:
-    """Run one stage in this process; return whether it kept its limits."""
+def run_here(name: str, args) -> int:
+    """Run one stage in this process; return its exit status, 1 if it missed a limit."""
     from mvar_jax.cli.machine import use_compilation_cache
+    from mvar_jax.errors import InputError
 
     use_compilation_cache(args.compilation_cache)
-    stage = getattr(importlib.import_module(f"benchmarks.stages.{STAGES[name].module}"), name)
-    return stage(args, Report(args.rows))
+    stage = getattr(importlib.import_module(f"benchmarks.stages.{STAGES[name].module}"), f"run_{name}")
+    try:
+        return 0 if stage(args, Report(args.rows)) else 1
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def run_apart(name: str, triton_gemm: str, argv: list[str], out: Path) -> dict:
@@ -114,9 +125,15 @@ def run_apart(name: str, triton_gemm: str, argv: list[str], out: Path) -> dict:
     title = f"{name}, Triton products {triton_gemm}" if stage.has_products else name
     stem = f"{name}_{triton_gemm}" if stage.has_products else name
     (rows := out / f"{stem}.jsonl").unlink(missing_ok=True)
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {TRITON}{'true' if triton_gemm == 'on' else 'false'}"
+    own = (os.environ.get("XLA_FLAGS"), f"{TRITON}{'true' if triton_gemm == 'on' else 'false'}", stage.flags)
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONWARNINGS": "ignore::DeprecationWarning"}
-    environment = {**quiet, **os.environ, "XLA_FLAGS": flags.strip(), "PYTHONUNBUFFERED": "1", **stage.variables}
+    environment = {
+        **quiet,
+        **os.environ,
+        "XLA_FLAGS": " ".join(filter(None, own)),
+        "PYTHONUNBUFFERED": "1",
+        **stage.variables,
+    }
     print(f"\n== {title}: expected {stage.seconds} s on an H100, limit {stage.limit_s} s", flush=True)
     begin = time.perf_counter()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
@@ -124,7 +141,9 @@ def run_apart(name: str, triton_gemm: str, argv: list[str], out: Path) -> dict:
     with (
         open(out / f"{stem}.log", "w") as log,
         # a session of its own, so that its processes can be stopped with it
-        subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process,
+        subprocess.Popen(
+            command, env={**quiet, **os.environ, **set_here}, start_new_session=True, **pipes
+        ) as process,
     ):
         timer = threading.Timer(stage.limit_s, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
@@ -150,16 +169,19 @@ def record(results: list[dict], argv: list[str], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     if args.rows is not None:
-        (name,) = args.stages
-        return 0 if run_here(name, args) else 1
+        return run_here(args.stages[0], args)
+    stages = args.stages or [name for name in STAGES if name != "published" or args.published]
+    if "published" in stages and args.published is None:
+        parser.error("--stages published needs --published DIR, a checkout of CVL-UESTC/MVAR")
     choices = ("off", "on") if args.triton_gemm == "both" else (args.triton_gemm,)
     with tempfile.TemporaryDirectory() as folder:
         out = args.out or Path(folder)
         out.mkdir(parents=True, exist_ok=True)
         results = []
-        for name in args.stages or STAGES:
+        for name in stages:
             for choice in choices if STAGES[name].has_products else choices[:1]:
                 results.append(run_apart(name, choice, argv, out))
                 (out / "accelerator.json").write_text(json.dumps(results, indent=1))

@@ -1,4 +1,4 @@
-"""What a stage in jax needs: modules and random weights, compilation in threads, times, memory, the machine's name."""
+"""What a stage in jax needs: modules and random weights, compilation in threads, times, memory, conditions."""
 
 import argparse
 import os

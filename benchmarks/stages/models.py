@@ -135,7 +135,7 @@ def measure_programs(table: str, programs: dict[str, Program], rounds: int, repo
     return times
 
 
-def sampler(args, report: Report) -> bool:
+def run_sampler(args, report: Report) -> bool:
     """Time sampling to tokens and to pixels at each batch of --batches; return whether all ran."""
     report.add(CONDITIONS, **jax_conditions())
     programs = sampler_programs(args, args.batches, list(OUTPUTS))
@@ -144,7 +144,7 @@ def sampler(args, report: Report) -> bool:
     )
 
 
-def training(args, report: Report) -> bool:
+def run_training(args, report: Report) -> bool:
     """Time a step of each phase at each batch of --train_batches, and the paper's cycle; return whether all ran."""
     report.add(CONDITIONS, **jax_conditions())
     programs = training_programs(args, args.train_batches)
@@ -153,9 +153,13 @@ def training(args, report: Report) -> bool:
     for batch in args.train_batches:
         names = [name for name, program in programs.items() if program.batch == batch]
         if all(name in times for name in names):
-            coarse, *others = (median(times[name]) for name in names)
-            seconds = (COARSE_STEPS * coarse + sum(others)) / 1e3
-            steps = COARSE_STEPS + len(others)
-            cells = {"batch": batch, "steps": f"{COARSE_STEPS} + {len(others)}", "s": seconds}
-            report.add("a cycle of training", **cells, **{"images/s": batch * steps / seconds})
+            add_cycle(batch, [median(times[name]) for name in names], report)
     return len(times) == len(programs)
+
+
+def add_cycle(batch: int, ms: list[float], report: Report) -> None:
+    """Add the paper's cycle, from the milliseconds of a step of each phase."""
+    coarse, *others = ms
+    seconds, steps = (COARSE_STEPS * coarse + sum(others)) / 1e3, COARSE_STEPS + len(others)
+    cells = {"batch": batch, "steps": f"{COARSE_STEPS} + {len(others)}", "s": seconds}
+    report.add("a cycle of training", **cells, **{"images/s": batch * steps / seconds})

@@ -114,7 +114,7 @@ def add_profile(title: str, program: Program, compiled, folder: Path, rounds: in
     add_groups(f"{title}: by kernel", "kernel", by_name, report)
 
 
-def profile(args, report: Report) -> bool:
+def run_profile(args, report: Report) -> bool:
     """Trace sampling to pixels at each of --profile_batches, and the first training batch's phases."""
     report.add(CONDITIONS, **jax_conditions())
     programs = sampler_programs(args, args.profile_batches, ["pixels"]) if "sampler" in args.profile else {}

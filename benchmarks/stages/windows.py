@@ -1,4 +1,4 @@
-"""Stages of the window attention in jax: parity of every backend with the oracle, and time of a loop on the device."""
+"""Stages of the window attention in jax: parity of every backend with the oracle, time of a loop on the device."""
 
 import functools
 
@@ -53,7 +53,7 @@ def lower(fn, arrays):
         return jax.jit(fn).lower(*arrays)
 
 
-def kernels(args, report: Report) -> bool:
+def run_kernels(args, report: Report) -> bool:
     """Compare every backend that runs here with `reference` in float32; return whether all keep their limits.
 
     Each runs twice, because a difference between two runs is a race. The oracle gets the same rounded inputs.
@@ -72,7 +72,7 @@ def kernels(args, report: Report) -> bool:
         for name in (name for other, name in programs if other == case and name != "reference"):
             cells = {"map": str(case), "backend": name}
             try:
-                oracle = run(programs[case, "reference"], exact[case])
+                oracle = outputs_of(programs[case, "reference"], exact[case])
                 errors, is_same = compare(programs[case, name], arrays[case], oracle)
             except Exception as error:  # a backend's own failure is a row
                 report.add("kernels that failed", **cells, reason=why(error))
@@ -85,7 +85,7 @@ def kernels(args, report: Report) -> bool:
     return is_good
 
 
-def run(program, arrays) -> list[np.ndarray]:
+def outputs_of(program, arrays) -> list[np.ndarray]:
     """Return the outputs of a compiled program. Raises what its compilation raised."""
     if isinstance(program, Exception):
         raise program
@@ -94,7 +94,7 @@ def run(program, arrays) -> list[np.ndarray]:
 
 def compare(program, arrays, oracle) -> tuple[list[float], bool]:
     """Return (relative error of each output, whether a second run is equal bit by bit)."""
-    first, second = run(program, arrays), run(program, arrays)
+    first, second = outputs_of(program, arrays), outputs_of(program, arrays)
     errors = [float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in zip(first, oracle, strict=True)]
     return errors, all(bool((x == y).all()) for x, y in zip(first, second, strict=True))
 
@@ -114,7 +114,7 @@ def looped(backend: str, case: Case, direction: str, num: int):
     return run
 
 
-def attention(args, report: Report) -> bool:
+def run_attention(args, report: Report) -> bool:
     """Time each backend as a loop on the device, forward and with all gradients."""
     report.add(CONDITIONS, **jax_conditions())
     num = 2 if args.size == TINY else NUM_CALLS
