@@ -125,15 +125,10 @@ def run_apart(name: str, triton_gemm: str, argv: list[str], out: Path) -> dict:
     title = f"{name}, Triton products {triton_gemm}" if stage.has_products else name
     stem = f"{name}_{triton_gemm}" if stage.has_products else name
     (rows := out / f"{stem}.jsonl").unlink(missing_ok=True)
-    own = (os.environ.get("XLA_FLAGS"), f"{TRITON}{'true' if triton_gemm == 'on' else 'false'}", stage.flags)
-    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONWARNINGS": "ignore::DeprecationWarning"}
-    environment = {
-        **quiet,
-        **os.environ,
-        "XLA_FLAGS": " ".join(filter(None, own)),
-        "PYTHONUNBUFFERED": "1",
-        **stage.variables,
-    }
+    set_by_user = os.environ.get("XLA_FLAGS")
+    flags = (set_by_user, f"{TRITON}{'true' if triton_gemm == 'on' else 'false'}", stage.flags)
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONWARNINGS": "ignore::DeprecationWarning", **os.environ}
+    environment |= {"XLA_FLAGS": " ".join(filter(None, flags)), "PYTHONUNBUFFERED": "1", **stage.variables}
     print(f"\n== {title}: expected {stage.seconds} s on an H100, limit {stage.limit_s} s", flush=True)
     begin = time.perf_counter()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
@@ -141,9 +136,7 @@ def run_apart(name: str, triton_gemm: str, argv: list[str], out: Path) -> dict:
     with (
         open(out / f"{stem}.log", "w") as log,
         # a session of its own, so that its processes can be stopped with it
-        subprocess.Popen(
-            command, env={**quiet, **os.environ, **set_here}, start_new_session=True, **pipes
-        ) as process,
+        subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process,
     ):
         timer = threading.Timer(stage.limit_s, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
