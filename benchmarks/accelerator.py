@@ -12,6 +12,7 @@ also grain, `torch` and `published` torch. A time is the median of --rounds call
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib
 import json
 import os
@@ -138,13 +139,19 @@ def run_apart(name: str, triton_gemm: str, argv: list[str], out: Path) -> dict:
         # a session of its own, so that its processes can be stopped with it
         subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process,
     ):
-        timer = threading.Timer(stage.limit_s, os.killpg, (process.pid, signal.SIGKILL))
+        stop = functools.partial(os.killpg, process.pid, signal.SIGKILL)
+        timer = threading.Timer(stage.limit_s, stop)
         timer.start()
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            log.write(line)
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                log.write(line)
+        except BaseException:  # this script is told to stop
+            stop()
+            raise
+        finally:
+            timer.cancel()
         status = process.wait()
-        timer.cancel()
     seconds = time.perf_counter() - begin
     print(f"== {title}: exit {status} after {seconds:.0f} s", flush=True)
     return {"stage": title, "status": status, "seconds": seconds, "rows": read_rows(rows)}
@@ -186,4 +193,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a stage ends with it
     sys.exit(main())
