@@ -98,6 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--triton_gemm", default="off", choices=("on", "off", "both"), help="XLA's Triton products")
     parser.add_argument("--compilation_cache", default="auto", metavar="auto|off|DIR")
     parser.add_argument("--published", type=Path, metavar="DIR", help="checkout of CVL-UESTC/MVAR, for `published`")
+    parser.add_argument("--limit_factor", type=float, default=1, help="multiply the limits, for a slower machine")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for each stage's log and accelerator.json")
     parser.add_argument(
         "--record", nargs="?", type=Path, const=RESULTS, metavar="FILE", help="append the tables to RESULTS.md"
@@ -120,7 +121,7 @@ def run_here(name: str, args) -> int:
         return 2
 
 
-def run_apart(name: str, triton_gemm: str, argv: list[str], out: Path) -> dict:
+def run_apart(name: str, triton_gemm: str, limit_s: float, argv: list[str], out: Path) -> dict:
     """Run one stage as a process, its output shown and logged; return its name, status, seconds and rows."""
     stage = STAGES[name]
     title = f"{name}, Triton products {triton_gemm}" if stage.has_products else name
@@ -130,7 +131,7 @@ def run_apart(name: str, triton_gemm: str, argv: list[str], out: Path) -> dict:
     flags = (set_by_user, f"{TRITON}{'true' if triton_gemm == 'on' else 'false'}", stage.flags)
     environment = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONWARNINGS": "ignore::DeprecationWarning", **os.environ}
     environment |= {"XLA_FLAGS": " ".join(filter(None, flags)), "PYTHONUNBUFFERED": "1", **stage.variables}
-    print(f"\n== {title}: expected {stage.seconds} s on an H100, limit {stage.limit_s} s", flush=True)
+    print(f"\n== {title}: expected {stage.seconds} s on an H100, limit {limit_s:g} s", flush=True)
     begin = time.perf_counter()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     command = [sys.executable, __file__, *argv, "--stages", name, "--rows", str(rows)]
@@ -140,7 +141,7 @@ def run_apart(name: str, triton_gemm: str, argv: list[str], out: Path) -> dict:
         subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process,
     ):
         stop = functools.partial(os.killpg, process.pid, signal.SIGKILL)
-        timer = threading.Timer(stage.limit_s, stop)
+        timer = threading.Timer(limit_s, stop)
         timer.start()
         try:
             for line in process.stdout:
@@ -183,7 +184,8 @@ def main(argv: list[str] | None = None) -> int:
         results = []
         for name in stages:
             for choice in choices if STAGES[name].has_products else choices[:1]:
-                results.append(run_apart(name, choice, argv, out))
+                limit_s = STAGES[name].limit_s * args.limit_factor
+                results.append(run_apart(name, choice, limit_s, argv, out))
                 (out / "accelerator.json").write_text(json.dumps(results, indent=1))
     if args.record is not None:
         record(results, argv, args.record)
