@@ -52,8 +52,8 @@ class Stage:
 
 WITHOUT_JAX = {"JAX_PLATFORMS": "cpu"}  # jax would take most of the device's memory from torch
 STAGES = {
-    "kernels": Stage("windows", 60, 180, "every window backend against the float32 oracle, run twice"),
-    "attention": Stage("windows", 60, 180, "ms of a loop on the device: our kernels, XLA's forms", True),
+    "kernels": Stage("operations", 60, 180, "every window backend against the float32 oracle, run twice"),
+    "attention": Stage("operations", 60, 180, "ms of a loop on the device: our kernels, XLA's forms", True),
     "torch": Stage("torch_programs", 60, 150, "the same shapes: SDPA, FlexAttention", variables=WITHOUT_JAX),
     "sampler": Stage("models", 120, 300, "tokens and pixels: images/s, compiled and measured peak", True),
     "training": Stage("models", 90, 240, "a step of each phase: images/s, MFU, peak; the paper's cycle", True),

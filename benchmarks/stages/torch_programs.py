@@ -13,8 +13,8 @@ from benchmarks.memory import OPTIONS
 from benchmarks.published import make_published
 from benchmarks.stages.measure import TINY, conditions, modules_of, why
 from benchmarks.stages.models import add_cycle
+from benchmarks.stages.operations import timed_cases
 from benchmarks.stages.report import CONDITIONS, Report, median
-from benchmarks.stages.windows import timed_cases
 from benchmarks.window_cases import Case
 from mvar_jax.errors import InputError
 from mvar_jax.hardware.compiling import MIB

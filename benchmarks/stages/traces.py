@@ -19,8 +19,9 @@ NUM_ROWS = 25  # of a table, the largest first
 # words in the name of a kernel -> its kind; the first match wins
 KINDS = (
     (r"memcpy|memset", "copies and fills of the driver"),
+    (r"attention_(forward|backward)", "attention, ours"),
+    (r"draw_row", "filters and draw, ours"),
     (r"sdpa|fmha|flash", "attention, cuDNN"),
-    (r"window_(forward|backward)", "window attention, ours"),
     (r"fprop|dgrad|wgrad|conv2d|convolution|conv_general|winograd|implicit|cudnn", "convolutions"),
     (r"gemm_fusion|triton_gemm", "matrix products, Triton"),
     (r"gemm|gemv|cutlass|nvjet|cublas|dot_general|ynn_fusion|splitk|\bdot\b", "matrix products"),

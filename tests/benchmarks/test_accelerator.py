@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import accelerator
-from benchmarks.stages import models, traces, windows
+from benchmarks.stages import models, operations, traces
 from benchmarks.stages.measure import TINY
 from benchmarks.stages.report import Report, read_rows, to_markdown
 from benchmarks.window_cases import CASES
@@ -104,40 +104,37 @@ def test_bad_arguments_start_nothing(argv, words, capsys):
     assert ended.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_kernels_stage_writes_a_row_for_each_backend_and_fails_beyond_its_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(windows, "parity_cases", lambda args: CASES[:1])
-    monkeypatch.setattr(windows, "BACKENDS", ("reference", "dense"))
+def test_kernels_stage_writes_a_row_for_each_form_and_fails_beyond_its_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(operations, "parity_cases", lambda args: CASES[:1])
+    monkeypatch.setattr(operations, "BACKENDS", ("reference", "dense"))
+    monkeypatch.setattr(operations, "LIMITS", {"float32": 2e-5})
     argv = ["--size", TINY, "--stages", "kernels", "--rows", str(tmp_path / "rows.jsonl")]
     assert accelerator.main(argv) == 0
-    conditions, row = read_rows(tmp_path / "rows.jsonl")
+    conditions, *draws, window, scales = read_rows(tmp_path / "rows.jsonl")
     assert conditions["jax"] == jax.__version__ and conditions["device"] == "cpu"
-    assert row["backend"] == "dense" and row["ok"] and 0 < row["dq"] < 2e-5
-    monkeypatch.setattr(windows, "LIMITS", {"float32": 0.0})
-    monkeypatch.setattr(windows, "compare", lambda *_: ([0.0, 0.0, 0.0, float("nan")], True))
+    assert len(draws) == 2 and all(row["draws"] == 6 and row["ok"] for row in draws)
+    assert (window["form"], scales["form"]) == ("dense", "auto")
+    assert window["ok"] and scales["ok"] and 0 < window["dq"] < 2e-5
+    monkeypatch.setattr(operations, "add_draws", lambda *_: True)
+    monkeypatch.setattr(operations, "subjects", lambda args: [wrong_subject(float("nan"))])
     assert accelerator.main(argv) == 1
     assert read_rows(tmp_path / "rows.jsonl")[-1]["ok"] is False
 
 
-def test_a_loop_of_attention_is_that_many_calls(monkeypatch):
+def wrong_subject(offset: float) -> operations.Subject:
+    """A form whose output is off, with the right gradients."""
+    forms = {"reference": lambda q, k, v: q * k - v, "wrong": lambda q, k, v: q * k - v + offset}
+    return operations.Subject("wrong", [jnp.full(3, x) for x in (1.0, 2.0, 3.0, 4.0)], forms)
+
+
+def test_a_loop_of_attention_is_that_many_calls():
     """Each call's output is the next one's q, so a loop of two equals two calls by hand."""
-    case = CASES[0]
-    monkeypatch.setattr(windows, "local_window_attention", lambda q, k, v, window, scale, backend: q * scale + k - v)
-    arrays = windows.arrays_of(case)
-    out, q, k, *gradients = windows.looped("dense", case, "with gradients", 2)(*arrays)
-    first = windows.with_gradients("dense", case, *arrays)
-    second = windows.with_gradients("dense", case, first[0], arrays[0], arrays[1], arrays[3])
-    for ours, expected in zip([out, q, k, *gradients], [second[0], first[0], arrays[0], *second[1:]], strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=1e-6)
-
-
-def test_programs_of_sampling_and_training_are_traced_for_each_batch_output_and_phase():
-    sampling = models.sampler_programs(ARGS, [2], ["tokens", "pixels"])
-    assert [p.cells for p in sampling.values()] == [{"batch": 2, "what": what} for what in ("tokens", "pixels")]
-    training = models.training_programs(ARGS, [2])
-    assert [p.cells for p in training.values()] == [{"batch": 2, "tokens": 1}, {"batch": 2, "tokens": 9}]
-    assert all(p.flops > 0 for p in training.values())
-    for program in (sampling["sampling, batch 2, tokens"], training["training, batch 2, 9 tokens"]):
-        program.lower()
+    attend = lambda q, k, v: 0.5 * q * k - v
+    arrays = [jnp.asarray(x) for x in (1.5, 2.0, -3.0, 4.0)]
+    out, q, k, *gradients = operations.looped(attend, "with gradients", 2)(*arrays)
+    first = operations.with_gradients(attend, *arrays)
+    second = operations.with_gradients(attend, first[0], *arrays[:2], arrays[3])
+    assert (out, q, k) == (second[0], first[0], arrays[0]) and gradients == list(second[1:])
 
 
 @pytest.fixture
@@ -197,7 +194,7 @@ def test_part_of_the_model_by_an_instructions_name(name, part):
 @pytest.mark.parametrize(
     ("kernel", "kind"),
     [
-        ("window_backward_kv", "window attention, ours"),
+        ("attention_backward_kv", "attention, ours"),
         ("wrapped_reduce-window", "fusions that reduce"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention, cuDNN"),
         ("sm90_xmma_fprop_implicit_gemm_f32f32_nhwc", "convolutions"),

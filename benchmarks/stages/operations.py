@@ -1,6 +1,8 @@
-"""Stages of the window attention in jax: parity of every backend with the oracle, time of a loop on the device."""
+"""Stages of single operations in jax: parity with an oracle, time of window attention as a loop on the device."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,16 @@ from benchmarks.stages.measure import TINY, compile_all, jax_conditions, time_ro
 from benchmarks.stages.report import CONDITIONS, Report, median
 from benchmarks.window_cases import CASES, Case, benchmark_case
 from mvar_jax.hardware.compiling import MIB
+from mvar_jax.ops import draw_gpu
+from mvar_jax.ops.attention import block_diagonal_mask, dense_attention
+from mvar_jax.ops.block_diagonal import block_diagonal_attention
+from mvar_jax.ops.random import keys_of_samples
+from mvar_jax.ops.sampling import draw, filter_logits
 from mvar_jax.ops.window import BACKENDS, local_window_attention, why_not
+from mvar_jax.scales import KNOWN_SIDES, areas_of
 
 LIMITS = {"float32": 2e-5, "bfloat16": 1.2e-2}  # |ours - oracle| / |oracle|, norms
+MAX_NEAR_TIES = 1e-3  # of all draws: top-p keeps a logit or not by the rounding of a sum
 PARITY_SIDES = (13, 16, 24, 32)
 NUM_CALLS = 50  # in one timed program
 DIRECTIONS = {"forward": 4, "with gradients": 12}  # arrays that a call reads or writes at least
@@ -37,11 +46,42 @@ def arrays_of(case: Case) -> list[jax.Array]:
     return [jax.random.normal(key, case.shape, jnp.float32).astype(case.dtype) for key in keys]
 
 
-def with_gradients(backend: str, case: Case, q, k, v, cotangent):
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """Arrays (q, k, v and a cotangent) and functions of q, k, v by name that must agree with "reference"."""
+
+    name: str
+    arrays: list[jax.Array]
+    forms: dict[str, Callable]
+
+    def exact(self) -> list[jax.Array]:
+        return [x.astype(jnp.float32) for x in self.arrays]
+
+
+def window_forms(case: Case, q: jax.Array) -> dict[str, Callable]:
+    """Return the backends that support q here."""
+    options = {"window": case.window, "scale": case.head_width**-0.5}
+    attend = functools.partial(local_window_attention, **options)
+    return {name: functools.partial(attend, backend=name) for name in BACKENDS if not why_not(name, q)}
+
+
+def subjects(args) -> list[Subject]:
+    """Return windows by every backend, and attention within the coarse scales, of which one phase trains all."""
+    found = []
+    for case in parity_cases(args):
+        arrays = arrays_of(case)
+        found.append(Subject(str(case), arrays, window_forms(case, arrays[0])))
+    areas = areas_of((1, 2) if args.size == TINY else KNOWN_SIDES[256][:8])
+    masked = functools.partial(dense_attention, mask_NM=block_diagonal_mask(areas), scale=0.125)
+    here = functools.partial(block_diagonal_attention, areas=areas, scale=0.125)
+    for dtype in LIMITS:
+        arrays = [x.reshape(2, -1, *x.shape[3:]) for x in arrays_of(Case(1, sum(areas), 1, 16, 64, 2, dtype))]
+        found.append(Subject(f"{len(areas)} scales, {dtype}", arrays, {"reference": masked, "auto": here}))
+    return found
+
+
+def with_gradients(attend: Callable, q, k, v, cotangent):
     """Return the output and all three gradients."""
-    attend = lambda q, k, v: local_window_attention(
-        q, k, v, case.window, scale=case.head_width**-0.5, backend=backend
-    )
     out, pull_back = jax.vjp(attend, q, k, v)
     return out, *pull_back(cotangent)
 
@@ -54,34 +94,51 @@ def lower(fn, arrays):
 
 
 def run_kernels(args, report: Report) -> bool:
-    """Compare every backend that runs here with `reference` in float32; return whether all keep their limits.
+    """Compare every form that runs here with its reference in float32; return whether all keep their limits.
 
-    Each runs twice, because a difference between two runs is a race. The oracle gets the same rounded inputs.
+    Each runs twice, because a difference between two runs is a race. The reference gets the same rounded inputs.
     """
     report.add(CONDITIONS, **jax_conditions())
-    arrays, lowers = {case: arrays_of(case) for case in parity_cases(args)}, {}
-    exact = {case: [x.astype(jnp.float32) for x in arrays[case]] for case in arrays}
-    for case in arrays:
-        for name in BACKENDS:
-            inputs = exact[case] if name == "reference" else arrays[case]
-            if not why_not(name, inputs[0]):
-                lowers[case, name] = functools.partial(lower, functools.partial(with_gradients, name, case), inputs)
+    all_subjects, lowers = subjects(args), {}
+    for subject in all_subjects:
+        for name, attend in subject.forms.items():
+            arrays = subject.exact() if name == "reference" else subject.arrays
+            lowers[subject.name, name] = functools.partial(lower, functools.partial(with_gradients, attend), arrays)
     programs, _ = compile_all(lowers)
-    is_good = True
-    for case in arrays:
-        for name in (name for other, name in programs if other == case and name != "reference"):
-            cells = {"map": str(case), "backend": name}
+    is_good = add_draws(args, report)
+    for subject in all_subjects:
+        for form in subject.forms.keys() - {"reference"}:
+            cells = {"case": subject.name, "form": form}
             try:
-                oracle = outputs_of(programs[case, "reference"], exact[case])
-                errors, is_same = compare(programs[case, name], arrays[case], oracle)
-            except Exception as error:  # a backend's own failure is a row
+                reference = outputs_of(programs[subject.name, "reference"], subject.exact())
+                errors, is_same = compare(programs[subject.name, form], subject.arrays, reference)
+            except Exception as error:  # a form's own failure is a row
                 report.add("kernels that failed", **cells, reason=why(error))
                 is_good = False
                 continue
-            is_ok = all(x <= LIMITS[case.dtype] for x in errors)  # NaN is not ok
+            is_ok = all(x <= LIMITS[str(subject.arrays[0].dtype)] for x in errors)  # NaN is not ok
             named = dict(zip(("out", "dq", "dk", "dv"), errors, strict=True))
             report.add("relative error", **cells, **named, ok=is_ok, repeats="yes" if is_same else "no")
             is_good &= is_ok
+    return is_good
+
+
+def add_draws(args, report: Report) -> bool:
+    """Compare the kernel of filters and draw with XLA's; return whether all but near ties are equal."""
+    B, N, V = (2, 3, 16) if args.size == TINY else (32, 256, 4096)
+    logits, keys = 3 * jax.random.normal(jax.random.key(0), (B, N, V)), keys_of_samples(0, np.arange(B))
+    is_kernel = draw_gpu.why_not(logits, keys) is None
+    is_good = True
+    for top_k, top_p in ((0, 0.0), (V // 4, 0.9)):
+        # the interpreter is for dry runs
+        kernel = draw_gpu.Kernel(top_k, top_p, interpret=not is_kernel)
+        (ids,) = draw_gpu.draw_filtered(kernel, logits, keys)
+        expected = jax.jit(lambda x, keys, k=top_k, p=top_p: draw(filter_logits(x, k, p), keys))(logits, keys)
+        num_different = int((ids != expected).sum())
+        is_ok = num_different <= MAX_NEAR_TIES * B * N
+        cells = {"codes": V, "top_k": top_k, "top_p": top_p, "draws": B * N, "that differ": num_different}
+        report.add("filters and draw", **cells, ok=is_ok)
+        is_good &= is_ok
     return is_good
 
 
@@ -99,14 +156,14 @@ def compare(program, arrays, oracle) -> tuple[list[float], bool]:
     return errors, all(bool((x == y).all()) for x, y in zip(first, second, strict=True))
 
 
-def looped(backend: str, case: Case, direction: str, num: int):
+def looped(attend: Callable, direction: str, num: int):
     """Return a program of `num` calls: the output is the next q, q the next k and k the next v, so that no call can
     leave the loop. XLA knows their number, so nothing goes to the host between two calls."""
 
     def run(q, k, v, cotangent):
         def call(_, carry):
             q, k, v = carry[:3]
-            out, *gradients = with_gradients(backend, case, q, k, v, cotangent)
+            out, *gradients = with_gradients(attend, q, k, v, cotangent)
             return (out, q, k, *(gradients if len(carry) > 3 else ()))
 
         return jax.lax.fori_loop(0, num, call, (q, k, v, q, k, v) if direction != "forward" else (q, k, v))
@@ -118,12 +175,12 @@ def run_attention(args, report: Report) -> bool:
     """Time each backend as a loop on the device, forward and with all gradients."""
     report.add(CONDITIONS, **jax_conditions())
     num = 2 if args.size == TINY else NUM_CALLS
-    names, is_good = [name for name in ("pallas_gpu", "pallas_tpu", "dense", "band", "tiled")], True
+    is_good = True
     for case in timed_cases(args):
-        arrays = arrays_of(case)
-        pairs = [(name, d) for name in names if not why_not(name, arrays[0]) for d in DIRECTIONS]
-        pairs = [(name, d) for name, d in pairs if case.height < 64 or name in ("pallas_gpu", "tiled")]
-        lowers = {pair: functools.partial(lower, looped(pair[0], case, pair[1], num), arrays) for pair in pairs}
+        arrays, slow = arrays_of(case), {"reference", "gather"} | ({"dense", "band"} if case.height == 64 else set())
+        forms = {name: form for name, form in window_forms(case, arrays[0]).items() if name not in slow}
+        pairs = {(name, d): looped(form, d, num) for name, form in forms.items() for d in DIRECTIONS}
+        lowers = {pair: functools.partial(lower, program, arrays) for pair, program in pairs.items()}
         programs, _ = compile_all(lowers)
         for (name, direction), program in programs.items():
             cells = {"map": f"{case.height}x{case.width}", "batch": case.batch, "backend": name}
