@@ -75,11 +75,6 @@ def _show(value) -> str:
     if isinstance(value, list):  # rounds
         return f"{_show(median(value))} ({_show(min(value))}..{_show(max(value))})"
     if isinstance(value, float):
-        return (
-            f"{value:.0f}"
-            if abs(value) >= 1000
-            else f"{value:.3g}"
-            if abs(value) >= 1e-3 or value == 0
-            else f"{value:.1e}"
-        )
+        size = abs(value)
+        return f"{value:.0f}" if size >= 1000 else f"{value:.1e}" if 0 < size < 1e-3 else f"{value:.3g}"
     return str(value)
