@@ -7,18 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvar_jax.ops.attention import (
-    block_causal_mask,
-    block_diagonal_attention,
-    dense_attention,
-    normalise_query_key,
-)
+from mvar_jax.ops.attention import block_causal_mask, dense_attention, normalise_query_key
+from mvar_jax.ops.block_diagonal import block_diagonal_attention
+from mvar_jax.ops.gelu import gelu
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.precision import precision_of
 from mvar_jax.ops.products import add_bias, multiply, multiply_rows
 from mvar_jax.ops.window import local_window_attention
 from mvar_jax.scales import BLOCK_CAUSAL, BLOCK_DIAGONAL, Phase, Pyramid
-from mvar_jax.sharding import constrain, named_axes
+from mvar_jax.sharding import constrain, is_split, named_axes
 
 
 def normal(std: float, factors: np.ndarray | float = 1.0):
@@ -96,12 +93,16 @@ class Attention(nn.Module):
     def project(self, x_BND, kernel_D3HK):
         """Return queries, keys and values, `[B, N, H, K]` each."""
         precision, axes = precision_of("blocks", self.dtype), ("batch", "tokens", "heads", "head_width")
+        num_devices, platform = jax.sharding.get_abstract_mesh().size, current_platform()
         # one einsum on TPUs, where three products of matrices move more memory, and over several CPU devices, where
         # collectives of independent products can wait for each other for ever
-        num_devices, platform = jax.sharding.get_abstract_mesh().size, current_platform()
         if platform == "tpu" or (platform == "cpu" and num_devices > 1):
             qkv = multiply("bnd,dthk->tbnhk", self.dtype, precision, x_BND, kernel_D3HK)
             return tuple(constrain(qkv, None, *axes))
+        # one product on a GPU that has all heads: XLA would join three and copy their weights side by side each time
+        if platform == "gpu" and not is_split("heads"):
+            qkv = multiply_rows(x_BND, kernel_D3HK, self.dtype, precision)
+            return tuple(constrain(qkv[:, :, i], *axes) for i in range(3))
         # one product each: columns of all three together would mix whole axes with one that a mesh may split
         parts = (multiply_rows(x_BND, kernel_D3HK[:, i], self.dtype, precision) for i in range(3))
         return tuple(constrain(part, *axes) for part in parts)
@@ -147,7 +148,7 @@ class FeedForward(nn.Module):
         up, down = normal(self.init_std), normal(self.init_std, 1 / np.sqrt(2 * self.depth))
         widen = Linear(4 * D, named_axes(up, "width", "hidden"), self.dtype, self.dtype, name="up")
         narrow = Linear(D, named_axes(down, "hidden", "width"), self.dtype, self.dtype, name="down")
-        return narrow(constrain(nn.gelu(widen(x_BND), approximate=True), "batch", "tokens", "hidden"))
+        return narrow(constrain(gelu(widen(x_BND)), "batch", "tokens", "hidden"))
 
 
 class Adaptive(nn.Module):

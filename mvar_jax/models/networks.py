@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from mvar_jax.errors import InputError
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
+from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.precision import check_precision
 
 
@@ -54,9 +55,28 @@ class Networks:
         transformer = None if self.transformer is None else self.transformer.clone(precision=precision)
         return self.replace(tokenizer=self.tokenizer.clone(precision=precision), transformer=transformer)
 
+    def for_decoding(self) -> "Networks":
+        """Return the networks whose tokenizer decodes latent maps, inside a program.
+
+        On an accelerator the decoder computes in the transformer's dtype if there is one. Its weights but those of
+        norms are cast here, so that a loop over chunks of images does not cast them again.
+        """
+        tokenizer, params = self.tokenizer, self.tokenizer_params
+        if self.transformer is not None and current_platform() != "cpu":
+            tokenizer = tokenizer.clone(dtype=self.transformer.dtype)
+        decoder = _cast_products(params["decoder"], tokenizer.decoder_dtype)
+        return self.replace(tokenizer=tokenizer, tokenizer_params={**params, "decoder": decoder})
+
     def apply_tokenizer(self, *args, method: str):
         """Call a method of the tokenizer with its weights, inside a program."""
         return self.tokenizer.apply({"params": self.tokenizer_params}, *args, method=method)
+
+
+def _cast_products(params: dict, dtype) -> dict:
+    """Return a tree of parameters in which kernels and their biases have this dtype."""
+    if "kernel" in params:
+        return {name: x.astype(dtype) for name, x in params.items()}
+    return {name: _cast_products(x, dtype) if isinstance(x, dict) else x for name, x in params.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("method",))

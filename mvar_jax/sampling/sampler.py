@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import modulate
+from mvar_jax.ops import draw_gpu
 from mvar_jax.ops.pixels import to_levels
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.quantize import next_input
@@ -18,7 +19,8 @@ from mvar_jax.ops.sampling import (
     filter_logits,
     guidance_strength,
     gumbel_noise,
-    smooth_codes,
+    mix_codes,
+    smooth_weights,
 )
 from mvar_jax.sharding import constrain, map_rows
 from mvar_jax.values import as_flag, as_integer, as_real
@@ -105,7 +107,24 @@ def sample_pyramid(
 
 
 def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int, num_scales: int, noise):
-    """Filter and draw one scale, in chunks of samples if it is large; return (ids `[B, N]`, codes `[B, N, c]`)."""
+    """Filter and draw one scale; return (ids `[B, N]`, codes `[B, N, c]`).
+
+    By a kernel on a GPU, otherwise by XLA; in chunks of samples if arrays `[B, N, V]` are made.
+    """
+    _, N, V = logits_BNV.shape
+    num_together = max(1, DRAW_ELEMENTS // (N * V))
+    if noise is gumbel_noise and draw_gpu.why_not(logits_BNV, keys_B) is None:
+        place = (scale, num_scales) if options.smooth else None
+        kernel = draw_gpu.Kernel(options.top_k, options.top_p, options.temperature, place)
+        if not options.smooth:
+            (ids_BN,) = draw_gpu.draw_filtered(kernel, logits_BNV, keys_B)
+            return ids_BN, codebook[ids_BN]
+
+        def draw_by_kernel(rows):
+            ids_bN, weights_bNV = draw_gpu.draw_filtered(kernel, *rows)
+            return ids_bN, mix_codes(weights_bNV, codebook)
+
+        return map_rows(draw_by_kernel, (logits_BNV, keys_B), num_together)
 
     def draw_some(rows):
         logits_bNV, keys_b = rows
@@ -115,10 +134,9 @@ def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int,
         ids_bN = draw(filtered, keys_b)
         if not options.smooth:
             return ids_bN, codebook[ids_bN]
-        return ids_bN, smooth_codes(filtered, noise(filtered, keys_b), codebook, scale, num_scales)
+        return ids_bN, mix_codes(smooth_weights(filtered, noise(filtered, keys_b), scale, num_scales), codebook)
 
-    _, N, V = logits_BNV.shape
-    return map_rows(draw_some, (logits_BNV, keys_B), max(1, DRAW_ELEMENTS // (N * V)))
+    return map_rows(draw_some, (logits_BNV, keys_B), num_together)
 
 
 def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float | jax.Array) -> LogitsFn:
@@ -157,7 +175,7 @@ def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float | jax.Arra
 
 def decode_in_chunks(networks: Networks, f_hat_BYXc: jax.Array) -> jax.Array:
     """Decode latent maps to float32 images in [-1, 1], a chunk at a time on each device; call inside a program."""
-    decode = functools.partial(networks.apply_tokenizer, method="decode")
+    decode = functools.partial(networks.for_decoding().apply_tokenizer, method="decode")
     return map_rows(decode, f_hat_BYXc, DECODE_TOGETHER[current_platform()])
 
 
