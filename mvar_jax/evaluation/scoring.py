@@ -112,7 +112,7 @@ class Comparison:
             if needs_manifold:
                 num = reference.num_manifold
                 _say(f"precision and recall of {samples.num_images} samples and {num} references")
-                rows_MD = references.array("pool")[reference.manifold_numbers]
+                rows_MD = references.array("pool", reference.manifold_numbers)
                 progress = folder / "precision_recall.npz"
                 pair = precision_recall(rows_MD, samples.array("pool"), progress=progress)
                 scores |= {k: v for k, v in zip(MANIFOLD_SCORES, pair, strict=True) if k in self.asked}
@@ -182,10 +182,8 @@ class Comparison:
     def _compare_dtypes(self, path: Path, samples: FeatureFolder, reference: Gaussian) -> dict[str, Any]:
         """Return what the dtype changes in FID, measured on the first samples."""
         num = min(PART_IMAGES, samples.num_images)
-        exact = self._fill(path, self.samples, "float32", num)
-        change = _distance(Moments.of(next(samples.parts("pool"))), reference) - _distance(
-            exact.moments("pool"), reference
-        )
+        exact = self._fill(path, self.samples, "float32", num).moments("pool")
+        change = _distance(Moments.of(next(samples.parts("pool"))), reference) - _distance(exact, reference)
         return {"fid_change_by_dtype": change, "fid_change_measured_on": num}
 
     def _save_reference(self, pool: Gaussian, spatial: Gaussian) -> None:

@@ -138,6 +138,18 @@ def test_several_processes_share_the_features_and_the_first_one_scores(monkeypat
         assert found == whole
 
 
+def test_a_large_reference_gives_precision_and_recall_of_images_spread_over_it(monkeypatch):
+    monkeypatch.setattr(scoring, "MANIFOLD_IMAGES", 24)
+    save_pngs("references", REFERENCES)
+    found = evaluate("--reference", "references", "--save_reference", "stored.npz")
+    in_order = np.concatenate([REFERENCES[::2], REFERENCES[1::2]])
+    spread = in_order[np.arange(24) * 60 // 24]
+    with np.load("stored.npz") as stored:
+        np.testing.assert_array_equal(stored["arr_0"], spread)
+    ours, theirs = (narrow_network.features_of(x).pool for x in (SAMPLES, spread))
+    assert (found["precision"], found["recall"]) == precision_recall(theirs, ours)
+
+
 def test_a_data_set_is_a_reference_that_is_cut_to_the_size_of_the_samples(capsys):
     found = evaluate("--reference", "digits:val", "--save_reference", "digits.npz")
     stored = read_reference("digits.npz")
