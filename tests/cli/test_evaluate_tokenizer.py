@@ -2,51 +2,67 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from image_files import noise
 from PIL import Image
+from small_case import TOKENIZER, seeded_params
 
 import mvar_jax
 from mvar_jax.__main__ import main
+from mvar_jax.checkpoints.model_directory import save_model
+from mvar_jax.cli.evaluate_tokenizer import evaluation_of
 from mvar_jax.data.options import DataOptions
 from mvar_jax.evaluation import tokenizer_scores
 from mvar_jax.evaluation.inception import Features
 from mvar_jax.evaluation.network_files import NetworkWeights
+from mvar_jax.evaluation.published import VAR_TOKENIZER
+from mvar_jax.evaluation.report import as_text
+from mvar_jax.evaluation.tokenizer_report import FORMATS
 from mvar_jax.evaluation.tokenizer_scores import TokenizerScorer
 from mvar_jax.files.images import to_uint8
 from mvar_jax.models.networks import Networks
-from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.ops.metrics import perplexity, psnr, ssim
 from mvar_jax.scales import areas_of, offsets_of
 
-SIDES = (1, 2, 3, 6)
+SIDES = (1, 6)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A tokenizer with random weights, and the config of a run on 24 digits beside it."""
+    folder, tokenizer = tmp_path_factory.mktemp("tokenizer"), TOKENIZER.clone(sides=SIDES)
+    save_model(folder, {"tokenizer": tokenizer}, {"tokenizer": seeded_params(tokenizer)})
+    (folder / "config.json").write_text(json.dumps({"data": {"source": "digits", "image_size": 12, "size": 24}}))
+    return str(folder)
 
 
 @pytest.fixture
-def evaluate(run, tmp_path):
+def evaluate(workdir, tmp_path):
     """(arguments) -> exit status of the command on the held-out images of the tokenizer's own config."""
-    base = ["evaluate", "--tokenizer", run.tokenizer, "--images", "config:val", "--out", str(tmp_path / "out")]
+    base = ["evaluate", "--tokenizer", workdir, "--images", "config:val", "--out", str(tmp_path / "out")]
     return lambda *arguments: main([*base, "--compilation_cache", "off", *arguments])
 
 
-def test_scores_by_number_of_scales_equal_those_of_the_images_that_python_decodes(run, evaluate, tmp_path, capsys):
+def test_scores_by_scale_equal_those_of_the_images_that_python_decodes(workdir, evaluate, tmp_path, capsys):
     assert evaluate("--batch_size", "7") == 0
     out, printed = tmp_path / "out", capsys.readouterr().out
     found = json.loads((out / "evaluation.json").read_text())
     data = DataOptions("digits", 12, size=24)
     source, transform = data.open("val"), data.transform()
     originals = np.stack([transform(source[number]["image"]) for number in range(len(source))])
-    model = mvar_jax.load(run.tokenizer)
+    model = mvar_jax.load(workdir)
     ids_BL = np.asarray(model.encode(originals))
     for scale, images in enumerate(np.asarray(model.progress(ids_BL))):
         entry, pixels = found["by_scale"][scale], to_uint8(images)
         assert entry["psnr"] == pytest.approx(psnr(originals, pixels, 255.0).mean(), rel=1e-4)
         assert entry["ssim"] == pytest.approx(ssim(originals, pixels, 255.0).mean(), abs=1e-4)
         begin = offsets_of(areas_of(SIDES))[scale]
-        hits_V = np.bincount(ids_BL[:, begin : begin + SIDES[scale] ** 2].reshape(-1), minlength=32)
+        ids_N = ids_BL[:, begin : begin + SIDES[scale] ** 2].reshape(-1)
+        hits_V = np.bincount(ids_N, minlength=TOKENIZER.vocab_size)
         assert entry["usage_percent"] == pytest.approx(100 * (hits_V > 0).mean())
         assert entry["perplexity"] == pytest.approx(perplexity(hits_V))
         assert (entry["scales"], entry["side"]) == (scale + 1, SIDES[scale])
@@ -63,7 +79,8 @@ def test_scores_by_number_of_scales_equal_those_of_the_images_that_python_decode
     assert {path.name for path in out.iterdir() if path.name[0] != "."} == {
         *("evaluation.json", "evaluation.txt", "evaluation_options.json", "curves.csv", "curves.png"),
     }
-    assert f"PSNR, dB{'':17}{found['psnr']:.3f}\n" in printed and "note: no rFID: give --inception FILE\n" in printed
+    assert re.search(rf"PSNR, dB +{found['psnr']:.3f}\n", printed)
+    assert "note: no rFID: give --inception FILE\n" in printed
 
     before = (out / "evaluation.json").read_bytes()
     assert evaluate("--batch_size", "4") == 0
@@ -86,13 +103,13 @@ class Extractor:
 
 def score(monkeypatch, curves: str, num: int = 5) -> tuple[TokenizerScorer, list, dict]:
     """Score images with networks that compile nothing: an image of k scales is 10 k levels above its original."""
-    tokenizer = Tokenizer(SIDES, vocab_size=32, code_width=4, ch_mult=(1, 2, 2))
+    tokenizer = TOKENIZER.clone(sides=SIDES, ch_mult=(1, 2, 2))
     images = [noise(24, 24, number) // 2 for number in range(num)]
 
     def encode(networks, pixels):
         pixels = np.asarray(pixels)
         return np.full((len(pixels), sum(areas_of(SIDES))), pixels[:, :1, 0, 0]), [
-            pixels + np.uint8(10 * k) for k in range(1, 5)
+            pixels + np.uint8(10 * k) for k in (1, 2)
         ]
 
     monkeypatch.setattr(tokenizer_scores, "encode_scales", encode)
@@ -108,11 +125,13 @@ def score(monkeypatch, curves: str, num: int = 5) -> tuple[TokenizerScorer, list
 
 @pytest.mark.parametrize(
     ("curves", "scales", "featured"),
-    [("off", (3,), (3,)), ("pixels", (0, 1, 2, 3), (3,)), ("all", (0, 1, 2, 3), (0, 1, 2, 3))],
+    [("off", (1,), (1,)), ("pixels", (0, 1), (1,)), ("all", (0, 1), (0, 1))],
 )
 def test_curves_decide_how_many_images_are_decoded_and_have_features(monkeypatch, curves, scales, featured):
     """Five images in batches of three: the rows that fill the second batch are not counted."""
-    monkeypatch.setattr(tokenizer_scores, "count_hits", lambda ids, sides, vocab_size: np.full((4, 32), len(ids)))
+    monkeypatch.setattr(
+        tokenizer_scores, "count_hits", lambda ids, sides, vocab_size: np.full((2, vocab_size), len(ids))
+    )
     scorer, images, found = score(monkeypatch, curves)
     assert (scorer.scales, scorer.featured) == (scales, featured)
     np.testing.assert_array_equal(found["mse"], [[(10 * (scale + 1)) ** 2] * 5 for scale in scales])
@@ -156,8 +175,8 @@ def test_bad_input_is_one_sentence_and_leaves_no_folder(evaluate, tmp_path, monk
     assert not (tmp_path / "out").exists()
 
 
-def test_images_must_be_named(run, tmp_path, capfd):
-    assert main(["evaluate", "--tokenizer", run.tokenizer, "--out", str(tmp_path / "out")]) == 2
+def test_images_must_be_named(workdir, tmp_path, capfd):
+    assert main(["evaluate", "--tokenizer", workdir, "--out", str(tmp_path / "out")]) == 2
     assert capfd.readouterr().err.startswith("error: --tokenizer needs --images: a folder of images or an image file")
 
 
@@ -167,3 +186,19 @@ def test_a_folder_without_a_usable_image_leaves_no_results(evaluate, tmp_path, c
     assert evaluate("--images", str(tmp_path / "in")) == 2
     assert "--images must hold an image that can be used, got 1 bad ones; the last is b" in capfd.readouterr().err
     assert not Path(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "num", "is_var", "has_note"),
+    [(4096, 50_000, True, False), (4096, 100, True, True), (8192, 50_000, False, False)],
+)
+def test_the_published_rfid_stands_beside_that_of_a_tokenizer_of_vars_structure(vocab_size, num, is_var, has_note):
+    entry = dict.fromkeys(FORMATS, 1) | {"rfid": 0.9}
+    scores = dict.fromkeys(("rfid", "psnr", "ssim", "lpips"), 0.9)
+    scores |= {"num_images": num, "exact_images": 2, "skipped": [], "by_scale": [entry]}
+    structure = dict(VAR_TOKENIZER) | {"vocab_size": vocab_size}
+    found = as_text(evaluation_of(scores, {"images": {"transform": "cut"}}, structure, ("take more",)))
+    assert ("published (VAR)" in found) == is_var and bool(re.search(r"rFID +0.900 +0.92\n", found)) == is_var
+    assert ("note: the published rFID is of 50000 validation images of ImageNet" in found) == has_note
+    assert "note: 2 images have no error and are left out of PSNR, which is infinite for them\n" in found
+    assert "warning: take more\n" in found
