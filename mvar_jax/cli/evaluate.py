@@ -3,8 +3,8 @@
 Scores the samples of a file or folder (--samples), draws samples of a model and scores them without writing images
 (--checkpoint), or scores a tokenizer's reconstructions (--tokenizer and --images: rFID, PSNR, SSIM, LPIPS, codebook
 usage and perplexity by scale, curves.csv and curves.png; in float32 unless --dtype says otherwise). Writes
-evaluation.json and evaluation.txt, with every setting on which the scores depend. Resumable: rerunning the command continues. Nothing is
-downloaded.
+evaluation.json and evaluation.txt, with every setting on which the scores depend. Resumable: rerunning the command
+continues. Nothing is downloaded.
 """
 
 import contextlib
@@ -99,8 +99,8 @@ def _add_models(parser) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="DIR",
-        help="score the reconstructions of this model directory or training workdir; with --checkpoint: its tokenizer, "
-        "as in `mvar sample`",
+        help="score the reconstructions of this model directory or training workdir; with --checkpoint: its "
+        "tokenizer, as in `mvar sample`",
     )
     add_loading_arguments(parser)
     parser.add_argument(
@@ -121,8 +121,8 @@ def _add_reconstructions(parser) -> None:
     parser.add_argument(
         "--images",
         metavar="SOURCE",
-        help="originals for --tokenizer, cut to squares as in training: a folder, FILE.npz with arr_0, config:val (the "
-        "held-out images of the workdir's own config), folder:val:PATH, tars:val:PATH, tfds:val:NAME or digits:val",
+        help="originals for --tokenizer, cut to squares as in training: a folder, FILE.npz with arr_0, config:val "
+        "(the held-out images of the workdir's config), folder:val:PATH, tars:val:PATH, tfds:val:NAME or digits:val",
     )
     parser.add_argument(
         "--lpips", metavar="FILE", help="what `mvar convert --lpips` wrote; without it there is no LPIPS"
@@ -130,8 +130,8 @@ def _add_reconstructions(parser) -> None:
     parser.add_argument(
         "--curves",
         choices=("off", "pixels", "all"),
-        help="scores after each number of scales S: PSNR, SSIM and LPIPS (pixels, default), rFID too (all); each image "
-        "is decoded S times, with off once",
+        help="scores after each number of scales S: PSNR, SSIM and LPIPS (pixels, default), rFID too (all); each "
+        "image is decoded S times, with off once",
     )
     parser.add_argument(
         "--ignore_orientation",
@@ -159,7 +159,7 @@ def run(args) -> int:
     with contextlib.ExitStack() as stack:
         job = prepare(args, stack)
         if job.warnings and args.strict:
-            message = f"--strict refuses scores that do not compare with others: {job.warnings[0]}"
+            message = f"--strict refuses scores that do not compare with others: {'; '.join(job.warnings)}"
             raise InputError(message, field="strict", given=job.warnings[0], expected="no warning")
         for warning in job.warnings if here.index == 0 else ():
             print(f"warning: {warning}", file=sys.stderr, flush=True)

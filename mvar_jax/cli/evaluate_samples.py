@@ -5,6 +5,7 @@ import contextlib
 from typing import Any
 
 from mvar_jax.errors import InputError
+from mvar_jax.processes import group
 
 SHOWN_CHANGE = 1e-5  # of the inception score by the order, relative
 # options of `sample` that --checkpoint takes too, with the same defaults
@@ -129,6 +130,7 @@ def fill_in(args, preset) -> None:
 
 def open_reference(args, samples, stack: contextlib.ExitStack) -> Any:
     """Return the `ReferenceSet` that --reference names. Raises InputError if it cannot be used."""
+    from mvar_jax.cli.sampling import check_positive
     from mvar_jax.evaluation.image_sets import open_images
     from mvar_jax.evaluation.reference import read_reference
     from mvar_jax.evaluation.sample_sets import of_image_set, of_npz
@@ -139,6 +141,12 @@ def open_reference(args, samples, stack: contextlib.ExitStack) -> Any:
     if text is None:
         raise InputError(f"give --reference, {expected}", field="reference", given=None, expected=expected)
     if text.endswith(".npz"):
+        if not as_path(text, "reference").exists():
+            message = f"reference={text} is missing; docs/reproducing.md says where the published one is"
+            raise InputError(message, field="reference", given=text, expected=expected)
+        if args.image_size is not None:
+            message = "--image_size cannot be combined with an .npz file, whose images are not cut"
+            raise InputError(message, field="image_size", given=args.image_size, expected="no .npz file")
         found = read_reference(text)
         images = of_npz("reference", found.images.path, stack) if found.images else None
         num = images.num_images if images else 0
@@ -147,10 +155,12 @@ def open_reference(args, samples, stack: contextlib.ExitStack) -> Any:
     if samples is None and args.image_size is None:
         message = "give --image_size, the side to which the reference's images are cut"
         raise InputError(message, field="image_size", given=None, expected="a number of pixels")
+    if samples is None:
+        check_positive(args, "image_size")
     side = samples.size[0] if samples else args.image_size
     found = open_images(text, side, as_path(args.out, "out"), field="reference")
-    for note in found.notes:
-        print(note)
+    for note in found.notes if group.current().index == 0 else ():
+        print(note, flush=True)
     images = of_image_set("reference", text, found, (side, side))
     num = min(MANIFOLD_IMAGES, images.num_images)
     return ReferenceSet(text, None, None, images, num, {"reference": dict(found.about)}, {})
@@ -160,26 +170,27 @@ def check_network(reference, weights) -> None:
     """Raise InputError if the reference's statistics are of another network's features, as far as it is known."""
     if reference.network and {*reference.network.values()} != {*weights.sources.values()}:
         given, expected = (", ".join(x.values()) for x in (weights.sources, reference.network))
-        message = (
-            f"reference={reference.name} is of features by the file of SHA-256 {expected}; --inception is {given}"
-        )
+        message = f"reference={reference.name} is of a network of SHA-256 {expected}; --inception is {given}"
         raise InputError(message, field="reference", given=given, expected=expected)
 
 
 def find_misfits(name: str, preset, samples, transformer) -> list[str]:
     """Return what differs from the settings of the published scores."""
-    from mvar_jax.evaluation.published import IMAGE_SIZE, NUM_SAMPLES
+    from mvar_jax.evaluation.published import IMAGE_SIZE, NUM_CLASSES, NUM_SAMPLES
 
     found = {"num_samples": samples.num_images, "image_size": "{} x {}".format(*samples.size)}
     wanted: dict[str, Any] = {"num_samples": NUM_SAMPLES, "image_size": IMAGE_SIZE}
+    if (balance := samples.class_balance()) is not None:
+        found["num_classes"], wanted["num_classes"] = balance["num_classes"], NUM_CLASSES
     if samples.sampling:
         found |= samples.sampling
         wanted |= {"smooth": False, "temperature": 1.0, **preset.options}
     if transformer is not None:
         found |= {"depth": transformer.depth, "conditioning": transformer.conditioning}
         wanted |= {"depth": preset.depth, "conditioning": preset.conditioning}
-    differ = [f"{key}={found[key]} in place of {value}" for key, value in wanted.items() if found.get(key) != value]
-    return [f"the samples are not those of {name}: {', '.join(differ)}"] if differ else []
+    differ = [key for key, value in wanted.items() if found.get(key, value) != value]
+    shown = ", ".join(f"{key}={found[key]} in place of {wanted[key]}" for key in differ)
+    return [f"the samples are not those of {name}: {shown}"] if differ else []
 
 
 def notes_on(scores: dict[str, Any], findings: dict[str, Any]) -> tuple[str, ...]:

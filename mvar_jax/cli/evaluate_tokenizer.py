@@ -105,9 +105,9 @@ def compute(folder, images, scorer) -> dict[str, Any]:
 
 def evaluation_of(scores: dict[str, Any], settings: dict[str, Any], structure: dict[str, Any], warnings):
     """Return the `Evaluation`, with the published figures if the tokenizer has VAR's structure."""
-    from mvar_jax.evaluation.published import NUM_SAMPLES, VAR_TOKENIZER, VAR_TOKENIZER_SCORES
+    from mvar_jax.evaluation.published import NUM_SAMPLES
     from mvar_jax.evaluation.report import Evaluation
-    from mvar_jax.evaluation.tokenizer_report import table_of
+    from mvar_jax.evaluation.tokenizer_report import VAR_TOKENIZER, VAR_TOKENIZER_SCORES, table_of
 
     is_var, notes = structure == dict(VAR_TOKENIZER), []
     num, exact, bad = (scores["num_images"], scores["exact_images"], len(scores["skipped"]))

@@ -1,6 +1,7 @@
 """Sample images of given classes: grid.png, one PNG per image, and samples.npz in the ADM evaluator's format.
 
-Resumable: rerunning the command continues, and leaves the same files as an uninterrupted run.
+Files and arrays go round-robin over the labels. Resumable: rerunning the command continues, and leaves the same files
+as an uninterrupted run.
 """
 
 from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
@@ -46,7 +47,7 @@ def run(args) -> int:
 
     from mvar_jax.checkpoints.class_names import class_names_of
     from mvar_jax.processes.holding import owned_folder
-    from mvar_jax.sampling.bulk import Order, draw_all
+    from mvar_jax.sampling.bulk import Order, draw_all, is_by_label
     from mvar_jax.stopping import StopFlag
 
     if group.current().count > 1:
@@ -62,6 +63,7 @@ def run(args) -> int:
         args.batch_size,
         args.save_tokens,
         args.truncate_uint8,
+        group.current().gather("the order of the samples", is_by_label(out))[0],
     )
     owning = owned_folder("out", out, "sample", order.identity(networks))
     with owning, StopFlag(notice="stopping after this batch") as stop:

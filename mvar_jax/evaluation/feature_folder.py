@@ -80,11 +80,14 @@ class FeatureFolder:
             with NpzFile("features", self._file(part)) as file:
                 yield file.read(name, (len(self.rows(part)), width))
 
-    def array(self, name: str) -> np.ndarray:
-        """Return the features of all images, `[N, D] float32`."""
-        found = np.empty((self.num_images, getattr(WIDTHS, name)), np.float32)
+    def array(self, name: str, numbers_n: np.ndarray | None = None) -> np.ndarray:
+        """Return the features of the images with these ascending numbers, `[n, D] float32`; by default of all."""
+        numbers_n = np.arange(self.num_images) if numbers_n is None else numbers_n
+        found = np.empty((len(numbers_n), getattr(WIDTHS, name)), np.float32)
         for part, rows in enumerate(self.parts(name)):
-            found[part * PART_IMAGES :][: len(rows)] = rows
+            first = part * PART_IMAGES
+            begin, end = np.searchsorted(numbers_n, (first, first + len(rows)))
+            found[begin:end] = rows[numbers_n[begin:end] - first]
         return found
 
     def moments(self, name: str) -> Moments:

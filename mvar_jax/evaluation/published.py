@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from mvar_jax.scales import KNOWN_SIDES
-
-NUM_SAMPLES, IMAGE_SIZE = 50_000, "256 x 256"
+NUM_SAMPLES, NUM_CLASSES, IMAGE_SIZE = 50_000, 1000, "256 x 256"
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,3 @@ PRESETS = {
     "var-d24": _var(24, 2.33),
     "var-d30": _var(30, 1.97),
 }
-
-# VAR's tokenizer, for reconstructions of the 50,000 validation images of ImageNet at 256 x 256 pixels
-VAR_TOKENIZER = MappingProxyType({"sides": KNOWN_SIDES[256], "vocab_size": 4096, "code_width": 32, "ch": 160})
-VAR_TOKENIZER_SCORES = MappingProxyType({"rfid": 0.92})

@@ -5,6 +5,7 @@ features of the whole training set) and `mu_s`, `sigma_s` (the same of the spati
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +63,12 @@ class ImageFile:
         with NpzFile(self.field, self.path) as file:
             yield file.row_reader(IMAGES)
 
+    def pieces(self, num_images: int) -> Iterator[np.ndarray]:
+        """Yield all images in order, `num_images` at a time and at last fewer."""
+        with self.reading() as read:
+            for first in range(0, len(self), num_images):
+                yield read(range(first, min(first + num_images, len(self))))
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -78,7 +85,7 @@ class Reference:
     spatial: Gaussian | None
     images: ImageFile | None
     network: Mapping[str, str]
-    checksums: Mapping[str, str]
+    checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_reference(path: str | os.PathLike, field: str = "reference") -> Reference:

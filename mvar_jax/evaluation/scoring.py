@@ -1,10 +1,12 @@
 """Scores of samples against a reference: features in parts by all processes, then scores by the first one."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from mvar_jax.errors import InputError
@@ -95,6 +97,8 @@ class Comparison:
         group.current().wait_for_all("the features")
         if group.current().index:
             return {}, {}
+        if wanted:
+            _say("statistics of the features")
         gaussians = {"fid": reference.pool, "sfid": reference.spatial}
         for name in wanted if reference.pool is None else ():
             gaussians[name] = Gaussian.of(references.moments(GAUSSIANS[name]))
@@ -106,7 +110,9 @@ class Comparison:
             if "inception_score" in self.asked:
                 scores["inception_score"], findings = _inception_scores(samples.array("probabilities"))
             if needs_manifold:
-                rows_MD = references.array("pool")[reference.manifold_numbers]
+                num = reference.num_manifold
+                _say(f"precision and recall of {samples.num_images} samples and {num} references")
+                rows_MD = references.array("pool", reference.manifold_numbers)
                 progress = folder / "precision_recall.npz"
                 pair = precision_recall(rows_MD, samples.array("pool"), progress=progress)
                 scores |= {k: v for k, v in zip(MANIFOLD_SCORES, pair, strict=True) if k in self.asked}
@@ -158,7 +164,8 @@ class Comparison:
         total = sum(len(folder.rows(part)) for part in parts)
         if not missing:
             return folder
-        batch_size = self.batch_size or min(default_batch_size(), max(len(folder.rows(part)) for part in missing))
+        num_rows = max(len(folder.rows(part)) for part in missing)
+        batch_size = self.batch_size or min(default_batch_size(), -(-num_rows // jax.local_device_count()))
         extractor = FeatureExtractor(self.weights, batch_size, dtype)
         done = total - sum(len(folder.rows(part)) for part in missing)
         with Progress(f"features of {path.name}", total, "image", done=done, is_shown=here.index == 0) as progress:
@@ -175,10 +182,8 @@ class Comparison:
     def _compare_dtypes(self, path: Path, samples: FeatureFolder, reference: Gaussian) -> dict[str, Any]:
         """Return what the dtype changes in FID, measured on the first samples."""
         num = min(PART_IMAGES, samples.num_images)
-        exact = self._fill(path, self.samples, "float32", num)
-        change = _distance(Moments.of(next(samples.parts("pool"))), reference) - _distance(
-            exact.moments("pool"), reference
-        )
+        exact = self._fill(path, self.samples, "float32", num).moments("pool")
+        change = _distance(Moments.of(next(samples.parts("pool"))), reference) - _distance(exact, reference)
         return {"fid_change_by_dtype": change, "fid_change_measured_on": num}
 
     def _save_reference(self, pool: Gaussian, spatial: Gaussian) -> None:
@@ -190,6 +195,10 @@ class Comparison:
 
         pieces = Pieces((len(numbers), *images.size, 3), np.dtype(np.uint8), parts())
         save_reference(self.saves_to, pool, spatial, pieces, self.weights.sources)
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 def _distance(moments: Moments, reference: Gaussian) -> float:
@@ -213,6 +222,11 @@ def find_warnings(comparison: Comparison) -> list[str]:
                 f"{images.num_images} {what} are fewer than the {POOL_WIDTH + 1} that a covariance of {POOL_WIDTH} "
                 "features needs: FID and sFID are too large to compare with those of other numbers"
             )
+    if reference.pool is not None and reference.spatial is None:
+        found.append(
+            f"{reference.name} has no spatial statistics, as pytorch-fid writes them, whose resizing and so features "
+            "are others"
+        )
     balance = samples.class_balance() if samples else None
     if balance and balance["fewest"] != balance["most"]:
         found.append(

@@ -52,7 +52,8 @@ OUTPUTS = {
     "reconstruct": Output(
         "reconstructions",
         "reconstructions.json",
-        (f"{_NUMBER}_*.png", "reconstructions.png", "reconstructions.npz", "psnr.md", "tokens.npz"),
+        (f"{_NUMBER}_*.png", "reconstructions.png", "reconstructions.npz", "psnr.md", "tokens.npz", "unfinished"),
+        "the finished batches are kept: run the command again",
     ),
     "evaluate": Output(
         "evaluation",

@@ -1,22 +1,25 @@
 """`evaluate` on stored samples and on those of a model, with a stand-in for the Inception network."""
 
+import contextlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
+import narrow_network
 import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "evaluation"))
-import narrow_network
-
 from mvar_jax.__main__ import main
 from mvar_jax.evaluation import frechet_distance, inception_score, precision_recall, scoring
 from mvar_jax.evaluation.reference import read_reference
+from mvar_jax.evaluation.report import SAMPLE_SCORES
+from mvar_jax.evaluation.sample_sets import of_npz
+from mvar_jax.files.locks import LOCK_FILE
+from mvar_jax.processes import group
 
 SAMPLES = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3)).astype(np.uint8)
+OPTIONS_AND_LOCK = {"evaluation_options.json", LOCK_FILE}
 REFERENCES = np.random.default_rng(1).integers(0, 256, (60, 6, 6, 3)).astype(np.uint8)
 
 
@@ -31,7 +34,7 @@ def narrow(monkeypatch, tmp_path):
 def evaluate(*args, out="out", status=0) -> dict | None:
     """Run the command, with samples.npz and reference.npz unless others are given; return evaluation.json."""
     args = [str(arg) for arg in args]
-    if not {"--samples", "--checkpoint", "--save_reference"} & {*args}:
+    if not {"--samples", "--checkpoint"} & {*args}:
         args += ["--samples", "samples.npz"]
     if "--reference" not in args:
         args += ["--reference", "reference.npz"]
@@ -111,21 +114,82 @@ def test_a_computed_reference_is_stored_in_the_published_form_and_gives_the_same
     stored = read_reference("stored.npz")
     assert stored.pool is not None and stored.spatial is not None and len(stored.images) == 60
     again = evaluate("--reference", "stored.npz", out="again")
-    for name in ("fid", "sfid", "inception_score", "precision", "recall"):
+    for name in SAMPLE_SCORES:
         assert again[name] == pytest.approx(whole[name], rel=1e-12)
-    assert main(["evaluate", "--reference", "reference.npz", "--save_reference", "b.npz", "--inception", "x"]) == 0
-    np.testing.assert_array_equal(read_reference("b.npz").pool, stored.pool)
+    alone = ["evaluate", "--reference", "reference.npz", "--save_reference", "b.npz", "--inception", "x"]
+    assert main([*alone, "--image_size", "6"]) == 2
+    assert "--image_size cannot be combined with an .npz file" in capsys.readouterr().err
+    assert main(alone) == 0
+    np.testing.assert_array_equal(read_reference("b.npz").pool.mean_D, stored.pool.mean_D)
     assert json.loads(Path("evaluation/evaluation.json").read_text())["fid"] is None
+
+
+def test_several_processes_share_the_features_and_the_first_one_scores(monkeypatch, tmp_path):
+    with contextlib.ExitStack() as stack:
+        samples, references = (of_npz("x", Path(f"{name}.npz"), stack) for name in ("samples", "reference"))
+        reference = scoring.ReferenceSet("x", None, None, references, 60, {}, {})
+        comparison = scoring.Comparison(samples, reference, None, SAMPLE_SCORES)
+        whole, _ = comparison.run(tmp_path / "whole")
+        monkeypatch.setattr(narrow_network.NarrowExtractor, "num_seen", 0)
+        for index, num_seen in ((1, 16 + 28), (0, 40 + 60)):
+            monkeypatch.setattr(group, "current", lambda index=index: group.Group(index, 2))
+            found, _ = comparison.run(tmp_path / "shared")
+            assert narrow_network.NarrowExtractor.num_seen == num_seen
+        assert found == whole
+
+
+def test_a_large_reference_gives_precision_and_recall_of_images_spread_over_it(monkeypatch):
+    monkeypatch.setattr(scoring, "MANIFOLD_IMAGES", 24)
+    save_pngs("references", REFERENCES)
+    found = evaluate("--reference", "references", "--save_reference", "stored.npz")
+    in_order = np.concatenate([REFERENCES[::2], REFERENCES[1::2]])
+    spread = in_order[np.arange(24) * 60 // 24]
+    with np.load("stored.npz") as stored:
+        np.testing.assert_array_equal(stored["arr_0"], spread)
+    ours, theirs = (narrow_network.features_of(x).pool for x in (SAMPLES, spread))
+    assert (found["precision"], found["recall"]) == precision_recall(theirs, ours)
+
+
+def test_a_data_set_is_a_reference_that_is_cut_to_the_size_of_the_samples(capsys):
+    found = evaluate("--reference", "digits:val", "--save_reference", "digits.npz")
+    stored = read_reference("digits.npz")
+    assert len(stored.images) == 360 and stored.images.shape[1:3] == (6, 6)
+    assert found["fid"] == pytest.approx(evaluate("--reference", "digits.npz", out="again")["fid"], rel=1e-12)
+    assert found["settings"]["reference"]["statistics"] == "of 360 images"
+
+
+def test_samples_of_a_model_are_those_of_sample_and_no_image_is_written(tiny_model, capsys):
+    """Of 12 samples in batches of 5 and features in batches of 12 the scores are those of the file of `sample`."""
+    drawing = ["--cfg", "2", "--top_k", "4", "--batch_size", "5", "--truncate_uint8", "--checkpoint", str(tiny_model)]
+    assert main(["sample", *drawing, "--labels", "0-2", "--num", "4", "--out", "drawn"]) == 0
+    found = evaluate(*drawing, "--num_samples", "12")
+    stored = evaluate("--samples", "drawn", out="stored")
+    assert {name: found[name] for name in SAMPLE_SCORES} == {name: stored[name] for name in SAMPLE_SCORES}
+    assert found["settings"]["samples"]["rounding"] == "down" == stored["settings"]["samples"]["rounding"]
+    assert {"cfg": 2.0, "top_k": 4, "seed": 0}.items() <= found["settings"]["sampling"].items()
+    assert {path.name for path in Path("out").iterdir()} <= {"evaluation.json", "evaluation.txt", *OPTIONS_AND_LOCK}
+    ten = evaluate(*drawing, "--num_samples", "10", out="ten")
+    with np.load("drawn/samples.npz") as drawn:
+        np.savez("first.npz", arr_0=drawn["arr_0"][:10], arr_1=drawn["arr_1"][:10])
+    assert ten["fid"] == evaluate("--samples", "first.npz", out="first")["fid"]
+    assert ten["settings"]["samples"]["classes"] == {"num_classes": 3, "fewest": 3, "most": 4}
+    capsys.readouterr()
+    evaluate(*drawing, "--num_samples", "12", "--seed", "1", status=2)
+    assert "seed=1 differs from 0, used for the evaluation in out" in capsys.readouterr().err
+
+
+def test_a_preset_sets_the_published_sampling_options_and_refuses_others(tiny_model, capsys):
+    args = ["--checkpoint", tiny_model, "--preset", "mvar-d20-ft"]
+    assert "--cfg must be 1.5, as --preset mvar-d20-ft, got 3.0" in refusal_of(capsys, *args, "--cfg", 3)
+    error = refusal_of(capsys, *args, "--num_samples", 9, "--top_k", "900", "--strict", "--scores", "inception_score")
+    assert "num_samples=9 in place of 50000, image_size=6 x 6 in place of 256 x 256, num_classes=3 in place" in error
+    assert "depth=2 in place of 20" in error
+    assert "cfg" not in error and "truncate" not in error
 
 
 def test_only_what_is_asked_for_is_computed_and_the_rest_is_null():
     found = evaluate("--scores", "recall,fid")
-    assert [
-        name for name in ("fid", "sfid", "inception_score", "precision", "recall") if found[name] is not None
-    ] == [
-        "fid",
-        "recall",
-    ]
+    assert {name for name in SAMPLE_SCORES if found[name] is not None} == {"fid", "recall"}
 
 
 def test_bfloat16_features_state_the_difference_that_they_make(capsys):
@@ -157,10 +221,12 @@ def test_a_folder_of_pngs_is_scored_as_the_file_with_the_same_images():
 def test_jpeg_unbalanced_and_few_samples_are_warned_of_and_refused_if_strict(capsys):
     save_pngs("jpegs", SAMPLES[:6], ".jpg")
     np.savez("samples.npz", arr_0=SAMPLES, arr_1=np.arange(40) % 3)
+    np.savez("pool.npz", mu=np.zeros(6), sigma=np.eye(6))
     for args, words in (
         (("--samples", "jpegs"), "6 of 6 samples are JPEG files"),
         (("--samples", "samples.npz"), "the labels are unbalanced, 13 to 14 images of each of 3 classes"),
         (("--samples", "jpegs", "--scores", "fid"), "6 samples are fewer than the 7 that a covariance of 6 features"),
+        (("--reference", "pool.npz", "--scores", "fid"), "pool.npz has no spatial statistics, as pytorch-fid writes"),
         (("--preset", "mvar-d16", "--samples", "samples.npz"), "num_samples=40 in place of 50000, image_size=6 x 6"),
     ):
         assert "--strict refuses" in refusal_of(capsys, *args, "--strict")
@@ -182,7 +248,10 @@ def test_published_scores_are_shown_beside_ours(capsys):
     ("args", "words"),
     [
         (["--samples", "none.npz"], "samples=none.npz is missing"),
-        (["--reference", "none.npz"], "reference=none.npz is not a usable .npz file: No such file"),
+        (
+            ["--reference", "none.npz"],
+            "reference=none.npz is missing; docs/reproducing.md says where",
+        ),
         (["--samples", "cut.npz"], "samples=cut.npz is not a usable .npz file"),
         (["--samples", "floats.npz"], "arr_0 must have shape [any, any, any, 3], got float32 [4, 6, 6, 3]"),
         (["--samples", "large.npz"], "samples must have the reference's 6 x 6 pixels, got 8 x 8 pixels"),
@@ -196,7 +265,7 @@ def test_published_scores_are_shown_beside_ours(capsys):
         (["--reference", "pool.npz"], "has no statistics of the spatial features (mu_s, sigma_s) for sfid"),
         (
             ["--reference", "pool.npz", "--scores", "precision"],
-            "has no images (arr_0) for precision; use another one",
+            "has no images (arr_0) for precision",
         ),
         (["--reference", "other.npz"], "reference=other.npz is of a network of SHA-256 ffff; --inception is 12ab"),
         (["--scores", "kid"], "--scores must be of fid, sfid, inception_score, precision, recall, got 'kid'"),

@@ -40,6 +40,8 @@ def test_features_of_all_images_come_back_in_their_order(folder):
     assert fill(folder) == ([0, 1, 2], 23)
     expected = PIXELS.mean((1, 2, 3), dtype=np.float32)
     np.testing.assert_array_equal(folder.array("probabilities")[:, -1], expected)
+    numbers = np.array([1, 7, 8, 22])
+    np.testing.assert_array_equal(folder.array("probabilities", numbers)[:, -1], expected[numbers])
     moments = folder.moments("spatial")
     assert moments.count == 23
     assert moments.mean_D[-1] == pytest.approx(expected.mean(), rel=1e-6)

@@ -51,8 +51,11 @@ def test_a_written_reference_has_the_published_form_and_is_read_back(tmp_path):
 
 def test_images_are_read_by_their_numbers(tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=IMAGES, arr_1=np.arange(5))
-    with ImageFile.open("samples", tmp_path / "x.npz").reading() as read:
+    images = ImageFile.open("samples", tmp_path / "x.npz")
+    with images.reading() as read:
         np.testing.assert_array_equal(read(range(3, 5)), IMAGES[3:])
+    assert [len(piece) for piece in images.pieces(2)] == [2, 2, 1]
+    np.testing.assert_array_equal(np.concatenate(list(images.pieces(2))), IMAGES)
 
 
 def test_what_a_reference_lacks_is_none(tmp_path, published):
