@@ -25,7 +25,6 @@ from mvar_jax.files.directories import remove_tree
 from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, tile_grid
 from mvar_jax.files.json_files import read_json
 from mvar_jax.files.npz import Pieces, is_whole_npz, save_npz
-from mvar_jax.files.paths import is_store
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.precision import EXACT
@@ -158,11 +157,10 @@ class _Batches:
         if UNFINISHED not in names:
             return set()
         arrays = ("pixels", *(("ids", "f_hat") if self.order.saves_tokens else ()))
-        reads_all = not is_store(self.out)  # where an object is whole or not there
 
         def is_finished(batch: int) -> bool:
             has_images = all(f"{number:06d}.png" in names for number in self.rows(batch))
-            return has_images and is_whole_npz(self.file(batch), arrays, reads_all)
+            return has_images and is_whole_npz(self.file(batch), arrays)
 
         batches = list(batches)
         with ThreadPoolExecutor(NUM_WRITERS) as pool:
