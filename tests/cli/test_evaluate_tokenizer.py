@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_case import quick_jit
 from image_files import noise
 from PIL import Image
 from small_case import TOKENIZER, seeded_params
@@ -26,15 +27,16 @@ from mvar_jax.evaluation.tokenizer_scores import TokenizerScorer
 from mvar_jax.files.images import to_uint8
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.metrics import perplexity, psnr, ssim
+from mvar_jax.ops.pixels import from_levels
 from mvar_jax.scales import areas_of, offsets_of
 
-SIDES = (1, 6)
+SIDES = (1, 12)
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A tokenizer with random weights, and the config of a run on 24 digits beside it."""
-    folder, tokenizer = tmp_path_factory.mktemp("tokenizer"), TOKENIZER.clone(sides=SIDES)
+    folder, tokenizer = tmp_path_factory.mktemp("tokenizer"), TOKENIZER.clone(sides=SIDES, ch_mult=(1,))
     save_model(folder, {"tokenizer": tokenizer}, {"tokenizer": seeded_params(tokenizer)})
     (folder / "config.json").write_text(json.dumps({"data": {"source": "digits", "image_size": 12, "size": 24}}))
     return str(folder)
@@ -47,16 +49,24 @@ def evaluate(workdir, tmp_path):
     return lambda *arguments: main([*base, "--compilation_cache", "off", *arguments])
 
 
-def test_scores_by_scale_equal_those_of_the_images_that_python_decodes(workdir, evaluate, tmp_path, capsys):
+def reconstruct(networks, images):
+    """Return the ids, and the images after each scale, in one program."""
+    ids_BL = networks.apply_tokenizer(images, method="encode")
+    f_hats = networks.apply_tokenizer(ids_BL, method="f_hats")
+    return ids_BL, [networks.apply_tokenizer(f_hat, method="decode") for f_hat in f_hats]
+
+
+def test_scores_by_scale_equal_those_of_the_images_that_are_decoded(workdir, evaluate, tmp_path, capsys):
     assert evaluate("--batch_size", "7") == 0
     out, printed = tmp_path / "out", capsys.readouterr().out
     found = json.loads((out / "evaluation.json").read_text())
     data = DataOptions("digits", 12, size=24)
     source, transform = data.open("val"), data.transform()
     originals = np.stack([transform(source[number]["image"]) for number in range(len(source))])
-    model = mvar_jax.load(workdir)
-    ids_BL = np.asarray(model.encode(originals))
-    for scale, images in enumerate(np.asarray(model.progress(ids_BL))):
+    networks = mvar_jax.load(workdir).networks
+    ids_BL, decoded = quick_jit(reconstruct)(networks, from_levels(originals))
+    ids_BL = np.asarray(ids_BL)
+    for scale, images in enumerate(decoded):
         entry, pixels = found["by_scale"][scale], to_uint8(images)
         assert entry["psnr"] == pytest.approx(psnr(originals, pixels, 255.0).mean(), rel=1e-4)
         assert entry["ssim"] == pytest.approx(ssim(originals, pixels, 255.0).mean(), abs=1e-4)
@@ -103,7 +113,7 @@ class Extractor:
 
 def score(monkeypatch, curves: str, num: int = 5) -> tuple[TokenizerScorer, list, dict]:
     """Score images with networks that compile nothing: an image of k scales is 10 k levels above its original."""
-    tokenizer = TOKENIZER.clone(sides=SIDES, ch_mult=(1, 2, 2))
+    tokenizer = TOKENIZER.clone(sides=SIDES)
     images = [noise(24, 24, number) // 2 for number in range(num)]
 
     def encode(networks, pixels):
