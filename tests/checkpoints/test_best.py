@@ -99,6 +99,9 @@ def test_metric_that_a_task_does_not_have_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("text", "is_more_better"),
     [
+        ("inception_score_1k", True),
+        ("fid_1k", False),
+        ("judge_accuracy", True),
         ("loss", False),
         ("fid", False),
         ("psnr_db", True),
