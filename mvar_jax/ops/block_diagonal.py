@@ -51,7 +51,9 @@ def block_diagonal_attention(
     q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, areas: tuple[int, ...], scale: float = 1.0
 ) -> jax.Array:
     """Return attention within each of consecutive scales, `[B, N, H, K]` in v's dtype; `areas` are their lengths."""
-    if current_platform() == "gpu" and not triton_attention.why_not(q_BNHK.dtype, q_BNHK.shape[-1]):
+    # measured on an H200: in bfloat16 the kernels are 3 times as fast on 255 tokens, in exact float32 6 times as slow
+    is_half = q_BNHK.dtype != jnp.float32
+    if current_platform() == "gpu" and is_half and not triton_attention.why_not(q_BNHK.dtype, q_BNHK.shape[-1]):
         return triton_attention.attend(Segments(areas), q_BNHK, k_BNHK, v_BNHK, scale)
     return attend_in_groups(q_BNHK, k_BNHK, v_BNHK, areas, scale)
 

@@ -25,9 +25,11 @@ from mvar_jax.ops.sampling import (
 from mvar_jax.sharding import constrain, map_rows
 from mvar_jax.values import as_flag, as_integer, as_real
 
-# Images decoded at once: otherwise the decoder's last stage would dominate memory. On a CPU its convolutions are
-# fastest one by one: 12.5 s for four images of 256 px, 14.5 s together.
-DECODE_TOGETHER = {"cpu": 1, "gpu": 4, "tpu": 4}
+# Bytes of activations that the decoder may hold: otherwise its last stage would dominate memory. Each of its stages
+# takes as many images at once as fit, so that the coarse ones fill an accelerator. On a CPU convolutions are fastest
+# one image by one: 12.5 s for four images of 256 px, 14.5 s together.
+DECODER_BYTES = {"cpu": 0, "gpu": 2**28, "tpu": 2**28}
+MAPS_HELD = 3  # at once in a residual block: its input, a normalised map and a convolution's result
 # Logits filtered at once: otherwise the filters' arrays would be the largest of the program. On a CPU they stay in
 # the cache: 0.85 of the time.
 DRAW_ELEMENTS = {"cpu": 2**20, "gpu": 2**24, "tpu": 2**24}
@@ -175,9 +177,25 @@ def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float | jax.Arra
 
 
 def decode_in_chunks(networks: Networks, f_hat_BYXc: jax.Array) -> jax.Array:
-    """Decode latent maps to float32 images in [-1, 1], a chunk at a time on each device; call inside a program."""
-    decode = functools.partial(networks.for_decoding().apply_tokenizer, method="decode")
-    return map_rows(decode, f_hat_BYXc, DECODE_TOGETHER[current_platform()])
+    """Decode latent maps to float32 images in [-1, 1], a chunk at a time on each device; call inside a program.
+
+    Each chunk of one of the decoder's stages is cut again for the next, which has larger maps.
+    """
+    networks = networks.for_decoding()
+    tokenizer, most = networks.tokenizer, DECODER_BYTES[current_platform()]
+
+    def decode(x_BYXC, first: int):
+        if first == tokenizer.num_stages:
+            return jnp.clip(x_BYXC, -1, 1)
+
+        def decode_chunk(x):
+            x = networks.apply_tokenizer(x, range(first, first + 1), method="decode_stages")
+            return decode(x, first + 1)
+
+        num_together = max(1, most // (MAPS_HELD * tokenizer.stage_bytes(first)))
+        return map_rows(decode_chunk, x_BYXC, num_together)
+
+    return decode(f_hat_BYXc, 0)
 
 
 @jax.jit

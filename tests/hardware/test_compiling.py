@@ -11,6 +11,7 @@ from mvar_jax.errors import InputError
 from mvar_jax.hardware.compiling import compile_for, devices_of
 from mvar_jax.hardware.machines import platform_of
 from mvar_jax.ops import draw_gpu
+from mvar_jax.ops.block_diagonal import block_diagonal_attention
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.window import local_window_attention, pallas_tpu
 from mvar_jax.sharding import make_mesh, spec_of, use_mesh
@@ -75,7 +76,7 @@ def test_triton_kernels_compile_for_h100_in_twice_the_output_and_without_spills(
     output_bytes = 2 * 64 * side**2 * 16 * 64
     for program in (forward, functools.partial(forward_and_backward, "pallas_gpu", 7)):
         compiled = compile_for("h100", program, *qkv, options=FAIL_ON_SPILLS)
-        assert "window_forward" in compiled.text
+        assert "attention_forward" in compiled.text
         assert compiled.temp_bytes <= 2 * output_bytes
 
 
@@ -95,7 +96,22 @@ def test_triton_kernels_have_no_spills_for_other_maps_and_heads(side, dtype, hea
     devices_or_skip("h100")
     program = functools.partial(forward_and_backward, "pallas_gpu", 5)
     compiled = compile_for("h100", program, *qkv_like(side, 2, dtype, 2, head_width), options=FAIL_ON_SPILLS)
-    assert "window_backward_kv" in compiled.text
+    assert "attention_backward_kv" in compiled.text
+
+
+@pytest.mark.deviceless
+def test_attention_within_scales_compiles_to_triton_kernels_without_spills():
+    areas = (1, 4, 9, 16, 25, 36, 64, 100)
+    devices_or_skip("h100")
+    x = jax.ShapeDtypeStruct((2, sum(areas), 2, 64), jnp.bfloat16)
+
+    def program(q, k, v, cotangent):
+        out, pull_back = jax.vjp(lambda q, k, v: block_diagonal_attention(q, k, v, areas), q, k, v)
+        return out, pull_back(cotangent)
+
+    text = compile_for("h100", program, x, x, x, x, options=FAIL_ON_SPILLS).text
+    assert "attention_forward" in text
+    assert "attention_backward_kv" in text
 
 
 def logits_and_keys(batch: int, num_codes: int):

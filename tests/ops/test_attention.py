@@ -7,6 +7,7 @@ from golden_case import quick_jit
 from mvar_jax.ops import triton_attention
 from mvar_jax.ops.attention import block_causal_mask, block_diagonal_mask, dense_attention, normalise_query_key
 from mvar_jax.ops.block_diagonal import Segments, block_diagonal_attention, group_scales
+from mvar_jax.ops.platform import compiling_for
 from mvar_jax.scales import KNOWN_SIDES
 
 AREAS_256 = tuple(side**2 for side in KNOWN_SIDES[256])
@@ -70,6 +71,16 @@ def test_kernels_attend_within_segments_and_their_gradients_equal_the_masked_one
     tolerance = {"atol": 2e-5} if dtype == jnp.float32 else {"atol": 0.06, "rtol": 0.03}
     for ours, expected in zip(*run(*arrays), strict=True):
         np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(expected, np.float32), **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "uses_kernel"), [("gpu", "bfloat16", 1), ("gpu", "float32", 0), ("cpu", "bfloat16", 0)]
+)
+def test_only_half_precision_on_a_gpu_attends_by_the_kernels(platform, dtype, uses_kernel):
+    x = jax.ShapeDtypeStruct((2, 14, 2, 64), dtype)
+    with compiling_for(platform):
+        jaxpr = jax.make_jaxpr(lambda q, k, v: block_diagonal_attention(q, k, v, (1, 4, 9)))(x, x, x)
+    assert str(jaxpr).count("pallas_call") == uses_kernel
 
 
 @pytest.mark.parametrize("areas", [(1,), AREAS_256, COARSE_512, (200, 1, 300)])
