@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import os
 import sys
@@ -30,12 +31,17 @@ from mvar_jax.scales import WINDOW
 def stub_natten(torch) -> types.ModuleType:
     """Return a module `natten` whose na2d is dense attention with the mask of the clamped windows."""
 
+    @functools.cache
+    def mask_of(height: int, width: int, kernel_size: int, device):
+        return torch.from_numpy(window_mask(height, width, kernel_size)).to(device)
+
     def na2d(query, key, value, kernel_size, dilation=1, scale=None):
         if dilation != 1:
             raise ValueError(f"dilation must be 1 in this substitute for natten, got {dilation}")
         B, Y, X, H, K = query.shape
-        mask = torch.from_numpy(window_mask(Y, X, kernel_size))
-        flat = [x.reshape(B, Y * X, H, K).transpose(1, 2) for x in (query, key, value)]
+        # under autocast, normalised queries and keys are float32 and values bfloat16
+        flat = [x.to(value.dtype).reshape(B, Y * X, H, K).transpose(1, 2) for x in (query, key, value)]
+        mask = mask_of(Y, X, kernel_size, query.device)
         y = torch.nn.functional.scaled_dot_product_attention(*flat, attn_mask=mask, scale=scale)
         return y.transpose(1, 2).reshape(B, Y, X, H, K)
 
@@ -44,12 +50,16 @@ def stub_natten(torch) -> types.ModuleType:
     return module
 
 
-def import_published(folder: Path):
-    """Return (torch, VQVAE, MVAR, notes). Raises InputError if the program or one of its libraries is missing."""
+def import_published(folder: Path, on_cpu: bool = True):
+    """Return (torch, VQVAE, MVAR, notes). Raises InputError if the program or one of its libraries is missing.
+
+    on_cpu: hide a GPU, which the program would use if it sees one and on which it rounds to TF32.
+    """
     if not (folder / "models" / "mvar.py").is_file():
         message = f"--published={folder} must be a checkout of CVL-UESTC/MVAR with models/mvar.py"
         raise InputError(message, field="published", given=str(folder), expected="a checkout of CVL-UESTC/MVAR")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the program would use a visible GPU, which rounds to TF32
+    if on_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     notes = []
     try:
         import torch
@@ -76,9 +86,9 @@ def read_state(torch, kind: str, path: Path) -> dict:
     return content
 
 
-def make_published(folder: Path, tokenizer: Tokenizer, ours: Transformer):
+def make_published(folder: Path, tokenizer: Tokenizer, ours: Transformer, on_cpu: bool = True):
     """Return (torch, tokenizer, transformer, notes): the published modules with our sizes and their own init."""
-    torch, VQVAE, MVAR, notes = import_published(folder)
+    torch, VQVAE, MVAR, notes = import_published(folder, on_cpu)
     with contextlib.redirect_stdout(sys.stderr):
         vae = VQVAE(
             vocab_size=tokenizer.vocab_size,

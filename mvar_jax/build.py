@@ -27,7 +27,20 @@ COMMON_KEYS = {
 }
 # keys that a config may leave out: their defaults are those of RunOptions and LoopSettings; one of the first two is
 # needed
-OPTIONAL_KEYS = ("num_steps", "epochs", "accumulate_steps", "keep_best", "profile_steps")
+OPTIONAL_KEYS = (
+    "num_steps",
+    "epochs",
+    "accumulate_steps",
+    "keep_best",
+    "profile_steps",
+    "eval_samples",
+    "eval_inception",
+    "eval_reference",
+    "eval_cfg",
+    "eval_top_k",
+    "eval_top_p",
+    "eval_temperature",
+)
 TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "init_from": False}}
 
 
@@ -156,6 +169,7 @@ def _given_fields(cls: type, config: dict) -> dict[str, Any]:
 
 def build_task(config: dict):
     """Return (task, modules of model.json, weights of the tokenizer under a transformer or None)."""
+    from mvar_jax.scorers import make_scorer
     from mvar_jax.training.initial import load_initial
     from mvar_jax.training.task import TaskData
     from mvar_jax.training.tokenizer_step import CodebookOptions
@@ -169,14 +183,17 @@ def build_task(config: dict):
         sources = data.open_all()
         task_data = TaskData(sources, data.transform(), data.loading())
         run = run.with_images(len(sources["train"]))
-        return TokenizerTask(run, module, options, task_data), {"tokenizer": module}, None
+        scorer = make_scorer("tokenizer", run, data, module.image_size, len(sources.get("val", ())))
+        return TokenizerTask(run, module, options, task_data, scorer), {"tokenizer": module}, None
 
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
     module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
     initial = load_initial(config["init_from"], module, sources["train"].label_names)
     run = run.with_images(len(sources["train"]))
-    task = TransformerTask(run, module, options, tokenizer, TaskData(sources, transform, data.loading()), initial)
+    scorer = make_scorer("transformer", run, data, tokenizer.tokenizer.image_size, len(sources.get("val", ())))
+    task_data = TaskData(sources, transform, data.loading())
+    task = TransformerTask(run, module, options, tokenizer, task_data, initial, scorer)
     return task, {"tokenizer": tokenizer.tokenizer, "transformer": module}, tokenizer.tokenizer_params
 
 

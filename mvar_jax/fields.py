@@ -68,10 +68,10 @@ def check_values(annotated: type | Callable, values: dict, where: str) -> None:
         conform(values[name], hints[name], f"{where}.{name}")
 
 
-def put_below(error: InputError, where: str) -> InputError:
-    """Return the error of a field as the error of `where`.field, in the message too."""
-    message = f"{where}.{error}" if str(error).startswith(error.field) else f"{where}: {error}"
-    return InputError(message, field=f"{where}.{error.field}", given=error.given, expected=error.expected)
+def put_below(error: InputError, where: str, joint: str = ".") -> InputError:
+    """Return the error of a field as the error of `where`.field, in the message too. joint: what is between both."""
+    message = f"{where}{joint if str(error).startswith(error.field) else ': '}{error}"
+    return InputError(message, field=f"{where}{joint}{error.field}", given=error.given, expected=error.expected)
 
 
 def flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:

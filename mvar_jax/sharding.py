@@ -102,6 +102,13 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def is_split(logical_axis: str) -> bool:
+    """Return whether the context's mesh splits a dimension of this name over more than one device."""
+    mesh, entry = jax.sharding.get_abstract_mesh(), spec_of((logical_axis,))[0]
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    return any(mesh.shape.get(name, 1) > 1 for name in names)
+
+
 @flax.struct.dataclass
 class Named(nn.Partitioned):
     """A parameter with logical axis names; `shardings_of` alone decides its placement."""
@@ -222,6 +229,19 @@ def map_rows(fn, rows, num_together: int):
         return x[:, :num_own].reshape(B, *x.shape[2:])
 
     return jax.tree.map(join, jax.lax.map(run_chunk, jax.tree.map(split, rows)))
+
+
+def map_batch(fn, *arrays):
+    """Run fn on arrays `[B, ...]`, on each device of the context's mesh for the samples that it holds.
+
+    For kernels, which XLA cannot partition. Without the project's mesh, inside shard_map or if the mesh does not
+    divide B, fn runs on the whole arrays.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(MESH_AXES) <= set(mesh.axis_names) or mesh.manual_axes:
+        return fn(*arrays)
+    spec = spec_of(("batch",) if len(arrays[0]) % num_shards_of("batch", mesh) == 0 else ())
+    return jax.shard_map(fn, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -28,8 +28,9 @@ FLOORS = [
     "training",
     "api",
     "evaluation",
-    "build",
     "digits",
+    "scorers",
+    "build",
     "cli",
     "__main__",
 ]

@@ -15,7 +15,8 @@ from mvar_jax.files.atomic import write_atomically
 from mvar_jax.files.json_files import read_json
 
 SCORE_FILE = "scores.json"
-MORE_IS_BETTER = ("psnr", "ssim", "accuracy", "codebook_used")  # what the names of such metrics contain
+# what the names of such metrics contain
+MORE_IS_BETTER = ("psnr", "ssim", "accuracy", "codebook_used", "inception_score")
 
 
 @dataclasses.dataclass(frozen=True)

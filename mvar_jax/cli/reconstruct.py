@@ -3,10 +3,9 @@
 Writes NNNNNN_NAME.png for each image, numbered in the order of the names; a grid of the first ones; the table
 psnr.md; and reconstructions.npz, whose `arr_0` (uint8, NHWC) FID programs read. Images in sub-folders are
 read, hidden files are not. Unusable images are skipped, counted and listed by name. If all are unusable, nothing is
-written.
+written. Resumable: rerunning the command continues.
 """
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -99,6 +98,7 @@ def run(args) -> int:
     out, path = as_path(args.out, "out"), as_path(args.images, "images")
     folder, names = find_images(path, out)
 
+    from mvar_jax.checkpoints.model_directory import fingerprint
     from mvar_jax.data.transforms import PhotoTransform
     from mvar_jax.evaluation.reconstruction import TABLE_FILE, Images, readable, write_reconstructions
     from mvar_jax.processes.holding import owned_folder
@@ -111,8 +111,10 @@ def run(args) -> int:
         expected = "an image that can be used"
         message = f"--images must hold {expected}, got {len(bad)} bad in {args.images!r}; the last is {bad[-1]}"
         raise InputError(message, field="images", given=args.images, expected=expected)
-    digest = hashlib.sha256("\0".join(images.names).encode(errors="surrogateescape")).hexdigest()[:16]
-    identity = options_of(args, "batch_size") | {"files": f"{len(images.names)} images, names {digest}"}
+    # what they are, not where they lie: finished batches may be those of an earlier start
+    weights = f"weights {fingerprint(model.tokenizer, model.tokenizer_params)[:16]}"
+    files = f"{len(images.names)} images, names and pixels {images.digest}"
+    identity = options_of(args, "batch_size", "which") | {"checkpoint": weights, "images": files}
     with owned_folder("out", out, "reconstruct", identity):
         table = write_reconstructions(model, images, out, args.batch_size, args.save_tokens)
     print(table if len(images.names) <= MAX_SHOWN else table.splitlines()[-1])

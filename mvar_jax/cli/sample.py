@@ -1,6 +1,7 @@
 """Sample images of given classes: grid.png, one PNG per image, and samples.npz in the ADM evaluator's format.
 
-Resumable: rerunning the command continues, and leaves the same files as an uninterrupted run.
+Files and arrays go round-robin over the labels. Resumable: rerunning the command continues, and leaves the same files
+as an uninterrupted run.
 """
 
 from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
@@ -56,7 +57,7 @@ def run(args) -> int:
     from mvar_jax.api import load
     from mvar_jax.checkpoints.class_names import class_names_of
     from mvar_jax.processes.holding import owned_folder
-    from mvar_jax.sampling.bulk import Order, draw_all, place_networks
+    from mvar_jax.sampling.bulk import Order, draw_all, is_by_label, place_networks
     from mvar_jax.sharding import make_mesh
     from mvar_jax.stopping import StopFlag
 
@@ -80,6 +81,7 @@ def run(args) -> int:
         args.batch_size,
         args.save_tokens,
         args.truncate_uint8,
+        group.current().gather("the order of the samples", is_by_label(out))[0],
     )
     owning = owned_folder("out", out, "sample", order.identity(networks))
     with owning, StopFlag(notice="stopping after this batch") as stop:

@@ -9,10 +9,9 @@ import jax
 import numpy as np
 
 from mvar_jax.api import load
-from mvar_jax.data.sources import open_source
-from mvar_jax.data.transforms import DigitTransform
 from mvar_jax.digits.curves import Curves, plot_curves
 from mvar_jax.digits.report import measure, write_report
+from mvar_jax.digits.splits import load_splits
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.evaluation.reconstruction import reconstruct
 from mvar_jax.files.images import save_png, side_by_side, tile_grid, to_uint8
@@ -63,13 +62,7 @@ def load_digits(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     if data["source"] != "digits":
         message = f"--transformer={workdir} must be a run on the digits, but it is a run on {data['source']}"
         raise InputError(message, field="transformer", given=str(workdir), expected="a run on the digits")
-    transform, splits = DigitTransform(data["image_size"]), {}
-    for split in ("train", "val"):
-        source = open_source("digits", split, split_seed=data["split_seed"], val_fraction=data["val_fraction"])
-        items = [source[i] for i in range(len(source))]
-        images = np.stack([transform(item["image"]) for item in items])
-        splits[split] = images, np.asarray([item["label"] for item in items])
-    return splits
+    return load_splits(data["image_size"], data["split_seed"], data["val_fraction"])
 
 
 def sample_grid(model, seed: int) -> np.ndarray:

@@ -93,7 +93,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def missing(field: str, path: Path, downloads: tuple[Download, ...], command: str) -> InputError:
+def missing(field: str, path: Path | str, downloads: tuple[Download, ...], command: str) -> InputError:
     """Return the error of a file that is not there: what it is, its checksum, and the commands that make it."""
     files = " and ".join(f"{x.name} (SHA-256 {x.sha256}...) from {x.url}" for x in downloads)
     message = f"{field}={path} is missing: download {files}, then run `{command}`"

@@ -1,7 +1,11 @@
-"""Reconstructions of images: PNGs, a grid, a table of scores, and the arrays. Few images are in memory at a time."""
+"""Reconstructions of images: PNGs, a grid, a table of scores, and the arrays. Few images are in memory at a time.
+
+Resumable: the arrays of each finished batch are in `unfinished/` until all batches are joined.
+"""
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +17,9 @@ from mvar_jax.api import Model
 from mvar_jax.data.decoding import BadImage
 from mvar_jax.errors import RunError
 from mvar_jax.files.atomic import write_atomically
+from mvar_jax.files.directories import remove_tree
 from mvar_jax.files.images import GRID_IMAGES, Grid, min_zoom, save_png, side_by_side, to_uint8
-from mvar_jax.files.npz import open_npz
+from mvar_jax.files.npz import is_whole_npz, load_npz, open_npz, save_npz
 from mvar_jax.ops.metrics import psnr, ssim
 from mvar_jax.ops.pixels import from_levels
 from mvar_jax.progress import Progress, track
@@ -24,6 +29,7 @@ NUM_AHEAD = 32  # images decoded before they are needed
 MAX_STEM_BYTES = 100  # of an image's name in the name of its PNG
 SILENT_S = 10.0  # a check that is quicker shows no progress
 TABLE_FILE = "psnr.md"
+UNFINISHED = "unfinished"
 
 Load = Callable[[str], np.ndarray]  # name -> pixels [Y, X, 3] uint8; raises BadImage
 
@@ -61,18 +67,25 @@ class Images:
       names: of the images that can be used, in order.
       load: called from several threads.
       bad: the reason of each that cannot be used, by name.
+      digest: of names and pixels.
     """
 
     names: list[str]
     load: Load
     bad: dict[str, str]
+    digest: str = ""
 
     @classmethod
     def check(cls, names: list[str], load: Load) -> "Images":
         """Load every image once to find out which can be used."""
         found = track(_load_all(names, load), len(names), "check", "image", delay_s=SILENT_S)
-        bad = {name: loaded for name, loaded in zip(names, found, strict=True) if isinstance(loaded, str)}
-        return cls([name for name in names if name not in bad], load, bad)
+        bad, digest = {}, hashlib.sha256()
+        for name, loaded in zip(names, found, strict=True):
+            if isinstance(loaded, str):
+                bad[name] = loaded
+            else:
+                digest.update(name.encode(errors="surrogateescape") + b"\0" + loaded.tobytes())
+        return cls([name for name in names if name not in bad], load, bad, digest.hexdigest()[:16])
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """Yield the pixels `[b, Y, X, 3] uint8` of batch_size images at a time."""
@@ -98,45 +111,112 @@ def _load_all(names: list[str], load: Load) -> Iterator[np.ndarray | str]:
     return iter(grain.MapDataset.range(len(names)).map(visit).to_iter_dataset(options))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """The files of all images and of the finished batches, each batch known by its first row.
+
+    Attributes:
+      names: of the images.
+      out: folder of the files.
+      size: images in a batch; the last may have fewer.
+      side: height and width of the images.
+    """
+
+    names: list[str]
+    out: Path
+    size: int
+    side: int
+
+    @property
+    def firsts(self) -> range:
+        return range(0, len(self.names), self.size)
+
+    @property
+    def num_shown(self) -> int:
+        return min(len(self.names), GRID_IMAGES)
+
+    def rows(self, first: int) -> range:
+        return range(first, min(first + self.size, len(self.names)))
+
+    def png(self, row: int) -> Path:
+        stem = Path(readable(self.names[row])).stem.encode()[:MAX_STEM_BYTES].decode(errors="ignore")
+        return self.out / f"{row:06d}_{stem}.png"
+
+    def file(self, first: int) -> Path:
+        return self.out / UNFINISHED / f"{first:07d}-{self.rows(first).stop:07d}.npz"
+
+    def find_missing(self) -> list[int]:
+        """Return the first rows of the batches whose files are not there or damaged."""
+        there = {path.name for path in self.out.iterdir()}
+        arrays = ("after", "before", "ids", "scores")
+
+        def is_missing(first: int) -> bool:
+            has_images = all(self.png(row).name in there for row in self.rows(first))
+            return not (has_images and is_whole_npz(self.file(first), arrays))
+
+        if UNFINISHED not in there:
+            return list(self.firsts)
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            return list(itertools.compress(self.firsts, pool.map(is_missing, self.firsts)))
+
+    def write(self, first: int, before: np.ndarray, after: np.ndarray, ids: np.ndarray, pool) -> None:
+        """Write the PNGs, then the arrays: their file marks the batch as finished. `before` is kept for the grid."""
+        scores = list(pool.map(self._write_one, self.rows(first), before, after))
+        shown = before[: max(0, self.num_shown - first)]
+        save_npz(self.file(first), after=after, before=shown, ids=ids, scores=np.asarray(scores))
+
+    def _write_one(self, row: int, before_YX3: np.ndarray, after_YX3: np.ndarray) -> tuple[float, float]:
+        pair = before_YX3[None], after_YX3[None]
+        similarity = ssim(*pair, 255.0)[0]  # before anything is written: it refuses images that are too small
+        save_png(self.png(row), side_by_side(*pair, 1, zoom=min_zoom(self.side)))
+        return psnr(*pair, 255.0)[0], similarity
+
+    def join(self, num_tokens: int, saves_tokens: bool) -> np.ndarray:
+        """Write the arrays and the grid of all batches; return the scores `[N, 2]`."""
+        grid, scores = Grid(self.num_shown, 4, self.side, 2 * self.side, zoom=min_zoom(self.side)), []
+        arrays = {"reconstructions.npz": ("arr_0", "after", (self.side, self.side, 3), np.uint8)}
+        if saves_tokens:
+            arrays["tokens.npz"] = ("ids", "ids", (num_tokens,), np.int32)
+        with contextlib.ExitStack() as stack:
+            appends = {}
+            for name, (field, key, shape, dtype) in arrays.items():
+                rows = open_npz(self.out / name, field, (len(self.names), *shape), dtype)
+                appends[key] = stack.enter_context(rows)
+            for first in self.firsts:
+                batch = load_npz(self.file(first))
+                for key, append in appends.items():
+                    append(batch[key])
+                scores.append(batch["scores"])
+                for number, pair in enumerate(zip(batch["before"], batch["after"], strict=False), first):
+                    grid.put(number, np.concatenate(pair, axis=1))
+        save_png(self.out / "reconstructions.png", grid.image_YX3)
+        return np.concatenate(scores)
+
+
 def write_reconstructions(model: Model, images: Images, out: Path, batch_size: int, saves_tokens: bool) -> str:
-    """Write the reconstructions of images and return the table of their scores.
+    """Write the reconstructions of images and return the table of their scores; finished batches are kept.
 
     A side-by-side PNG of each image, NNNNNN_NAME.png; reconstructions.png, a grid of the first ones;
     reconstructions.npz, whose `arr_0` `[N, Y, X, 3] uint8` has the form of `sample`; and psnr.md, the table and the
     bad images. saves_tokens: also write tokens.npz, ids `[N, L] int32`.
     """
-    N, side, scores = len(images.names), model.tokenizer.image_size, []
-    batch_size, zoom, numbers = min(batch_size, N), min_zoom(side), itertools.count()
-    num_shown = min(N, GRID_IMAGES)
-    grid = Grid(num_shown, 4, side, 2 * side, zoom=zoom)
-
-    def write_one(number: int, before_YX3: np.ndarray, after_YX3: np.ndarray) -> tuple[float, float]:
-        pair = before_YX3[None], after_YX3[None]
-        similarity = ssim(*pair, 255.0)[0]  # before anything is written: it refuses images that are too small
-        stem = Path(readable(images.names[number])).stem.encode()[:MAX_STEM_BYTES].decode(errors="ignore")
-        save_png(out / f"{number:06d}_{stem}.png", side_by_side(*pair, 1, zoom=zoom))
-        if number < num_shown:
-            grid.put(number, np.concatenate([before_YX3, after_YX3], axis=1))
-        return psnr(*pair, 255.0)[0], similarity
-
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(NUM_THREADS))
-        progress = stack.enter_context(Progress("reconstruct", N, "image"))
-        open_rows = lambda *array: stack.enter_context(open_npz(*array))
-        appends = [open_rows(out / "reconstructions.npz", "arr_0", (N, side, side, 3), np.uint8)]
-        if saves_tokens:
-            appends.append(open_rows(out / "tokens.npz", "ids", (N, model.num_tokens), np.int32))
-        for before, floats, ids in _reconstruct_batches(model, images.batches(batch_size), batch_size):
-            after = to_uint8(floats)
-            scores += pool.map(write_one, itertools.islice(numbers, len(after)), before, after)
-            for append, rows in zip(appends, (after, ids), strict=False):
-                append(rows)
-            progress.update(len(after))
-    save_png(out / "reconstructions.png", grid.image_YX3)
+    N = len(images.names)
+    batches = _Batches(images.names, out, min(batch_size, N), model.tokenizer.image_size)
+    missing = batches.find_missing()
+    names = [images.names[row] for first in missing for row in batches.rows(first)]
+    shown = Progress("reconstruct", N, "image", done=N - len(names))
+    with ThreadPoolExecutor(NUM_THREADS) as pool, shown as progress:
+        pixels = dataclasses.replace(images, names=names).batches(batches.size)
+        for first, batch in zip(missing, _reconstruct_batches(model, pixels, batches.size), strict=True):
+            before, floats, ids = batch
+            batches.write(first, before, to_uint8(floats), ids, pool)
+            progress.update(len(before))
+    scores = batches.join(model.num_tokens, saves_tokens)
     rows = [(name, *score) for name, score in zip(images.names, scores, strict=True)]
     table = "| image | PSNR dB | SSIM |\n| --- | --- | --- |\n"
     for name, db, similarity in (*rows, ("mean", *np.mean(scores, axis=0))):
         table += f"| {readable(name)} | {db:.2f} | {similarity:.4f} |\n"
     skipped = "".join(f"- {readable(name)}: {reason}\n" for name, reason in images.bad.items())
     write_atomically(out / TABLE_FILE, table + (f"\nSkipped:\n\n{skipped}" if skipped else ""))
+    remove_tree(out / UNFINISHED)
     return table

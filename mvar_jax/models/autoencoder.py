@@ -1,11 +1,13 @@
 """Encoder and decoder of the tokenizer (docs/method.md, Tokenizer; VAR section 3.2). Images are NHWC in [-1, 1]."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.precision import precision_of
 from mvar_jax.sharding import constrain, named_axes
 
@@ -35,6 +37,7 @@ class UpConv(nn.Module):
     """Nearest x2 upsampling and a 3x3 convolution, as four 2x2 convolutions of the small map: 4/9 of the work.
 
     Three neighbouring large pixels cover only two small ones per axis, so kernel taps that meet the same one add up.
+    i and j are 0 for even and 1 for odd rows and columns of the large map, a and b the taps of their kernels.
     """
 
     features: int
@@ -46,23 +49,24 @@ class UpConv(nn.Module):
         init = named_axes(CONV_INIT, "space", None, "channels_in", "channels_out")
         kernel = self.param("kernel", init, (3, 3, C, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        merge = lambda k: (jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]]))
+        merge = lambda k: jnp.stack([jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]])])
+        kernel = merge(kernel.astype(jnp.float32)).transpose(2, 0, 1, 3, 4)  # of rows [i, a, ...] -> of columns
+        kernel_abCijF = merge(kernel).transpose(3, 1, 4, 2, 0, 5).astype(self.dtype)
 
-        def convolve(kernel, i, j):
-            """Return the pixels of the even (0) or odd (1) rows i and columns j."""
-            return jax.lax.conv_general_dilated(
-                x_BYXC.astype(self.dtype),
-                kernel.astype(self.dtype),
-                (1, 1),
-                ((1 - i, i), (1 - j, j)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+        def convolve(kernel, rows, columns):
+            numbers = ("NHWC", "HWIO", "NHWC")
+            x = x_BYXC.astype(self.dtype)
+            return jax.lax.conv_general_dilated(x, kernel, (1, 1), (rows, columns), dimension_numbers=numbers)
 
-        rows = [
-            jnp.stack([convolve(k.swapaxes(0, 1), i, j) for j, k in enumerate(merge(row.swapaxes(0, 1)))], axis=3)
-            for i, row in enumerate(merge(kernel))
-        ]
-        y = jnp.stack(rows, axis=2).reshape(B, 2 * Y, 2 * X, self.features)
+        both = (0, 1)
+        if current_platform() == "cpu":  # four convolutions, which take less time there
+            pad = ((1, 0), (0, 1))
+            parts = [[convolve(kernel_abCijF[..., i, j, :], pad[i], pad[j]) for j in both] for i in both]
+        else:  # padded on all sides, one convolution gives the four; odd rows begin one row later, columns too
+            y = convolve(kernel_abCijF.reshape(2, 2, C, -1), (1, 1), (1, 1))
+            y = y.reshape(B, Y + 1, X + 1, 2, 2, self.features)
+            parts = [[y[:, i : i + Y, j : j + X, i, j] for j in both] for i in both]
+        y = jnp.stack([jnp.stack(row, axis=3) for row in parts], axis=2).reshape(B, 2 * Y, 2 * X, self.features)
         return y + bias.astype(self.dtype)
 
 
@@ -71,11 +75,14 @@ class GroupNorm(nn.Module):
 
     Computes the moments of each channel over space, then averages them over the group's channels: reshaping the
     whole map, as flax's module does, takes several times as long on a CPU.
+
+    one_pass: read the map once for both moments, as differences from its first pixel, so that little cancels.
     """
 
     num_groups: int | None
     group_size: int | None
     dtype: Any
+    one_pass: bool = False
 
     @nn.compact
     def __call__(self, x_BYXC):
@@ -84,13 +91,23 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (C,))
         bias = self.param("bias", nn.initializers.zeros, (C,))
 
-        def group_mean(y_BYXC):
-            mean_BG = jnp.mean(y_BYXC, axis=(1, 2)).reshape(-1, C // size, size).mean(axis=-1)
+        def group_mean(mean_BC):
+            mean_BG = mean_BC.reshape(-1, C // size, size).mean(axis=-1)
             return jnp.repeat(mean_BG, size, axis=-1)[:, None, None]
 
+        over_space = functools.partial(jnp.mean, axis=(1, 2))
         x = x_BYXC.astype(jnp.float32)
-        x = x - group_mean(x)
-        x = x * (jax.lax.rsqrt(group_mean(jnp.square(x)) + 1e-6) * scale) + bias
+        if self.one_pass:
+            shift = x[:, :1, :1]
+            mean_BC, square_BC = over_space(x - shift), over_space(jnp.square(x - shift))
+            mean = group_mean(mean_BC + shift[:, 0, 0])
+            spread_BC = jnp.square(mean_BC + shift[:, 0, 0] - mean[:, 0, 0])  # of the channels' means
+            variance = group_mean(square_BC - jnp.square(mean_BC) + spread_BC)
+            x = x - mean
+        else:
+            x = x - group_mean(over_space(x))
+            variance = group_mean(over_space(jnp.square(x)))
+        x = x * (jax.lax.rsqrt(variance + 1e-6) * scale) + bias
         return x.astype(self.dtype)
 
 
@@ -154,7 +171,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent map `[B, y, x, c]` -> image `[B, Y, X, 3]`, not clipped."""
+    """Latent map `[B, y, x, c]` -> image `[B, Y, X, 3]`, not clipped.
+
+    Its stages are the levels, coarse to fine, each from the map of the stage before it.
+    """
 
     ch: int
     ch_mult: tuple[int, ...]
@@ -163,20 +183,23 @@ class Decoder(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, stages: range):
         dtype, last = self.dtype, len(self.ch_mult) - 1
-        x = conv(self.ch * self.ch_mult[-1], 3, dtype, "conv_in")(x)
-        x = middle(x, self.norm, dtype)
-        for level in reversed(range(len(self.ch_mult))):
+        for stage in stages:
+            level = last - stage
             features = self.ch * self.ch_mult[level]
+            if level == last:
+                x = middle(conv(features, 3, dtype, "conv_in")(x), self.norm, dtype)
+            else:
+                x = UpConv(x.shape[-1], dtype, name=f"level{level + 1}_up")(x)
             for block in range(self.num_res_blocks + 1):
                 x = ResidualBlock(features, self.norm, dtype, name=f"level{level}_block{block}")(x)
                 if level == last:
                     x = AttentionBlock(self.norm, dtype, name=f"level{level}_attention{block}")(x)
-            if level:
-                x = UpConv(features, dtype, name=f"level{level}_up")(x)
-        x = nn.silu(GroupNorm(**self.norm, name="norm_out")(x))
-        return conv(3, 3, dtype, "conv_out")(x)
+            if level == 0:
+                x = nn.silu(GroupNorm(**self.norm, name="norm_out")(x))
+                x = conv(3, 3, dtype, "conv_out")(x)
+        return x
 
 
 def middle(x, norm, dtype):

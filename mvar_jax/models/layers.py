@@ -7,18 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvar_jax.ops.attention import (
-    block_causal_mask,
-    block_diagonal_attention,
-    dense_attention,
-    normalise_query_key,
-)
+from mvar_jax.ops.attention import block_causal_mask, dense_attention, normalise_query_key
+from mvar_jax.ops.block_diagonal import block_diagonal_attention
+from mvar_jax.ops.gelu import gelu
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.precision import precision_of
 from mvar_jax.ops.products import add_bias, multiply, multiply_rows
 from mvar_jax.ops.window import local_window_attention
 from mvar_jax.scales import BLOCK_CAUSAL, BLOCK_DIAGONAL, Phase, Pyramid
-from mvar_jax.sharding import constrain, named_axes
+from mvar_jax.sharding import constrain, is_split, named_axes
 
 
 def normal(std: float, factors: np.ndarray | float = 1.0):
@@ -41,7 +38,8 @@ def layer_norm(x: jax.Array) -> jax.Array:
 class Linear(nn.Module):
     """x `[..., *shape]` times a kernel `[*shape, features]`, plus a bias; shape has `num_axes` axes.
 
-    dtype: of the operands. out_dtype: of the result. part: see `precision.TABLE`.
+    dtype: of the operands. out_dtype: of the product. part: see `precision.TABLE`. sum_dtype: of the product plus
+    the bias, hence of the result; None for out_dtype.
     """
 
     features: int
@@ -50,6 +48,7 @@ class Linear(nn.Module):
     out_dtype: Any
     part: str = "blocks"
     num_axes: int = 1
+    sum_dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -58,7 +57,16 @@ class Linear(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel = x.reshape(*rows, -1).astype(self.dtype), kernel.reshape(-1, self.features)
         y = multiply_rows(x, kernel, self.out_dtype, precision_of(self.part, self.dtype))
-        return add_bias(y, bias)
+        return add_bias(y if self.sum_dtype is None else y.astype(self.sum_dtype), bias)
+
+
+def branch_dtype(dtype: Any) -> Any:
+    """Return the dtype in which the last bias of a branch is added: float32 on a GPU.
+
+    XLA then adds it in the kernel that adds the branch. In the product's dtype, cuBLAS would add it, and for that XLA
+    copies the layer's weights and bias out of the stacked ones.
+    """
+    return jnp.float32 if current_platform() == "gpu" else dtype
 
 
 class Attention(nn.Module):
@@ -91,17 +99,22 @@ class Attention(nn.Module):
             cache, (k, v) = self.extend_cache(cache, (k, v), layer)
         y_BNHK = self.attend(q, k, v)
         init = named_axes(normal(self.init_std, 1 / np.sqrt(2 * self.depth)), "heads", "head_width", "width")
-        return Linear(D, init, self.dtype, self.dtype, num_axes=2, name="proj")(y_BNHK), cache
+        out = Linear(D, init, self.dtype, self.dtype, num_axes=2, sum_dtype=branch_dtype(self.dtype), name="proj")
+        return out(y_BNHK), cache
 
     def project(self, x_BND, kernel_D3HK):
         """Return queries, keys and values, `[B, N, H, K]` each."""
         precision, axes = precision_of("blocks", self.dtype), ("batch", "tokens", "heads", "head_width")
+        num_devices, platform = jax.sharding.get_abstract_mesh().size, current_platform()
         # one einsum on TPUs, where three products of matrices move more memory, and over several CPU devices, where
         # collectives of independent products can wait for each other for ever
-        num_devices, platform = jax.sharding.get_abstract_mesh().size, current_platform()
         if platform == "tpu" or (platform == "cpu" and num_devices > 1):
             qkv = multiply("bnd,dthk->tbnhk", self.dtype, precision, x_BND, kernel_D3HK)
             return tuple(constrain(qkv, None, *axes))
+        # one product on a GPU that has all heads: XLA would join three and copy their weights side by side each time
+        if platform == "gpu" and not is_split("heads"):
+            qkv = multiply_rows(x_BND, kernel_D3HK, self.dtype, precision)
+            return tuple(constrain(qkv[:, :, i], *axes) for i in range(3))
         # one product each: columns of all three together would mix whole axes with one that a mesh may split
         parts = (multiply_rows(x_BND, kernel_D3HK[:, i], self.dtype, precision) for i in range(3))
         return tuple(constrain(part, *axes) for part in parts)
@@ -146,8 +159,15 @@ class FeedForward(nn.Module):
         D = x_BND.shape[-1]
         up, down = normal(self.init_std), normal(self.init_std, 1 / np.sqrt(2 * self.depth))
         widen = Linear(4 * D, named_axes(up, "width", "hidden"), self.dtype, self.dtype, name="up")
-        narrow = Linear(D, named_axes(down, "hidden", "width"), self.dtype, self.dtype, name="down")
-        return narrow(constrain(nn.gelu(widen(x_BND), approximate=True), "batch", "tokens", "hidden"))
+        narrow = Linear(
+            D,
+            named_axes(down, "hidden", "width"),
+            self.dtype,
+            self.dtype,
+            sum_dtype=branch_dtype(self.dtype),
+            name="down",
+        )
+        return narrow(constrain(gelu(widen(x_BND)), "batch", "tokens", "hidden"))
 
 
 class Adaptive(nn.Module):

@@ -13,7 +13,7 @@ from mvar_jax.models.autoencoder import Decoder, Encoder, conv
 from mvar_jax.models.init import LINEN_FIELDS
 from mvar_jax.ops import quantize
 from mvar_jax.ops.losses import commitment_loss
-from mvar_jax.ops.precision import PRECISIONS, STANDARD, in_own_precision
+from mvar_jax.ops.precision import EXACT, PRECISIONS, STANDARD, in_own_precision
 from mvar_jax.scales import check_sides
 from mvar_jax.schema import Choice, Count, NotNegative, Share
 from mvar_jax.sharding import named_axes
@@ -40,7 +40,7 @@ class Tokenizer(nn.Module):
       phi_ratio: share of the convolution in phi(x) = (1 - r) x + r conv(x).
       znorm: search the nearest code on the unit sphere.
       beta: weight of the commitment loss.
-      dtype: computation of the encoder and decoder; the quantizer is always float32.
+      dtype: computation of the encoder and decoder; the quantizer is always float32, the decoder too if exact.
       precision: of float32 products on accelerators: standard (exact if listed in ops/precision.py) or exact (all).
     """
 
@@ -63,12 +63,32 @@ class Tokenizer(nn.Module):
         norm = {"num_groups": self.num_groups, "group_size": self.group_size, "dtype": self.dtype}
         sizes = (self.ch, tuple(self.ch_mult), self.num_res_blocks)
         self.encoder = Encoder(*sizes, self.code_width, norm, self.dtype)
-        self.decoder = Decoder(*sizes, norm, self.dtype)
+        dtype = self.decoder_dtype
+        if dtype == jnp.float16:  # SiLU too before rounding, which halves the error
+            norm |= {"dtype": jnp.float32, "one_pass": True}
+        self.decoder = Decoder(*sizes, norm, dtype)
         self.quant_conv = conv(self.code_width, 3, self.dtype, part="quantizer")
-        self.post_quant_conv = conv(self.code_width, 3, self.dtype, part="quantizer")
+        self.post_quant_conv = conv(self.code_width, 3, jnp.float32, part="quantizer")
         self.phi_convs = [conv(self.code_width, 3, jnp.float32, part="quantizer") for _ in range(self.num_phi)]
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
         self.codebook = self.param("codebook", named_axes(init, "vocab", "code"), (self.vocab_size, self.code_width))
+
+    @property
+    def decoder_dtype(self) -> Any:
+        """Return the dtype of the decoder's computation."""
+        return jnp.float32 if self.precision == EXACT else self.dtype
+
+    @property
+    def num_stages(self) -> int:
+        """Return the number of the decoder's stages, one for each level."""
+        return len(self.ch_mult)
+
+    def stage_bytes(self, stage: int) -> int:
+        """Return the bytes of the largest map in one of the decoder's stages, for one image."""
+        level = self.num_stages - 1 - stage
+        width = self.ch * max(self.ch_mult[level : level + 2])  # the upsampled map is as wide as the coarser level
+        side = self.sides[-1] * 2**stage
+        return side * side * width * jnp.dtype(self.decoder_dtype).itemsize
 
     @property
     def downsampling(self) -> int:
@@ -143,9 +163,15 @@ class Tokenizer(nn.Module):
         return f_hat_BYXc + quantize.upsample_codes(codes_Bnc, scale, self.sides, self.phi)
 
     @in_own_precision
+    def decode_stages(self, x_BYXC: jax.Array, stages: range) -> jax.Array:
+        """Return what some of the decoder's stages make of a map: at the end the image, not clipped."""
+        x = self.post_quant_conv(x_BYXC) if 0 in stages else x_BYXC
+        x = self.decoder(x, stages)
+        return x.astype(jnp.float32) if stages.stop == self.num_stages else x
+
     def decode_raw(self, f_hat_BYXc: jax.Array) -> jax.Array:
         """Return the image of a latent map, not clipped, as the training losses need it."""
-        return self.decoder(self.post_quant_conv(f_hat_BYXc)).astype(jnp.float32)
+        return self.decode_stages(f_hat_BYXc, range(self.num_stages))
 
     def decode(self, f_hat_BYXc: jax.Array) -> jax.Array:
         """Return the image of a latent map, float32 in [-1, 1]."""

@@ -8,9 +8,6 @@ from mvar_jax.ops.precision import precision_of
 
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 
-# Below this many tokens one masked product is cheaper than several small ones.
-GROUP_TOKENS = 96
-
 
 def dense_attention(
     q_BNHK: jax.Array,
@@ -49,31 +46,6 @@ def block_causal_mask(areas: tuple[int, ...]) -> np.ndarray:
     """Return `[N, N] bool`: true if the key's scale is not finer than the query's."""
     level = np.repeat(np.arange(len(areas)), areas)
     return level[:, None] >= level[None, :]
-
-
-def group_scales(areas: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Split consecutive scales into groups of at most GROUP_TOKENS tokens (a larger scale stands alone)."""
-    groups: list[tuple[int, ...]] = []
-    current: list[int] = []
-    for area in areas:
-        if current and sum(current) + area > GROUP_TOKENS:
-            groups.append(tuple(current))
-            current = []
-        current.append(area)
-    return (*groups, tuple(current))
-
-
-def block_diagonal_attention(
-    q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array, areas: tuple[int, ...], scale: float = 1.0
-) -> jax.Array:
-    """Attend within each scale: small scales in one masked product, large ones alone, so no product is N x N."""
-    outputs, begin = [], 0
-    for group in group_scales(areas):
-        cut = slice(begin, begin + sum(group))
-        mask = block_diagonal_mask(group) if len(group) > 1 else None
-        outputs.append(dense_attention(q_BNHK[:, cut], k_BNHK[:, cut], v_BNHK[:, cut], mask, scale))
-        begin = cut.stop
-    return jnp.concatenate(outputs, axis=1)
 
 
 def normalise_query_key(q: jax.Array, k: jax.Array, log_scale_H: jax.Array) -> tuple[jax.Array, jax.Array]:

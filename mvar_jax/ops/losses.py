@@ -12,7 +12,9 @@ from mvar_jax.scales import offsets_of
 def token_cross_entropy(logits_BNV: jax.Array, ids_BN: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
     """Return (1 - e) * nll - e * mean(log p) in nats, `[B, N] float32`; e is label_smoothing."""
     log_p = jax.nn.log_softmax(logits_BNV.astype(jnp.float32), axis=-1)
-    nll = -jnp.take_along_axis(log_p, ids_BN[..., None], axis=-1)[..., 0]
+    # by comparison, not by index: its gradient is one pass with the softmax's, not a scatter into an array of zeros
+    is_id_BNV = jnp.arange(log_p.shape[-1]) == ids_BN[..., None]
+    nll = -jnp.sum(jnp.where(is_id_BNV, log_p, 0), axis=-1)
     if label_smoothing == 0:
         return nll
     return (1 - label_smoothing) * nll - label_smoothing * jnp.mean(log_p, axis=-1)

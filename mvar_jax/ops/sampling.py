@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mvar_jax.ops.precision import precision_of
 
@@ -21,7 +22,7 @@ def guide(cond: jax.Array, uncond: jax.Array, strength: jax.Array | float) -> ja
 def ordered_bits(x: jax.Array) -> jax.Array:
     """Map float32 values to uint32 of the same order."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    sign = jnp.uint32(1 << 31)
+    sign = np.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
@@ -32,7 +33,7 @@ def largest_number(is_true, shape: tuple[int, ...], num_bits: int = 32) -> jax.A
     """
 
     def set_bit(i, found):
-        larger = found | (jnp.uint32(1) << (num_bits - 1 - i).astype(jnp.uint32))
+        larger = found | (np.uint32(1) << (num_bits - 1 - i).astype(jnp.uint32))
         return jnp.where(is_true(larger), larger, found)
 
     return jax.lax.fori_loop(0, num_bits, set_bit, jnp.zeros(shape, jnp.uint32))
@@ -88,11 +89,13 @@ def gumbel_noise(logits_BNV: jax.Array, keys_B: jax.Array) -> jax.Array:
     return jax.vmap(lambda key: jax.random.gumbel(key, logits_BNV.shape[1:], jnp.float32))(keys_B)
 
 
-def smooth_codes(
-    logits_BNV: jax.Array, noise_BNV: jax.Array, codebook_Vc: jax.Array, scale: int, num_scales: int
-) -> jax.Array:
-    """Return softmax((logits * (1 + r) + noise) / tau) @ codebook, `[B, N, c]`; r = l / (S - 1)."""
+def smooth_weights(logits_BNV: jax.Array, noise_BNV: jax.Array, scale: int, num_scales: int) -> jax.Array:
+    """Return softmax((logits * (1 + r) + noise) / tau), the shares of the codes; r = l / (S - 1)."""
     ratio = scale / max(num_scales - 1, 1)
     tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
-    weights = jax.nn.softmax((logits_BNV * (1 + ratio) + noise_BNV) / tau, axis=-1)
-    return jnp.einsum("bnv,vc->bnc", weights, codebook_Vc, precision=precision_of("mixtures", jnp.float32))
+    return jax.nn.softmax((logits_BNV * (1 + ratio) + noise_BNV) / tau, axis=-1)
+
+
+def mix_codes(weights_BNV: jax.Array, codebook_Vc: jax.Array) -> jax.Array:
+    """Return weights @ codebook, `[B, N, c]`."""
+    return jnp.einsum("bnv,vc->bnc", weights_BNV, codebook_Vc, precision=precision_of("mixtures", jnp.float32))

@@ -51,7 +51,8 @@ OUTPUTS = {
     "reconstruct": Output(
         "reconstructions",
         "reconstructions.json",
-        (f"{_NUMBER}_*.png", "reconstructions.png", "reconstructions.npz", "psnr.md", "tokens.npz"),
+        (f"{_NUMBER}_*.png", "reconstructions.png", "reconstructions.npz", "psnr.md", "tokens.npz", "unfinished"),
+        "the finished batches are kept: run the command again",
     ),
     "data": Output("survey", "data.json", ("train.png", "val.png")),
     "cache_tokens": Output(

@@ -18,16 +18,20 @@ from mvar_jax.ops.sampling import (
     filter_logits,
     guidance_strength,
     gumbel_noise,
-    smooth_codes,
+    mix_codes,
+    smooth_weights,
 )
 from mvar_jax.sharding import constrain, map_rows
 from mvar_jax.values import as_flag, as_integer, as_real
 
-# Images decoded at once: otherwise the decoder's last stage would dominate memory. On a CPU its convolutions are
-# fastest one by one: 12.5 s for four images of 256 px, 14.5 s together.
-DECODE_TOGETHER = {"cpu": 1, "gpu": 4, "tpu": 4}
-# logits filtered at once: otherwise the filters' arrays would be the largest of the program
-DRAW_ELEMENTS = 2**24
+# Bytes of activations that the decoder may hold: otherwise its last stage would dominate memory. Each of its stages
+# takes as many images at once as fit, so that the coarse ones fill an accelerator. On a CPU convolutions are fastest
+# one image by one: 12.5 s for four images of 256 px, 14.5 s together.
+DECODER_BYTES = {"cpu": 0, "gpu": 2**28, "tpu": 2**28}
+MAPS_HELD = 3  # at once in a residual block: its input, a normalised map and a convolution's result
+# Logits filtered at once: otherwise the filters' arrays would be the largest of the program. On a CPU they stay in
+# the cache: 0.85 of the time.
+DRAW_ELEMENTS = {"cpu": 2**20, "gpu": 2**24, "tpu": 2**24}
 
 # (scale, previous_BNc, carry) -> (guided logits [B, N, V], carry)
 LogitsFn = Callable[[int, jax.Array, Any], tuple[jax.Array, Any]]
@@ -105,7 +109,27 @@ def sample_pyramid(
 
 
 def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int, num_scales: int, noise):
-    """Filter and draw one scale, in chunks of samples if it is large; return (ids `[B, N]`, codes `[B, N, c]`)."""
+    """Filter and draw one scale; return (ids `[B, N]`, codes `[B, N, c]`).
+
+    By a kernel on a GPU, otherwise by XLA; in chunks of samples if arrays `[B, N, V]` are made.
+    """
+    _, N, V = logits_BNV.shape
+    num_together = max(1, DRAW_ELEMENTS[current_platform()] // (N * V))
+    if noise is gumbel_noise and current_platform() == "gpu":
+        from mvar_jax.ops import draw_gpu  # Pallas is slow to import
+
+        if draw_gpu.why_not(logits_BNV, keys_B) is None:
+            place = (scale, num_scales) if options.smooth else None
+            kernel = draw_gpu.Kernel(options.top_k, options.top_p, options.temperature, place)
+            if not options.smooth:
+                (ids_BN,) = draw_gpu.draw_filtered(kernel, logits_BNV, keys_B)
+                return ids_BN, codebook[ids_BN]
+
+            def draw_by_kernel(rows):
+                ids_bN, weights_bNV = draw_gpu.draw_filtered(kernel, *rows)
+                return ids_bN, mix_codes(weights_bNV, codebook)
+
+            return map_rows(draw_by_kernel, (logits_BNV, keys_B), num_together)
 
     def draw_some(rows):
         logits_bNV, keys_b = rows
@@ -115,10 +139,9 @@ def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int,
         ids_bN = draw(filtered, keys_b)
         if not options.smooth:
             return ids_bN, codebook[ids_bN]
-        return ids_bN, smooth_codes(filtered, noise(filtered, keys_b), codebook, scale, num_scales)
+        return ids_bN, mix_codes(smooth_weights(filtered, noise(filtered, keys_b), scale, num_scales), codebook)
 
-    _, N, V = logits_BNV.shape
-    return map_rows(draw_some, (logits_BNV, keys_B), max(1, DRAW_ELEMENTS // (N * V)))
+    return map_rows(draw_some, (logits_BNV, keys_B), num_together)
 
 
 def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float | jax.Array) -> LogitsFn:
@@ -156,9 +179,25 @@ def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float | jax.Arra
 
 
 def decode_in_chunks(networks: Networks, f_hat_BYXc: jax.Array) -> jax.Array:
-    """Decode latent maps to float32 images in [-1, 1], a chunk at a time on each device; call inside a program."""
-    decode = functools.partial(networks.apply_tokenizer, method="decode")
-    return map_rows(decode, f_hat_BYXc, DECODE_TOGETHER[current_platform()])
+    """Decode latent maps to float32 images in [-1, 1], a chunk at a time on each device; call inside a program.
+
+    Each chunk of one of the decoder's stages is cut again for the next, which has larger maps.
+    """
+    networks = networks.for_decoding()
+    tokenizer, most = networks.tokenizer, DECODER_BYTES[current_platform()]
+
+    def decode(x_BYXC, first: int):
+        if first == tokenizer.num_stages:
+            return jnp.clip(x_BYXC, -1, 1)
+
+        def decode_chunk(x):
+            x = networks.apply_tokenizer(x, range(first, first + 1), method="decode_stages")
+            return decode(x, first + 1)
+
+        num_together = max(1, most // (MAPS_HELD * tokenizer.stage_bytes(first)))
+        return map_rows(decode_chunk, x_BYXC, num_together)
+
+    return decode(f_hat_BYXc, 0)
 
 
 @jax.jit

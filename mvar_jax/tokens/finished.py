@@ -8,9 +8,8 @@ from typing import Any, TypedDict
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.atomic import write_json
 from mvar_jax.files.json_files import read_json
-from mvar_jax.files.paths import is_store
 from mvar_jax.tokens.cache_reader import Shard
-from mvar_jax.tokens.shards import LocalShard
+from mvar_jax.tokens.shards import LocalShard, on_this_machine
 
 
 class Entry(TypedDict):
@@ -63,7 +62,7 @@ class FinishedShards:
         return None
 
     def has(self, name: str, record_bytes: int, files: str) -> bool:
-        """Return whether an earlier writer finished a shard that, if it is on a disk, is undamaged.
+        """Return whether an earlier writer finished a shard that is undamaged.
 
         Args:
           name: of the shard.
@@ -74,10 +73,9 @@ class FinishedShards:
         path = entry and self._find(name, entry["shard"])
         if not entry or not path or entry["shard"].get("files", "") != files:
             return False
-        if is_store(path):  # an object is whole or not there
-            return True
         try:
-            LocalShard(path, {**entry["shard"]}, record_bytes, self._dir).read_all()
+            with on_this_machine(path) as file:
+                LocalShard(file, {**entry["shard"]}, record_bytes, self._dir).read_all()
         except (InputError, RuntimeError) as error:
             print(f"{path} is written again: {shorten(error)}", file=sys.stderr, flush=True)
             return False

@@ -18,6 +18,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from mvar_jax.errors import InputError, find_storage_error, shorten
+from mvar_jax.files.paths import is_store
 from mvar_jax.files.stores import StorePath
 from mvar_jax.tokens.copies import Copies
 from mvar_jax.tokens.requests import requests
@@ -66,6 +67,18 @@ def writing_shard(file: Path, path: Path) -> Iterator[Callable[[bytes], None]]:
         yield functools.partial(call, writer.write)
     finally:
         call(writer.close)
+
+
+@contextlib.contextmanager
+def on_this_machine(path: Path) -> Iterator[Path]:
+    """Yield a file of this machine: the path itself, or a copy of an object, which is removed in the end."""
+    if not is_store(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="mvar_") as folder:
+        copy = Path(folder) / path.name
+        path.download(copy)  # type: ignore[attr-defined]
+        yield copy
 
 
 class LocalShard:
@@ -156,9 +169,7 @@ class StoreShard:
         """Return all records, [num_records, record_bytes] uint8. Raises InputError if one is damaged."""
         if path := self._copies.fetch(self):
             return self._open_local(path).read_all()
-        with tempfile.TemporaryDirectory(prefix="mvar_") as folder:
-            path = Path(folder) / self.path.name
-            self.path.download(path)
+        with on_this_machine(self.path) as path:
             return self._open_local(path).read_all()
 
     def start(self, positions: list[int]) -> Finish:

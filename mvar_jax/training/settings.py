@@ -21,8 +21,9 @@ class LoopSettings:
       save_every_steps: steps between checkpoints; 0 saves only at the end.
       keep_checkpoints: number of newest checkpoints to keep.
       max_bad_steps: steps in a row without a finite loss and gradient after which the run stops.
-      keep_best: evaluation metric whose best checkpoint is kept too, such as loss or psnr_db; more is better for
-        psnr, ssim, accuracy and codebook_used, else less, unless :max or :min follows; "" keeps none.
+      keep_best: evaluation metric whose best checkpoint is kept too, such as loss, psnr_db or fid_1k; more is better
+        for psnr, ssim, accuracy, codebook_used and inception_score, else less, unless :max or :min follows; "" keeps
+        none.
       profile_steps: (first, end) of the steps that the profiler records into WORKDIR/profile; () records none.
 
     Raises InputError for values out of range.

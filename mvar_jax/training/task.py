@@ -17,6 +17,7 @@ from mvar_jax.data.skipped import Skipped
 from mvar_jax.errors import InputError
 from mvar_jax.fields import FREE, check_fields, put_below
 from mvar_jax.models.init import abstract_params
+from mvar_jax.sampling.sampler import SampleOptions
 from mvar_jax.schema import Count, Natural, NotNegative, Seed
 from mvar_jax.sharding import (
     check_batch_size,
@@ -32,6 +33,7 @@ from mvar_jax.training.initial import CLASS_TABLE, Initial
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.protocol import Task
 from mvar_jax.training.saving import say
+from mvar_jax.training.scoring import IMAGES_PER_SHARD, Scored, Scorer, score_together
 from mvar_jax.training.state import TrainState, abstract_sharded, init_sharded, make_state
 
 NUM_PICTURES = 16
@@ -49,6 +51,15 @@ class RunOptions:
       mesh: devices by axis.
       accumulate_steps: equal parts of a batch whose gradients are added up, to save memory.
       epochs: passes over the training images, instead of num_steps; the last batch of each is filled up.
+      eval_samples: images that each evaluation draws, from fixed seeds and balanced over the classes, and scores: of
+        digits by the quickstart's judge (fd_N, judge_accuracy), else fid_N and inception_score_N. Of a tokenizer,
+        validation images that it reconstructs (rfid_N). N is 1k for 1000. 0 scores none.
+      eval_inception: weights for FID, as `convert --inception` writes them.
+      eval_reference: .npz that samples are compared with, with `mu` and `sigma` or with images as `arr_0`.
+      eval_cfg: guidance of the scored samples.
+      eval_top_k: of them; keeps the k most likely codes, 0 all.
+      eval_top_p: of them; keeps the most likely codes of mass p, 0 all.
+      eval_temperature: of them.
 
     Raises InputError for values out of range.
     """
@@ -60,6 +71,13 @@ class RunOptions:
     mesh: Mesh = dataclasses.field(metadata=FREE)
     accumulate_steps: Count = dataclasses.field(default=1, metadata=FREE)
     epochs: NotNegative = dataclasses.field(default=0.0, metadata=FREE)  # a run is compared by its steps
+    eval_samples: Natural = dataclasses.field(default=0, metadata=FREE)
+    eval_inception: str = dataclasses.field(default="", metadata=FREE)
+    eval_reference: str = dataclasses.field(default="", metadata=FREE)
+    eval_cfg: float = dataclasses.field(default=1.5, metadata=FREE)
+    eval_top_k: int = dataclasses.field(default=0, metadata=FREE)
+    eval_top_p: float = dataclasses.field(default=0.0, metadata=FREE)
+    eval_temperature: float = dataclasses.field(default=1.0, metadata=FREE)
 
     def __post_init__(self):
         check_fields(self, "config")
@@ -67,6 +85,13 @@ class RunOptions:
             check_batch_size(self.batch_size, self.mesh, self.accumulate_steps)
         except InputError as error:
             raise put_below(error, "config") from None
+        try:
+            _ = self.eval_sampling
+        except InputError as error:
+            raise put_below(error, "config.eval", "_") from None
+        if self.eval_samples == 1:
+            words = "config.eval_samples must be 0 (none) or at least 2, got 1: a covariance needs two images"
+            raise InputError(words, field="config.eval_samples", given=1, expected="0 or at least 2")
         if (self.num_steps > 0) == (self.epochs > 0):
             both = f"{self.num_steps} and {self.epochs}"
             words = f"exactly one of config.num_steps and config.epochs must be above 0, got {both}"
@@ -80,6 +105,11 @@ class RunOptions:
                 field = f"config.optimizer.{warmup_name}"
                 words = f"{field} must be below config.{end_name}={end}, got {warmup}"
                 raise InputError(words, field=field, given=warmup, expected=f"0 to below {end}")
+
+    @property
+    def eval_sampling(self) -> SampleOptions:
+        """Return how the samples that are scored are drawn."""
+        return SampleOptions(self.eval_cfg, self.eval_top_k, self.eval_top_p, temperature=self.eval_temperature)
 
     def with_images(self, num_images: int) -> "RunOptions":
         """Return the options with epochs turned into steps. num_images: of the training split."""
@@ -106,16 +136,31 @@ class TaskData:
 class DataTask(Task):
     """A task's state, batches and evaluation data: the part that does not depend on what is trained.
 
-    module: a linen module with `init_params` and `mesh_sizes`. extra: arrays that a step keeps in the state.
+    Args:
+      run: options of the run.
+      module: a linen module with `init_params` and `mesh_sizes`.
+      data: the data.
+      extra: arrays that a step keeps in the state.
+      scorer: of the images that an evaluation draws; None draws none.
     """
 
-    def __init__(self, run: RunOptions, module: nn.Module, data: TaskData, extra: dict[str, jax.Array]):
+    def __init__(
+        self,
+        run: RunOptions,
+        module: nn.Module,
+        data: TaskData,
+        extra: dict[str, jax.Array],
+        scorer: Scorer | None = None,
+    ):
         check_sizes(module.mesh_sizes(), run.mesh)
         self.run, self.module = run, module
         self.data, self.transform, self.loading = data.sources, data.transform, data.loading
         # split -> bad samples found by this process
         share = data.loading.max_bad_share
-        self.has_evaluation = "val" in data.sources
+        self.has_evaluation = "val" in data.sources or scorer is not None
+        self.scorer = scorer
+        if scorer is not None:
+            self.metrics = (*(self.metrics if "val" in data.sources else ()), *scorer.names)
         self.data_identity = {split: source.identity() for split, source in data.sources.items()}
         self.skipped = {split: Skipped(split, len(source), share) for split, source in data.sources.items()}
         self.examples_per_step = run.batch_size
@@ -187,6 +232,16 @@ class DataTask(Task):
         for batch in batches:
             batch.pop("index", None)
             yield put_batch(batch, self.run.mesh)
+
+    def scores(self, batches: Scored) -> dict[str, float]:
+        """Return the scores of images that are drawn for them, see `Scorer.score`; nothing without a scorer."""
+        return {} if self.scorer is None else score_together(self.scorer, batches)
+
+    @property
+    def eval_rows(self) -> int:
+        """Return the number of images that are drawn at once for their scores, a multiple of the mesh's shards."""
+        num_shards = num_shards_of("batch", self.run.mesh)
+        return num_shards * min(IMAGES_PER_SHARD, -(-self.run.eval_samples // num_shards))
 
     def averaged(self, state: TrainState):
         """Return the weights to evaluate: the moving average, if one is kept."""

@@ -1,12 +1,15 @@
 """The task that trains a tokenizer from images."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.data.pipeline import eval_batches
+from mvar_jax.errors import InputError
 from mvar_jax.files.images import min_zoom, side_by_side, to_uint8
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import Tokenizer
@@ -16,19 +19,28 @@ from mvar_jax.ops.pixels import as_images
 from mvar_jax.sampling.sampler import decode_in_chunks
 from mvar_jax.sharding import use_mesh
 from mvar_jax.training import tokenizer_step
+from mvar_jax.training.scoring import Scorer
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 
 
 class TokenizerTask(DataTask):
-    """The task that trains an autoencoder and its codebook on images."""
+    """The task that trains an autoencoder and its codebook on images.
+
+    scorer: of reconstructions of validation images, None scores none.
+    """
 
     metrics = ("loss", "psnr_db", "codebook_used_percent")
 
     def __init__(
-        self, run: RunOptions, tokenizer: Tokenizer, options: tokenizer_step.CodebookOptions, data: TaskData
+        self,
+        run: RunOptions,
+        tokenizer: Tokenizer,
+        options: tokenizer_step.CodebookOptions,
+        data: TaskData,
+        scorer: Scorer | None = None,
     ):
         zeros = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
-        super().__init__(run, tokenizer, data, zeros)
+        super().__init__(run, tokenizer, data, zeros, scorer)
         self.tokenizer, self.options = tokenizer, options
         recipe = tokenizer_step.TokenizerRecipe(tokenizer, run.optimizer, options, run.accumulate_steps)
         step = functools.partial(tokenizer_step.train_step, recipe)
@@ -76,7 +88,10 @@ class TokenizerTask(DataTask):
         return sum_rows(mask, error_B), sum_rows(mask, psnr_B), hits_SV, jnp.sum(mask)
 
     def evaluate(self, state) -> dict:
-        """Return held-out mse, PSNR (mean over images, dB), codebook usage and perplexity of the averaged weights."""
+        """Return held-out mse, PSNR (mean over images, dB), codebook usage and perplexity of the averaged weights.
+
+        And the scores of reconstructions, if there is a scorer.
+        """
         if not self.has_evaluation:
             return {}
         with use_mesh(self.run.mesh):
@@ -88,7 +103,26 @@ class TokenizerTask(DataTask):
             "usage_per_scale": (100 * (hits_SV > 0).mean(axis=1)).tolist(),
             "perplexity_per_scale": [perplexity(hits_V) for hits_V in hits_SV],
             "codebook_used_percent": float(100 * (hits_SV.sum(axis=0) > 0).mean()),
+            **self.scores(self._reconstructions(state)),
         }
+
+    def _reconstructions(self, state) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (reconstructions, originals), uint8, of the first good validation images."""
+        num_left = self.run.eval_samples
+        # every process reads the same images and computes its part of them
+        batches = eval_batches(self.data["val"], self.transform, batch_size=self.eval_rows, options=self.loading)
+        with contextlib.closing(batches):
+            for batch in batches:
+                with use_mesh(self.run.mesh):
+                    images = to_uint8(self.reconstruct(self.averaged(state), batch["image"]))
+                rows = np.flatnonzero(batch["mask"])[:num_left]
+                yield images[rows], batch["image"][rows]
+                num_left -= len(rows)
+                if not num_left:
+                    return
+        expected = f"at most {self.run.eval_samples - num_left}, the number of good validation images"
+        words = f"config.eval_samples must be {expected}, got {self.run.eval_samples}"
+        raise InputError(words, field="config.eval_samples", given=self.run.eval_samples, expected=expected)
 
     def _reconstruct(self, params, pixels_NYX3: jax.Array) -> jax.Array:
         networks = Networks(self.tokenizer, params)

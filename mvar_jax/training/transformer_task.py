@@ -1,5 +1,7 @@
 """The task that trains a transformer from a token cache or from images."""
 
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 
@@ -11,9 +13,10 @@ from mvar_jax.ops.cost import phase_macs
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.sampler import SampleOptions, sample
-from mvar_jax.sharding import use_mesh
+from mvar_jax.sharding import constrain, use_mesh
 from mvar_jax.training import transformer_step
 from mvar_jax.training.initial import Initial
+from mvar_jax.training.scoring import Scorer
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 
 
@@ -29,7 +32,7 @@ class TransformerTask(DataTask):
     """The task that trains a transformer on token ids; their teacher-forcing input is recomputed on the device.
 
     If the data are images, the tokenizer encodes them inside the same step program. tokenizer: networks without a
-    transformer. initial: weights to start from, None for random ones.
+    transformer. initial: weights to start from, None for random ones. scorer: of samples, None draws none.
     """
 
     metrics = ("loss",)
@@ -42,8 +45,9 @@ class TransformerTask(DataTask):
         tokenizer: Networks,
         data: TaskData,
         initial: Initial | None = None,
+        scorer: Scorer | None = None,
     ):
-        super().__init__(run, transformer, data, {})
+        super().__init__(run, transformer, data, {}, scorer)
         self.initial = initial
         self.data_identity["tokenizer"] = fingerprint(tokenizer.tokenizer, tokenizer.tokenizer_params)
         self.transformer, self.options = transformer, options
@@ -63,6 +67,7 @@ class TransformerTask(DataTask):
         self._step = jax.jit(step, static_argnums=0, donate_argnums=1, out_shardings=(self.shardings, self._whole))
         self.evaluate_batch = jax.jit(evaluate, out_shardings=self._whole)
         self.draw_pictures = jax.jit(self._draw_pictures, out_shardings=self._whole)
+        self.draw_samples = jax.jit(self._draw_samples, out_shardings=self._whole)
 
     def train_step(self, state, batch, step: int):
         """Take one step over the phases that are due."""
@@ -81,8 +86,14 @@ class TransformerTask(DataTask):
         return 6.0 * self.run.batch_size * sum(phase_macs(model.pyramid, phase, *sizes) for phase in phases)
 
     def evaluate(self, state) -> dict:
-        """Return token-weighted means over the validation split, in nats a token: averaged weights, no dropout."""
-        if not self.has_evaluation:
+        """Return token-weighted means over the validation split, in nats a token, and scores of samples.
+
+        Of the averaged weights, without dropout.
+        """
+        return self._measure_losses(state) | self.scores(self._samples(state))
+
+    def _measure_losses(self, state) -> dict:
+        if "val" not in self.data:
             return {}
         with use_mesh(self.run.mesh):
             params = self.averaged(state)
@@ -94,6 +105,22 @@ class TransformerTask(DataTask):
             "loss_per_scale": (nll_S / rows / areas).tolist(),
             "accuracy_per_scale": (hits_S / rows / areas).tolist(),
         }
+
+    def _samples(self, state) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (pixels uint8, labels) of the samples that are scored, round-robin over the classes."""
+        N, C, size = self.run.eval_samples, self.transformer.num_classes, self.eval_rows
+        for begin in range(0, N, size):
+            index = np.minimum(np.arange(begin, begin + size), N - 1)
+            labels = index % C if N >= C else index * C // N  # of few samples, spread over the classes
+            with use_mesh(self.run.mesh):
+                pixels = np.asarray(self.draw_samples(self.averaged(state), self.tokenizer, labels, index))
+            yield pixels[: N - begin], labels[: N - begin]
+
+    def _draw_samples(self, params, tokenizer: Networks, labels_B, index_B) -> jax.Array:
+        networks = tokenizer.replace(transformer=self.transformer, params=params)
+        labels, index = (constrain(x, "batch") for x in (labels_B, index_B))
+        keys = keys_of_samples(self.run.seed, index)
+        return sample(networks, labels, keys, self.run.eval_sampling, ("pixels",))[0]
 
     def _draw_pictures(self, params, tokenizer: Networks) -> jax.Array:
         index = self.picture_rows()

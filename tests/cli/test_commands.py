@@ -108,7 +108,7 @@ def test_sample_writes_what_load_draws(run, tmp_path, capsys):
     options += ["--batch_size", "4", "--save_tokens", "--out", str(out)]
     assert main(["sample", *arguments, *options]) == 0
     samples, tokens = np.load(out / "samples.npz"), np.load(out / "tokens.npz")
-    labels = [3, 3, 0, 0, 1, 1]
+    labels, numbers = [3, 0, 1, 3, 0, 1], [0, 2, 4, 1, 3, 5]
     assert samples["arr_0"].shape == (6, 12, 12, 3) and samples["arr_0"].dtype == np.uint8
     assert samples["arr_1"].tolist() == tokens["labels"].tolist() == labels
     assert tokens["ids"].shape == (6, 50) and tokens["f_hat"].shape == (6, 6, 6, 16)
@@ -117,7 +117,8 @@ def test_sample_writes_what_load_draws(run, tmp_path, capsys):
     assert Image.open(out / "grid.png").size[0] > 2 * 96
 
     model = mvar_jax.load(run.transformer)
-    images, ids = model.sample(np.array(labels), seed=5, cfg=2.0, top_k=20, top_p=0.9, temperature=1.5)
+    options = dict(cfg=2.0, top_k=20, top_p=0.9, temperature=1.5)
+    images, ids = model.sample(np.array(labels), seed=5, index=np.array(numbers), **options)
     assert (np.asarray(ids) == tokens["ids"]).all()
     assert np.abs(np.rint((np.asarray(images) + 1) * 127.5) - samples["arr_0"]).max() <= 1
     assert np.allclose(model.decode(ids), images, atol=1e-5)

@@ -68,7 +68,7 @@ def test_an_uninterrupted_run_leaves_these_files(whole):
     pngs = {f"{i:06d}.png" for i in range(12)}
     assert {path.name for path in whole.iterdir()} == pngs | {"grid.png", "samples.json", "samples.npz", "tokens.npz"}
     samples, tokens = np.load(whole / "samples.npz"), np.load(whole / "tokens.npz")
-    assert samples["arr_1"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 7, 7, 7] == tokens["labels"].tolist()
+    assert samples["arr_1"].tolist() == [0, 1, 2, 7] * 3 == tokens["labels"].tolist(), "round-robin"
     assert len(np.unique(tokens["ids"], axis=0)) == 12
 
 
@@ -105,6 +105,35 @@ def unjoin(whole: Path, out: Path) -> None:
         save_npz(out / "unfinished" / f"{batch:07d}.npz", **{name: x[rows] for name, x in arrays.items()})
     for name in ("samples.npz", "tokens.npz", "grid.png"):
         (out / name).unlink()
+
+
+@pytest.fixture(scope="module")
+def by_label(run, tmp_path_factory) -> Path:
+    """A folder of the same samples as an earlier version wrote them: label by label, which its options do not say."""
+    out = tmp_path_factory.mktemp("samples") / "by_label"
+    mesh = make_mesh(devices=jax.local_devices())
+    model = place_networks(mvar_jax.load(run.transformer).networks, mesh)
+    order = Order((0, 1, 2, 7), 3, SampleOptions(top_k=20), batch_size=5, saves_tokens=True, is_by_label=True)
+    with owned_folder("out", out, "sample", order.identity(model)):
+        draw_all(model, order, out, mesh)
+    return out
+
+
+def test_round_robin_moves_samples_and_changes_none(whole, by_label):
+    old, new = (np.load(out / "tokens.npz") for out in (by_label, whole))
+    assert old["labels"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 7, 7, 7]
+    np.testing.assert_array_equal(new["ids"].reshape(3, 4, -1), old["ids"].reshape(4, 3, -1).swapaxes(0, 1))
+    assert (whole / "grid.png").read_bytes() == (by_label / "grid.png").read_bytes(), "a row is a class"
+
+
+def test_samples_that_an_earlier_version_began_are_finished_in_their_own_order(command, by_label, tmp_path, capsys):
+    stored = json.loads((by_label / "samples.json").read_text())
+    assert "order" not in stored
+    for is_done, words in ((True, "12 images already there"), (False, "12 images written")):
+        out = tmp_path / words
+        shutil.copytree(by_label, out) if is_done else unjoin(by_label, out)
+        assert main([*command, str(out)]) == 0
+        assert words in capsys.readouterr().out and contents(out) == contents(by_label)
 
 
 def cut(path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 from store_case import contents
 
@@ -11,6 +12,8 @@ from mvar_jax.files.directories import upload_folder
 from mvar_jax.files.locks import acquire
 from mvar_jax.files.paths import as_path
 from mvar_jax.processes.holding import hold
+from mvar_jax.sampling import bulk
+from mvar_jax.sampling.sampler import SampleOptions
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
@@ -28,6 +31,18 @@ def test_samples_in_a_store_are_those_on_a_disk_and_are_kept(store, tiny_model, 
     assert "already there" in capsys.readouterr().out
     assert main([*SAMPLE, "--seed=1", f"--checkpoint={tiny_model}", f"--out={stored}"]) == 2
     assert "differs from 0, used for the samples" in capsys.readouterr().err
+
+
+def test_damaged_batches_in_a_store_are_drawn_again(store):
+    """A batch counts as finished if all of its bytes are right, in a store as on a disk."""
+    out = as_path(f"{store.url}/damaged_batches")
+    batches = bulk._Batches(bulk.Order((0,), 2, SampleOptions(), batch_size=1), out)
+    for batch in range(2):
+        batches.write(batch, {"pixels": np.full((1, 6, 6, 3), batch, np.uint8)})
+    assert batches.find_finished(range(2)) == {0, 1}
+    data = batches.file(1).read_bytes()
+    batches.file(1).write_bytes(data.replace(bytes([1] * 50), bytes(50), 1))
+    assert batches.find_finished(range(2)) == {0}
 
 
 def test_data_in_a_store_are_surveyed_into_it(s3, tmp_path):

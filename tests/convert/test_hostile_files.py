@@ -260,7 +260,7 @@ def test_example_that_never_returned(tmp_path):
     key = ()
     for _ in range(60):
         key = (key, key)
-    pickled = pickle.dumps([key], protocol=2)
+    pickled = pickle.dumps(key, protocol=2)
     assert len(pickled) < 1000
     torch_files.save_members(tmp_path / "x.pth", b"\x80\x02}" + pickled[2:-1] + b"Ns.")
     refuse(tmp_path)

@@ -10,9 +10,11 @@ import torch_files
 from graph_files import constant, node
 
 from mvar_jax.errors import InputError
-from mvar_jax.evaluation import inception_features
-from mvar_jax.evaluation.features import compute_features
+from mvar_jax.evaluation import inception_features, scorers
+from mvar_jax.evaluation.class_score import inception_score
+from mvar_jax.evaluation.features import FeatureExtractor, compute_features
 from mvar_jax.evaluation.inception_weights import graph_scopes, load_inception, shapes, units
+from mvar_jax.evaluation.reference import Gaussian, Reference
 
 SIZES = ("64x64", "256x256")
 
@@ -43,6 +45,21 @@ def test_an_image_has_the_same_features_in_a_batch_that_is_filled_up(golden_feat
     for alone, both in zip(golden_features[f"{size} alone"], golden_features[size], strict=True):
         assert len(alone) == 1
         np.testing.assert_array_equal(alone[0], both[0])
+
+
+def test_samples_of_a_training_run_are_scored_by_this_network(inception_npz, golden_features, monkeypatch):
+    """More images at once than the network takes; without the root of a covariance, which would take seconds."""
+    squared = lambda mean_a, _, mean_b, __: ((mean_a - mean_b) ** 2).sum()
+    monkeypatch.setattr(scorers, "frechet_distance_of_moments", squared)
+    golden = golden_features["64x64"]
+    reference = Reference(Gaussian(golden.pool[0], np.eye(2048)), None, None, {})
+    scorer = scorers.SampleScorer(FeatureExtractor(load_inception(inception_npz), 2), reference, 3)
+    images = eval_case.images("image/64x64", 2, 64, 64)[[0, 1, 0]]
+    expected = {
+        "fid_3": (((golden.pool[1] - golden.pool[0]) / 3) ** 2).sum(),
+        "inception_score_3": inception_score(golden.probabilities[[0, 1, 0]]),
+    }
+    assert scorer.score([(images, np.arange(3))]) == pytest.approx(expected, rel=1e-4)
 
 
 def write_graph(path, state) -> None:

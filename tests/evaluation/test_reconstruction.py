@@ -3,7 +3,6 @@
 import os
 import threading
 import weakref
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from mvar_jax.errors import RunError
 from mvar_jax.evaluation import reconstruction
 from mvar_jax.evaluation.reconstruction import Images, write_reconstructions
 from mvar_jax.files.images import to_uint8
+from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.ops.metrics import psnr
 
 SIDE, NUM_TOKENS = 12, 3
@@ -25,10 +25,17 @@ SIDE, NUM_TOKENS = 12, 3
 class FlatModel:
     """A model whose reconstruction of an image is its mean, which its ids hold; nothing is compiled."""
 
-    tokenizer = SimpleNamespace(image_size=SIDE)
+    tokenizer = Tokenizer((1, SIDE // 4), ch_mult=(1, 1, 1))
     num_tokens = NUM_TOKENS
 
+    def __init__(self, version: int = 0):
+        self.tokenizer_params = {"version": np.array(version)}
+        self.num_encoded, self.fails_after = 0, 10**6
+
     def encode(self, images_BYX3):
+        if self.num_encoded >= self.fails_after:
+            raise RunError("lost")
+        self.num_encoded += len(images_BYX3)
         means_B = np.rint((images_BYX3.mean(axis=(1, 2, 3)) + 1) * 127.5)
         return np.repeat(means_B.astype(np.int32)[:, None], NUM_TOKENS, axis=1)
 
@@ -39,11 +46,15 @@ class FlatModel:
 
 @pytest.fixture
 def reconstruct(tmp_path, monkeypatch):
-    """(arguments) -> the exit status of the command with a `FlatModel` on the images of tmp_path/in."""
-    monkeypatch.setattr(command, "load_as_asked", lambda args: FlatModel())
+    """(arguments) -> the exit status of the command with a `FlatModel`, or another, on the images of tmp_path/in."""
     (tmp_path / "in").mkdir()
     base = ["reconstruct", "--checkpoint", "none", "--images", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
-    return lambda *arguments: main([*base, *arguments])
+
+    def run(*arguments, model=None) -> int:
+        monkeypatch.setattr(command, "load_as_asked", lambda args: model or FlatModel())
+        return main([*base, *arguments])
+
+    return run
 
 
 def write_image(path, seed: int) -> np.ndarray:
@@ -91,6 +102,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
         watched = lambda self, size: (alive.watch(batch, len(batch)) for batch in batches(self, size))
         monkeypatch.setattr(Images, "batches", watched)
         images = Images(names, lambda name: alive.watch(noise(SIDE, SIDE, int(name[:-4]))), {})
+        (tmp_path / str(num)).mkdir()
         write_reconstructions(model, images, tmp_path / str(num), 4, saves_tokens=True)
         assert np.load(tmp_path / str(num) / "reconstructions.npz")["arr_0"].shape == (num, SIDE, SIDE, 3)
         return alive.most
@@ -158,14 +170,44 @@ def test_results_inside_the_folder_of_images_are_no_images_of_the_next_run(recon
         assert capsys.readouterr().out.endswith(": 1 images\n")
 
 
-def test_results_of_other_images_are_not_mixed(reconstruct, tmp_path, capsys):
+@pytest.mark.parametrize("damage", ["", "cut", "lost", "not joined"])
+def test_a_run_that_was_interrupted_continues_and_leaves_the_same_files(reconstruct, tmp_path, damage, monkeypatch):
+    """The third batch of two images failed, or joining all. Whole batches are kept, damaged ones are not."""
+    for seed in range(7):
+        write_image(tmp_path / "in" / f"{seed}.png", seed)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert reconstruct("--save_tokens", "--batch_size", "2", "--out", str(whole)) == 0
+    first, second = FlatModel(), FlatModel()
+    with monkeypatch.context() as patch:
+        if damage == "not joined":
+            patch.setattr(reconstruction._Batches, "join", lambda *_: first.encode(()))
+        first.fails_after = 8 if damage == "not joined" else 4
+        assert reconstruct("--save_tokens", "--batch_size", "2", model=first) == 1
+    (*_, leftover) = sorted((out / "unfinished").iterdir())
+    if damage == "cut":
+        leftover.write_bytes(leftover.read_bytes()[:-100])
+    elif damage == "lost":
+        (out / "000000_0.png").unlink()
+    assert reconstruct("--save_tokens", "--batch_size", "2", model=second) == 0
+    # the last batch is filled with its last image again
+    assert second.num_encoded == {"": 4, "cut": 6, "lost": 6, "not joined": 0}[damage]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
+
+
+@pytest.mark.parametrize("what", ["images", "pixels", "weights"])
+def test_results_of_other_images_or_weights_are_not_mixed(reconstruct, tmp_path, capsys, what):
     """A second run on more or fewer images would number them anew and leave some of the first run's files."""
     write_image(tmp_path / "in" / "b.png", 0)
     assert reconstruct() == 0 == reconstruct()
-    write_image(tmp_path / "in" / "a.png", 1)
-    assert reconstruct() == 2
-    assert "files='2 images, names " in capsys.readouterr().err
-    assert len(list((tmp_path / "out").glob("0*.png"))) == 1
+    if what != "weights":
+        write_image(tmp_path / "in" / ("a.png" if what == "images" else "b.png"), 1)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert reconstruct(model=FlatModel(version=int(what == "weights"))) == 2
+    words = "checkpoint='weights " if what == "weights" else f"images='{1 + (what == 'images')} images, names and "
+    assert words in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_an_image_damaged_while_the_command_runs_ends_it_and_leaves_no_array(tmp_path):

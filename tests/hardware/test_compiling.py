@@ -10,12 +10,15 @@ from jax.sharding import NamedSharding
 from mvar_jax.errors import InputError
 from mvar_jax.hardware.compiling import compile_for, devices_of
 from mvar_jax.hardware.machines import platform_of
+from mvar_jax.ops import draw_gpu
+from mvar_jax.ops.block_diagonal import block_diagonal_attention
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.window import local_window_attention, pallas_tpu
 from mvar_jax.sharding import make_mesh, spec_of, use_mesh
 
 # as it is compiled for use: tests/conftest.py spares LLVM's work, and registers then spill
 FAIL_ON_SPILLS = {"xla_backend_optimization_level": 3, "xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
 
 
 def devices_or_skip(target: str):
@@ -73,7 +76,7 @@ def test_triton_kernels_compile_for_h100_in_twice_the_output_and_without_spills(
     output_bytes = 2 * 64 * side**2 * 16 * 64
     for program in (forward, functools.partial(forward_and_backward, "pallas_gpu", 7)):
         compiled = compile_for("h100", program, *qkv, options=FAIL_ON_SPILLS)
-        assert "window_forward" in compiled.text
+        assert "attention_forward" in compiled.text
         assert compiled.temp_bytes <= 2 * output_bytes
 
 
@@ -93,7 +96,48 @@ def test_triton_kernels_have_no_spills_for_other_maps_and_heads(side, dtype, hea
     devices_or_skip("h100")
     program = functools.partial(forward_and_backward, "pallas_gpu", 5)
     compiled = compile_for("h100", program, *qkv_like(side, 2, dtype, 2, head_width), options=FAIL_ON_SPILLS)
-    assert "window_backward_kv" in compiled.text
+    assert "attention_backward_kv" in compiled.text
+
+
+@pytest.mark.deviceless
+def test_attention_within_scales_compiles_to_triton_kernels_without_spills():
+    areas = (1, 4, 9, 16, 25, 36, 64, 100)
+    devices_or_skip("h100")
+    x = jax.ShapeDtypeStruct((2, sum(areas), 2, 64), jnp.bfloat16)
+
+    def program(q, k, v, cotangent):
+        out, pull_back = jax.vjp(lambda q, k, v: block_diagonal_attention(q, k, v, areas), q, k, v)
+        return out, pull_back(cotangent)
+
+    text = compile_for("h100", program, x, x, x, x, options=FAIL_ON_SPILLS).text
+    assert "attention_forward" in text
+    assert "attention_backward_kv" in text
+
+
+def logits_and_keys(batch: int, num_codes: int):
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    return jax.ShapeDtypeStruct((batch, 256, num_codes), jnp.float32), keys
+
+
+@pytest.mark.deviceless
+@pytest.mark.parametrize(("num_codes", "smooth"), [(100, None), (4096, None), (8192, (3, 10)), (2**14, None)])
+def test_draw_kernel_compiles_for_h100_without_spills_or_arrays_of_logits(num_codes, smooth):
+    devices_or_skip("h100")
+    draw = functools.partial(draw_gpu.draw_filtered, draw_gpu.Kernel(1200, 0.99, smooth=smooth))
+    compiled = compile_for("h100", draw, *logits_and_keys(8, num_codes), options=FAIL_ON_SPILLS)
+    assert "draw_row" in compiled.text
+    assert compiled.temp_bytes <= 4096
+
+
+@pytest.mark.deviceless
+def test_draws_of_a_sharded_batch_need_no_communication():
+    mesh = make_mesh(data=4, fsdp=2, devices=list(devices_or_skip("h100:8")))
+    draw = functools.partial(draw_gpu.draw_filtered, draw_gpu.Kernel(1200, 0.99))
+    with use_mesh(mesh):
+        sharding = NamedSharding(mesh, spec_of(("batch",)))
+        text = compile_for("h100:8", draw, *logits_and_keys(16, 64), shardings=sharding).text
+    assert "draw_row" in text
+    assert not any(word in text for word in COLLECTIVES)
 
 
 @pytest.mark.deviceless
@@ -117,4 +161,4 @@ def test_sharded_batch_and_heads_need_no_communication(target, backend):
     pallas_tpu.operations.cache_clear()
     with use_mesh(mesh):
         text = compile_for(target, program, *qkv_like(16, 8), shardings=sharding).text
-    assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+    assert not any(word in text for word in COLLECTIVES)

@@ -17,14 +17,18 @@ pytestmark = pytest.mark.deviceless
 D16 = Namespace(depth=16, size=256, dtype="bfloat16", backend="auto")
 
 
-@pytest.fixture(scope="module")
-def memory():
-    """benchmarks/memory.py, which compiles the real step and sampler."""
-    path = Path(__file__).parents[2] / "benchmarks" / "memory.py"
-    spec = importlib.util.spec_from_file_location("memory", path)
+def load(name: str):
+    """Import a file of benchmarks/."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def memory():
+    """benchmarks/memory.py, which compiles the real step and sampler."""
+    return load("memory")
 
 
 @pytest.fixture(params=["h100", "v5e"])
@@ -53,3 +57,6 @@ def test_d16_sampler_compiles_within_memory(memory, target):
     compiled = memory.compile_sampler(target, modules, 32, jnp.bfloat16)
     assert compiled.total_bytes / MIB <= 1_150
     assert "window_forward" in compiled.text
+    assert "draw_row" in compiled.text
+    # one pass over each scale's logits by hand-written kernels; 2816 of them in the layers
+    assert sum(kernel.launches for kernel in load("launches").kernels_of(compiled.text)) <= 3_500

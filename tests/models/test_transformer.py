@@ -23,6 +23,7 @@ from small_case import MODEL, apply_phase, count, phase_logits, seeded_batch, se
 from mvar_jax.errors import InputError
 from mvar_jax.models.transformer import Transformer, previous_of
 from mvar_jax.ops.losses import token_cross_entropy
+from mvar_jax.ops.platform import compiling_for
 from mvar_jax.scales import BLOCK_CAUSAL, KNOWN_SIDES, Phase
 
 GOLDEN, GOLDEN_VAR = load("train"), load("var")
@@ -306,3 +307,13 @@ def test_check_refuses_fields_that_do_not_fit(changes, field):
     with pytest.raises(InputError, match=f"^{field} must ") as caught:
         MODEL.clone(**changes).check()
     assert caught.value.field == field
+
+
+def test_logits_for_a_gpu_are_those_for_a_cpu():
+    """A GPU's products and sums are joined in another way; attention by the one backend that runs here too."""
+    model = MODEL.clone(window_backend="dense", depth=1)
+    params, batch = seeded_params(model), seeded_batch(model)
+    phase = model.phases()[1]
+    expected = phase_logits(model, phase, params, batch)
+    with compiling_for("gpu"):
+        np.testing.assert_allclose(phase_logits(model, phase, params, batch), expected, atol=2e-6)

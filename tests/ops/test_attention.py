@@ -4,14 +4,10 @@ import numpy as np
 import pytest
 from golden_case import quick_jit
 
-from mvar_jax.ops.attention import (
-    block_causal_mask,
-    block_diagonal_attention,
-    block_diagonal_mask,
-    dense_attention,
-    group_scales,
-    normalise_query_key,
-)
+from mvar_jax.ops import triton_attention
+from mvar_jax.ops.attention import block_causal_mask, block_diagonal_mask, dense_attention, normalise_query_key
+from mvar_jax.ops.block_diagonal import Segments, block_diagonal_attention, group_scales
+from mvar_jax.ops.platform import compiling_for
 from mvar_jax.scales import KNOWN_SIDES
 
 AREAS_256 = tuple(side**2 for side in KNOWN_SIDES[256])
@@ -58,6 +54,33 @@ def test_grouped_block_diagonal_attention_equals_the_masked_one(areas):
 
     ours, expected = run(q, k, v)
     np.testing.assert_allclose(ours, expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("areas", [(1,), (9,), (1, 4, 9), (63, 1, 64, 2), (100,), AREAS_256[:8]], ids=str)
+def test_kernels_attend_within_segments_and_their_gradients_equal_the_masked_ones(areas, dtype):
+    arrays = [x.astype(dtype) for x in (*random_qkv(sum(areas)), random_qkv(sum(areas), 1)[0])]
+
+    @quick_jit
+    def run(q, k, v, cotangent):
+        by_kernel = lambda q, k, v: triton_attention.attend(Segments(areas), q, k, v, 0.7, interpret=True)
+        masked = lambda q, k, v: dense_attention(q, k, v, block_diagonal_mask(areas), scale=0.7)
+        (ours, pull_ours), (out, pull) = jax.vjp(by_kernel, q, k, v), jax.vjp(masked, q, k, v)
+        return (ours, *pull_ours(cotangent)), (out, *pull(cotangent))
+
+    tolerance = {"atol": 2e-5} if dtype == jnp.float32 else {"atol": 0.06, "rtol": 0.03}
+    for ours, expected in zip(*run(*arrays), strict=True):
+        np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(expected, np.float32), **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "uses_kernel"), [("gpu", "bfloat16", 1), ("gpu", "float32", 0), ("cpu", "bfloat16", 0)]
+)
+def test_only_half_precision_on_a_gpu_attends_by_the_kernels(platform, dtype, uses_kernel):
+    x = jax.ShapeDtypeStruct((2, 14, 2, 64), dtype)
+    with compiling_for(platform):
+        jaxpr = jax.make_jaxpr(lambda q, k, v: block_diagonal_attention(q, k, v, (1, 4, 9)))(x, x, x)
+    assert str(jaxpr).count("pallas_call") == uses_kernel
 
 
 @pytest.mark.parametrize("areas", [(1,), AREAS_256, COARSE_512, (200, 1, 300)])

@@ -175,7 +175,7 @@ def test_auto_is_chosen_for_the_platform_that_a_program_is_compiled_for():
     assert choose_backend(like(64), 7) == "tiled"
     assert choose_backend(like(64), 65) == "dense"
     with compiling_for("gpu"):
-        assert choose_backend(like(16), 7) == choose_backend(like(64), 7) == "pallas_gpu"
+        assert choose_backend(like(16), 7) == choose_backend(like(64), 65) == "pallas_gpu"
         assert choose_backend(like(24, head_width=256), 7) == "band"
     with compiling_for("tpu"):
         assert choose_backend(like(32), 7) == "dense"

@@ -27,7 +27,7 @@ from mvar_jax.models.networks import Networks
 
 labels, index, meshes = json.loads(sys.argv[1])
 assert jax.device_count() == 4
-sampler.DRAW_ELEMENTS = 3 * 16 * 16  # so that every device works in chunks, as in decoding
+sampler.DRAW_ELEMENTS["cpu"] = 3 * 16 * 16  # so that every device works in chunks, as in decoding
 MODEL, TOKENIZER = (x.clone(sides=(1, 2, 4)) for x in (small_case.MODEL, small_case.TOKENIZER))
 params, tokenizer_params = small_case.seeded_params(MODEL), small_case.seeded_params(TOKENIZER, std=1.0)
 options = SampleOptions(cfg=1.5, top_k=12, top_p=0.95)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from test_token_cache import _contents, _from, _records, _write, _write_dying, _writer
+from test_token_cache import _change, _contents, _from, _records, _write, _write_dying, _writer
 
 from mvar_jax.data.options import LoadOptions
 from mvar_jax.data.pipeline import train_batches
@@ -222,6 +222,16 @@ def test_interrupted_writer_goes_on_with_the_first_missing_shard(local, folder, 
         options = {"num_images": 11, "num_views": 2, "transform": {"degrees": 5.0}, "num_shards": NUM_SHARDS}
         writer.write_split("train", _from(train), **options)
         writer.write_split("val", _from(val), num_images=4, num_views=1, transform={})
+    assert {name: (folder / name).read_bytes() for name in folder.find()} == _contents(local[0])
+
+
+def test_damaged_shard_of_an_interrupted_writer_is_written_again(local, folder, capsys):
+    """Its size is right: only its records tell."""
+    _write_dying(folder, first_lost=8, num_shards=NUM_SHARDS)
+    damaged = sorted((folder / UNFINISHED).glob("*.array_record"))[1]
+    _change(damaged)
+    _write(folder, num_shards=NUM_SHARDS)
+    assert f"{damaged} is written again" in capsys.readouterr().err
     assert {name: (folder / name).read_bytes() for name in folder.find()} == _contents(local[0])
 
 

@@ -13,12 +13,13 @@ from small_case import seeded_params
 from mvar_jax.data.options import LoadOptions
 from mvar_jax.data.sources import SyntheticSource
 from mvar_jax.data.transforms import PhotoTransform
+from mvar_jax.files.images import min_zoom, tile_grid
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import make_mesh, use_mesh
 from mvar_jax.training.optimizer import OptimizerOptions
-from mvar_jax.training.task import RunOptions, TaskData
+from mvar_jax.training.task import NUM_PICTURES, RunOptions, TaskData
 from mvar_jax.training.tokenizer_step import CodebookOptions
 from mvar_jax.training.tokenizer_task import TokenizerTask
 from mvar_jax.training.transformer_step import PhaseOptions
@@ -37,7 +38,7 @@ FEW = 5  # held-out images, which eight devices do not divide
 def tasks(mesh) -> dict:
     sources = {split: SyntheticSource(split, seed=0, size=FEW) for split in ("train", "val")}
     data = TaskData(sources, PhotoTransform(2, flip=False), LoadOptions())
-    run = RunOptions(0, 10, 8, OptimizerOptions(), mesh)
+    run = RunOptions(0, 10, 8, OptimizerOptions(), mesh, eval_samples=NUM_PICTURES)
     networks = Networks(TOKENIZER, seeded_params(TOKENIZER, std=0.5))
     return {
         "samples": TransformerTask(run, TRANSFORMER, PhaseOptions(), networks, data),
@@ -66,6 +67,13 @@ def draw(task, module) -> tuple[np.ndarray, dict]:
     return picture, {"weights": sum(x.nbytes for x in jax.tree.leaves(params)), **sizes}
 
 
+def scored_samples(task: TransformerTask) -> np.ndarray:
+    """Return the samples that an evaluation scores, as a picture: they are drawn as those of `draw` are."""
+    params = jax.device_put(seeded_params(TRANSFORMER, std=0.05), task.shardings.params)
+    ((pixels, _),) = task._samples(types.SimpleNamespace(params=params, ema=None))
+    return tile_grid(pixels, 8, zoom=min_zoom(pixels.shape[1]))
+
+
 def main():
     sharded, single = tasks(make_mesh(data=1, fsdp=8)), tasks(make_mesh(devices=jax.devices()[:1]))
     report = {"devices": len(jax.devices())}
@@ -78,6 +86,9 @@ def main():
             "worst": int(difference.max()),
             "spread": float(expected.std()),
         }
+        if name == "samples":
+            scored = scored_samples(sharded[name])
+            report[name]["scored_worst"] = int(np.abs(scored.astype(int) - expected.astype(int)).max())
     print(json.dumps(report))
 
 

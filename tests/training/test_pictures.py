@@ -40,3 +40,7 @@ def test_no_device_holds_the_whole_weights(report, name, work):
 @pytest.mark.parametrize("name", ["samples", "reconstructions"])
 def test_pictures_of_eight_devices_are_those_of_one(report, name):
     assert report[name]["same_shape"] and report[name]["worst"] <= 1 and report[name]["spread"] > 10
+
+
+def test_samples_that_eight_devices_draw_for_their_scores_are_those_of_one(report):
+    assert report["samples"]["scored_worst"] <= 1

@@ -3,7 +3,7 @@
 | backend    | form                                                        | memory beyond q, k, v, out  |
 | ---------- | ----------------------------------------------------------- | --------------------------- |
 | reference  | masked attention over the whole map, the oracle             | O(N^2)                      |
-| dense      | the same, by cuDNN if it supports the arrays                | O(N^2), on CUDA O(N)        |
+| dense      | the same, normalised last: fewer divisions                  | O(N^2)                      |
 | gather     | the paper's: each query's keys gathered                     | O(N W^2 K)                  |
 | tiled      | small square tiles of queries against their halo of keys    | O(N (W + t)^2), some heads  |
 | band       | bands of whole rows against their halo                      | O(N (W + t) X), some heads  |
@@ -66,20 +66,20 @@ def why_not(backend: str, q_BYXHK: jax.Array) -> str | None:
 def choose_backend(q_BYXHK: jax.Array, kernel_size: int) -> str:
     """Return the backend that `auto` means, from the measurements in benchmarks/RESULTS.md.
 
-    A window that covers the map is plain attention on every platform. CPU, measured: one masked product on small
-    maps and if bands would not save half of it, else bands; tiles on large maps. GPU, measured on an H100: the
-    Triton kernel, faster than every XLA form at 13x13, 16x16, 32x32 and 64x64, forward and with gradients; as on
-    CPU if the kernel does not support the arrays. TPU, not measured, from rooflines of compiled programs: dense up
+    GPU, measured on an H100: the Triton kernel, faster than every XLA form at 13x13, 16x16, 32x32 and 64x64, forward
+    and with gradients; as on CPU if the kernel does not support the arrays. Elsewhere a window that covers the map
+    is plain attention. CPU, measured: one masked product on small maps and if bands would not save half of it, else
+    bands; tiles on large maps. TPU, not measured, from rooflines of compiled programs: dense up
     to 32x32, since the matrix unit does one masked product faster than many small ones, splash attention beyond.
     """
     Y, X = q_BYXHK.shape[1:3]
     platform = current_platform()
+    if platform == "gpu" and not why_not("pallas_gpu", q_BYXHK):
+        return "pallas_gpu"
     if kernel_size >= Y and kernel_size >= X:
         return "dense"
     if platform == "tpu":
         return "dense" if Y * X <= 1024 or why_not("pallas_tpu", q_BYXHK) else "pallas_tpu"
-    if platform == "gpu" and not why_not("pallas_gpu", q_BYXHK):
-        return "pallas_gpu"
     if Y * X > 576:
         return "tiled"
     return "dense" if Y * X <= 100 or tiled.BAND_ROWS + kernel_size - 1 > Y / 2 else "band"

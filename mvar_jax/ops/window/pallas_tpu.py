@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+from mvar_jax.ops.per_device import per_device
 from mvar_jax.ops.window.geometry import window_mask
-from mvar_jax.ops.window.per_device import per_device
 
 BLOCK = 128  # the kernel needs whole blocks of tokens
 DTYPES = ("bfloat16", "float32")

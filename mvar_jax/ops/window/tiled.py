@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.ops.attention import softmax_attention
+from mvar_jax.ops.per_device import per_device
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.window.geometry import window_starts
-from mvar_jax.ops.window.per_device import per_device
 
 TILE = (8, 8)
 BAND_ROWS = 4

@@ -1,0 +1,224 @@
+"""benchmarks/accelerator.py on a CPU: its processes by a stand-in for the script, its stages at tiny sizes."""
+
+import argparse
+import json
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import accelerator
+from benchmarks.stages import models, operations, traces
+from benchmarks.stages.measure import TINY
+from benchmarks.stages.report import Report, read_rows, to_markdown
+from benchmarks.window_cases import CASES
+
+ARGS = argparse.Namespace(size=TINY, depth=1, backend="auto", remat="dots", rounds=2)
+# what a stage prints and writes, in place of the script: rows, status and seconds that its name asks for
+STAND_IN = """
+import json, os, sys, time
+argv = sys.argv[1:]
+name, rows = argv[argv.index("--stages", argv.index("--out")) + 1], argv[argv.index("--rows") + 1]
+print("hello from", name, flush=True)
+row = {"table": "flags", "flags": os.environ["XLA_FLAGS"].split()[-1], "ms": [3.0, 1.0, 2.0]}
+open(rows, "a").write(json.dumps(row) + chr(10))
+if name == "resume":
+    time.sleep(600)
+sys.exit(1 if name == "kernels" else 0)
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run the script with stand-ins for its stages; return (status, results, the folder)."""
+    (script := tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.setattr(accelerator, "__file__", str(script))
+
+    def main(*argv):
+        out = tmp_path / "out"
+        status = accelerator.main([*argv, "--out", str(out)])
+        return status, json.loads((out / "accelerator.json").read_text()), out
+
+    return main
+
+
+def test_a_failing_and_a_stopped_stage_leave_the_others_and_their_rows(run, tmp_path, monkeypatch, capsys):
+    class TimerOfResume(threading.Thread):
+        """A timer whose time is up as soon as the stand-in of `resume` has written its row and hangs."""
+
+        def __init__(self, limit_s, stop):
+            self.limit_s, self.stop = limit_s, stop
+            super().__init__(daemon=True)
+
+        def run(self):
+            while self.limit_s == 2 * accelerator.STAGES["resume"].limit_s:
+                if read_rows(tmp_path / "out" / "resume.jsonl"):
+                    return self.stop()
+                time.sleep(0.01)
+
+        def cancel(self):
+            self.join()
+
+    monkeypatch.setattr(accelerator.threading, "Timer", TimerOfResume)
+    status, results, out = run("--stages", "kernels,resume,golden", "--limit_factor", "2")
+    assert status == 1
+    assert [(x["stage"], x["status"]) for x in results] == [("kernels", 1), ("resume", -9), ("golden", 0)]
+    assert [len(x["rows"]) for x in results] == [1, 1, 1]
+    assert (out / "resume.log").read_text() == "hello from resume\n"
+    assert "1 of 3 passed; not: kernels; resume" in capsys.readouterr().out
+
+
+def test_products_by_triton_are_compared_where_stages_have_products(run):
+    _, results, _ = run("--stages", "sampler,golden", "--triton_gemm", "both")
+    flags = [(x["stage"], x["rows"][0]["flags"].rpartition("=")[2]) for x in results]
+    assert flags == [
+        ("sampler, Triton products off", "false"),
+        ("sampler, Triton products on", "true"),
+        ("golden", "false"),
+    ]
+
+
+def test_record_appends_dated_tables(run, tmp_path):
+    (results := tmp_path / "RESULTS.md").write_text("# Results\n")
+    status, _, _ = run("--stages", "golden", "--record", str(results))
+    lines = results.read_text().splitlines()
+    assert status == 0 and lines[0] == "# Results"
+    assert f"## {accelerator.datetime.date.today()}: benchmarks/accelerator.py" in lines
+    assert lines[-3:] == ["| flags | ms |", "| --- | --- |", "| --xla_gpu_enable_triton_gemm=false | 2 (1..3) |"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--stages", "published"], "--published DIR"),
+        (["--stages", "kernels,magic"], "got magic"),
+        (["--batches", "1,0"], "1 or more"),
+    ],
+)
+def test_bad_arguments_start_nothing(argv, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        accelerator.main(argv)
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_kernels_stage_writes_a_row_for_each_form_and_fails_beyond_its_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(operations, "parity_cases", lambda args: CASES[:1])
+    monkeypatch.setattr(operations, "BACKENDS", ("reference", "dense"))
+    monkeypatch.setattr(operations, "LIMITS", {"float32": 2e-5})
+    argv = ["--size", TINY, "--stages", "kernels", "--rows", str(tmp_path / "rows.jsonl")]
+    assert accelerator.main(argv) == 0
+    conditions, *draws, window, scales = read_rows(tmp_path / "rows.jsonl")
+    assert conditions["jax"] == jax.__version__ and conditions["device"] == "cpu"
+    assert len(draws) == 2 and all(row["draws"] == 6 and row["ok"] for row in draws)
+    assert (window["form"], scales["form"]) == ("dense", "auto")
+    assert window["ok"] and scales["ok"] and 0 < window["dq"] < 2e-5
+    monkeypatch.setattr(operations, "add_draws", lambda *_: True)
+    monkeypatch.setattr(operations, "subjects", lambda args: [wrong_subject(float("nan"))])
+    assert accelerator.main(argv) == 1
+    assert read_rows(tmp_path / "rows.jsonl")[-1]["ok"] is False
+
+
+def wrong_subject(offset: float) -> operations.Subject:
+    """A form whose output is off, with the right gradients."""
+    forms = {"reference": lambda q, k, v: q * k - v, "wrong": lambda q, k, v: q * k - v + offset}
+    return operations.Subject("wrong", [jnp.full(3, x) for x in (1.0, 2.0, 3.0, 4.0)], forms)
+
+
+def test_a_loop_of_attention_is_that_many_calls():
+    """Each call's output is the next one's q, so a loop of two equals two calls by hand."""
+    attend = lambda q, k, v: 0.5 * q * k - v
+    arrays = [jnp.asarray(x) for x in (1.5, 2.0, -3.0, 4.0)]
+    out, q, k, *gradients = operations.looped(attend, "with gradients", 2)(*arrays)
+    first = operations.with_gradients(attend, *arrays)
+    second = operations.with_gradients(attend, first[0], *arrays[:2], arrays[3])
+    assert (out, q, k) == (second[0], first[0], arrays[0]) and gradients == list(second[1:])
+
+
+@pytest.fixture
+def products():
+    """Two programs that are compiled at once, and one that fails."""
+
+    def named(x):
+        with jax.named_scope("blocks"), jax.named_scope("ffn"):
+            return x @ x
+
+    def program(size, lower=None):
+        x, jitted = jnp.ones((size, size)), jax.jit(named)
+        lower = lower or (lambda: jitted.lower(x))
+        return models.Program({"batch": size}, size, lower, lambda compiled: compiled(x), 2.0 * size**3)
+
+    def fail():
+        raise RuntimeError("out of\nmemory | here")
+
+    return {"large": program(64), "small": program(32), "wrong": program(16, fail)}
+
+
+def test_programs_are_timed_from_small_to_large_and_a_failure_is_a_row(products):
+    report = Report()
+    times = models.measure_programs("products", products, 3, report)
+    assert list(times) == ["small", "large"] and all(len(x) == 3 and min(x) > 0 for x in times.values())
+    failed, *rows = report.rows
+    assert failed["reason"] == "RuntimeError: out of memory / here" and failed["table"] == "products that failed"
+    assert [row["batch"] for row in rows] == [32, 64]
+    for row in rows:
+        assert row["compiled, MiB"] == pytest.approx(8 * row["batch"] ** 2 / 2**20)
+        assert row["images/s"] == pytest.approx(1e3 * row["batch"] / np.median(row["ms"]))
+        assert row["MFU"] is None and row["peak, MiB"] is None  # a CPU has neither
+
+
+def test_profile_counts_the_kernels_of_a_call_by_kind_part_and_name(products, tmp_path):
+    report, program = Report(), products["large"]
+    traces.add_profile("product", program, program.lower().compile(), tmp_path, 2, report)
+    rows = {row["table"]: row for row in report.rows}
+    assert rows["programs"]["kernels a call"] == 1 and rows["programs"]["ms of kernels"] > 0
+    assert rows["product: by kind"]["kind"] == "matrix products" and rows["product: by kind"]["share"] == 1
+    assert rows["product: by part"]["part"] == "blocks ffn"
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("jit(step)/transpose(jvp(Net))/while/body/blocks/blocks.add/up/rd,f->df/dot", "backward: Net blocks add up"),
+        ("jit(sample)/Net/while/body/eval_jaxpr/checkpoint/blocks/reduce_sum", "Net blocks"),
+        ("jit(step)/jvp(jit(log_softmax))/exp", "(exp)"),
+        ("jit(sample)/gather", "(gather)"),
+    ],
+)
+def test_part_of_the_model_by_an_instructions_name(name, part):
+    assert traces.part_of(name) == part
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("attention_backward_kv", "attention, ours"),
+        ("wrapped_reduce-window", "fusions that reduce"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention, cuDNN"),
+        ("sm90_xmma_fprop_implicit_gemm_f32f32_nhwc", "convolutions"),
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNT", "matrix products"),
+        ("gemm_fusion_dot_12", "matrix products, Triton"),
+        ("MemcpyD2D", "copies and fills of the driver"),
+        ("input_transpose_fusion_3", "transposes and copies"),
+        ("loop_convert_fusion", "other fusions"),
+    ],
+)
+def test_kind_of_a_kernel_by_its_name(kernel, kind):
+    assert traces.kind_of(kernel) == kind
+
+
+def test_recorded_tables_are_those_on_the_screen(capsys):
+    report = Report()
+    report.add("conditions", device="cpu", driver="")
+    report.add("a", ms=[2.0, 1.0], ok=True)
+    report.add("a", ms=[1234.5], ok=False)
+    report.add("b", mib=None)
+    shown = capsys.readouterr().out
+    assert to_markdown(report.rows).strip() == shown.strip()
+    assert shown.splitlines() == [
+        "device cpu.",
+        *["", "**a**", "", "| ms | ok |", "| --- | --- |", "| 1.5 (1..2) | yes |", "| 1234 (1234..1234) | **no** |"],
+        *["", "**b**", "", "| mib |", "| --- |", "|  |"],
+    ]
