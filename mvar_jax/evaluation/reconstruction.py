@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import grain
 import numpy as np
 
 from mvar_jax.api import Model
@@ -100,6 +99,7 @@ class Images:
 
 def _load_all(names: list[str], load: Load) -> Iterator[np.ndarray | str]:
     """Yield the pixels of each image, or the reason why it has none; threads load NUM_AHEAD images ahead."""
+    import grain  # slow to import
 
     def visit(number: int) -> np.ndarray | str:
         try:

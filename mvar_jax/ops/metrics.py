@@ -1,7 +1,6 @@
 """Metrics of reconstructions and of codebook usage, in float64 on the host (`psnr_of_error`: in any program)."""
 
 import numpy as np
-from scipy import ndimage
 
 from mvar_jax.errors import InputError
 
@@ -37,6 +36,8 @@ def ssim(a_BYX3, b_BYX3, data_range: float) -> np.ndarray:
     Gaussian window of 11 x 11 pixels and deviation 1.5, K1 = 0.01, K2 = 0.03; mean over the channels and over the
     positions at which the window is inside the image. Raises InputError for images smaller than 11 x 11.
     """
+    from scipy import ndimage  # slow to import
+
     a_BYX3, b_BYX3 = _image_pair(a_BYX3, b_BYX3)
     radius = 5
     if min(a_BYX3.shape[1:3]) <= 2 * radius:

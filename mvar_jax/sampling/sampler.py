@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import modulate
-from mvar_jax.ops import draw_gpu
 from mvar_jax.ops.pixels import to_levels
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.quantize import next_input
@@ -116,18 +115,21 @@ def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int,
     """
     _, N, V = logits_BNV.shape
     num_together = max(1, DRAW_ELEMENTS[current_platform()] // (N * V))
-    if noise is gumbel_noise and draw_gpu.why_not(logits_BNV, keys_B) is None:
-        place = (scale, num_scales) if options.smooth else None
-        kernel = draw_gpu.Kernel(options.top_k, options.top_p, options.temperature, place)
-        if not options.smooth:
-            (ids_BN,) = draw_gpu.draw_filtered(kernel, logits_BNV, keys_B)
-            return ids_BN, codebook[ids_BN]
+    if noise is gumbel_noise and current_platform() == "gpu":
+        from mvar_jax.ops import draw_gpu  # Pallas is slow to import
 
-        def draw_by_kernel(rows):
-            ids_bN, weights_bNV = draw_gpu.draw_filtered(kernel, *rows)
-            return ids_bN, mix_codes(weights_bNV, codebook)
+        if draw_gpu.why_not(logits_BNV, keys_B) is None:
+            place = (scale, num_scales) if options.smooth else None
+            kernel = draw_gpu.Kernel(options.top_k, options.top_p, options.temperature, place)
+            if not options.smooth:
+                (ids_BN,) = draw_gpu.draw_filtered(kernel, logits_BNV, keys_B)
+                return ids_BN, codebook[ids_BN]
 
-        return map_rows(draw_by_kernel, (logits_BNV, keys_B), num_together)
+            def draw_by_kernel(rows):
+                ids_bN, weights_bNV = draw_gpu.draw_filtered(kernel, *rows)
+                return ids_bN, mix_codes(weights_bNV, codebook)
+
+            return map_rows(draw_by_kernel, (logits_BNV, keys_B), num_together)
 
     def draw_some(rows):
         logits_bNV, keys_b = rows
