@@ -27,7 +27,7 @@ from mvar_jax.values import as_flag, as_integer, as_real
 # Bytes of activations that the decoder may hold: otherwise its last stage would dominate memory. Each of its stages
 # takes as many images at once as fit, so that the coarse ones fill an accelerator. On a CPU convolutions are fastest
 # one image by one: 12.5 s for four images of 256 px, 14.5 s together.
-DECODER_BYTES = {"cpu": 0, "gpu": 2**28, "tpu": 2**28}
+DECODER_BYTES = {"cpu": 0, "gpu": 2**27, "tpu": 2**27}
 MAPS_HELD = 3  # at once in a residual block: its input, a normalised map and a convolution's result
 # Logits filtered at once: otherwise the filters' arrays would be the largest of the program. On a CPU they stay in
 # the cache: 0.85 of the time.
