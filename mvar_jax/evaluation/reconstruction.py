@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import grain
 import numpy as np
 
 from mvar_jax.api import Model
@@ -102,6 +101,7 @@ class Images:
 
 def load_all(items: Sequence[Item], load: Callable[[Item], np.ndarray]) -> Iterator[np.ndarray | str]:
     """Yield the pixels of each item, or the reason why it has none; threads load NUM_AHEAD images ahead."""
+    import grain  # slow to import
 
     def visit(number: int) -> np.ndarray | str:
         try:
