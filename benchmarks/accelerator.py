@@ -62,20 +62,30 @@ STAGES = {
     "resume": Stage("runs", 90, 200, "train, SIGKILL, resume: equal losses; sample", flags=DETERMINISTIC),
     "profile": Stage("traces", 120, 300, "kernels of sampling and training: kind, part, name, number", True),
 }
+PROGRAMS = ("sampler", "training")
 
 
-def integers(text: str) -> list[int]:
-    values = [int(x) for x in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {min(values)}")
-    return values
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return int(text)
 
 
-def stage_names(text: str) -> list[str]:
+def counts(text: str) -> list[int]:
+    return [count(part) for part in text.split(",")]
+
+
+def some_of(allowed, text: str) -> list[str]:
     names = text.split(",")
-    if unknown := [name for name in names if name not in STAGES]:
-        raise argparse.ArgumentTypeError(f"must be some of {', '.join(STAGES)}, got {unknown[0]}")
+    if unknown := [name for name in names if name not in allowed]:
+        raise argparse.ArgumentTypeError(f"must be some of {', '.join(allowed)}, got {unknown[0]}")
     return names
+
+
+def published_folder(text: str) -> Path:
+    if not (Path(text) / "models" / "mvar.py").is_file():
+        raise argparse.ArgumentTypeError(f"must be a checkout of CVL-UESTC/MVAR with models/mvar.py, got {text}")
+    return Path(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -83,21 +93,20 @@ def make_parser() -> argparse.ArgumentParser:
     epilog = f"stages, seconds expected on an H100 with nothing in the cache of compiled programs:\n{listed}"
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=raw)
-    parser.add_argument(
-        "--stages", type=stage_names, help="comma-separated (default all; `published` if it is given)"
-    )
+    stages, programs = (functools.partial(some_of, names) for names in (STAGES, PROGRAMS))
+    parser.add_argument("--stages", type=stages, help="comma-separated (default all; published needs --published)")
     parser.add_argument("--size", default="256", choices=("256", "512", "1024", "tiny"), help="image side")
-    parser.add_argument("--depth", type=int, default=16)
-    parser.add_argument("--batches", type=integers, default=[1, 32, 64, 256], help="of sampling")
-    parser.add_argument("--train_batches", type=integers, default=[32, 56])
-    parser.add_argument("--profile", default="sampler,training", help="programs that `profile` traces")
-    parser.add_argument("--profile_batches", type=integers, default=[1, 64], help="of sampling in `profile`")
-    parser.add_argument("--rounds", type=int, default=7, help="timed calls of each program, after a first one")
+    parser.add_argument("--depth", type=count, default=16)
+    parser.add_argument("--batches", type=counts, default=[1, 32, 64, 256], help="of sampling")
+    parser.add_argument("--train_batches", type=counts, default=[32, 56])
+    parser.add_argument("--profile", type=programs, default=list(PROGRAMS), help="programs that `profile` traces")
+    parser.add_argument("--profile_batches", type=counts, default=[1, 64], help="of sampling in `profile`")
+    parser.add_argument("--rounds", type=count, default=7, help="timed calls of each program, after a first one")
     parser.add_argument("--backend", default="auto", help="of the local window in sampling and training")
     parser.add_argument("--remat", default="dots", choices=("none", "dots", "full"))
     parser.add_argument("--triton_gemm", default="off", choices=("on", "off", "both"), help="XLA's Triton products")
     parser.add_argument("--compilation_cache", default="auto", metavar="auto|off|DIR")
-    parser.add_argument("--published", type=Path, metavar="DIR", help="checkout of CVL-UESTC/MVAR, for `published`")
+    parser.add_argument("--published", type=published_folder, metavar="DIR", help="a checkout of CVL-UESTC/MVAR")
     parser.add_argument("--limit_factor", type=float, default=1, help="multiply the limits, for a slower machine")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for each stage's log and accelerator.json")
     parser.add_argument(
@@ -162,7 +171,8 @@ def record(results: list[dict], argv: list[str], path: Path) -> None:
     """Append the tables of a run to a file of results."""
     lines = [f"\n## {datetime.date.today()}: benchmarks/accelerator.py\n\n`{' '.join(argv)}`"]
     for result in results:
-        ending = f"exit {result['status']} after {result['seconds']:.0f} s"
+        ending = "Stopped" if result["status"] == -signal.SIGKILL else f"Exit status {result['status']}"
+        ending += f" after {result['seconds']:.0f} s."
         lines.append(f"\n### {result['stage']}\n\n{ending}\n{to_markdown(result['rows'])}")
     with open(path, "a") as file:
         file.write("\n".join(lines) + "\n")

@@ -14,6 +14,8 @@ if [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/.ready" 2>/dev/null)" = "$wanted
 fi
 echo "setting up $VENV with $("$PYTHON" --version) (about 2 GB${EXTRAS:+ and jax[$EXTRAS]}; a minute or two)"
 "$PYTHON" -m venv "$VENV"
+# the pip that comes with Python 3.11 and 3.12 takes a minute more to choose the versions
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "pip>=26"
 # Python compiles a module when it is first imported: compiling all of them here would be half of the time
 "$VENV/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check \
   -r requirements.txt ${EXTRAS:+"jax[$EXTRAS]"}

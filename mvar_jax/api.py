@@ -5,7 +5,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import softmax
 
 from mvar_jax.checkpoints.class_names import ClassNames, check_labels, class_names_of
 from mvar_jax.checkpoints.joining import load_both
@@ -248,6 +247,8 @@ class Model:
 
     def classify(self, ids_BL, classes_C=None, batch_size=32) -> np.ndarray:
         """Return the probability of each of some classes, by default all, given equal priors, `[B, C] float32`."""
+        from scipy.special import softmax  # slow to import
+
         log_p_BC = -self.score_classes(ids_BL, classes_C, batch_size).sum(axis=2, dtype=np.float64)
         return softmax(log_p_BC, axis=1).astype(np.float32)
 

@@ -52,13 +52,16 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 gc.set_threshold(200_000, 20, 100)
 
 
-# Whole files go to one of two processes: the long ones first, or one of them runs alone at the end. The first makes
-# the run that later files need; a second process would wait for it.
-LONG_FILES = ["test_commands", "test_window", "test_sampler", "test_processes", "test_sharding", "test_loop"]
-LONG_FILES += ["test_default_flags", "test_notebooks", "test_sample", "test_transformer", "test_package"]
-LONG_FILES += ["test_ends", "test_run_in_store", "test_errors", "test_kill", "test_cache_commands", "test_pictures"]
-LONG_FILES += ["test_store_checkpoints", "test_locks", "test_toy_run_in_store", "test_stored_models", "test_slurm"]
-LONG_FILES += ["test_tokenizer", "test_weights", "test_folder"]
+# Whole files go to one of three processes: the long ones first, or one of them runs alone at the end. The first makes
+# the run that later files need; another process would wait for it.
+LONG_FILES = ["test_commands", "test_window", "test_errors", "test_processes", "test_sampler", "test_sharding"]
+LONG_FILES += ["test_default_flags", "test_kill", "test_store_checkpoints", "test_run_in_store"]
+LONG_FILES += ["test_stored_models", "test_ends", "test_cache_commands", "test_notebooks", "test_transformer"]
+LONG_FILES += ["test_deviceless_d16", "test_toy_run_in_store", "test_encode", "test_weights", "test_resume"]
+LONG_FILES += ["test_store_cache", "test_package", "test_pictures", "test_folder", "test_transformer_step"]
+LONG_FILES += ["test_loop", "test_slurm", "test_tokenizer_step", "test_accumulate", "test_manager", "test_join"]
+LONG_FILES += ["test_sample", "test_four_processes", "test_locks", "test_worker_scripts", "test_joined_models"]
+LONG_FILES += ["test_tokenizer"]
 
 
 def pytest_collection_modifyitems(items):
@@ -98,7 +101,7 @@ def own_program_cache(shared_folder):
     """Compiled programs go where all test processes and their children find them, and no later run."""
     settings = {
         "compilation_cache_dir": str(shared_folder / "programs"),
-        "persistent_cache_min_compile_time_secs": 0.5,
+        "persistent_cache_min_compile_time_secs": 0.1,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():

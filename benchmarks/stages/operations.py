@@ -22,6 +22,7 @@ from mvar_jax.scales import KNOWN_SIDES, areas_of
 
 LIMITS = {"float32": 2e-5, "bfloat16": 1.2e-2}  # |ours - oracle| / |oracle|, norms
 MAX_NEAR_TIES = 1e-3  # of all draws: top-p keeps a logit or not by the rounding of a sum
+FILTERS = ((0, 0.0), (8, 0.0), (0, 0.9), (1200, 0.99))  # top_k, top_p
 PARITY_SIDES = (13, 16, 24, 32)
 NUM_CALLS = 50  # in one timed program
 DIRECTIONS = {"forward": 4, "with gradients": 12}  # arrays that a call reads or writes at least
@@ -129,7 +130,7 @@ def add_draws(args, report: Report) -> bool:
     logits, keys = 3 * jax.random.normal(jax.random.key(0), (B, N, V)), keys_of_samples(0, np.arange(B))
     is_kernel = draw_gpu.why_not(logits, keys) is None
     is_good = True
-    for top_k, top_p in ((0, 0.0), (V // 4, 0.9)):
+    for top_k, top_p in FILTERS:
         # the interpreter is for dry runs
         kernel = draw_gpu.Kernel(top_k, top_p, interpret=not is_kernel)
         (ids,) = draw_gpu.draw_filtered(kernel, logits, keys)

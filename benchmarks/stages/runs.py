@@ -31,6 +31,13 @@ def mvar(*arguments) -> list[str]:
     return [sys.executable, "-m", "mvar_jax", *map(str, arguments)]
 
 
+def succeed(command: list[str]) -> None:
+    """Run a command. Raises InputError unless it exits with 0; what it printed says why."""
+    if status := subprocess.run(command).returncode:
+        message = f"`{' '.join(command[1:4])}` must exit with 0, got {status}"
+        raise InputError(message, field="stages", given=status, expected="0")
+
+
 def losses_of(run: Path) -> dict[tuple, float]:
     """Return the losses that a run logged, by step and kind of line."""
     path = run / "metrics.jsonl"
@@ -64,16 +71,13 @@ def run_resume(args, report: Report) -> bool:
         options = [f"--config.data.cache={tokens}", f"--config.num_steps={steps}", cache]
         options += [f"--config.save_every_steps={steps // 8}", f"--config.eval_every_steps={steps // 3}"]
         train = {name: mvar("train", "--config", config, *options, "--workdir", runs / name) for name in ("a", "b")}
-        for command in (
-            mvar("train", "--config", CONFIGS / "debug.py", cache, "--workdir", tokenizer),
-            mvar("cache_tokens", "--config", config, "--tokenizer", tokenizer, "--out", tokens, cache),
-            train["a"],
-        ):
-            subprocess.run(command, check=True)
+        succeed(mvar("train", "--config", CONFIGS / "debug.py", cache, "--workdir", tokenizer))
+        succeed(mvar("cache_tokens", "--config", config, "--tokenizer", tokenizer, "--out", tokens, cache))
+        succeed(train["a"])
         step = kill_after(killed_at, train["b"], runs / "b")
-        subprocess.run(train["b"], check=True)
+        succeed(train["b"])
         draw = ["--labels", "3,4", "--num", 2, "--cfg", 1.5, "--out", runs / "samples", cache]
-        subprocess.run(mvar("sample", "--checkpoint", runs / "b", *draw), check=True)
+        succeed(mvar("sample", "--checkpoint", runs / "b", *draw))
         whole, resumed = losses_of(runs / "a"), losses_of(runs / "b")
         num_samples = len(list((runs / "samples").rglob("*.png")))
     num_different = sum(resumed.get(key) != loss for key, loss in whole.items())

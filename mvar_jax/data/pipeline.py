@@ -9,7 +9,6 @@ gets mask 0.
 import functools
 from collections.abc import Callable, Iterator
 
-import grain
 import numpy as np
 
 from mvar_jax.data.decoding import BadImage
@@ -94,6 +93,8 @@ def _prefetch(first: int, stop: int, make_batch, skipped: Skipped, options: Load
     """Yield batches in order. Bad images travel with their batch, so that a worker process can report them."""
 
     def batches_of(worker: int, num_workers: int) -> Iterator[tuple[Batch, Bad]]:
+        import grain  # slow to import
+
         buffer_size = max(4, 2 * options.num_threads) if options.num_threads else 0
         read = grain.ReadOptions(num_threads=options.num_threads, prefetch_buffer_size=buffer_size)
         steps = grain.MapDataset.range(first + worker, stop, num_workers)

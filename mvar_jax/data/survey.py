@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import grain
 import numpy as np
 
 from mvar_jax.data.decoding import BadImage
@@ -67,6 +66,8 @@ def survey(source: ImageSource, transform: Transform, split: str, *, num_picture
         except BadImage as error:
             return str(error)
         return label, pixels if number in wanted else None
+
+    import grain  # slow to import
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=16 * num_threads)
     began = time.monotonic()

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from mvar_jax.data.decoding import MAX_PIXELS, BadImage, open_rgb
 from mvar_jax.errors import InputError
@@ -38,6 +37,8 @@ class DigitTransform:
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """Return the warped image. Raises InputError unless `image` is square and grey."""
+        from scipy import ndimage  # slow to import
+
         if image.ndim != 2 or image.shape[0] != image.shape[1]:
             raise InputError(
                 f"image must be a square grey image of shape (side, side), got shape {image.shape}",

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import grain
 import numpy as np
 
 from mvar_jax.api import Model
@@ -100,8 +99,14 @@ class Images:
             yield np.stack([pixels for _, pixels in batch])
 
 
+<<<<<<< HEAD
 def load_all(items: Sequence[Item], load: Callable[[Item], np.ndarray]) -> Iterator[np.ndarray | str]:
     """Yield the pixels of each item, or the reason why it has none; threads load NUM_AHEAD images ahead."""
+=======
+def _load_all(names: list[str], load: Load) -> Iterator[np.ndarray | str]:
+    """Yield the pixels of each image, or the reason why it has none; threads load NUM_AHEAD images ahead."""
+    import grain  # slow to import
+>>>>>>> main
 
     def visit(number: int) -> np.ndarray | str:
         try:

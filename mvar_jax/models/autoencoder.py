@@ -37,7 +37,6 @@ class UpConv(nn.Module):
     """Nearest x2 upsampling and a 3x3 convolution, as four 2x2 convolutions of the small map: 4/9 of the work.
 
     Three neighbouring large pixels cover only two small ones per axis, so kernel taps that meet the same one add up.
-    i and j are 0 for even and 1 for odd rows and columns of the large map, a and b the taps of their kernels.
     """
 
     features: int
@@ -49,25 +48,23 @@ class UpConv(nn.Module):
         init = named_axes(CONV_INIT, "space", None, "channels_in", "channels_out")
         kernel = self.param("kernel", init, (3, 3, C, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        merge = lambda k: jnp.stack([jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]])])
-        kernel = merge(kernel.astype(jnp.float32)).transpose(2, 0, 1, 3, 4)  # of rows [i, a, ...] -> of columns
-        kernel_abCijF = merge(kernel).transpose(3, 1, 4, 2, 0, 5).astype(self.dtype)
+        merge = lambda k: (jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]]))
+        rows = merge(kernel.astype(jnp.float32))  # for even (0) and odd (1) rows of the large map, then its columns
+        kernels = [k.swapaxes(0, 1).astype(self.dtype) for row in rows for k in merge(row.swapaxes(0, 1))]
 
-        def convolve(kernel, rows, columns):
-            numbers = ("NHWC", "HWIO", "NHWC")
-            x = x_BYXC.astype(self.dtype)
-            return jax.lax.conv_general_dilated(x, kernel, (1, 1), (rows, columns), dimension_numbers=numbers)
+        def convolve(kernel, *padding):
+            x, numbers = x_BYXC.astype(self.dtype), ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=numbers)
 
-        both = (0, 1)
-        if current_platform() == "cpu":  # four convolutions, which take less time there
-            pad = ((1, 0), (0, 1))
-            parts = [[convolve(kernel_abCijF[..., i, j, :], pad[i], pad[j]) for j in both] for i in both]
-        else:  # padded on all sides, one convolution gives the four; odd rows begin one row later, columns too
-            y = convolve(kernel_abCijF.reshape(2, 2, C, -1), (1, 1), (1, 1))
-            y = y.reshape(B, Y + 1, X + 1, 2, 2, self.features)
-            parts = [[y[:, i : i + Y, j : j + X, i, j] for j in both] for i in both]
-        y = jnp.stack([jnp.stack(row, axis=3) for row in parts], axis=2).reshape(B, 2 * Y, 2 * X, self.features)
-        return y + bias.astype(self.dtype)
+        places = ((0, 0), (0, 1), (1, 0), (1, 1))
+        if current_platform() == "cpu":  # one convolution would take longer there
+            parts = [convolve(k, (1 - i, i), (1 - j, j)) for k, (i, j) in zip(kernels, places, strict=True)]
+        else:  # one convolution, padded on all sides: odd rows and columns begin one later
+            y = convolve(jnp.stack(kernels, axis=3).reshape(2, 2, C, -1), (1, 1), (1, 1))
+            y = y.reshape(B, Y + 1, X + 1, 4, self.features)
+            parts = [y[:, i : i + Y, j : j + X, n] for n, (i, j) in enumerate(places)]
+        rows = [jnp.stack(parts[:2], axis=3), jnp.stack(parts[2:], axis=3)]
+        return jnp.stack(rows, axis=2).reshape(B, 2 * Y, 2 * X, self.features) + bias.astype(self.dtype)
 
 
 class GroupNorm(nn.Module):

@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mvar_jax.ops import triton_attention
 from mvar_jax.ops.attention import block_diagonal_mask, dense_attention
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.scales import offsets_of
@@ -53,8 +52,11 @@ def block_diagonal_attention(
     """Return attention within each of consecutive scales, `[B, N, H, K]` in v's dtype; `areas` are their lengths."""
     # measured on an H200: in bfloat16 the kernels are 3 times as fast on 255 tokens, in exact float32 6 times as slow
     is_half = q_BNHK.dtype != jnp.float32
-    if current_platform() == "gpu" and is_half and not triton_attention.why_not(q_BNHK.dtype, q_BNHK.shape[-1]):
-        return triton_attention.attend(Segments(areas), q_BNHK, k_BNHK, v_BNHK, scale)
+    if current_platform() == "gpu" and is_half:
+        from mvar_jax.ops import triton_attention  # Pallas is slow to import
+
+        if not triton_attention.why_not(q_BNHK.dtype, q_BNHK.shape[-1]):
+            return triton_attention.attend(Segments(areas), q_BNHK, k_BNHK, v_BNHK, scale)
     return attend_in_groups(q_BNHK, k_BNHK, v_BNHK, areas, scale)
 
 

@@ -43,6 +43,8 @@ def ssim(a_BYX3, b_BYX3, data_range: float) -> np.ndarray:
 
     Raises InputError for images smaller than 11 x 11.
     """
+    from scipy import ndimage  # slow to import
+
     a_BYX3, b_BYX3 = _image_pair(a_BYX3, b_BYX3)
     if min(a_BYX3.shape[1:3]) < SSIM_WINDOW:
         message = f"images must have at least 11 x 11 pixels for SSIM, got shape {list(a_BYX3.shape)}"

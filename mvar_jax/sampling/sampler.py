@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import modulate
-from mvar_jax.ops import draw_gpu
 from mvar_jax.ops.pixels import to_levels
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.quantize import next_input
@@ -28,7 +27,7 @@ from mvar_jax.values import as_flag, as_integer, as_real
 # Bytes of activations that the decoder may hold: otherwise its last stage would dominate memory. Each of its stages
 # takes as many images at once as fit, so that the coarse ones fill an accelerator. On a CPU convolutions are fastest
 # one image by one: 12.5 s for four images of 256 px, 14.5 s together.
-DECODER_BYTES = {"cpu": 0, "gpu": 2**28, "tpu": 2**28}
+DECODER_BYTES = {"cpu": 0, "gpu": 2**27, "tpu": 2**27}
 MAPS_HELD = 3  # at once in a residual block: its input, a normalised map and a convolution's result
 # Logits filtered at once: otherwise the filters' arrays would be the largest of the program. On a CPU they stay in
 # the cache: 0.85 of the time.
@@ -116,18 +115,21 @@ def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int,
     """
     _, N, V = logits_BNV.shape
     num_together = max(1, DRAW_ELEMENTS[current_platform()] // (N * V))
-    if noise is gumbel_noise and draw_gpu.why_not(logits_BNV, keys_B) is None:
-        place = (scale, num_scales) if options.smooth else None
-        kernel = draw_gpu.Kernel(options.top_k, options.top_p, options.temperature, place)
-        if not options.smooth:
-            (ids_BN,) = draw_gpu.draw_filtered(kernel, logits_BNV, keys_B)
-            return ids_BN, codebook[ids_BN]
+    if noise is gumbel_noise and current_platform() == "gpu":
+        from mvar_jax.ops import draw_gpu  # Pallas is slow to import
 
-        def draw_by_kernel(rows):
-            ids_bN, weights_bNV = draw_gpu.draw_filtered(kernel, *rows)
-            return ids_bN, mix_codes(weights_bNV, codebook)
+        if draw_gpu.why_not(logits_BNV, keys_B) is None:
+            place = (scale, num_scales) if options.smooth else None
+            kernel = draw_gpu.Kernel(options.top_k, options.top_p, options.temperature, place)
+            if not options.smooth:
+                (ids_BN,) = draw_gpu.draw_filtered(kernel, logits_BNV, keys_B)
+                return ids_BN, codebook[ids_BN]
 
-        return map_rows(draw_by_kernel, (logits_BNV, keys_B), num_together)
+            def draw_by_kernel(rows):
+                ids_bN, weights_bNV = draw_gpu.draw_filtered(kernel, *rows)
+                return ids_bN, mix_codes(weights_bNV, codebook)
+
+            return map_rows(draw_by_kernel, (logits_BNV, keys_B), num_together)
 
     def draw_some(rows):
         logits_bNV, keys_b = rows

@@ -5,7 +5,6 @@ import functools
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from mvar_jax.errors import InputError
 from mvar_jax.ops.resize import area_matrix
@@ -88,6 +87,8 @@ class Square:
     @functools.cached_property
     def _nearest(self) -> tuple[np.ndarray, np.ndarray]:
         """The distance of each pixel to the nearest known one, `[Y, X]`, and its place, `[2, Y, X]`."""
+        from scipy import ndimage  # slow to import
+
         return ndimage.distance_transform_edt(self.mask_YX, return_indices=True)
 
     @functools.cached_property

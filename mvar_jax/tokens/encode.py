@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import grain
 import jax
 import numpy as np
 
@@ -99,6 +98,8 @@ def encode_range(
     Args:
       skip: called with the number of a bad image and the reason.
     """
+    import grain  # slow to import
+
     load = partial(_load_views, source, transform, num_views, seed)
     # a batch waits while the one before is encoded, and each thread prepares an image
     num_waiting = -(-encoder.batch_size // num_views) + num_threads

@@ -1,6 +1,7 @@
 """The `edit` command: the files it writes, and the input it refuses."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from test_bad_input import refuse
 
 import mvar_jax.api
 from mvar_jax.__main__ import main
+from mvar_jax.cli.edit import draw_results
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,22 @@ def files(tmp_path):
     mask[:, 4:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     return tmp_path
+
+
+def test_results_are_drawn_a_batch_at_a_time():
+    """No more than --batch_size at once, in batches of one shape, the next one when the last one is written."""
+    drawn = []
+
+    def edit_squares(squares, labels, seed, options, softness, rows):
+        drawn.append((labels.tolist(), rows.tolist()))
+        return np.zeros((len(labels), 6, 6, 3)), None
+
+    model, args = SimpleNamespace(edit_squares=edit_squares), SimpleNamespace(batch_size=3, seed=0, softness=0.5)
+    results = draw_results(model, None, np.array([5, 5, 5, 5, 7, 7, 7]), None, args)
+    next(results)
+    assert drawn == [([5, 5, 5], [0, 1, 2])]
+    assert len(list(results)) == 6
+    assert drawn[1:] == [([5, 7, 7], [3, 4, 5]), ([7, 7, 7], [6, 6, 6])]
 
 
 def test_edit_changes_the_masked_pixels_alone(tiny_model, quick_programs, files):

@@ -120,7 +120,7 @@ def logits_and_keys(batch: int, num_codes: int):
 
 
 @pytest.mark.deviceless
-@pytest.mark.parametrize(("num_codes", "smooth"), [(100, None), (4096, None), (8192, (3, 10)), (2**14, None)])
+@pytest.mark.parametrize(("num_codes", "smooth"), [(4096, None), (draw_gpu.MAX_CODES, (3, 10))])
 def test_draw_kernel_compiles_for_h100_without_spills_or_arrays_of_logits(num_codes, smooth):
     devices_or_skip("h100")
     draw = functools.partial(draw_gpu.draw_filtered, draw_gpu.Kernel(1200, 0.99, smooth=smooth))

@@ -47,7 +47,7 @@ def test_d16_training_step_compiles_within_memory(memory, target):
     compiled = memory.compile_step(target, modules, batch, modules[1].phases()[1], "dots")
     assert compiled.total_bytes / MIB <= bound_mib
     if target == "h100":
-        assert all(name in compiled.text for name in ("window_forward", "window_backward_q", "window_backward_kv"))
+        assert all(f"attention_{name}" in compiled.text for name in ("forward", "backward_q", "backward_kv"))
 
 
 @pytest.mark.parametrize("target", ["h100"], indirect=True)
@@ -56,7 +56,7 @@ def test_d16_sampler_compiles_within_memory(memory, target):
     modules = memory.make_modules(D16, "markov")
     compiled = memory.compile_sampler(target, modules, 32, jnp.bfloat16)
     assert compiled.total_bytes / MIB <= 1_150
-    assert "window_forward" in compiled.text
+    assert "attention_forward" in compiled.text
     assert "draw_row" in compiled.text
     # one pass over each scale's logits by hand-written kernels; 2816 of them in the layers
     assert sum(kernel.launches for kernel in load("launches").kernels_of(compiled.text)) <= 3_500

@@ -52,8 +52,9 @@ def test_commands_install_the_requirements_with_the_extras_of_the_build(tmp_path
         result = machine.run("sh", "-c", command, EXTRAS=extras)
         assert result.returncode == 0, result.stderr
     requirements = f"-r requirements.txt jax[{extras}]" if extras else "-r requirements.txt"
-    first, second, last = log.read_text().splitlines()
+    first, pip, second, last = log.read_text().splitlines()
     assert first.endswith(requirements) and second.endswith(requirements) and last.endswith("-e .")
+    assert "install" in pip and "pip>=" in pip
     assert (machine.copy / ".venv/.ready").exists()
 
 

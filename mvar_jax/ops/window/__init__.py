@@ -12,14 +12,26 @@
 """
 
 import functools
+import importlib
 import logging
+from collections.abc import Callable
 
 import jax
 
 from mvar_jax.errors import InputError
 from mvar_jax.ops.platform import current_platform
-from mvar_jax.ops.window import dense, gather, pallas_gpu, pallas_tpu, reference, tiled
+from mvar_jax.ops.window import dense, gather, reference, tiled
 from mvar_jax.scales import check_window
+
+
+def _from_kernel(backend: str, name: str) -> Callable:
+    """Return a function of a kernel's module, which is imported at its first call: Pallas takes long to import."""
+
+    def call(*args, **options):
+        return getattr(importlib.import_module(f"{__name__}.{backend}"), name)(*args, **options)
+
+    return call
+
 
 BACKENDS = {
     "reference": reference.attend,
@@ -27,12 +39,15 @@ BACKENDS = {
     "gather": gather.attend,
     "tiled": tiled.attend,
     "band": tiled.attend_bands,
-    "pallas_gpu": pallas_gpu.attend,
-    "pallas_tpu": pallas_tpu.attend,
+    "pallas_gpu": _from_kernel("pallas_gpu", "attend"),
+    "pallas_tpu": _from_kernel("pallas_tpu", "attend"),
 }
 
 # backend -> the one platform it runs on, and a function that returns its reason to refuse arrays
-KERNELS = {"pallas_gpu": ("gpu", pallas_gpu.why_not), "pallas_tpu": ("tpu", pallas_tpu.why_not)}
+KERNELS = {
+    "pallas_gpu": ("gpu", _from_kernel("pallas_gpu", "why_not")),
+    "pallas_tpu": ("tpu", _from_kernel("pallas_tpu", "why_not")),
+}
 
 logger = logging.getLogger(__name__)
 
