@@ -20,9 +20,8 @@ from mvar_jax.data.options import DataOptions
 from mvar_jax.evaluation import tokenizer_scores
 from mvar_jax.evaluation.inception import Features
 from mvar_jax.evaluation.network_files import NetworkWeights
-from mvar_jax.evaluation.published import VAR_TOKENIZER
 from mvar_jax.evaluation.report import as_text
-from mvar_jax.evaluation.tokenizer_report import FORMATS
+from mvar_jax.evaluation.tokenizer_report import FORMATS, VAR_TOKENIZER
 from mvar_jax.evaluation.tokenizer_scores import TokenizerScorer
 from mvar_jax.files.images import to_uint8
 from mvar_jax.models.networks import Networks
