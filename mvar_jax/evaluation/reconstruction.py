@@ -99,14 +99,9 @@ class Images:
             yield np.stack([pixels for _, pixels in batch])
 
 
-<<<<<<< HEAD
 def load_all(items: Sequence[Item], load: Callable[[Item], np.ndarray]) -> Iterator[np.ndarray | str]:
     """Yield the pixels of each item, or the reason why it has none; threads load NUM_AHEAD images ahead."""
-=======
-def _load_all(names: list[str], load: Load) -> Iterator[np.ndarray | str]:
-    """Yield the pixels of each image, or the reason why it has none; threads load NUM_AHEAD images ahead."""
     import grain  # slow to import
->>>>>>> main
 
     def visit(number: int) -> np.ndarray | str:
         try:

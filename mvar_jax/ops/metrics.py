@@ -43,7 +43,6 @@ def ssim(a_BYX3, b_BYX3, data_range: float) -> np.ndarray:
 
     Raises InputError for images smaller than 11 x 11.
     """
-    from scipy import ndimage  # slow to import
 
     a_BYX3, b_BYX3 = _image_pair(a_BYX3, b_BYX3)
     if min(a_BYX3.shape[1:3]) < SSIM_WINDOW:
