@@ -30,7 +30,7 @@ from mvar_jax.values import as_flag, as_integer, as_real
 DECODER_BYTES = {"cpu": 0, "gpu": 2**27, "tpu": 2**27}
 MAPS_HELD = 3  # at once in a residual block: its input, a normalised map and a convolution's result
 # Logits filtered at once: otherwise the filters' arrays would be the largest of the program. On a CPU they stay in
-# the cache: 0.85 of the time.
+# the cache: 0.8 of the time.
 DRAW_ELEMENTS = {"cpu": 2**20, "gpu": 2**24, "tpu": 2**24}
 
 # (scale, previous_BNc, carry) -> (guided logits [B, N, V], carry)
