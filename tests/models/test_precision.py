@@ -2,10 +2,12 @@
 
 import functools
 import re
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 from jaxprs import traced
 from small_case import MODEL, TOKENIZER, shapes_of
 
@@ -16,6 +18,7 @@ from mvar_jax.ops.platform import compiling_for
 from mvar_jax.ops.precision import TABLE
 from mvar_jax.sampling.bulk import Order
 from mvar_jax.sampling.sampler import SampleOptions, sample
+from mvar_jax.sharding import MESH_AXES
 from mvar_jax.training.transformer_step import eval_step, phase_loss
 from mvar_jax.training.transformer_task import with_input
 
@@ -117,15 +120,17 @@ def test_the_table_has_two_open_parts():
     assert [part for part, precision in TABLE.items() if precision is None] == ["autoencoder", "blocks"]
 
 
-@pytest.mark.parametrize(("platform", "num"), [("gpu", 3), ("tpu", 1)])
-def test_queries_keys_and_values_are_three_products_of_matrices_or_one_einsum_on_a_tpu(platform, num):
+@pytest.mark.parametrize(("platform", "tensor", "num"), [("gpu", 1, 1), ("gpu", 2, 3), ("cpu", 1, 3), ("tpu", 1, 1)])
+def test_queries_keys_and_values_are_products_of_matrices_or_an_einsum_on_a_tpu(platform, tensor, num):
+    """One product on a GPU, three if a mesh splits the heads, which the columns of all three mix with whole axes."""
     phase = MODEL.phases()[0]
     run = lambda params, x, labels: MODEL.apply({"params": params}, x, labels, phase)[0]
-    with compiling_for(platform):
+    mesh = AbstractMesh((1, 1, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    with compiling_for(platform), use_abstract_mesh(mesh) if tensor > 1 else nullcontext():
         found = traced(run, NETWORKS.params, array(2, 4, 4), LABELS)
     found = [e for e, scope in found if e.primitive.name == "dot_general" and ".project/" in scope]
     assert len(found) == num
-    assert {x.aval.ndim for e in found for x in e.invars} == ({2} if num == 3 else {3, 4})
+    assert {x.aval.ndim for e in found for x in e.invars} == ({3, 4} if platform == "tpu" else {2})
 
 
 @pytest.mark.parametrize(("remat", "is_kept"), [("dots", True), ("full", False)])
