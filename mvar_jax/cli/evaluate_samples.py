@@ -90,7 +90,8 @@ def draw_samples(args, preset) -> tuple[Any, Any]:
     from mvar_jax.evaluation.published import NUM_SAMPLES
     from mvar_jax.evaluation.sample_sets import SampleSet
     from mvar_jax.files.paths import as_path
-    from mvar_jax.sampling.bulk import Order, sample_reader
+    from mvar_jax.sampling.bulk import sample_reader
+    from mvar_jax.sampling.order import Order
 
     fill_in(args, preset)
     num = NUM_SAMPLES if args.num_samples is None else args.num_samples

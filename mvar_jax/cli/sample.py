@@ -47,7 +47,8 @@ def run(args) -> int:
 
     from mvar_jax.checkpoints.class_names import class_names_of
     from mvar_jax.processes.holding import owned_folder
-    from mvar_jax.sampling.bulk import Order, draw_all, is_by_label
+    from mvar_jax.sampling.bulk import draw_all
+    from mvar_jax.sampling.order import Order, is_by_label
     from mvar_jax.stopping import StopFlag
 
     if group.current().count > 1:

@@ -20,7 +20,8 @@ from mvar_jax.errors import InputError
 from mvar_jax.files.npz import save_npz
 from mvar_jax.processes.holding import owned_folder
 from mvar_jax.sampling import sampler
-from mvar_jax.sampling.bulk import Order, draw_all, place_networks
+from mvar_jax.sampling.bulk import draw_all, place_networks
+from mvar_jax.sampling.order import Order
 from mvar_jax.sampling.sampler import SampleOptions
 from mvar_jax.sharding import make_mesh
 

@@ -16,7 +16,7 @@ from mvar_jax.errors import InputError
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.platform import compiling_for
 from mvar_jax.ops.precision import TABLE
-from mvar_jax.sampling.bulk import Order
+from mvar_jax.sampling.order import Order
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import MESH_AXES
 from mvar_jax.training.transformer_step import eval_step, phase_loss

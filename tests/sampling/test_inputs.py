@@ -11,8 +11,8 @@ from mvar_jax.checkpoints.class_names import ClassNames
 from mvar_jax.errors import InputError
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.pixels import as_images
-from mvar_jax.sampling.bulk import Order
 from mvar_jax.sampling.inputs import check_cfgs, check_ids, check_images, check_index
+from mvar_jax.sampling.order import Order
 from mvar_jax.sampling.sampler import SampleOptions
 from mvar_jax.values import as_seed
 

@@ -1,0 +1,95 @@
+"""Which samples are drawn, and in which order files and arrays hold them."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mvar_jax.checkpoints.model_directory import fingerprint
+from mvar_jax.files.json_files import read_json
+from mvar_jax.models.networks import Networks
+from mvar_jax.ops.precision import EXACT
+from mvar_jax.processes.holding import OUTPUTS
+from mvar_jax.sampling.sampler import SampleOptions
+from mvar_jax.values import as_integer, as_seed
+
+ORDER_KEY = "order"
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The samples to draw: `num` of each label.
+
+    Samples are numbered label by label, and sample i is a function of (weights, its label, seed, i, options). Files
+    and arrays hold them round-robin over the labels: the published evaluator takes the inception score of parts in
+    file order, which is far too low for images sorted by class. An interruption loses at most the batches that are
+    being computed or written. Raises InputError if a number is out of range.
+
+    is_by_label: files and arrays hold the samples in the order of their numbers, as earlier versions wrote them.
+    """
+
+    labels: tuple[int, ...]
+    num: int
+    options: SampleOptions
+    seed: int = 0
+    batch_size: int = 64
+    saves_tokens: bool = False
+    truncates: bool = False
+    is_by_label: bool = False
+
+    def __post_init__(self):
+        as_seed(self.seed)
+        for name in ("num", "batch_size"):
+            as_integer(getattr(self, name), name, 1)
+
+    @functools.cached_property
+    def numbers_N(self) -> np.ndarray:
+        """Return the number of the sample in each file."""
+        numbers_KM = np.arange(len(self.labels) * self.num, dtype=np.uint32).reshape(len(self.labels), self.num)
+        return (numbers_KM if self.is_by_label else numbers_KM.T).reshape(-1)
+
+    @functools.cached_property
+    def labels_N(self) -> np.ndarray:
+        """Return the label of the sample in each file."""
+        return np.asarray(self.labels, np.int32)[self.numbers_N // self.num]
+
+    def identity(self, networks: Networks) -> dict:
+        """Return everything that the files' bytes depend on, by the names of the command's options."""
+        model = networks.transformer
+        return {
+            # with the precision, of which the folders of 0.1.0 say nothing
+            "dtype": jnp.dtype(model.dtype).name + ", exact" * (model.precision == EXACT),
+            "checkpoint": "weights "
+            + fingerprint(model, networks.params)[:16]
+            + fingerprint(networks.tokenizer, networks.tokenizer_params)[:16],
+            "labels": _as_ranges(self.labels),
+            "num": self.num,
+            **dataclasses.asdict(self.options),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "save_tokens": self.saves_tokens,
+            "truncate_uint8": self.truncates,
+            **({} if self.is_by_label else {ORDER_KEY: "round-robin"}),
+        }
+
+
+def is_by_label(out: Path) -> bool:
+    """Return whether an earlier version began the samples in a folder: its options do not name their order."""
+    try:
+        return ORDER_KEY not in read_json(out / OUTPUTS["sample"].identity, dict[str, Any])
+    except (OSError, ValueError):  # there is none, or a damaged one, which `owned_folder` refuses
+        return False
+
+
+def _as_ranges(labels: tuple[int, ...]) -> str:
+    """Write (0, 1, 2, 7) as "0-2,7"."""
+    runs: list[list[int]] = []
+    for label in labels:
+        if runs and label == runs[-1][1] + 1:
+            runs[-1][1] = label
+        else:
+            runs.append([label, label])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
