@@ -105,9 +105,10 @@ def why_not(logits_BNV: jax.Array, keys_B: jax.Array) -> str | None:
         return f"{V} codes are more than {MAX_CODES}"
     if logits_BNV.dtype != jnp.float32:
         return f"logits are {logits_BNV.dtype}, not float32"
-    if str(jax.random.key_impl(keys_B)) != "threefry2x32" or not jax.config.jax_threefry_partitionable:
+    is_partitionable = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]  # missing from stubs
+    if str(jax.random.key_impl(keys_B)) != "threefry2x32" or not is_partitionable:
         return "keys are not of partitionable Threefry"
-    if jax.config.jax_high_dynamic_range_gumbel:
+    if jax.config.jax_high_dynamic_range_gumbel:  # type: ignore[attr-defined]  # missing from stubs
         return "jax_high_dynamic_range_gumbel is set"
     return None if N * V < 2**32 else "a sample has 2^32 logits or more"
 
