@@ -45,8 +45,9 @@ from mvar_jax.training.transformer_step import phase_loss
 
 pytest_plugins = ["stores"]  # fixtures s3, gcs and store
 
-# child processes inherit what nohup ignores, and a run then ignores it too
+# child processes inherit what nohup or a shell's `&` ignores, and a run then ignores it too
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # what tests trace lives on, and walking it often takes a tenth of the time
 gc.set_threshold(200_000, 20, 100)
