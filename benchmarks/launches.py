@@ -62,7 +62,7 @@ class Kernel:
 
 
 def size_of(shapes: str) -> int:
-    """Return the bytes of the arrays in a type such as `(f32[2,3]{1,0}, s32[])`; workspace (s8) is none."""
+    """Return the bytes of the arrays in a type such as `(f32[2,3]{1,0}, s32[])`; workspace (s8) is not counted."""
     total = 0
     for kind, bits, sides in ARRAY.findall(shapes):
         width = 1 if kind == "pred" else math.ceil(int(bits) / 8)

@@ -123,7 +123,7 @@ def jax_conditions() -> dict[str, str]:
 
 
 def driver() -> str:
-    """Return the version of the NVIDIA driver, "" if there is none."""
+    """Return the version of the NVIDIA driver, "" without one."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)

@@ -67,7 +67,7 @@ def window_forms(case: Case, q: jax.Array) -> dict[str, Callable]:
 
 
 def subjects(args) -> list[Subject]:
-    """Return windows by every backend, and attention within the coarse scales, of which one phase trains all."""
+    """Return window attention by every backend, and attention within the coarse scales, which one phase trains together."""
     found = []
     for case in parity_cases(args):
         arrays = arrays_of(case)

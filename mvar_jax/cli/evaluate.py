@@ -21,7 +21,7 @@ SUMMARY = "score samples, a model or a tokenizer: FID and others"
 SAMPLES, CHECKPOINT, TOKENIZER, REFERENCE = "samples", "checkpoint", "tokenizer", "save_reference"
 DOORS = (SAMPLES, CHECKPOINT, TOKENIZER)
 _SCORING, _ALL = (SAMPLES, CHECKPOINT), (SAMPLES, CHECKPOINT, REFERENCE)
-# the doors that take an option; those that are not here are of all doors
+# option -> the doors that take it; every door takes the options that are not listed
 DOORS_OF = {
     **dict.fromkeys(("reference", "save_reference", "inception_batch"), _ALL),
     **dict.fromkeys(("scores", "preset", "inception_dtype"), _SCORING),
@@ -34,7 +34,7 @@ DOORS_OF = {
 
 
 def add_arguments(parser) -> None:
-    """Add the command's arguments; those that only some doors take have the default None."""
+    """Add the command's arguments; the default is None for those that only some doors take."""
     doors = parser.add_mutually_exclusive_group()
     doors.add_argument(
         "--samples",

@@ -112,7 +112,7 @@ def open_images(
       image_size: side to which images are cut.
       out: folder of the results, which are no images of the set.
       upright: obey the camera's orientation tag.
-      tokenizer: the workdir of config:SPLIT; None if there is none.
+      tokenizer: the workdir whose config config:SPLIT means; None without one.
       field: name of the option, for errors.
 
     Raises InputError if there are no such images.
@@ -138,7 +138,7 @@ def open_images(
 
 
 def _data_of(text: str, tokenizer: Path | None, field: str) -> DataOptions:
-    """Return the data of a workdir. Raises InputError if it is none."""
+    """Return the data of a workdir. Raises InputError if the folder is not a workdir."""
     try:
         config = read_json(tokenizer / CONFIG_FILE, WorkdirConfig) if tokenizer else None
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Attention in one Triton kernel forward and two backward, for any rule of which keys a query sees.
+"""Attention by Triton kernels, one forward and two backward, for any rule that says which keys a query sees.
 
 A program owns `block_q` consecutive queries and loops over the range of keys that they see, with a running softmax;
 the mask is computed in registers, so there is no array of queries times keys. The forward pass saves the log-sum-exp

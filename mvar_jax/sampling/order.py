@@ -60,7 +60,7 @@ class Order:
         """Return everything that the files' bytes depend on, by the names of the command's options."""
         model = networks.transformer
         return {
-            # with the precision, of which the folders of 0.1.0 say nothing
+            # the precision is part of it; folders of 0.1.0 do not name one
             "dtype": jnp.dtype(model.dtype).name + ", exact" * (model.precision == EXACT),
             "checkpoint": "weights "
             + fingerprint(model, networks.params)[:16]
