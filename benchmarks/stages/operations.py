@@ -67,7 +67,7 @@ def window_forms(case: Case, q: jax.Array) -> dict[str, Callable]:
 
 
 def subjects(args) -> list[Subject]:
-    """Return window attention by every backend, and attention within the coarse scales, which one phase trains together."""
+    """Return window attention by every backend, and attention within the coarse scales, trained in one phase."""
     found = []
     for case in parity_cases(args):
         arrays = arrays_of(case)
