@@ -45,8 +45,13 @@ _CHANGEABLE = ("num_steps", "batch_size")
 _CHANGEABLE_SECTIONS = ("optimizer", "codebook", "phases", "adversary")
 # keys of these sections that decide on the shapes of what a checkpoint holds
 _SHAPES = ("adversary.kind", "adversary.layers", "adversary.width")
-_SECTIONS = {"data": DataOptions, "optimizer": OptimizerOptions, "codebook": CodebookOptions, "phases": PhaseOptions}
-_SECTIONS |= {"adversary": AdversaryOptions}
+_SECTIONS = {
+    "data": DataOptions,
+    "optimizer": OptimizerOptions,
+    "codebook": CodebookOptions,
+    "adversary": AdversaryOptions,
+    "phases": PhaseOptions,
+}
 _MODELS = {"tokenizer": Tokenizer, "transformer": Transformer}
 
 

@@ -117,7 +117,11 @@ def test_a_model_is_loaded_in_the_precision_that_is_asked_for_and_its_samples_be
 
 
 def test_the_table_has_three_open_parts():
-    assert [part for part, precision in TABLE.items() if precision is None] == ["autoencoder", "discriminator", "blocks"]
+    assert [part for part, precision in TABLE.items() if precision is None] == [
+        "autoencoder",
+        "discriminator",
+        "blocks",
+    ]
 
 
 @pytest.mark.parametrize(("platform", "tensor", "num"), [("gpu", 1, 1), ("gpu", 2, 3), ("cpu", 1, 3), ("tpu", 1, 1)])
