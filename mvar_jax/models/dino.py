@@ -1,8 +1,8 @@
 """A discriminator on the features of a frozen DINO ViT-S/16 (Caron et al., arXiv 2104.14294), as in StyleGAN-T.
 
 The network sees images of 224 x 224 pixels. Its patches after the embedding and after four blocks, each plus the
-class token, go to a head of their own: convolutions along the row of patches, with spectral normalisation (Sauer et al.,
-arXiv 2301.09515). Gradients pass through the frozen weights to the image.
+class token, go to a head of their own: convolutions along the row of patches, with spectral normalisation (Sauer et
+al., arXiv 2301.09515). Gradients pass through the frozen weights to the image.
 """
 
 import functools
