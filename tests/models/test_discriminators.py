@@ -127,7 +127,7 @@ def test_vectors_of_the_spectral_norm_move_only_if_they_may_and_towards_the_larg
         (
             DinoDiscriminator(),
             (64, 64, 1),
-            "images must have 3 channels for DINO, got 1; use the patch discriminator",
+            "images must have 3 channels for DINO, got 1; use the patch",
         ),
     ],
 )
@@ -154,9 +154,7 @@ def test_a_dino_file_of_other_shapes_is_refused_unless_its_grid_of_positions_is_
         state["patch_embed.proj.weight"] = np.zeros((384, 3, 8, 8), np.float32)
     torch_files.save(tmp_path / "dino.pth", state)
     if num_wrong:
-        with pytest.raises(
-            InputError, match=r"does not hold the network's weights: 1 do not fit: patch_embed.proj.w"
-        ):
+        with pytest.raises(InputError, match="weights: 1 do not fit: patch_embed.proj.weight"):
             convert_dino(tmp_path / "dino.pth", tmp_path / "dino.npz")
         assert not (tmp_path / "dino.npz").exists()
     else:

@@ -21,7 +21,7 @@ from mvar_jax.models.networks import Networks
 from mvar_jax.ops.adversarial import generator_loss
 from mvar_jax.ops.augment import Pass, augment, draw_augmentations
 from mvar_jax.ops.platform import compiling_for
-from mvar_jax.ops.precision import TABLE
+from mvar_jax.ops.precision import TABLE, computing
 from mvar_jax.sampling.order import Order
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import MESH_AXES
@@ -30,7 +30,7 @@ from mvar_jax.training.transformer_task import with_input
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 # the modules of the parts "autoencoder", "discriminator" and "blocks"; attention's own products are within "attend"
-OPEN = r"/PatchDiscriminator/|/decoder/|/encoder/(?!conv_out)|/blocks/(?!.*attend)|/Adaptive/|/head_adaptive/"
+OPEN = r"PatchDiscriminator\)*/|/decoder/|/encoder/(?!conv_out)|/blocks/(?!.*attend)|/Adaptive/|/head_adaptive/"
 HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
 NETWORKS = Networks(TOKENIZER, shapes_of(TOKENIZER), MODEL, shapes_of(MODEL))
 array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
@@ -56,7 +56,8 @@ def losses(networks, d_variables, vgg, x):
     """The pixels' gradient of LPIPS and of a discriminator's logits of augmented images."""
     draws = draw_augmentations(0, jnp.arange(2), 0, Pass.FAKE)
     loss = lambda rec: lpips_loss(vgg, rec, x) + generator_loss(D.apply(d_variables, augment(rec, draws)))
-    return jax.grad(loss)(x)
+    with computing(networks.tokenizer.precision):
+        return jax.grad(loss)(x)
 
 
 # name -> (function of networks and arrays, arrays, number of products that must be exact)
