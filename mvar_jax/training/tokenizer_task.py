@@ -7,17 +7,18 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from mvar_jax.data.pipeline import eval_batches
 from mvar_jax.errors import InputError
 from mvar_jax.files.images import min_zoom, side_by_side, tile_columns, to_uint8
 from mvar_jax.models.networks import Networks
-from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.tokenizer import Tokenizer, factor_codebook, fold_codebook, multiply_codebook
 from mvar_jax.ops.losses import sum_rows
-from mvar_jax.ops.metrics import SSIM_WINDOW, perplexity, psnr_of_error, similarity
-from mvar_jax.ops.pixels import as_images
+from mvar_jax.ops.metrics import SSIM_WINDOW, perplexity, psnr_of_error, similarity, usage_percent
+from mvar_jax.ops.pixels import as_images, from_levels
 from mvar_jax.sampling.sampler import decode_in_chunks
-from mvar_jax.sharding import use_mesh
+from mvar_jax.sharding import spec_of, use_mesh
 from mvar_jax.training import tokenizer_step
 from mvar_jax.training.scoring import Scorer
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
@@ -42,10 +43,12 @@ class TokenizerTask(DataTask):
         scorer: Scorer | None = None,
     ):
         zeros = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
+        options.check_scales(len(tokenizer.sides))
+        self._is_factored = options.simvq
         super().__init__(run, tokenizer, data, zeros, scorer)
         self.tokenizer, self.options = tokenizer, options
         self.has_ssim = tokenizer.image_size >= SSIM_WINDOW
-        recipe = tokenizer_step.TokenizerRecipe(tokenizer, run.optimizer, options, run.accumulate_steps)
+        recipe = tokenizer_step.TokenizerRecipe(tokenizer, run.optimizer, options, run.accumulate_steps, run.seed)
         step = functools.partial(tokenizer_step.train_step, recipe)
         placed = {"donate_argnums": 0, "out_shardings": (self.shardings, self._whole)}
         self._step = jax.jit(step, **placed)
@@ -54,6 +57,19 @@ class TokenizerTask(DataTask):
         self.evaluate_batch = jax.jit(self._eval_step, out_shardings=self._whole)
         self.encode_maps = jax.jit(self._encode_maps)
         self.decode_maps = jax.jit(self._decode_maps, out_shardings=self._whole)
+
+    def _init_params(self, key: jax.Array):
+        params = super()._init_params(key)
+        return factor_codebook(params) if self._is_factored else params
+
+    def averaged(self, state):
+        """Return the weights to evaluate, with an ordinary codebook."""
+        params = super().averaged(state)
+        if not self._is_factored:
+            return params
+        params = fold_codebook(params)
+        place = NamedSharding(self.run.mesh, spec_of(("vocab", "code")))
+        return {**params, "codebook": jax.device_put(params["codebook"], place)}
 
     def train_step(self, state, batch, step: int):
         """Take one step; redraw unused codes first, if due."""
@@ -69,7 +85,7 @@ class TokenizerTask(DataTask):
     @functools.cached_property
     def _flops(self) -> float:
         image = jax.ShapeDtypeStruct((1, *(self.tokenizer.image_size,) * 2, 3), jnp.float32)
-        params = self.abstract_state().params
+        params = jax.eval_shape(multiply_codebook, self.abstract_state().params)
         forward = jax.jit(lambda params, image: self.tokenizer.apply({"params": params}, image)[0])
         cost = forward.lower(params, image).cost_analysis() or {}
         return 3 * cost.get("flops", 0.0) * self.run.batch_size
@@ -104,15 +120,18 @@ class TokenizerTask(DataTask):
         if not self.has_evaluation:
             return {}
         with use_mesh(self.run.mesh):
-            parts = [self.evaluate_batch(self.averaged(state), batch) for batch in self.eval_batches()]
+            params = self.averaged(state)
+            parts = [self.evaluate_batch(params, batch) for batch in self.eval_batches()]
         error, psnr, ssim, hits_SV, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(5))
         return {
             "loss": float(error / rows),
             "psnr_db": float(psnr / rows),
             **({"ssim": float(ssim / rows)} if self.has_ssim else {}),
             "usage_per_scale": (100 * (hits_SV > 0).mean(axis=1)).tolist(),
+            "own_usage_per_scale": usage_percent(hits_SV, hits_SV.sum(axis=1)).tolist(),
             "perplexity_per_scale": [perplexity(hits_V) for hits_V in hits_SV],
             "codebook_used_percent": float(100 * (hits_SV.sum(axis=0) > 0).mean()),
+            "psnr_per_scale_db": self._psnr_per_scale(state),
             **self.scores(self._reconstructions(state)),
         }
 
@@ -166,6 +185,12 @@ class TokenizerTask(DataTask):
             decoded = [self.decode_maps(params, f_hat) for f_hat in self.encode_maps(params, pixels)]
         return pixels, np.stack([np.asarray(images)[: len(pixels)] for images in decoded])
 
+    def _psnr_per_scale(self, state) -> list[float]:
+        """Return the PSNR of the first 1, 2, ... S scales, the mean over the images of `pictures`."""
+        pixels, decoded = self._shown(state)
+        error_SN = np.mean(np.square(decoded - from_levels(pixels)), axis=(2, 3, 4))
+        return psnr_of_error(error_SN, 2).mean(1).tolist()
+
     def pictures(self, state) -> dict[str, np.ndarray]:
         """Return held-out images, or training images if none are held out, next to their reconstructions.
 
@@ -178,3 +203,17 @@ class TokenizerTask(DataTask):
             "reconstructions": side_by_side(pixels, to_uint8(decoded[-1]), 4, zoom=zoom),
             "scales": tile_columns({"input": pixels[:NUM_ROWS], **columns}, zoom=zoom),
         }
+
+    def histograms(self, state) -> dict[str, np.ndarray]:
+        """Return hits of each scale's codes, as multiples of their mean, and usage and perplexity of all scales.
+
+        They are those of the moving average of training; nothing before the first step.
+        """
+        hits_SV = np.asarray(state.extra["hits"])
+        means_S1 = hits_SV.mean(axis=1, keepdims=True)
+        if not means_S1.all():
+            return {}
+        usage = tokenizer_step.describe_usage(hits_SV, self.run.batch_size, self.tokenizer.sides)
+        names = ("own_usage_per_scale", "perplexity_per_scale")
+        by_scale = {f"hits/scale_{scale}": hits_V for scale, hits_V in enumerate(hits_SV / means_S1)}
+        return {f"codes/{name}": values for name, values in (by_scale | {n: usage[n] for n in names}).items()}
