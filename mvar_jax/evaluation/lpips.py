@@ -39,17 +39,17 @@ COMMAND = f"mvar convert --lpips {BACKBONE.name} {HEADS.name} --out lpips.npz"
 BATCH_SIZE = 16
 
 
-def load_lpips(weights: str | os.PathLike | NetworkWeights) -> NetworkWeights:
-    """Return the weights of the file that `convert --lpips` wrote; loaded ones are returned.
+def load_lpips(weights: str | os.PathLike | NetworkWeights, field: str = FIELD) -> NetworkWeights:
+    """Return the weights of the file that `convert --lpips` wrote; loaded ones are returned. field: what errors name.
 
     Raises InputError if the file is missing, damaged or another one.
     """
     if isinstance(weights, NetworkWeights):
         return weights
-    path = as_path(weights, FIELD)
-    if not path.exists():
-        raise missing(FIELD, path, (BACKBONE, HEADS), COMMAND)
-    return load_network(FIELD, path, NETWORK, shapes())
+    path = as_path(weights, field)
+    if not path.is_file():
+        raise missing(field, path, (BACKBONE, HEADS), COMMAND)
+    return load_network(field, path, NETWORK, shapes())
 
 
 def convert_lpips(backbone: str | os.PathLike, heads: str | os.PathLike, out: str | os.PathLike) -> NetworkWeights:
