@@ -155,8 +155,8 @@ def count_hits(ids_BL: jax.Array, sides: tuple[int, ...], vocab_size: int) -> ja
 def draw_rows(recipe: "TokenizerRecipe", batch: dict) -> dict[str, jax.Array]:
     """Return what the rows of a batch draw: functions of (seed, the row's place in the training stream) alone.
 
-    `num_scales` [B]: first scales that a row keeps, with scale dropout; `tokens` [B, m]: places of the tokens that the
-    entropy term takes.
+    `num_scales` [B]: first scales that a row keeps, with scale dropout; `tokens` [B, m]: places of the tokens that
+    the entropy term takes.
     """
     options, sides = recipe.options, recipe.model.sides
     draws = {}
