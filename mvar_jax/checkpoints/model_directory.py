@@ -20,7 +20,7 @@ from mvar_jax.files.atomic import write_json
 from mvar_jax.files.json_files import read_json
 from mvar_jax.models.init import LINEN_FIELDS, abstract_params
 from mvar_jax.models.networks import check_fit
-from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.tokenizer import Tokenizer, fold_codebook
 from mvar_jax.models.transformer import Transformer
 
 MODEL_FILE = "model.json"
@@ -113,7 +113,8 @@ def load_model(directory: Path, which: str = "last") -> tuple[dict[str, nn.Modul
             raise _refuse(directory, words) from None
     step, params = pick_step(directory, which), {}
     for kind, module in modules.items():
-        tree = restore_weights(directory, step) if content.get("trains") == kind else load_tree(directory / kind)
+        is_trained = content.get("trains") == kind
+        tree = fold_codebook(restore_weights(directory, step)) if is_trained else load_tree(directory / kind)
         check_shapes(directory, kind, module, tree)
         check_finite(directory, kind, tree)
         params[kind] = tree

@@ -166,12 +166,16 @@ class DataTask(Task):
         self.skipped = {split: Skipped(split, len(source), share) for split, source in data.sources.items()}
         self.examples_per_step = run.batch_size
         # rbg: compiling many threefry draws takes most of a small model's start
-        init = functools.partial(module.init_params, jax.random.key(run.seed, impl="rbg"))
+        init = functools.partial(self._init_params, jax.random.key(run.seed, impl="rbg"))
         self._make_state = lambda: make_state(init, run.optimizer, extra())
         self.initial: Initial | None = None
         # outputs are placed as the state: left to itself the compiler may place them differently
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         self._whole = replicated(run.mesh)
+
+    def _init_params(self, key: jax.Array):
+        """Return the tree of initial parameters, boxed with their logical axes."""
+        return self.module.init_params(key)
 
     def init_state(self) -> TrainState:
         """Return sharded arrays, a function of the seed or of the weights that fine-tuning starts from."""
