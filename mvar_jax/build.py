@@ -41,6 +41,8 @@ OPTIONAL_KEYS = (
     "eval_top_p",
     "eval_temperature",
 )
+# sections that a config may leave out, each key then having its default
+OPTIONAL_SECTIONS = {"tokenizer": ("adversary",), "transformer": ()}
 TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "init_from": False}}
 
 
@@ -63,11 +65,12 @@ def check_config(config: dict) -> None:
     from mvar_jax.training.task import RunOptions
 
     known = COMMON_KEYS | TASK_KEYS[task]
-    check_keys(config, (*known, *OPTIONAL_KEYS), "config")
-    for name, is_section in (known | dict.fromkeys(OPTIONAL_KEYS, False)).items():
+    optional = dict.fromkeys(OPTIONAL_KEYS, False) | dict.fromkeys(OPTIONAL_SECTIONS[task], True)
+    check_keys(config, (*known, *optional), "config")
+    for name, is_section in (known | optional).items():
         field = f"config.{name}"
         if name not in config:
-            if name in OPTIONAL_KEYS:
+            if name in optional:
                 continue
             raise InputError(f"{field} is missing; every config of a {task} has it", field=field)
         if is_section != isinstance(config[name], dict):
@@ -184,7 +187,8 @@ def build_task(config: dict):
         task_data = TaskData(sources, data.transform(), data.loading())
         run = run.with_images(len(sources["train"]))
         scorer = make_scorer("tokenizer", run, data, module.image_size, len(sources.get("val", ())))
-        return TokenizerTask(run, module, options, task_data, scorer), {"tokenizer": module}, None
+        adversary, fixed = build_adversary(config, module), load_fixed(options)
+        return TokenizerTask(run, module, options, task_data, scorer, adversary, fixed), {"tokenizer": module}, None
 
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
@@ -195,6 +199,30 @@ def build_task(config: dict):
     task_data = TaskData(sources, transform, data.loading())
     task = TransformerTask(run, module, options, tokenizer, task_data, initial, scorer)
     return task, {"tokenizer": tokenizer.tokenizer, "transformer": module}, tokenizer.tokenizer_params
+
+
+def build_adversary(config: dict, tokenizer):
+    """Return the `Adversary` of a tokenizer's config, None if it has none. It computes in the tokenizer's dtype."""
+    from mvar_jax.models.discriminator import PatchDiscriminator
+    from mvar_jax.training.adversary import NONE, Adversary, AdversaryOptions
+
+    options = from_dict(AdversaryOptions, config.get("adversary", {}), "config.adversary")
+    if options.kind == NONE:
+        return None
+    return Adversary(options, PatchDiscriminator(options.layers, options.width, tokenizer.dtype))
+
+
+def load_fixed(options):
+    """Return the `FixedWeights` that a tokenizer's losses need. options: its `CodebookOptions`.
+
+    Raises InputError if a file is missing or is another one.
+    """
+    from mvar_jax.evaluation.lpips import load_lpips
+    from mvar_jax.training.adversary import FixedWeights
+
+    if not options.perceptual_weight:
+        return FixedWeights()
+    return FixedWeights(load_lpips(options.perceptual_file, "config.codebook.perceptual_file").params)
 
 
 def open_tokens(data: DataOptions, transformer):

@@ -174,9 +174,10 @@ def check_finite(directory: Path, kind: str, tree) -> None:
 def fingerprint(tokenizer: Tokenizer, params) -> str:
     """Return a hex digest of a tokenizer's structure and weights: tokenizers share ids only if theirs are equal.
 
-    Its precision is not part of it: that decides on rounding alone.
+    Its precision and remat are not part of it: they decide on rounding alone.
     """
-    structure = {name: value for name, value in module_to_dict(tokenizer).items() if name != "precision"}
+    free = {field.name for field in dataclasses.fields(tokenizer) if field.metadata.get("is_free")}
+    structure = {name: value for name, value in module_to_dict(tokenizer).items() if name not in free}
     digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
     for path, leaf in sorted((jax.tree_util.keystr(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params)):
         digest.update(path.encode())

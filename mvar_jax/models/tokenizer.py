@@ -83,6 +83,7 @@ class Tokenizer(nn.Module):
       beta: weight of the commitment loss.
       dtype: computation of the encoder and decoder; the quantizer is always float32, the decoder too if exact.
       precision: of float32 products on accelerators: standard (exact if listed in ops/precision.py) or exact (all).
+      remat: recompute the inside of residual and attention blocks in the backward pass, to save memory.
     """
 
     sides: tuple[int, ...]
@@ -99,15 +100,16 @@ class Tokenizer(nn.Module):
     beta: NotNegative = 0.25
     dtype: Any = jnp.float32
     precision: Annotated[str, Choice(PRECISIONS)] = dataclasses.field(default=STANDARD, metadata=FREE)
+    remat: bool = dataclasses.field(default=False, metadata=FREE)
 
     def setup(self):
         norm = {"num_groups": self.num_groups, "group_size": self.group_size, "dtype": self.dtype}
         sizes = (self.ch, tuple(self.ch_mult), self.num_res_blocks)
-        self.encoder = Encoder(*sizes, self.code_width, norm, self.dtype)
+        self.encoder = Encoder(*sizes, self.code_width, norm, self.dtype, self.remat)
         dtype = self.decoder_dtype
         if dtype == jnp.float16:  # SiLU too before rounding, which halves the error
             norm |= {"dtype": jnp.float32, "one_pass": True}
-        self.decoder = Decoder(*sizes, norm, dtype)
+        self.decoder = Decoder(*sizes, norm, dtype, self.remat)
         self.quant_conv = conv(self.code_width, 3, self.dtype, part="quantizer")
         self.post_quant_conv = conv(self.code_width, 3, jnp.float32, part="quantizer")
         self.phi_convs = [conv(self.code_width, 3, jnp.float32, part="quantizer") for _ in range(self.num_phi)]

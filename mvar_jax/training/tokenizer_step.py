@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.errors import InputError
-from mvar_jax.fields import check_fields
+from mvar_jax.fields import FREE, check_fields
 from mvar_jax.models.tokenizer import MAP, Tokenizer, multiply_codebook
 from mvar_jax.ops.metrics import perplexities, psnr_of_error, usage_percent
 from mvar_jax.ops.pixels import as_images
@@ -18,9 +19,21 @@ from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.scales import areas_of, offsets_of
 from mvar_jax.schema import Count, Decay, Natural, NotNegative, Positive, Share
 from mvar_jax.training.accumulate import value_and_grad_over_parts
+from mvar_jax.training.adversary import Adversary, FixedWeights
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
 from mvar_jax.training.state import TrainState
+from mvar_jax.training.tokenizer_losses import (
+    Judge,
+    PixelWeights,
+    adversarial_gradients,
+    apply_training,
+    checked_loss,
+    draw_passes,
+    pixel_loss,
+    train_discriminator,
+)
 
+MIN_PERCEPTUAL_SIDE = 48  # pixels
 NUM_ENTROPY_TOKENS = 2048  # of a step
 SCALES_KEY, TOKENS_KEY = 0, 1  # folded into a row's key
 
@@ -36,6 +49,8 @@ class CodebookOptions:
       revive_below: hits a step (moving average) below which a code counts as unused.
       l1_weight: weight of the mean absolute error of the reconstruction.
       l2_weight: weight of the mean squared error of the reconstruction.
+      perceptual_weight: weight of LPIPS between the reconstruction and the image; 0 needs no weights.
+      perceptual_file: weights of LPIPS, as `convert --lpips` writes them.
       usage_decay: decay of the moving average of a code's hits.
       usage_decay_early: the same in the first usage_early_steps after the warm-up.
       usage_early_steps: number of those steps.
@@ -56,6 +71,8 @@ class CodebookOptions:
     revive_below: NotNegative = 0.1
     l1_weight: NotNegative = 0.0
     l2_weight: NotNegative = 1.0
+    perceptual_weight: NotNegative = 0.0
+    perceptual_file: str = dataclasses.field(default="", metadata=FREE)
     usage_decay: Decay = 0.99
     usage_decay_early: Decay = 0.9
     usage_early_steps: Natural = 100
@@ -96,15 +113,29 @@ class CodebookOptions:
                 expected=expected,
             )
 
+    def entropy_weight_at(self, step: jax.Array) -> jax.Array:
+        """Return the weight of the entropy term at a step, 0 in the warm-up."""
+        share = jnp.clip(1 - step / max(self.entropy_until_step, 1), 0, 1)
+        return jnp.where(step < self.warmup_steps, 0, self.entropy_weight * share)
+
+    def check_images(self, image_shape: tuple[int, int, int]) -> None:
+        """Raise InputError if LPIPS cannot judge images `[Y, X, C]`: VGG leaves little of small ones."""
+        if self.perceptual_weight and (min(image_shape[:2]) < MIN_PERCEPTUAL_SIDE or image_shape[2] != 3):
+            expected = f"0 unless images have at least {MIN_PERCEPTUAL_SIDE} x {MIN_PERCEPTUAL_SIDE} x 3 values"
+            given = " x ".join(map(str, image_shape))
+            words = f"config.codebook.perceptual_weight must be {expected}, got {self.perceptual_weight} for {given}"
+            field = "config.codebook.perceptual_weight"
+            raise InputError(words, field=field, given=self.perceptual_weight, expected=expected)
+
     @property
     def last_redraw(self) -> int:
         """Return the last step at which codes may be redrawn."""
         return max(self.warmup_steps, self.revive_until_step if self.revive_every_steps else 0)
 
-    def entropy_weight_at(self, step: jax.Array) -> jax.Array:
-        """Return the weight of the entropy term at a step, 0 in the warm-up."""
-        share = jnp.clip(1 - step / max(self.entropy_until_step, 1), 0, 1)
-        return jnp.where(step < self.warmup_steps, 0, self.entropy_weight * share)
+    @property
+    def pixel_weights(self) -> PixelWeights:
+        """Return the weights of the losses of a reconstruction's pixels."""
+        return PixelWeights(self.l1_weight, self.l2_weight, self.perceptual_weight)
 
     def is_redraw_due(self, step: int) -> bool:
         """Return whether codes are redrawn before iteration `step`."""
@@ -122,28 +153,19 @@ def count_hits(ids_BL: jax.Array, sides: tuple[int, ...], vocab_size: int) -> ja
     )
 
 
-class Draws(NamedTuple):
-    """What each row of a batch draws; None for what a recipe does not use.
+def draw_rows(recipe: "TokenizerRecipe", batch: dict) -> dict[str, jax.Array]:
+    """Return what the rows of a batch draw: functions of (seed, the row's place in the training stream) alone.
 
-    Attributes:
-      num_scales_B: first scales that the row keeps.
-      tokens_Bm: places of its tokens that the entropy term takes.
+    `num_scales` [B]: first scales that the row keeps; `tokens` [B, m]: places of its tokens that the entropy term
+    takes; each only if the recipe uses it.
     """
-
-    num_scales_B: jax.Array | None = None
-    tokens_Bm: jax.Array | None = None
-
-
-def draw_rows(recipe: "TokenizerRecipe", batch: dict) -> Draws:
-    """Return the draws of a batch: functions of (seed, the row's place in the training stream) alone."""
-    options, sides = recipe.options, recipe.model.sides
-    num_scales_B = tokens_Bm = None
+    options, sides, drawn = recipe.options, recipe.model.sides, {}
     if options.scale_dropout:
-        num_scales_B = draw_num_scales(options, len(sides), keys_of_samples(recipe.seed, batch["index"]))
+        drawn["num_scales"] = draw_num_scales(options, len(sides), keys_of_samples(recipe.seed, batch["index"]))
     if options.entropy_weight:
         num = max(1, NUM_ENTROPY_TOKENS // len(batch["index"]))
-        tokens_Bm = draw_tokens(sides, keys_of_samples(recipe.seed, batch["index"]), num)
-    return Draws(num_scales_B, tokens_Bm)
+        drawn["tokens"] = draw_tokens(sides, keys_of_samples(recipe.seed, batch["index"]), num)
+    return drawn
 
 
 def draw_num_scales(options: CodebookOptions, num_scales: int, keys_B: jax.Array) -> jax.Array:
@@ -167,40 +189,76 @@ def draw_tokens(sides: tuple[int, ...], keys_B: jax.Array, num: int) -> jax.Arra
     return jax.vmap(draw)(keys_B)
 
 
+class EntropyTerm(NamedTuple):
+    """The entropy term of a step.
+
+    Attributes:
+      weight: of this step.
+      temperature: see `CodebookOptions`.
+      row_stride: it takes tokens of every row_stride-th row alone, so that a large batch has no more of them.
+    """
+
+    weight: jax.Array | float
+    temperature: float
+    row_stride: int = 1
+
+    def of(self, model: Tokenizer, params, rests: tuple[jax.Array, ...], tokens_Bm: jax.Array) -> jax.Array:
+        """Return the term, without its weight. rests: of `Encoded`."""
+        num = max(1, len(tokens_Bm) // self.row_stride)
+        rows = slice(0, num * self.row_stride, self.row_stride)
+        chosen = tuple(rest[rows] for rest in rests), tokens_Bm[rows]
+        return model.apply({"params": params}, *chosen, self.temperature, method="assignment_entropy")
+
+
+def forward(model: Tokenizer, params, rows: dict, use_codes, entropy: EntropyTerm | None = None):
+    """Return ((reconstruction, quantizer loss), (input of the decoder's last convolution, parts)).
+
+    The quantizer loss includes the weighted entropy term, if there is one.
+
+    Args:
+      model, params: the tokenizer; its codebook may be in factors.
+      rows: `image`, and what of `draw_rows` there is.
+      use_codes: see `Tokenizer.__call__`.
+      entropy: if not None, rows need `tokens`.
+
+    parts, means over the batch: `quantizer_loss` and `entropy_loss` by themselves, `hits` [S, V] per image.
+    """
+    params, images = multiply_codebook(params), rows["image"]
+    (rec, quantizer_loss, encoded), features = apply_training(
+        model, params, images, use_codes, rows.get("num_scales")
+    )
+    hits_SV = count_hits(encoded.ids_BL, model.sides, model.vocab_size) / images.shape[0]
+    loss, parts = quantizer_loss, {"quantizer_loss": quantizer_loss, "hits": hits_SV}
+    if entropy is not None:
+        parts["entropy_loss"] = entropy.of(model, params, encoded.rests, rows["tokens"])
+        loss += entropy.weight * parts["entropy_loss"]
+    return (rec, loss), (features, parts)
+
+
 def tokenizer_loss(
     model: Tokenizer,
     options: CodebookOptions,
     params,
-    images_BYX3,
+    rows: dict,
     use_codes,
-    draws: Draws = Draws(),  # noqa: B008
-    entropy_weight: jax.Array | float = 0.0,
+    fixed=FixedWeights(),  # noqa: B008
+    entropy: EntropyTerm | None = None,
 ):
-    """Return (loss, parts): weighted L1 and L2 of the raw reconstruction plus the quantizer's loss.
+    """Return (loss, parts): the losses of the raw reconstruction's pixels plus those of the quantizer.
 
-    parts, means over the batch: `mse` of the clipped reconstruction, `quantizer_loss`, `hits` [S, V] per image, and
-    `entropy_loss` if the draws have tokens for it.
+    parts: those of `forward` and `pixel_loss`.
     """
-    params = multiply_codebook(params)
-    rec, quantizer_loss, encoded = model.apply({"params": params}, images_BYX3, use_codes, draws.num_scales_B)
-    error = rec - images_BYX3
-    l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
-    loss = options.l1_weight * l1 + options.l2_weight * l2 + quantizer_loss
-    clipped = jnp.mean(jnp.square(jnp.clip(rec, -1, 1) - images_BYX3))
-    hits_SV = count_hits(encoded.ids_BL, model.sides, model.vocab_size) / images_BYX3.shape[0]
-    parts = {"mse": clipped, "quantizer_loss": quantizer_loss, "hits": hits_SV}
-    if draws.tokens_Bm is not None:
-        chosen = encoded.rests, draws.tokens_Bm, options.entropy_temperature
-        parts["entropy_loss"] = model.apply({"params": params}, *chosen, method="assignment_entropy")
-        loss += entropy_weight * parts["entropy_loss"]
-    return loss, parts
+    (rec, quantizer_loss), (_, parts) = forward(model, params, rows, use_codes, entropy)
+    loss, of_pixels = pixel_loss(options.pixel_weights, fixed, rec, rows["image"])
+    return loss + quantizer_loss, parts | of_pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerRecipe:
     """The constants of all steps of a run: hashable, so static in a compiled step.
 
-    num_parts: equal parts of a batch whose gradients are accumulated. seed: of scale dropout and the entropy term.
+    num_parts: equal parts of a batch whose gradients are accumulated. seed: of scale dropout, of the entropy term's
+    tokens, and of the augmentation of what the discriminator sees. adversary: of the steps that have one.
     """
 
     model: Tokenizer
@@ -208,23 +266,54 @@ class TokenizerRecipe:
     options: CodebookOptions
     num_parts: int = 1
     seed: int = 0
+    adversary: Adversary | None = None
 
 
 def train_step(
-    recipe: TokenizerRecipe, state: TrainState, batch: dict, learning_rate: jax.Array, weight_decay: jax.Array
+    recipe: TokenizerRecipe,
+    state: TrainState,
+    batch: dict,
+    learning_rate: jax.Array,
+    weight_decay: jax.Array,
+    discriminator_rate: jax.Array | float = 0.0,
+    fixed: FixedWeights = FixedWeights(),  # noqa: B008
 ):
-    """Take one optimizer step. Jit with the recipe static. `extra.hits` is the usage moving average [S, V]."""
-    model, options = recipe.model, recipe.options
+    """Take one optimizer step, with an adversary one of each network. Jit with the recipe static.
+
+    Args:
+      recipe: constants of the step.
+      state: `extra.hits` is the usage moving average [S, V], `extra.adversary` that of `Adversary.init_state`, which
+        a step without an adversary leaves alone.
+      batch: `image`, and `index`, uint32 [B], the samples' places in the training stream, if something is drawn: with
+        scale dropout, the entropy term or augmentation.
+      learning_rate, weight_decay: of this step.
+      discriminator_rate: learning rate of the discriminator.
+      fixed: weights that the losses need.
+    """
+    model, options, adversary = recipe.model, recipe.options, recipe.adversary
     use_codes = state.step >= options.warmup_steps
-    entropy_weight = options.entropy_weight_at(state.step)
-
-    def loss_fn(params, part):
-        draws = Draws(part.get("num_scales"), part.get("tokens"))
-        return tokenizer_loss(model, options, params, part["image"], use_codes, draws, entropy_weight)
-
-    draws = draw_rows(recipe, batch)
-    rows = {"image": as_images(batch["image"]), "num_scales": draws.num_scales_B, "tokens": draws.tokens_Bm}
-    (loss, parts), grads = value_and_grad_over_parts(loss_fn, state.params, rows, recipe.num_parts)
+    entropy = None
+    if options.entropy_weight:
+        stride = math.ceil(len(batch["image"]) / NUM_ENTROPY_TOKENS)
+        entropy = EntropyTerm(options.entropy_weight_at(state.step), options.entropy_temperature, stride)
+    rows = {"image": as_images(batch["image"]), **draw_rows(recipe, batch)}
+    generated = None
+    if adversary is None:
+        loss_fn = lambda params, part: tokenizer_loss(model, options, params, part, use_codes, fixed, entropy)
+        (loss, parts), grads = value_and_grad_over_parts(loss_fn, state.params, rows, recipe.num_parts)
+    else:
+        if adversary.options.augment:
+            rows["draws"] = draw_passes(recipe.seed, batch["index"], state.step)
+        last, part = state.params["decoder"]["conv_out"], state.extra["adversary"]
+        generated = adversarial_gradients(
+            lambda params, part: forward(model, params, part, use_codes, entropy),
+            state.params,
+            rows,
+            recipe.num_parts,
+            Judge(model, options.pixel_weights, adversary, fixed, last, part),
+            adversary.options.weight_at(state.step),
+        )
+        loss, parts, grads = generated.loss, generated.parts, generated.grads
     if options.warmup_steps:  # nothing may move the codebook before the codes are drawn
         name = MAP if options.simvq else "codebook"
         grads = {**grads, name: jnp.where(use_codes, grads[name], 0.0)}
@@ -233,11 +322,21 @@ def train_step(
     is_early = state.step < options.warmup_steps + options.usage_early_steps
     decay = jnp.where(is_early, options.usage_decay_early, options.usage_decay)
     hits_ema_SV = decay * state.extra["hits"] + (1 - decay) * hits_SV
-    hits_before_SV = state.extra["hits"]
-    state, metrics = apply_gradients(recipe.optimizer, state, grads, learning_rate, weight_decay, loss=loss)
-    hits_ema_SV = jnp.where(metrics["is_bad"], hits_before_SV, hits_ema_SV)
-    state = state.replace(extra={"hits": hits_ema_SV})
-    measured = {name: parts[name] for name in ("quantizer_loss", "entropy_loss") if name in parts}
+    extra, measured = state.extra, {}
+    checked = loss
+    if adversary is not None and generated is not None:
+        checked = checked_loss(generated, grads)
+        moved, measured = train_discriminator(
+            adversary, recipe.optimizer, extra["adversary"], generated, discriminator_rate, weight_decay, checked
+        )
+        extra = {**extra, "adversary": moved}
+    state, metrics = apply_gradients(recipe.optimizer, state, grads, learning_rate, weight_decay, loss=checked)
+    hits_ema_SV = jnp.where(metrics["is_bad"], extra["hits"], hits_ema_SV)
+    state = state.replace(extra={**extra, "hits": hits_ema_SV})
+    logged = {"quantizer_loss", "entropy_loss"}
+    if adversary is not None or options.perceptual_weight:
+        logged = parts.keys() - {"mse", "hits"}
+    measured |= {name: x for name, x in parts.items() if name in logged}
     measured |= {"psnr_db": psnr_of_error(parts["mse"], 2), **describe_usage(hits_ema_SV, B, model.sides)}
     return state, {"loss": loss, **measured, **metrics}
 
@@ -284,7 +383,7 @@ def redraw_codes(model: Tokenizer, options: CodebookOptions, state: TrainState, 
     # hits for one step, or a new code would count as unused at once
     grace_SV = jnp.where(is_dead_V[None], options.revive_below, state.extra["hits"])
     state = replace_leaves(state, "codebook", drawn_Vc, is_dead_V[:, None])
-    return state.replace(extra={"hits": grace_SV})
+    return state.replace(extra={**state.extra, "hits": grace_SV})
 
 
 def spread_codes(state: TrainState, drawn_Vc: jax.Array) -> TrainState:

@@ -1,6 +1,7 @@
 """The task that trains a tokenizer from images."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -12,6 +13,8 @@ from jax.sharding import NamedSharding
 from mvar_jax.data.pipeline import eval_batches
 from mvar_jax.errors import InputError
 from mvar_jax.files.images import min_zoom, side_by_side, to_uint8
+from mvar_jax.models.lpips import lpips_loss
+from mvar_jax.models.lpips import shapes as lpips_shapes
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import Tokenizer, factor_codebook, fold_codebook, multiply_codebook
 from mvar_jax.ops.losses import sum_rows
@@ -20,6 +23,8 @@ from mvar_jax.ops.pixels import as_images, from_levels
 from mvar_jax.sampling.sampler import decode_in_chunks
 from mvar_jax.sharding import spec_of, use_mesh
 from mvar_jax.training import tokenizer_step
+from mvar_jax.training.adversary import Adversary, FixedWeights
+from mvar_jax.training.saving import say
 from mvar_jax.training.scoring import Scorer
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 
@@ -27,7 +32,12 @@ from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 class TokenizerTask(DataTask):
     """The task that trains an autoencoder and its codebook on images.
 
-    scorer: of reconstructions of validation images, None scores none.
+    Args:
+      run, data: of the run.
+      tokenizer, options: what is trained, and its losses.
+      scorer: of reconstructions of validation images, None scores none.
+      adversary: None for a run without.
+      fixed: weights that the losses need.
     """
 
     metrics = ("loss", "psnr_db", "codebook_used_percent")
@@ -39,16 +49,24 @@ class TokenizerTask(DataTask):
         options: tokenizer_step.CodebookOptions,
         data: TaskData,
         scorer: Scorer | None = None,
+        adversary: Adversary | None = None,
+        fixed: FixedWeights | None = None,
     ):
-        zeros = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
+        self.tokenizer, self.options, self.adversary = tokenizer, options, adversary
+        self._image_shape = (tokenizer.image_size, tokenizer.image_size, 3)
+        options.check_images(self._image_shape)
         options.check_scales(len(tokenizer.sides))
-        self._is_factored = options.simvq
-        super().__init__(run, tokenizer, data, zeros, scorer)
-        self.tokenizer, self.options = tokenizer, options
+        if adversary is not None:
+            adversary.check(run, self._image_shape, options.last_redraw)
+        super().__init__(run, tokenizer, data, self._make_extra, scorer)
+        self.fixed = jax.device_put(fixed or FixedWeights(), self._whole)
         recipe = tokenizer_step.TokenizerRecipe(tokenizer, run.optimizer, options, run.accumulate_steps, run.seed)
-        step = functools.partial(tokenizer_step.train_step, recipe)
         placed = {"donate_argnums": 0, "out_shardings": (self.shardings, self._whole)}
-        self._step = jax.jit(step, **placed)
+        # a program of its own before the discriminator starts
+        self._step, self._adversarial_step = (
+            jax.jit(functools.partial(tokenizer_step.train_step, dataclasses.replace(recipe, adversary=x)), **placed)
+            for x in (None, adversary)
+        )
         redraw = functools.partial(tokenizer_step.redraw_codes, tokenizer, options)
         self._redraw = jax.jit(redraw, **{**placed, "out_shardings": self.shardings})
         self.evaluate_batch = jax.jit(self._eval_step, out_shardings=self._whole)
@@ -57,39 +75,80 @@ class TokenizerTask(DataTask):
 
     def _init_params(self, key: jax.Array):
         params = super()._init_params(key)
-        return factor_codebook(params) if self._is_factored else params
+        return factor_codebook(params) if self.options.simvq else params
 
     def averaged(self, state):
         """Return the weights to evaluate, with an ordinary codebook."""
         params = super().averaged(state)
-        if not self._is_factored:
+        if not self.options.simvq:
             return params
         params = fold_codebook(params)
         place = NamedSharding(self.run.mesh, spec_of(("vocab", "code")))
         return {**params, "codebook": jax.device_put(params["codebook"], place)}
 
+    def _make_extra(self) -> dict:
+        extra = {"hits": jnp.zeros((len(self.tokenizer.sides), self.tokenizer.vocab_size))}
+        if self.adversary is not None:
+            key = jax.random.fold_in(jax.random.key(self.run.seed, impl="rbg"), 1)  # 0 would be another run's
+            extra["adversary"] = self.adversary.init_state(self.run.optimizer, key, self._image_shape)
+        return extra
+
+    def init_state(self):
+        """Return the state of step 0; say once if an adversary judges without LPIPS."""
+        if self.adversary is not None and not self.options.perceptual_weight:
+            say("config.codebook.perceptual_weight is 0: the adversary is balanced against L1 and L2 alone")
+        return super().init_state()
+
     def train_step(self, state, batch, step: int):
         """Take one step; redraw unused codes first, if due."""
+        is_adversarial = self.adversary is not None and step >= self.adversary.options.start_step
         with use_mesh(self.run.mesh):
             images = self.put(batch)
             if self.options.is_redraw_due(step):
                 key = jax.random.fold_in(jax.random.key(self.run.seed), step)
                 state = self._redraw(state, images, key)
             learning_rate, weight_decay = self.run.rates(step)
-            state, metrics = self._step(state, images, learning_rate, weight_decay)
-        return state, {**metrics, "learning_rate": learning_rate, "weight_decay": weight_decay}
-
-    @functools.cached_property
-    def _flops(self) -> float:
-        image = jax.ShapeDtypeStruct((1, *(self.tokenizer.image_size,) * 2, 3), jnp.float32)
-        params = jax.eval_shape(multiply_codebook, self.abstract_state().params)
-        forward = jax.jit(lambda params, image: self.tokenizer.apply({"params": params}, image)[0])
-        cost = forward.lower(params, image).cost_analysis() or {}
-        return 3 * cost.get("flops", 0.0) * self.run.batch_size
+            rates, metrics = {"learning_rate": learning_rate, "weight_decay": weight_decay}, {}
+            if is_adversarial:
+                rate = self.adversary.options.rate_at(step, learning_rate)
+                state, metrics = self._adversarial_step(state, images, learning_rate, weight_decay, rate, self.fixed)
+                rates["discriminator_learning_rate"] = rate
+            else:
+                state, metrics = self._step(state, images, learning_rate, weight_decay, 0.0, self.fixed)
+        return state, {**metrics, **rates}
 
     def flops_of_step(self, step: int) -> float:
-        """Return three times the forward pass, as XLA counts it before optimising."""
-        return self._flops
+        """Return the FLOPs of all networks, from their forward passes as XLA counts them before optimising.
+
+        The autoencoder: a forward pass and two for the gradients. LPIPS: two images, and back to one of them. The
+        discriminator: two images with all gradients, and once more for the generator, back to the image.
+        """
+        flops = 3 * self._flops["tokenizer"] + 3 * self._flops["perceptual"]
+        if self.adversary is not None and step >= self.adversary.options.start_step:
+            flops += 8 * self._flops["discriminator"]
+        return flops * self.run.batch_size
+
+    @functools.cached_property
+    def _flops(self) -> dict[str, float]:
+        """Return the FLOPs of each network's forward pass for one image."""
+        image = jax.ShapeDtypeStruct((1, *self._image_shape), jnp.float32)
+        state = self.abstract_state()
+
+        def count(forward, *args):
+            return (jax.jit(forward).lower(*args).cost_analysis() or {}).get("flops", 0.0)
+
+        flops = {"perceptual": 0.0, "discriminator": 0.0}
+        params = jax.eval_shape(multiply_codebook, state.params)
+        flops["tokenizer"] = count(lambda p, x: self.tokenizer.apply({"params": p}, x)[0], params, image)
+        if self.options.perceptual_weight:
+            flops["perceptual"] = count(lambda p, x: lpips_loss(p, x, x), lpips_shapes(), image) / 2
+        if self.adversary is not None:
+            part = state.extra["adversary"]
+            variables = {"params": part["params"], "spectral": part["spectral"]}
+            if self.fixed.discriminator is not None:
+                variables["frozen"] = self.fixed.discriminator
+            flops["discriminator"] = count(self.adversary.network.apply, variables, image)
+        return flops
 
     def _eval_step(self, params, batch):
         """Return sums over real rows: (squared error of the clipped image, its PSNR, hits [S, V], rows)."""

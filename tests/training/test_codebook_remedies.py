@@ -28,7 +28,7 @@ from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.task import RunOptions, TaskData
 from mvar_jax.training.tokenizer_step import (
     CodebookOptions,
-    Draws,
+    EntropyTerm,
     count_hits,
     describe_usage,
     draw_num_scales,
@@ -178,9 +178,10 @@ def test_entropy_weight_fades_and_is_zero_in_the_warm_up(trained):
     np.testing.assert_allclose(weights, [0, 0.075, 0.05, 0.025, 0, 0], atol=1e-7)
     metrics = trained[-1][2]
     params, images = seeded_params(MODEL), jnp.zeros((2, 2, 2, 3))
-    draws = Draws(None, jnp.asarray([[0, 1], [2, 4]]))
-    loss = lambda params, *drawn: tokenizer_loss(MODEL, ALL, params, images, True, *drawn)
-    (with_term, parts), (without, _) = quick_jit(lambda params: (loss(params, draws, 0.5), loss(params)))(params)
+    rows = {"image": images, "tokens": jnp.asarray([[0, 1], [2, 4]])}
+    loss = lambda params, term: tokenizer_loss(MODEL, ALL, params, rows, True, entropy=term)
+    both = quick_jit(lambda params: (loss(params, EntropyTerm(0.5, 0.5)), loss(params, None)))
+    (with_term, parts), (without, _) = both(params)
     np.testing.assert_allclose(with_term - without, 0.5 * parts["entropy_loss"], rtol=1e-5)
     assert np.isfinite(metrics["entropy_loss"])
 

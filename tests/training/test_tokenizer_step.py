@@ -81,7 +81,7 @@ def test_loss_weighs_l1_l2_and_the_quantizer(history):
     @quick_jit
     def run(params):
         rec, quantizer_loss, _ = MODEL.apply({"params": params}, IMAGES)
-        return tokenizer_loss(MODEL, OPTIONS, params, IMAGES, True), rec, quantizer_loss
+        return tokenizer_loss(MODEL, OPTIONS, params, {"image": IMAGES}, True), rec, quantizer_loss
 
     state, _ = history[1]
     (loss, parts), rec, quantizer_loss = run(state.params)
