@@ -56,9 +56,8 @@ class TokenizerTask(DataTask):
     ):
         self.tokenizer, self.options, self.adversary = tokenizer, options, adversary
         self._image_shape = (tokenizer.image_size, tokenizer.image_size, 3)
-        self._is_factored = options.simvq
-        options.check_scales(len(tokenizer.sides))
         options.check_images(self._image_shape)
+        options.check_scales(len(tokenizer.sides))
         if adversary is not None:
             adversary.check(run, self._image_shape, options.last_redraw)
         super().__init__(run, tokenizer, data, self._make_extra, scorer)
@@ -78,12 +77,12 @@ class TokenizerTask(DataTask):
 
     def _init_params(self, key: jax.Array):
         params = super()._init_params(key)
-        return factor_codebook(params) if self._is_factored else params
+        return factor_codebook(params) if self.options.simvq else params
 
     def averaged(self, state):
         """Return the weights to evaluate, with an ordinary codebook."""
         params = super().averaged(state)
-        if not self._is_factored:
+        if not self.options.simvq:
             return params
         params = fold_codebook(params)
         place = NamedSharding(self.run.mesh, spec_of(("vocab", "code")))
