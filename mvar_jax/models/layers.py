@@ -156,7 +156,10 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, D -> 4 D -> D, with a tanh-GELU between; `last_factor` scales the second's initial weights."""
+    """Two linear layers, D -> 4 D -> D, with a tanh-GELU between.
+
+    last_factor: factor of the second one's initial weights.
+    """
 
     init_std: float
     last_factor: float

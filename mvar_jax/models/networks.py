@@ -68,7 +68,10 @@ class Networks:
         return self.replace(refiner=self.refiner.clone(scales=scales))
 
     def with_dtype(self, dtype: str | None) -> "Networks":
-        """Return the networks with this dtype of computation and of all weights but the tokenizer's; None keeps both."""
+        """Return the networks with this dtype of computation and, of all but the tokenizer, of weights.
+
+        None keeps both.
+        """
         if dtype is None:
             return self
         kind = jnp.dtype(dtype).type

@@ -1,4 +1,4 @@
-"""The refiner: it draws the tokens of a map one after another, on top of a frozen transformer (docs/method.md, Refiner).
+"""The refiner: it draws the tokens of a map one after another, on a frozen transformer (docs/method.md, Refiner).
 
 After Logit Refiner (arXiv 2609.11804). Without a window it is the paper's form; with one, a token sees its drawn
 neighborhood alone, so that all tokens of a diagonal are drawn at once.
@@ -6,7 +6,7 @@ neighborhood alone, so that all tokens of a diagonal are drawn at once.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import flax.linen as nn
@@ -150,7 +150,7 @@ class Refiner(nn.Module):
     def teacher_forced(
         self, hidden_BND: jax.Array, ids_BN: jax.Array, codebook_Vc: jax.Array, scales: tuple[int, ...]
     ):
-        """Return the logits `[B, N, V] float32` of all tokens of some maps, each given the true earlier ones of its map.
+        """Return the logits `[B, N, V] float32` of all tokens of some maps, each given the true earlier ones.
 
         Args:
           hidden_BND: the transformer's hidden states of these maps' tokens, float32.
@@ -225,6 +225,16 @@ class Refiner(nn.Module):
         alone: AttendFn = lambda _, q, k, v: (v, None)
         codes, outside = jnp.zeros((1, 1, num, self.code_width)), jnp.ones((1, num), bool)
         return self.init(key, hidden, codes, outside, alone)["params"]
+
+    def macs(self, scales: Sequence[int]) -> int:
+        """Return the multiply-accumulates of the tokens of some maps, for one image, without norms and biases."""
+        D, total = self.width, 0
+        a_token = D * D * (1 + num_neighbors(self.window)) + self.depth * 12 * D**2
+        a_token += D * (self.vocab_size + num_neighbors(self.window) * self.code_width)
+        for scale in scales:
+            num_seen = int(visible_mask(self.sides[scale], self.window).sum())
+            total += a_token * self.sides[scale] ** 2 + self.depth * 2 * D * num_seen
+        return total
 
     def mesh_sizes(self) -> dict[str, tuple[str, int]]:
         """Return config key -> (logical axis, size) of the dimensions that a mesh cuts and must divide."""

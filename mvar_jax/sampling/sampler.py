@@ -51,7 +51,9 @@ def sample_pyramid(
       noise: (logits_BNV, keys_B) -> Gumbel noise of the smooth mode.
       known: returns the known tokens of a scale, as editing does; None: there are none.
 
-    A scale that `networks.refiner` refines is drawn by `refining.draw_refined`. Returns (ids `[B, L] int32`, f_hat `[B, Y, X, c] float32`, guided logits of each scale before the filters).
+    A scale that the refiner refines is drawn by `draw_refined`.
+
+    Returns (ids `[B, L] int32`, f_hat `[B, Y, X, c] float32`, guided logits of each scale before the filters).
     """
     sides, code_width = networks.tokenizer.sides, networks.tokenizer.code_width
     codebook = networks.tokenizer_params["codebook"]

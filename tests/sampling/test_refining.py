@@ -54,7 +54,7 @@ def drawn() -> np.ndarray:
 
 @pytest.mark.parametrize(("window", "changes"), [(3, {}), (None, {"conditioning": "full"})])
 def test_drawn_ids_are_those_of_teacher_forced_logits_and_the_same_noise(window, changes):
-    """Guidance, temperature and filter act on the refined logits, and a token's noise is the one that it always has."""
+    """Guidance, temperature and filter act on refined logits, and a token's noise is the one that it always has."""
     networks, options = networks_of(window, **changes), OPTIONS
     labels, keys = jnp.arange(2), keys_of_samples(0, jnp.arange(2))
     ids = draw_ids(networks, labels, np.arange(2), options)
@@ -96,7 +96,7 @@ def test_scales_that_are_not_refined_are_those_of_the_transformer(drawn):
 
 
 def test_smooth_codes_are_mixed_and_drawn_ids_feed_the_refiner(drawn):
-    """The first map has the ids of the hard mode: the refiner saw those, not mixed codes, which change the next map."""
+    """The first map has the ids of the hard mode: the refiner sees those; mixed codes change the next."""
     keys, options = keys_of_samples(0, jnp.arange(4)), dataclasses.replace(OPTIONS, smooth=True)
     ids, f_hat = draw(networks_of(), jnp.arange(4) % 3, keys, options, ("ids", "f_hat"))
     np.testing.assert_array_equal(ids[:, :4], drawn[:, :4])
