@@ -5,8 +5,8 @@ Command:  python -m mvar_jax cache_tokens --config configs/imagenet256_d16_refin
               --out data/imagenet256_tokens
           python -m mvar_jax train --config configs/imagenet256_d16_refiner.py --workdir runs/imagenet256_d16_refiner
 Hardware: 8 cards of 24 GB or more.
-Hours:    not yet run; by arithmetic half a step of the base: one forward pass of it (141 G-MACs an image) and three of
-          the refiner (24) are 212, against 423, so 20 epochs cost about 10 of the base's 300.
+Hours:    not yet run; by arithmetic half a step of the base: one forward pass of it (141 G-MACs an image) and three
+          of the refiner (24) are 212, against 423, so 20 epochs cost about 10 of the base's 300.
 Score:    not yet run; the paper's form took VAR-d16 from FID 3.30 to 2.81.
 """
 

@@ -155,8 +155,8 @@ A run that has a checkpoint resumes with the keys it began with. The keys marked
 what is learned. `data.path`, `data.cache` and `data.tokenizer` are free because the data themselves are compared:
 `data_identity.json` in the workdir has the number of images, the classes and a digest of the file names of a split,
 the fingerprints of the tokenizer and of a refiner's transformer, and what a token cache was made of. `epochs` and
-`optimizer.warmup_epochs` are free because the steps that follow from them are compared. A key that a newer version added counts as its default in an
-older run.
+`optimizer.warmup_epochs` are free because the steps that follow from them are compared. A key that a newer version
+added counts as its default in an older run.
 
 A run that has reached its end goes on if `num_steps` or `epochs` is larger now. `train --allow_change KEY` lets a run
 go on with another value of a key marked `allow`; the other keys never change. `config.json` notes both kinds of

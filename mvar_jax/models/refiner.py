@@ -123,7 +123,7 @@ class Refiner(nn.Module):
         Args:
           hidden_BND: the transformer's hidden states of the tokens, float32.
           codes_BNOc: codes of each token's drawn neighbors.
-          is_outside_NO: neighbors that are outside the map: a learned start vector stands for them.
+          is_outside_NO: neighbors that are outside the map: a learned vector stands for them.
           attend: attention of each block.
           guidance: as in `Transformer.__call__`, for rows that are pairs of a class and "no class".
 
@@ -132,8 +132,8 @@ class Refiner(nn.Module):
         D, std = self.width, INIT_FACTOR * float(np.sqrt(1 / (3 * self.width)))
         embed_init = named_axes(normal(std), "code", "width")
         embed = Linear(D, embed_init, self.end_dtype, jnp.float32, part="embedding", name="embed")
-        start_D = self.param("start", named_axes(nn.initializers.normal(1.0), "width"), (D,))
-        drawn_BNOD = jnp.where(is_outside_NO[..., None], start_D, embed(codes_BNOc))
+        outside_D = self.param("outside", named_axes(nn.initializers.normal(1.0), "width"), (D,))
+        drawn_BNOD = jnp.where(is_outside_NO[..., None], outside_D, embed(codes_BNOc))
         parts = jnp.concatenate([hidden_BND[:, :, None], drawn_BNOD], axis=2)
         init = named_axes(identity_of_first, None, "width", None)
         mix = Linear(D, init, self.end_dtype, jnp.float32, part="embedding", num_axes=2, name="input")
