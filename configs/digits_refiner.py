@@ -2,8 +2,8 @@
 
 Needs:    the quickstart's transformer and token cache.
 Command:  python -m mvar_jax train --config configs/digits_refiner.py --workdir runs/quickstart/refiner
-Hardware: 2 CPU cores, 2 to 3 minutes.
-Score:    see docs/method.md, Refiner.
+Hardware: 2 CPU cores; its minutes are not yet measured.
+Score:    not yet measured.
 """
 
 import ml_collections
