@@ -42,6 +42,8 @@ OPTIONAL_KEYS = (
     "eval_temperature",
 )
 _TOKEN_KEYS = {"phases": True, "init_from": False}
+# sections that a config may leave out, each key then having its default
+OPTIONAL_SECTIONS = {"tokenizer": ("adversary",), "transformer": (), "refiner": ()}
 TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": _TOKEN_KEYS, "refiner": _TOKEN_KEYS}
 
 
@@ -65,11 +67,12 @@ def check_config(config: dict) -> None:
     from mvar_jax.training.task import RunOptions
 
     known = COMMON_KEYS | TASK_KEYS[task]
-    check_keys(config, (*known, *OPTIONAL_KEYS), "config")
-    for name, is_section in (known | dict.fromkeys(OPTIONAL_KEYS, False)).items():
+    optional = dict.fromkeys(OPTIONAL_KEYS, False) | dict.fromkeys(OPTIONAL_SECTIONS[task], True)
+    check_keys(config, (*known, *optional), "config")
+    for name, is_section in (known | optional).items():
         field = f"config.{name}"
         if name not in config:
-            if name in OPTIONAL_KEYS:
+            if name in optional:
                 continue
             raise InputError(f"{field} is missing; every config of a {task} has it", field=field)
         if is_section != isinstance(config[name], dict):
@@ -187,7 +190,9 @@ def build_task(config: dict):
         task_data = TaskData(sources, data.transform(), data.loading())
         run = run.with_images(len(sources["train"]))
         scorer = make_scorer("tokenizer", run, data, module.image_size, len(sources.get("val", ())))
-        return TokenizerTask(run, module, options, task_data, scorer), {"tokenizer": module}, {}
+        adversary = build_adversary(config, module)
+        fixed = load_fixed(options, adversary)
+        return TokenizerTask(run, module, options, task_data, scorer, adversary, fixed), {"tokenizer": module}, {}
 
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
@@ -204,6 +209,40 @@ def build_task(config: dict):
     initial = load_initial(config["init_from"], module, names)
     task = TransformerTask(run, module, options, tokenizer, task_data, initial, scorer)
     return task, modules | {"transformer": module}, frozen
+
+
+def build_adversary(config: dict, tokenizer):
+    """Return the `Adversary` of a tokenizer's config, None if it has none. It computes in the tokenizer's dtype."""
+    from mvar_jax.models.dino import DinoDiscriminator
+    from mvar_jax.models.discriminator import PatchDiscriminator
+    from mvar_jax.training.adversary import DINO, NONE, Adversary, AdversaryOptions
+
+    options = from_dict(AdversaryOptions, config.get("adversary", {}), "config.adversary")
+    if options.kind == NONE:
+        return None
+    if options.kind == DINO:
+        return Adversary(options, DinoDiscriminator(tokenizer.dtype))
+    return Adversary(options, PatchDiscriminator(options.layers, options.width, tokenizer.dtype))
+
+
+def load_fixed(options, adversary):
+    """Return the `FixedWeights` that a tokenizer's losses need.
+
+    options: its `CodebookOptions`. adversary: its `Adversary` or None.
+    Raises InputError if a file is missing or is another one.
+    """
+    from mvar_jax.evaluation.dino_weights import load_dino
+    from mvar_jax.evaluation.lpips import load_lpips
+    from mvar_jax.training.adversary import DINO, FixedWeights
+
+    fixed = FixedWeights()
+    if options.perceptual_weight:
+        path, field = options.perceptual_file, "config.codebook.perceptual_file"
+        fixed = fixed.replace(perceptual=load_lpips(path, field).params)
+    if adversary is not None and adversary.options.kind == DINO:
+        vit = load_dino(adversary.options.file, "config.adversary.file").params
+        fixed = fixed.replace(discriminator={"vit": vit})
+    return fixed
 
 
 def open_tokens(data: DataOptions, transformer: Any):

@@ -21,7 +21,7 @@ from mvar_jax.files.json_files import read_json
 from mvar_jax.models.init import LINEN_FIELDS, abstract_params
 from mvar_jax.models.networks import check_fit
 from mvar_jax.models.refiner import Refiner, check_base
-from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.tokenizer import Tokenizer, fold_codebook
 from mvar_jax.models.transformer import Transformer
 
 MODEL_FILE = "model.json"
@@ -129,7 +129,8 @@ def load_model(directory: Path, which: str = "last") -> tuple[dict[str, nn.Modul
         raise _refuse(directory, "holds a refiner without its transformer")
     step, params = pick_step(directory, which), {}
     for kind, module in modules.items():
-        tree = restore_weights(directory, step) if content.get("trains") == kind else load_tree(directory / kind)
+        is_trained = content.get("trains") == kind
+        tree = fold_codebook(restore_weights(directory, step)) if is_trained else load_tree(directory / kind)
         check_shapes(directory, kind, module, tree)
         check_finite(directory, kind, tree)
         params[kind] = tree
@@ -204,9 +205,10 @@ def check_finite(directory: Path, kind: str, tree) -> None:
 def fingerprint(module: nn.Module, params) -> str:
     """Return a hex digest of a module's structure and weights: tokenizers share ids only if theirs are equal.
 
-    Its precision is not part of it: that decides on rounding alone.
+    Its precision and remat are not part of it: they decide on rounding alone.
     """
-    structure = {name: value for name, value in module_to_dict(module).items() if name != "precision"}
+    free = {field.name for field in dataclasses.fields(module) if field.metadata.get("is_free")}
+    structure = {name: value for name, value in module_to_dict(module).items() if name not in free}
     digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
     for path, leaf in sorted((jax.tree_util.keystr(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params)):
         digest.update(path.encode())

@@ -73,15 +73,15 @@ def _apply(matrix_iy: np.ndarray, x_BYXc: jax.Array, matrix_jx: np.ndarray | Non
 
 
 def resize_area(x_BYXc: jax.Array, side: int) -> jax.Array:
-    """Resize `[B, y, y, c]` to `[B, side, side, c] float32` by area averaging; the identity at equal sizes."""
-    source = x_BYXc.shape[1]
-    return x_BYXc if source == side else _apply(area_matrix(source, side), x_BYXc)
+    """Resize `[B, y, x, c]` to `[B, side, side, c] float32` by area averaging; the identity at equal sizes."""
+    y, x = x_BYXc.shape[1:3]
+    return x_BYXc if y == x == side else _apply(area_matrix(y, side), x_BYXc, area_matrix(x, side))
 
 
 def resize_bicubic(x_BYXc: jax.Array, side: int) -> jax.Array:
-    """Resize `[B, y, y, c]` to `[B, side, side, c] float32` by bicubic interpolation; the identity at equal sizes."""
-    source = x_BYXc.shape[1]
-    return x_BYXc if source == side else _apply(bicubic_matrix(source, side), x_BYXc)
+    """Resize `[B, y, x, c]` to `[B, side, side, c] float32` by bicubic interpolation; the identity at equal sizes."""
+    y, x = x_BYXc.shape[1:3]
+    return x_BYXc if y == x == side else _apply(bicubic_matrix(y, side), x_BYXc, bicubic_matrix(x, side))
 
 
 def resize_tf1(x_BYXc: jax.Array, side: int) -> jax.Array:

@@ -55,7 +55,7 @@ class TokenTask(DataTask):
         initial: Initial | None = None,
         scorer: Scorer | None = None,
     ):
-        super().__init__(run, module, data, {}, scorer)
+        super().__init__(run, module, data, dict, scorer)
         self.initial = initial
         self.data_identity["tokenizer"] = fingerprint(tokenizer.tokenizer, tokenizer.tokenizer_params)
         self.transformer, self.options = transformer, options
