@@ -12,7 +12,7 @@ from mvar_jax.schema import Decay, Natural, NotNegative, Positive, Share
 from mvar_jax.training.schedules import check_schedule, learning_rate_factor, weight_decay_at
 
 UNDECAYED = ("bias", "q_bias", "v_bias", "scale", "log_scale", "pos_start", "pos_embed", "level_embed")
-UNDECAYED += ("adaptive_offset", "codebook", "codebook_map")
+UNDECAYED += ("adaptive_offset", "codebook", "codebook_map", "outside")
 FIXED = ("codebook_basis",)  # parameters that no step moves, nor rounding in their average
 
 

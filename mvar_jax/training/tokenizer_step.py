@@ -128,11 +128,6 @@ class CodebookOptions:
             raise InputError(words, field=field, given=self.perceptual_weight, expected=expected)
 
     @property
-    def last_redraw(self) -> int:
-        """Return the last step at which codes may be redrawn."""
-        return max(self.warmup_steps, self.revive_until_step if self.revive_every_steps else 0)
-
-    @property
     def pixel_weights(self) -> PixelWeights:
         """Return the weights of the losses of a reconstruction's pixels."""
         return PixelWeights(self.l1_weight, self.l2_weight, self.perceptual_weight)
@@ -338,11 +333,10 @@ def train_step(
     state, metrics = apply_gradients(recipe.optimizer, state, grads, learning_rate, weight_decay, loss=checked)
     hits_ema_SV = jnp.where(metrics["is_bad"], extra["hits"], hits_ema_SV)
     state = state.replace(extra={**extra, "hits": hits_ema_SV})
-    logged = {"quantizer_loss", "entropy_loss"}
-    if adversary is not None or options.perceptual_weight:
-        logged = parts.keys() - {"mse", "hits"}
-    measured |= {name: x for name, x in parts.items() if name in logged}
+    measured |= {name: parts[name] for name in ("quantizer_loss", "entropy_loss") if name in parts}
     measured |= {"psnr_db": psnr_of_error(parts["mse"], 2), **describe_usage(hits_ema_SV, B, model.sides)}
+    if adversary is not None or options.perceptual_weight:
+        measured |= {name: x for name, x in parts.items() if name not in ("mse", "hits")}
     return state, {"loss": loss, **measured, **metrics}
 
 

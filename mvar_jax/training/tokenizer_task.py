@@ -12,13 +12,13 @@ from jax.sharding import NamedSharding
 
 from mvar_jax.data.pipeline import eval_batches
 from mvar_jax.errors import InputError
-from mvar_jax.files.images import min_zoom, side_by_side, to_uint8
+from mvar_jax.files.images import min_zoom, side_by_side, tile_columns, to_uint8
 from mvar_jax.models.lpips import lpips_loss
 from mvar_jax.models.lpips import shapes as lpips_shapes
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import Tokenizer, factor_codebook, fold_codebook, multiply_codebook
 from mvar_jax.ops.losses import sum_rows
-from mvar_jax.ops.metrics import perplexity, psnr_of_error, usage_percent
+from mvar_jax.ops.metrics import SSIM_WINDOW, perplexity, psnr_of_error, similarity, usage_percent
 from mvar_jax.ops.pixels import as_images, from_levels
 from mvar_jax.sampling.sampler import decode_in_chunks
 from mvar_jax.sharding import spec_of, use_mesh
@@ -27,6 +27,8 @@ from mvar_jax.training.adversary import Adversary, FixedWeights
 from mvar_jax.training.saving import say
 from mvar_jax.training.scoring import Scorer
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
+
+NUM_ROWS = 8  # images shown from the first 1, 2, ... scales
 
 
 class TokenizerTask(DataTask):
@@ -54,8 +56,9 @@ class TokenizerTask(DataTask):
     ):
         self.tokenizer, self.options, self.adversary = tokenizer, options, adversary
         self._image_shape = (tokenizer.image_size, tokenizer.image_size, 3)
-        options.check_images(self._image_shape)
+        self.has_ssim = tokenizer.image_size >= SSIM_WINDOW
         options.check_scales(len(tokenizer.sides))
+        options.check_images(self._image_shape)
         if adversary is not None:
             adversary.check(run, self._image_shape, options.last_redraw)
         super().__init__(run, tokenizer, data, self._make_extra, scorer)
@@ -70,8 +73,8 @@ class TokenizerTask(DataTask):
         redraw = functools.partial(tokenizer_step.redraw_codes, tokenizer, options)
         self._redraw = jax.jit(redraw, **{**placed, "out_shardings": self.shardings})
         self.evaluate_batch = jax.jit(self._eval_step, out_shardings=self._whole)
-        self.reconstruct = jax.jit(self._reconstruct, out_shardings=self._whole)
-        self.reconstruct_scales = jax.jit(self._reconstruct_scales, out_shardings=self._whole)
+        self.encode_maps = jax.jit(self._encode_maps)
+        self.decode_maps = jax.jit(self._decode_maps, out_shardings=self._whole)
 
     def _init_params(self, key: jax.Array):
         params = super()._init_params(key)
@@ -133,12 +136,12 @@ class TokenizerTask(DataTask):
         """Return the FLOPs of each network's forward pass for one image."""
         image = jax.ShapeDtypeStruct((1, *self._image_shape), jnp.float32)
         state = self.abstract_state()
+        params = jax.eval_shape(multiply_codebook, state.params)
 
         def count(forward, *args):
             return (jax.jit(forward).lower(*args).cost_analysis() or {}).get("flops", 0.0)
 
         flops = {"perceptual": 0.0, "discriminator": 0.0}
-        params = jax.eval_shape(multiply_codebook, state.params)
         flops["tokenizer"] = count(lambda p, x: self.tokenizer.apply({"params": p}, x)[0], params, image)
         if self.options.perceptual_weight:
             flops["perceptual"] = count(lambda p, x: lpips_loss(p, x, x), lpips_shapes(), image) / 2
@@ -151,20 +154,25 @@ class TokenizerTask(DataTask):
         return flops
 
     def _eval_step(self, params, batch):
-        """Return sums over real rows: (squared error of the clipped image, its PSNR, hits [S, V], rows)."""
+        """Return sums over real rows: (squared error of the clipped image, its PSNR, its SSIM, hits [S, V], rows).
+
+        SSIM is 0 if the images are smaller than its window.
+        """
         images = as_images(batch["image"])
         rec, _, encoded = self.tokenizer.apply({"params": params}, images)
-        error_B = jnp.mean(jnp.square(jnp.clip(rec, -1, 1) - images), axis=(1, 2, 3))
+        rec = jnp.clip(rec, -1, 1)
+        error_B = jnp.mean(jnp.square(rec - images), axis=(1, 2, 3))
         psnr_B = psnr_of_error(error_B, 2)
+        ssim_B = similarity(rec, images, 2) if self.has_ssim else jnp.zeros_like(error_B)
         mask = batch["mask"]
         V = self.tokenizer.vocab_size
         # a padding row's ids fall outside the codebook and are not counted
         ids_BL = jnp.where(mask[:, None] > 0, encoded.ids_BL, V)
         hits_SV = tokenizer_step.count_hits(ids_BL, self.tokenizer.sides, V + 1)[:, :V]
-        return sum_rows(mask, error_B), sum_rows(mask, psnr_B), hits_SV, jnp.sum(mask)
+        return *(sum_rows(mask, x_B) for x_B in (error_B, psnr_B, ssim_B)), hits_SV, jnp.sum(mask)
 
     def evaluate(self, state) -> dict:
-        """Return held-out mse, PSNR (mean over images, dB), codebook usage and perplexity of the averaged weights.
+        """Return held-out mse, PSNR (mean over images, dB), SSIM, codebook usage and perplexity of averaged weights.
 
         And the scores of reconstructions, if there is a scorer.
         """
@@ -173,10 +181,11 @@ class TokenizerTask(DataTask):
         with use_mesh(self.run.mesh):
             params = self.averaged(state)
             parts = [self.evaluate_batch(params, batch) for batch in self.eval_batches()]
-        error, psnr, hits_SV, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(4))
+        error, psnr, ssim, hits_SV, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(5))
         return {
             "loss": float(error / rows),
             "psnr_db": float(psnr / rows),
+            **({"ssim": float(ssim / rows)} if self.has_ssim else {}),
             "usage_per_scale": (100 * (hits_SV > 0).mean(axis=1)).tolist(),
             "own_usage_per_scale": usage_percent(hits_SV, hits_SV.sum(axis=1)).tolist(),
             "perplexity_per_scale": [perplexity(hits_V) for hits_V in hits_SV],
@@ -193,7 +202,7 @@ class TokenizerTask(DataTask):
         with contextlib.closing(batches):
             for batch in batches:
                 with use_mesh(self.run.mesh):
-                    images = to_uint8(self.reconstruct(self.averaged(state), batch["image"]))
+                    images = self.reconstruct(self.averaged(state), batch["image"])
                 rows = np.flatnonzero(batch["mask"])[:num_left]
                 yield images[rows], batch["image"][rows]
                 num_left -= len(rows)
@@ -203,46 +212,56 @@ class TokenizerTask(DataTask):
         words = f"config.eval_samples must be {expected}, got {self.run.eval_samples}"
         raise InputError(words, field="config.eval_samples", given=self.run.eval_samples, expected=expected)
 
-    def _reconstruct(self, params, pixels_NYX3: jax.Array) -> jax.Array:
+    def _encode_maps(self, params, pixels_NYX3: jax.Array) -> tuple[jax.Array, ...]:
+        """Return the latent maps after each scale; rows are repeated until they divide over the devices."""
         networks = Networks(self.tokenizer, params)
         images = as_images(pixels_NYX3[self.picture_rows(len(pixels_NYX3))])
         ids_BL = networks.apply_tokenizer(images, method="encode")
-        return decode_in_chunks(networks, networks.apply_tokenizer(ids_BL, method="f_hats")[-1])
+        return networks.apply_tokenizer(ids_BL, method="f_hats")
 
-    def _reconstruct_scales(self, params, pixels_NYX3: jax.Array) -> jax.Array:
-        """Return the images of the first 1, 2, ... S scales, `[S, N, Y, X, 3]`, not clipped; N may be filled up."""
-        networks = Networks(self.tokenizer, params)
-        images = as_images(pixels_NYX3[self.picture_rows(len(pixels_NYX3))])
-        ids_BL = networks.apply_tokenizer(images, method="encode")
-        f_hats = networks.apply_tokenizer(ids_BL, method="f_hats")
-        decoded = decode_in_chunks(networks, jnp.concatenate(f_hats))
-        return decoded.reshape(len(f_hats), *images.shape)
+    def _decode_maps(self, params, f_hat_BYXc: jax.Array) -> jax.Array:
+        return decode_in_chunks(Networks(self.tokenizer, params), f_hat_BYXc)
+
+    def reconstruct(self, params, pixels_NYX3: np.ndarray) -> np.ndarray:
+        """Return the reconstructions of pixels, uint8."""
+        decoded = self.decode_maps(params, self.encode_maps(params, pixels_NYX3)[-1])
+        return to_uint8(decoded)[: len(pixels_NYX3)]
 
     def _shown(self, state) -> tuple[np.ndarray, np.ndarray]:
-        """Return the pixels of a few held-out images, or training images if none are held out, and their images.
+        """Return a few held-out images, or training images if none are held out, and what each scale makes of them.
 
-        Those of the first 1, 2, ... S scales, `[S, N, Y, X, 3]`.
+        Pixels `[N, Y, X, 3] uint8`, and the reconstructions from the first 1, 2, ... S scales, `[S, N, Y, X, 3]` in
+        [-1, 1].
         """
         data = self.data["val" if "val" in self.data else "train"]
         # every process reads the same few images and computes its part of them
         batches = eval_batches(data, self.transform, batch_size=min(NUM_PICTURES, len(data)), options=self.loading)
         pixels = next(batches)["image"]
         batches.close()
+        params = self.averaged(state)
         with use_mesh(self.run.mesh):
-            decoded = np.asarray(self.reconstruct_scales(self.averaged(state), pixels))
-        return pixels, decoded[:, : len(pixels)]
+            # scale by scale: XLA gathers whole weights on each device if it decodes all scales at once
+            decoded = [self.decode_maps(params, f_hat) for f_hat in self.encode_maps(params, pixels)]
+        return pixels, np.stack([np.asarray(images)[: len(pixels)] for images in decoded])
 
     def _psnr_per_scale(self, state) -> list[float]:
         """Return the PSNR of the first 1, 2, ... S scales, the mean over the images of `pictures`."""
         pixels, decoded = self._shown(state)
-        error_SN = np.mean(np.square(np.clip(decoded, -1, 1) - from_levels(pixels)), axis=(2, 3, 4))
+        error_SN = np.mean(np.square(decoded - from_levels(pixels)), axis=(2, 3, 4))
         return psnr_of_error(error_SN, 2).mean(1).tolist()
 
     def pictures(self, state) -> dict[str, np.ndarray]:
-        """Return held-out images, or training images if none are held out, next to their reconstructions."""
+        """Return held-out images, or training images if none are held out, next to their reconstructions.
+
+        `reconstructions` uses all scales; `scales` shows some images after the first 1, 2, ... of them.
+        """
         pixels, decoded = self._shown(state)
         zoom = min_zoom(pixels.shape[1])
-        return {"reconstructions": side_by_side(pixels, to_uint8(decoded[-1]), 4, zoom=zoom)}
+        columns = {f"r{k}": to_uint8(images[:NUM_ROWS]) for k, images in enumerate(decoded, start=1)}
+        return {
+            "reconstructions": side_by_side(pixels, to_uint8(decoded[-1]), 4, zoom=zoom),
+            "scales": tile_columns({"input": pixels[:NUM_ROWS], **columns}, zoom=zoom),
+        }
 
     def histograms(self, state) -> dict[str, np.ndarray]:
         """Return hits of each scale's codes, as multiples of their mean, and usage and perplexity of all scales.
