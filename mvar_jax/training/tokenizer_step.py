@@ -210,6 +210,14 @@ class EntropyTerm(NamedTuple):
         return model.apply({"params": params}, *chosen, self.temperature, method="assignment_entropy")
 
 
+def entropy_term(options: CodebookOptions, step: jax.Array, batch_size: int) -> EntropyTerm | None:
+    """Return the entropy term of a step, None if it has none."""
+    if not options.entropy_weight:
+        return None
+    stride = math.ceil(batch_size / NUM_ENTROPY_TOKENS)
+    return EntropyTerm(options.entropy_weight_at(step), options.entropy_temperature, stride)
+
+
 def forward(model: Tokenizer, params, rows: dict, use_codes, entropy: EntropyTerm | None = None):
     """Return ((reconstruction, quantizer loss), (input of the decoder's last convolution, parts)).
 
@@ -292,10 +300,7 @@ def train_step(
     """
     model, options, adversary = recipe.model, recipe.options, recipe.adversary
     use_codes = state.step >= options.warmup_steps
-    entropy = None
-    if options.entropy_weight:
-        stride = math.ceil(len(batch["image"]) / NUM_ENTROPY_TOKENS)
-        entropy = EntropyTerm(options.entropy_weight_at(state.step), options.entropy_temperature, stride)
+    entropy = entropy_term(options, state.step, len(batch["image"]))
     rows = {"image": as_images(batch["image"]), **draw_rows(recipe, batch)}
     generated = None
     if adversary is None:

@@ -56,8 +56,8 @@ class TokenizerTask(DataTask):
     ):
         self.tokenizer, self.options, self.adversary = tokenizer, options, adversary
         self._image_shape = (tokenizer.image_size, tokenizer.image_size, 3)
-        options.check_images(self._image_shape)
         options.check_scales(len(tokenizer.sides))
+        options.check_images(self._image_shape)
         if adversary is not None:
             adversary.check(run, self._image_shape, options.last_redraw)
         super().__init__(run, tokenizer, data, self._make_extra, scorer)

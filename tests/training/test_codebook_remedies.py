@@ -17,11 +17,10 @@ from mvar_jax.data.options import LoadOptions
 from mvar_jax.data.sources import SyntheticSource
 from mvar_jax.data.transforms import PhotoTransform
 from mvar_jax.errors import InputError
-from mvar_jax.models.tokenizer import BASIS, MAP
+from mvar_jax.models.tokenizer import BASIS, MAP, multiply_codebook
 from mvar_jax.ops.losses import commitment_loss
 from mvar_jax.ops.metrics import perplexities, perplexity, usage_percent
-from mvar_jax.ops.pixels import from_levels
-from mvar_jax.ops.quantize import assignment_entropy
+from mvar_jax.ops.quantize import assignment_entropy, nearest_code
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sharding import make_mesh
 from mvar_jax.training.optimizer import OptimizerOptions
@@ -29,10 +28,12 @@ from mvar_jax.training.task import RunOptions, TaskData
 from mvar_jax.training.tokenizer_step import (
     CodebookOptions,
     EntropyTerm,
-    count_hits,
+    TokenizerRecipe,
     describe_usage,
     draw_num_scales,
+    draw_rows,
     draw_tokens,
+    entropy_term,
     spread_codes,
     tokenizer_loss,
 )
@@ -95,12 +96,9 @@ def test_checkpoint_of_factors_loads_as_an_ordinary_codebook_with_the_ids_of_tra
     ema = history[-1].ema
     np.testing.assert_allclose(params["codebook"], ema[BASIS] @ ema[MAP], atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(task.averaged(state)))
-    hits = 0
-    encode = quick_jit(lambda params, images: MODEL.apply({"params": params}, images, method="encode"))
-    for batch in task.eval_batches():
-        ids = encode(params, from_levels(np.asarray(batch["image"])))
-        hits = hits + count_hits(ids[np.asarray(batch["mask"]) > 0], SIDES, 16)
-        np.testing.assert_array_equal(task.evaluate_batch(task.averaged(state), batch)[2], hits)
+    x = np.random.default_rng(0).normal(size=(1000, 4)).astype(np.float32)
+    in_training = jax.jit(lambda params: nearest_code(x, multiply_codebook(params)["codebook"]))
+    np.testing.assert_array_equal(nearest_code(x, params["codebook"]), in_training({n: ema[n] for n in (BASIS, MAP)}))
 
 
 def test_drawn_map_gives_the_codes_the_second_moments_of_residuals():
@@ -118,30 +116,63 @@ def test_drawn_map_gives_the_codes_the_second_moments_of_residuals():
     np.testing.assert_array_equal(spoilt.params[MAP], state.params[MAP])
 
 
-def test_rows_with_dropped_scales_equal_a_loop_over_rows():
-    model = TOKENIZER.clone(num_phi=1, ch_mult=(1,), sides=(1, 2, 3))
-    params = seeded_params(model)
-    images = jnp.asarray(np.random.default_rng(3).uniform(-1, 1, (3, 3, 3, 3)), jnp.float32)
-    kept = (1, 3, 2)
+@pytest.fixture(scope="module")
+def dropped():
+    """((loss, parts), gradients) of a batch by the weight of the entropy term, and (losses, rests) and their gradient
+    of a loop over its rows, which keep 1, 2 and 1 scales."""
+    params, kept = seeded_params(MODEL), (1, 2, 1)
+    images = jnp.asarray(np.random.default_rng(3).uniform(-1, 1, (3, 2, 2, 3)), jnp.float32)
+    rows = {"image": images, "num_scales": jnp.asarray(kept), "tokens": jnp.asarray(TOKENS)}
 
-    def together(params):
-        rec, loss, _ = model.apply({"params": params}, images, True, jnp.asarray(kept))
-        return jnp.mean(jnp.square(rec - images)) + loss
+    def together(params, weight):
+        return tokenizer_loss(MODEL, ALL, params, rows, True, entropy=EntropyTerm(weight, 0.5))
 
-    def in_loop(params):
-        total = 0.0
-        for row, num in enumerate(kept):
-            image = images[row : row + 1]
-            f = model.apply({"params": params}, image, method="features")
-            f_hats = model.apply({"params": params}, f, method="quantize").f_hats[:num]
-            straight = jax.lax.stop_gradient(f_hats[-1] - f) + f
-            rec = model.apply({"params": params}, straight, method="decode_raw")
-            total += jnp.mean(jnp.square(rec - image)) + commitment_loss(f, f_hats, model.beta)
-        return total / len(kept)
+    def of_row(params, image, num):
+        f = MODEL.apply({"params": params}, image[None], method="features")
+        encoded = MODEL.apply({"params": params}, f, method="quantize")
+        first = [encoded.f_hats[:k] for k in (1, 2)]
+        pick = [lambda f_hats=f_hats: (f_hats[-1], commitment_loss(f, f_hats, MODEL.beta)) for f_hats in first]
+        f_hat, commitment = jax.lax.switch(num - 1, pick)
+        rec = MODEL.apply({"params": params}, jax.lax.stop_gradient(f_hat - f) + f, method="decode_raw")
+        return jnp.mean(jnp.square(rec[0] - image)) + commitment, jnp.concatenate(encoded.rests, axis=1)[0]
 
-    ours, expected = (quick_jit(jax.value_and_grad(fn))(params) for fn in (together, in_loop))
-    np.testing.assert_allclose(ours[0], expected[0], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), ours[1], expected[1])
+    run, run_row = (quick_jit(jax.value_and_grad(fn, has_aux=True)) for fn in (together, of_row))
+    looped = [run_row(params, image, num) for image, num in zip(images, kept, strict=True)]
+    (losses, rests), grads = zip(*(x[0] for x in looped), strict=True), [x[1] for x in looped]
+    mean = jax.tree.map(lambda *x: np.mean(x, axis=0), *grads)
+    return {weight: run(params, weight) for weight in (0.0, 0.5)}, (losses, rests, mean), params["codebook"]
+
+
+TOKENS = ((0, 1), (2, 4), (3, 3))
+
+
+def test_rows_with_dropped_scales_equal_a_loop_over_rows(dropped):
+    ((loss, _), grads), (losses, _, expected) = dropped[0][0.0], dropped[1]
+    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), grads, expected)
+
+
+def test_entropy_term_counts_by_its_weight_and_takes_the_drawn_tokens(dropped):
+    (without, _), (with_term, parts) = (dropped[0][weight][0] for weight in (0.0, 0.5))
+    tokens = np.concatenate([np.asarray(rest)[list(row)] for rest, row in zip(dropped[1][1], TOKENS, strict=True)])
+    np.testing.assert_allclose(parts["entropy_loss"], assignment_entropy(tokens, dropped[2], 0.5), rtol=1e-4)
+    np.testing.assert_allclose(with_term - without, 0.5 * parts["entropy_loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(2, 1), (300, 1), (2048, 2), (2049, 1), (6144, 3), (100_000, 4)])
+def test_entropy_term_takes_at_most_2048_tokens_of_a_batch_of_any_size(rows, parts):
+    """Each part of an accumulated batch gives its own, spread over its rows."""
+
+    class Recorder:
+        def apply(self, _, rests, tokens, temperature, method):
+            assert rests[0].shape[0] == len(tokens)
+            return tokens.size
+
+    recipe = TokenizerRecipe(MODEL, OptimizerOptions(), dataclasses.replace(ALL, scale_dropout=0.0))
+    drawn = jax.eval_shape(functools.partial(draw_rows, recipe), {"index": np.arange(rows, dtype=np.uint32)})
+    tokens = np.zeros((rows // parts, *drawn["tokens"].shape[1:]))
+    taken = parts * entropy_term(ALL, jnp.asarray(1), rows).of(Recorder(), {}, (tokens[..., None],), tokens)
+    assert 1024 <= taken <= 2048
 
 
 def test_kept_scales_are_a_function_of_seed_and_sample_and_uniform_from_the_first():
@@ -176,14 +207,7 @@ def test_entropy_term_equals_its_definition_and_stays_finite_at_its_temperature(
 def test_entropy_weight_fades_and_is_zero_in_the_warm_up(trained):
     weights = [float(ALL.entropy_weight_at(jnp.asarray(step))) for step in range(6)]
     np.testing.assert_allclose(weights, [0, 0.075, 0.05, 0.025, 0, 0], atol=1e-7)
-    metrics = trained[-1][2]
-    params, images = seeded_params(MODEL), jnp.zeros((2, 2, 2, 3))
-    rows = {"image": images, "tokens": jnp.asarray([[0, 1], [2, 4]])}
-    loss = lambda params, term: tokenizer_loss(MODEL, ALL, params, rows, True, entropy=term)
-    both = quick_jit(lambda params: (loss(params, EntropyTerm(0.5, 0.5)), loss(params, None)))
-    (with_term, parts), (without, _) = both(params)
-    np.testing.assert_allclose(with_term - without, 0.5 * parts["entropy_loss"], rtol=1e-5)
-    assert np.isfinite(metrics["entropy_loss"])
+    assert all(np.isfinite(metrics["entropy_loss"]) for metrics in trained[-1])
 
 
 def test_own_margin_can_be_passed_by_all_codes_where_the_published_one_cannot():
