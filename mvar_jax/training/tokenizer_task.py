@@ -28,7 +28,7 @@ from mvar_jax.training.saving import say
 from mvar_jax.training.scoring import Scorer
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 
-NUM_ROWS = 8  # images shown from the first 1, 2, ... scales
+NUM_ROWS = 8  # most images shown from the first 1, 2, ... scales
 
 
 class TokenizerTask(DataTask):
@@ -257,10 +257,11 @@ class TokenizerTask(DataTask):
         """
         pixels, decoded = self._shown(state)
         zoom = min_zoom(pixels.shape[1])
-        columns = {f"r{k}": to_uint8(images[:NUM_ROWS]) for k, images in enumerate(decoded, start=1)}
+        some = slice(0, None, -(-len(pixels) // NUM_ROWS))  # spread over all
+        columns = {f"r{k}": to_uint8(images[some]) for k, images in enumerate(decoded, start=1)}
         return {
             "reconstructions": side_by_side(pixels, to_uint8(decoded[-1]), 4, zoom=zoom),
-            "scales": tile_columns({"input": pixels[:NUM_ROWS], **columns}, zoom=zoom),
+            "scales": tile_columns({"input": pixels[some], **columns}, zoom=zoom),
         }
 
     def histograms(self, state) -> dict[str, np.ndarray]:
