@@ -51,7 +51,7 @@ def make_config(num_steps: int) -> ml_collections.ConfigDict:
         simvq=False,
         scale_dropout=0.1,
     )
-    # as wide as two CPU cores allow; images of this size are too small for LPIPS' file to be worth its download
+    # without LPIPS, whose weights would have to be downloaded
     c.adversary = dict(
         kind="patch",
         layers=2,

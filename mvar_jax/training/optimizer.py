@@ -138,9 +138,8 @@ def apply_gradients(
     ema = state.ema
     if ema is not None:
         average = lambda e, p: options.ema_decay * e + (1 - options.ema_decay) * p
-        ema = jax.tree_util.tree_map_with_path(
-            lambda k, e, p: e if path_name(k) in FIXED else average(e, p), ema, params
-        )
+        keep_or_average = lambda path, e, p: e if path_name(path) in FIXED else average(e, p)
+        ema = jax.tree_util.tree_map_with_path(keep_or_average, ema, params)
     is_good = jnp.isfinite(norm) & jnp.isfinite(loss)
     moved = (params, ema, opt_state)
     kept = (state.params, state.ema, state.opt_state)

@@ -45,7 +45,7 @@ NOTES = ("history", "config_arg")
 _CHANGEABLE = ("num_steps", "batch_size")
 _CHANGEABLE_SECTIONS = ("optimizer", "codebook", "phases", "adversary")
 # keys of these sections that decide on the shapes of what a checkpoint holds
-_SHAPES = ("adversary.kind", "adversary.layers", "adversary.width")
+_SHAPES = ("codebook.simvq", "adversary.kind", "adversary.layers", "adversary.width")
 _SECTIONS = {
     "data": DataOptions,
     "optimizer": OptimizerOptions,

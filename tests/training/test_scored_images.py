@@ -88,8 +88,8 @@ def test_few_samples_are_spread_over_the_classes(monkeypatch):
 def test_reconstructions_come_with_their_originals():
     """The first 3 of 4 validation images, whose batch is filled up."""
     task = TokenizerTask(options(3), TOKENIZER, CodebookOptions(), task_data(4), Listener())
-    sums = 1.0, 1.0, 1.0, np.ones((len(TOKENIZER.sides), TOKENIZER.vocab_size)), 1.0
-    task.evaluate_batch = lambda params, batch: sums  # takes as long to compile as the reconstructions
+    sums = {"loss": 1.0, "psnr_db": 1.0}, np.ones((len(TOKENIZER.sides), TOKENIZER.vocab_size)), 1.0
+    task.evaluate_batch = lambda params, batch, fixed: sums  # takes as long to compile as the reconstructions
     assert task.metrics[-1] == "mean_level" and "loss" in task.metrics
     metrics = task.evaluate(state_of(PARAMS["tokenizer"]))
     reconstructions, originals = task.scorer.drawn
