@@ -101,8 +101,8 @@ def all_of(case, arrays, scale, backend) -> dict:
 def test_every_backend_equals_the_oracle_forward_and_in_gradients(case):
     """Output, dq, dk and dv of every backend equal those of `reference` in float32, and have the inputs' dtype.
 
-    The table has each kind of map, window and head once. A wrong border, halo, block or padding rule breaks it. Of maps
-    from 32 x 32 on only the output is compared: 24 x 24 and 20 x 45 already have several tiles and blocks a side.
+    The table has each kind of map, window and head once. A wrong border, halo, block or padding rule breaks it.
+    Of maps from 32 x 32 on only the output is compared: 24 x 24 and 20 x 45 already have several tiles a side.
     """
     rng = np.random.default_rng(0)
     exact = [jnp.asarray(rng.normal(size=case.shape), jnp.float32) for _ in range(4)]
