@@ -41,9 +41,10 @@ OPTIONAL_KEYS = (
     "eval_top_p",
     "eval_temperature",
 )
+_TOKEN_KEYS = {"phases": True, "init_from": False}
 # sections that a config may leave out, each key then having its default
-OPTIONAL_SECTIONS = {"tokenizer": ("adversary",), "transformer": ()}
-TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "init_from": False}}
+OPTIONAL_SECTIONS = {"tokenizer": ("adversary",), "transformer": (), "refiner": ()}
+TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": _TOKEN_KEYS, "refiner": _TOKEN_KEYS}
 
 
 def check_config(config: dict) -> None:
@@ -52,8 +53,9 @@ def check_config(config: dict) -> None:
     The plain keys must be what their annotations say; those of a section are checked when it is built.
 
     Keys that no options class holds:
-      task: what is trained: tokenizer or transformer.
-      init_from: initial weights of the transformer: a model directory, a workdir or a published file; "" for none.
+      task: what is trained: tokenizer, transformer or refiner.
+      init_from: initial weights of the transformer: a model directory, a workdir or a published file; "" for none. Of
+        a refiner: the model directory or workdir of the transformer that it refines.
     """
     task = config.get("task")
     if task not in TASK_KEYS:
@@ -171,9 +173,10 @@ def _given_fields(cls: type, config: dict) -> dict[str, Any]:
 
 
 def build_task(config: dict):
-    """Return (task, modules of model.json, weights of the tokenizer under a transformer or None)."""
+    """Return (task, modules of model.json, weights of those that are not trained, by kind)."""
     from mvar_jax.scorers import make_scorer
-    from mvar_jax.training.initial import load_initial
+    from mvar_jax.training.initial import load_base, load_initial
+    from mvar_jax.training.refiner_task import RefinerTask
     from mvar_jax.training.task import TaskData
     from mvar_jax.training.tokenizer_step import CodebookOptions
     from mvar_jax.training.tokenizer_task import TokenizerTask
@@ -189,17 +192,23 @@ def build_task(config: dict):
         scorer = make_scorer("tokenizer", run, data, module.image_size, len(sources.get("val", ())))
         adversary = build_adversary(config, module)
         fixed = load_fixed(options, adversary)
-        return TokenizerTask(run, module, options, task_data, scorer, adversary, fixed), {"tokenizer": module}, None
+        return TokenizerTask(run, module, options, task_data, scorer, adversary, fixed), {"tokenizer": module}, {}
 
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
-    module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
-    initial = load_initial(config["init_from"], module, sources["train"].label_names)
+    names = sources["train"].label_names
     run = run.with_images(len(sources["train"]))
     scorer = make_scorer("transformer", run, data, tokenizer.tokenizer.image_size, len(sources.get("val", ())))
     task_data = TaskData(sources, transform, data.loading())
+    modules, frozen = {"tokenizer": tokenizer.tokenizer}, {"tokenizer": tokenizer.tokenizer_params}
+    if config["task"] == "refiner":
+        base = load_base(config["init_from"], module, tokenizer, names)
+        modules |= {"transformer": base.transformer, "refiner": module}
+        return RefinerTask(run, options, base, task_data, scorer), modules, frozen | {"transformer": base.params}
+    module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
+    initial = load_initial(config["init_from"], module, names)
     task = TransformerTask(run, module, options, tokenizer, task_data, initial, scorer)
-    return task, {"tokenizer": tokenizer.tokenizer, "transformer": module}, tokenizer.tokenizer_params
+    return task, modules | {"transformer": module}, frozen
 
 
 def build_adversary(config: dict, tokenizer):
@@ -236,10 +245,10 @@ def load_fixed(options, adversary):
     return fixed
 
 
-def open_tokens(data: DataOptions, transformer):
+def open_tokens(data: DataOptions, transformer: Any):
     """Return (tokenizer with its weights, sources by split, transform or None) of a token cache or of images.
 
-    The tokenizer computes in the transformer's precision.
+    The tokenizer computes in the precision of `transformer`, which may be a refiner.
     Raises InputError if the config names neither, or unless tokenizer, transformer and data fit together.
     """
     from mvar_jax.tokens.cache_reader import TokenCache, read_meta

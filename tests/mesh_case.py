@@ -35,7 +35,10 @@ TESTED = {
 # every dimension that matters is told from all others: 9 + 36 tokens, 24 codes, 8 heads of width 5
 TRANSFORMER = MODEL.clone(sides=(3, 6), refine_step=1, num_heads=8, width=40, vocab_size=24, drop_path_rate=0.2)
 AUTOENCODER = TOKENIZER.clone(sides=(3, 6), ch_mult=(1,), num_phi=1, vocab_size=24)
-OPTIMIZER, PHASES, CODEBOOK = OptimizerOptions(), PhaseOptions(), tokenizer_step.CodebookOptions()
+OPTIMIZER, PHASES = OptimizerOptions(), PhaseOptions()
+CODEBOOK = tokenizer_step.CodebookOptions(
+    entropy_weight=0.1, entropy_until_step=100, entropy_temperature=0.5, scale_dropout=0.5, scale_dropout_first=1
+)
 ADVERSARY = Adversary(AdversaryOptions(kind="patch"), PatchDiscriminator(layers=1, width=8))
 EXTRA = {"hits": jnp.zeros((2, 24))}
 
@@ -51,7 +54,7 @@ def make_cases() -> dict:
     for phase in TRANSFORMER.phases():
         step = functools.partial(embedded_step, embed, (phase,))
         cases[phase.attention] = (TRANSFORMER, batch, step, {})
-    images = {"image": rng.integers(0, 256, (8, 6, 6, 3), np.uint8)}
+    images = {"image": rng.integers(0, 256, (8, 6, 6, 3), np.uint8), "index": np.arange(8, dtype=np.uint32)}
     step = functools.partial(
         tokenizer_step.train_step, tokenizer_step.TokenizerRecipe(AUTOENCODER, OPTIMIZER, CODEBOOK)
     )

@@ -231,7 +231,7 @@ class Totals:
 
 
 def _usage(hits_V: np.ndarray) -> dict[str, float]:
-    """Return the share of codes that are hit, the largest possible, that by the scale's own margin, and the perplexity."""
+    """Return the share of codes hit, the largest possible, that by the scale's own margin, and the perplexity."""
     num_hits, V = int(hits_V.sum()), len(hits_V)
     return {
         "usage_percent": 100 * float((hits_V > 0).mean()),

@@ -248,6 +248,11 @@ def test_weight_grows_over_the_ramp():
         ({"start_step": 8}, {}, "config.adversary.start_step must be below config.num_steps=8, got 8"),
         ({"start_step": 1}, {}, "config.adversary.start_step must be above 1, the last step .*, got 1"),
         (
+            {"start_step": 4},
+            {"codebook.revive_every_steps": 2, "codebook.revive_until_step": 4},
+            "config.adversary.start_step must be above 4, the last step at which codes may be redrawn, got 4",
+        ),
+        (
             {"layers": 3},
             {},
             "images must have at least 24 x 24 pixels for the discriminator, got 12 x 12; take fewer",
