@@ -136,8 +136,7 @@ class AttentionBlock(nn.Module):
     def __call__(self, x_BYXC):
         B, Y, X, C = x_BYXC.shape
         y = GroupNorm(**self.norm, name="norm")(x_BYXC)
-        y = constrain(conv(3 * C, 1, self.dtype, "qkv")(y), "batch", None, None, None)
-        q, k, v = jnp.split(y.reshape(B, Y * X, 3 * C), 3, axis=-1)
+        q, k, v = jnp.split(conv(3 * C, 1, self.dtype, "qkv")(y).reshape(B, Y * X, 3 * C), 3, axis=-1)
         logits = jnp.einsum("bnc,bmc->bnm", q, k, preferred_element_type=jnp.float32) * C**-0.5
         y = jnp.einsum("bnm,bmc->bnc", jax.nn.softmax(logits, axis=-1).astype(self.dtype), v)
         y = conv(C, 1, self.dtype, "proj")(y.reshape(B, Y, X, C))
