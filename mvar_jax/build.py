@@ -173,7 +173,7 @@ def _given_fields(cls: type, config: dict) -> dict[str, Any]:
 
 
 def build_task(config: dict):
-    """Return (task, modules of model.json, weights of those that are not trained, by kind)."""
+    """Return (task, modules of model.json, weights of the frozen modules), the last two by kind."""
     from mvar_jax.scorers import make_scorer
     from mvar_jax.training.initial import load_base, load_initial
     from mvar_jax.training.refiner_task import RefinerTask
