@@ -78,6 +78,24 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def mesh_shapes(num_devices: int, most_tensor: int = 1) -> list[dict[str, int]]:
+    """Return the sizes of all meshes of so many devices, as for `make_mesh`: fsdp rises, then tensor."""
+    sizes = range(1, num_devices + 1)
+    return [
+        dict(zip(MESH_AXES, (num_devices // (fsdp * tensor), fsdp, tensor), strict=True))
+        for tensor in sizes[:most_tensor]
+        for fsdp in sizes
+        if num_devices % (fsdp * tensor) == 0
+    ]
+
+
+def wider_meshes(mesh: Mesh) -> list[Mesh]:
+    """Return the meshes of the same devices and tensor axis whose fsdp axis is larger, smallest first."""
+    data, fsdp, tensor = mesh.shape.values()
+    shapes = [shape for shape in mesh_shapes(data * fsdp) if shape["fsdp"] > fsdp]
+    return [make_mesh(**(shape | {"tensor": tensor}), devices=list(mesh.devices.flat)) for shape in shapes]
+
+
 def spec_of(logical_axes: tuple[str | None, ...]) -> PartitionSpec:
     """Return the mesh axes of each dimension.
 
@@ -248,6 +266,29 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Return this process's rows as global arrays sharded over the batch axes."""
     sharding = NamedSharding(mesh, spec_of(("batch",)))
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+
+def batch_like(mesh: Mesh, **arrays: tuple[tuple[int, ...], str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return a batch of `put_batch` as shapes. arrays: (shape over all processes, dtype) by name."""
+    sharding = NamedSharding(mesh, spec_of(("batch",)))
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in arrays.items()}
+
+
+def place(tree, shardings):
+    """Return a tree of arrays on the devices of their shardings; a tree of shapes gets the shardings alone.
+
+    shardings: a tree like it, or one for all leaves.
+    """
+    if not is_abstract(tree):
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def is_abstract(tree) -> bool:
+    """Return whether a tree has shapes instead of arrays, as to compile without weights."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
 def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:

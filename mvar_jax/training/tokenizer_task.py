@@ -21,9 +21,10 @@ from mvar_jax.ops.losses import sum_rows
 from mvar_jax.ops.metrics import SSIM_WINDOW, perplexity, psnr_of_error, similarity, usage_percent
 from mvar_jax.ops.pixels import as_images, from_levels
 from mvar_jax.sampling.sampler import decode_in_chunks
-from mvar_jax.sharding import spec_of, use_mesh
+from mvar_jax.sharding import batch_like, place, spec_of, use_mesh
 from mvar_jax.training import tokenizer_step
 from mvar_jax.training.adversary import Adversary, FixedWeights
+from mvar_jax.training.programs import TRAIN, Program
 from mvar_jax.training.saving import say
 from mvar_jax.training.scoring import Scorer
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
@@ -61,7 +62,7 @@ class TokenizerTask(DataTask):
         if adversary is not None:
             adversary.check(run, self._image_shape, options.last_redraw)
         super().__init__(run, tokenizer, data, self._make_extra, scorer)
-        self.fixed = jax.device_put(fixed or FixedWeights(), self._whole)
+        self.fixed = place(fixed or FixedWeights(), self._whole)
         recipe = tokenizer_step.TokenizerRecipe(tokenizer, run.optimizer, options, run.accumulate_steps, run.seed)
         placed = {"donate_argnums": 0, "out_shardings": (self.shardings, self._whole)}
         # a program of its own before the discriminator starts
@@ -129,6 +130,24 @@ class TokenizerTask(DataTask):
         if self.adversary is not None and step >= self.adversary.options.start_step:
             flops += 8 * self._flops["discriminator"]
         return flops * self.run.batch_size
+
+    def programs(self, num_samples: int) -> list[Program]:
+        """Return the steps before and with the discriminator, and the redrawing of codes."""
+        run, state, B = self.run, self.abstract_state(), self.run.batch_size
+        batch = batch_like(run.mesh, image=((B, *self._image_shape), "uint8"), index=((B,), "uint32"))
+        start = run.num_steps if self.adversary is None else min(self.adversary.options.start_step, run.num_steps)
+        rates, found = run.rates(0), []
+        for name, step, rate, first, end in (
+            ("step", self._step, 0.0, 0, start),
+            ("step with discriminator", self._adversarial_step, rates[0], start, run.num_steps),
+        ):
+            if end > first:
+                arguments = state, batch, *rates, rate, self.fixed
+                found.append(Program(TRAIN, name, step, arguments, end - first, B, self.flops_of_step(first), state))
+        if redraws := sum(map(self.options.is_redraw_due, range(self.options.last_redraw + 1))):
+            arguments = state, batch, jax.eval_shape(lambda: jax.random.key(0))
+            found.append(Program(TRAIN, "redraw of codes", self._redraw, arguments, redraws, 0, 0.0, state))
+        return found
 
     @functools.cached_property
     def _flops(self) -> dict[str, float]:
