@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mvar_jax.data.options import DataOptions
@@ -41,6 +42,8 @@ OPTIONAL_KEYS = (
     "eval_top_p",
     "eval_temperature",
 )
+# those that one task alone may leave out
+TASK_OPTIONS = {"tokenizer": ("init_from", "train_parts"), "transformer": ()}
 TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "init_from": False}}
 
 
@@ -51,7 +54,10 @@ def check_config(config: dict) -> None:
 
     Keys that no options class holds:
       task: what is trained: tokenizer or transformer.
-      init_from: initial weights of the transformer: a model directory, a workdir or a published file; "" for none.
+      init_from: initial weights: a model directory, a workdir or a published file; "" for none. The model section of
+        a tokenizer then gives only what differs from that model.
+      train_parts: of a tokenizer that starts from `init_from`: all, or decoder. The latter freezes encoder, quant
+        convolution, codebook and phi, so that ids, token caches and transformers stay valid.
     """
     task = config.get("task")
     if task not in TASK_KEYS:
@@ -63,11 +69,12 @@ def check_config(config: dict) -> None:
     from mvar_jax.training.task import RunOptions
 
     known = COMMON_KEYS | TASK_KEYS[task]
-    check_keys(config, (*known, *OPTIONAL_KEYS), "config")
-    for name, is_section in (known | dict.fromkeys(OPTIONAL_KEYS, False)).items():
+    optional = (*OPTIONAL_KEYS, *TASK_OPTIONS[task])
+    check_keys(config, (*known, *optional), "config")
+    for name, is_section in (known | dict.fromkeys(optional, False)).items():
         field = f"config.{name}"
         if name not in config:
-            if name in OPTIONAL_KEYS:
+            if name in optional:
                 continue
             raise InputError(f"{field} is missing; every config of a {task} has it", field=field)
         if is_section != isinstance(config[name], dict):
@@ -167,8 +174,36 @@ def _given_fields(cls: type, config: dict) -> dict[str, Any]:
     return {field.name: config[field.name] for field in dataclasses.fields(cls) if field.name in config}
 
 
-def build_task(config: dict):
-    """Return (task, modules of model.json, weights of the tokenizer under a transformer or None)."""
+def with_initial_model(config: dict, workdir: Path | None = None) -> tuple[dict, Any]:
+    """Return (config, initial weights of a tokenizer or None): with `init_from` its model section becomes whole.
+
+    workdir: a run that has a checkpoint there takes its own model instead, and needs no initial weights.
+    """
+    from mvar_jax.checkpoints.manager import has_checkpoint
+    from mvar_jax.training.initial import load_initial_tokenizer
+    from mvar_jax.training.resume_rules import model_of_run
+
+    data, parts = build_data(config), config.get("train_parts", "all")
+    path = config.get("init_from", "")
+    if config["task"] != "tokenizer":
+        return config, None
+    if workdir is not None and has_checkpoint(workdir):
+        own = model_of_run(workdir) if path or parts != "all" else {}
+        return {**config, "model": own | config["model"]}, None
+    if parts == "decoder" and not path:
+        words = "config.train_parts=decoder needs config.init_from: a model directory, a workdir or a published file"
+        raise InputError(words, field="config.init_from", given=path, expected="the weights to start from")
+    if not path:
+        return config, None
+    fields, initial = load_initial_tokenizer(path, config["model"], data.image_size, parts)
+    return {**config, "model": fields}, initial
+
+
+def build_task(config: dict, initial: Any = None):
+    """Return (task, modules of model.json, weights of the tokenizer under a transformer or None).
+
+    initial: weights of `with_initial_model`.
+    """
     from mvar_jax.scorers import make_scorer
     from mvar_jax.training.initial import load_initial
     from mvar_jax.training.task import TaskData
@@ -184,7 +219,9 @@ def build_task(config: dict):
         task_data = TaskData(sources, data.transform(), data.loading())
         run = run.with_images(len(sources["train"]))
         scorer = make_scorer("tokenizer", run, data, module.image_size, len(sources.get("val", ())))
-        return TokenizerTask(run, module, options, task_data, scorer), {"tokenizer": module}, None
+        parts = config.get("train_parts", "all")
+        task = TokenizerTask(run, module, options, task_data, scorer, initial, parts)
+        return task, {"tokenizer": module}, None
 
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
@@ -231,13 +268,12 @@ def open_tokens(data: DataOptions, transformer):
 
 
 def load_tokenizer_of_cache(data: DataOptions):
-    """Load the tokenizer that made a cache: `data.tokenizer` if given, else the cache's own.
+    """Load the tokenizer that made a cache, or one with another decoder: `data.tokenizer`, else the cache's own.
 
     An older cache has none and names a path instead. Raises InputError if the tokenizer cannot be read or did not
     make the cache.
     """
-    from mvar_jax.checkpoints.model_directory import fingerprint
-    from mvar_jax.tokens.cache_reader import read_meta
+    from mvar_jax.tokens.cache_reader import describe_tokenizer, has_ids_of, read_meta
 
     meta = read_meta(data.cache)
     inside = meta.get("tokenizer")
@@ -254,8 +290,7 @@ def load_tokenizer_of_cache(data: DataOptions):
         raise InputError(
             words, field="config.data.cache", given=data.cache, expected="a readable tokenizer"
         ) from None
-    found, expected = fingerprint(networks.tokenizer, networks.tokenizer_params), meta["tokenizer_fingerprint"]
-    if found == expected:
+    if has_ids_of(data.cache, networks):
         return networks
     if data.tokenizer:
         what = f"config.data.tokenizer={path} is not the tokenizer that made token cache {data.cache}"
@@ -263,9 +298,9 @@ def load_tokenizer_of_cache(data: DataOptions):
         what = f"token cache {data.cache} holds another tokenizer than the one that made it"
     else:
         what = f"the tokenizer {path} has changed since it made token cache {data.cache}, perhaps by more training"
-    words = f"{what}: its fingerprint is {found}, not {expected}; {advice}"
+    words = f"{what}: its fingerprint is {describe_tokenizer(meta, networks)}; {advice}"
     field = "config.data.tokenizer" if data.tokenizer else "config.data.cache"
-    raise InputError(words, field=field, given=found, expected=expected)
+    raise InputError(words, field=field, given=path, expected="the tokenizer that made the cache")
 
 
 def with_classes_of(transformer, source, name: str):

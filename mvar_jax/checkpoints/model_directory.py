@@ -1,8 +1,9 @@
-"""Model directories: `model.json`, which describes the modules, and Orbax weights; a tokenizer's fingerprint."""
+"""Model directories: `model.json`, which describes the modules, and Orbax weights; fingerprints of modules."""
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -20,7 +21,7 @@ from mvar_jax.files.atomic import write_json
 from mvar_jax.files.json_files import read_json
 from mvar_jax.models.init import LINEN_FIELDS, abstract_params
 from mvar_jax.models.networks import check_fit
-from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.tokenizer import Tokenizer, ids_params
 from mvar_jax.models.transformer import Transformer
 
 MODEL_FILE = "model.json"
@@ -28,6 +29,8 @@ CLASSES_FILE = "classes.json"  # class names in the order of the labels, as trai
 FORMAT = 1
 MODULES = {"tokenizer": Tokenizer, "transformer": Transformer}
 WHICH = ("last", "best")
+IDS_FREE = ("precision", "beta")  # fields of a tokenizer that no id depends on, but for rounding
+LATER_FIELDS = ("channels",)  # that modules of version 0.1 do not have
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -120,6 +123,20 @@ def load_model(directory: Path, which: str = "last") -> tuple[dict[str, nn.Modul
     return modules, params
 
 
+def load_part(directory: Path, kind: str) -> tuple[Any, dict]:
+    """Load the module and the parameters of `kind` that a directory holds beside its checkpoints.
+
+    Raises InputError if it has none, or they are damaged.
+    """
+    fields = read_model_file(directory).get(kind)
+    if fields is None:
+        raise _refuse(directory, f"holds no {kind}")
+    module = module_from_dict(kind, fields)
+    tree = load_tree(directory / kind)
+    check_shapes(directory, kind, module, tree)
+    return module, tree
+
+
 def read_model_file(directory: Path) -> Any:
     """Return the content of `model.json`, a `ModelFile`. Raises InputError if it is missing or damaged."""
     try:
@@ -170,12 +187,30 @@ def check_finite(directory: Path, kind: str, tree) -> None:
             raise _refuse(directory, f"{words}; load an earlier checkpoint or make it again")
 
 
-def fingerprint(tokenizer: Tokenizer, params) -> str:
-    """Return a hex digest of a tokenizer's structure and weights: tokenizers share ids only if theirs are equal.
+def fingerprint(module: nn.Module, params) -> str:
+    """Return a hex digest of a module's structure and weights: equal ones compute the same images and numbers.
 
     Its precision is not part of it: that decides on rounding alone.
     """
-    structure = {name: value for name, value in module_to_dict(tokenizer).items() if name != "precision"}
+    return _digest(_structure(module, without=("precision",)), params)
+
+
+def ids_fingerprint(tokenizer: Tokenizer, params) -> str:
+    """Return a hex digest of what a tokenizer's ids and f_hat depend on, which leaves the decoder out.
+
+    Token caches and transformers belong to all tokenizers with the same digest.
+    """
+    return _digest(_structure(tokenizer, without=IDS_FREE), ids_params(params))
+
+
+def _structure(module: nn.Module, without: Collection[str]) -> dict:
+    """Return a module's fields for a digest; those of later versions count unless they have their default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(module)}
+    is_old = lambda name, value: name in LATER_FIELDS and value == defaults[name]
+    return {n: v for n, v in module_to_dict(module).items() if n not in without and not is_old(n, v)}
+
+
+def _digest(structure: dict, params) -> str:
     digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
     for path, leaf in sorted((jax.tree_util.keystr(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params)):
         digest.update(path.encode())

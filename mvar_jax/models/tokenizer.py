@@ -24,6 +24,19 @@ def quantizer_params(params: dict) -> dict:
     return {name: leaf for name, leaf in params.items() if name == "codebook" or name.startswith("phi_convs")}
 
 
+DECODER_PARTS = ("decoder", "post_quant_conv")  # all other parameters decide on the ids
+
+
+def ids_params(params: dict) -> dict:
+    """Return the weights that token ids and f_hat depend on: encoder, quant convolution, codebook and phi."""
+    return {name: leaf for name, leaf in params.items() if name not in DECODER_PARTS}
+
+
+def decoder_params(params: dict) -> dict:
+    """Return the other weights: those of the post-quant convolution and the decoder."""
+    return {name: leaf for name, leaf in params.items() if name in DECODER_PARTS}
+
+
 class Tokenizer(nn.Module):
     """Multi-scale residual VQ autoencoder: images to pyramids of token ids and back.
 

@@ -7,11 +7,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mvar_jax.checkpoints.class_names import NUM_IMAGENET_CLASSES, ClassNames, class_names_of, imagenet_spellings
-from mvar_jax.checkpoints.model_directory import check_shapes, load_model
-from mvar_jax.convert.weights import load_published
+from mvar_jax.checkpoints.model_directory import (
+    IDS_FREE,
+    check_shapes,
+    ids_fingerprint,
+    load_model,
+    module_from_dict,
+    module_to_dict,
+)
+from mvar_jax.convert.weights import load_published, load_published_tokenizer
 from mvar_jax.errors import InputError
 from mvar_jax.files.paths import as_path
 from mvar_jax.models.transformer import Transformer
+from mvar_jax.scales import KNOWN_SIDES
 
 CLASS_TABLE = "class_embed"
 
@@ -68,6 +76,50 @@ def load_initial(path: str, transformer: Transformer, label_names: Sequence[str]
     if sorted(sources, key=str) == sorted(range(num_classes), key=str) != sources:
         return _in_order(path, params, sources)
     return Initial(params)
+
+
+def load_initial_tokenizer(
+    path: str, given: dict[str, Any], image_size: int, train_parts: str
+) -> tuple[dict[str, Any], Initial]:
+    """Load the tokenizer to start from: a model directory, a workdir or a published file (VAR).
+
+    Args:
+      path: of the weights.
+      given: the fields that the config's model section gives; the others are those of the tokenizer.
+      image_size: side of the images, which tells the sides of a published file if they are not given.
+      train_parts: "decoder" must keep all fields that the ids depend on, but `sides`.
+
+    Returns (all fields of the model section, initial weights). Raises InputError if there is no tokenizer, or its
+    weights have other shapes than the model.
+    """
+    directory = as_path(path, "config.init_from")
+    sides = given.get("sides") or KNOWN_SIDES.get(image_size)
+    if directory.is_dir():
+        modules, trees = load_model(directory)
+        if "tokenizer" not in modules:
+            words = f"config.init_from={path} holds no tokenizer"
+            raise InputError(words, field="config.init_from", given=path, expected="a directory with a tokenizer")
+        found, params = modules["tokenizer"], trees["tokenizer"]
+    elif sides is None:
+        words = f"config.model.sides must be given for {image_size} px: they do not follow from "
+        words += f"config.init_from={path}"
+        raise InputError(words, field="config.model.sides", given=None, expected="the side of each token map")
+    else:
+        found, params = load_published_tokenizer(path, tuple(sides))
+    fields = module_to_dict(found) | given
+    module = module_from_dict("tokenizer", fields, "config.model")
+    check_shapes(directory, "tokenizer", module, params)
+    if train_parts != "decoder":
+        words = f"config.init_from={path} is trained further with config.train_parts=all, which changes its ids: "
+        return fields, Initial(params, note=f"{words}token caches and transformers of it do not fit the result")
+    ids_of = lambda module: ids_fingerprint(module.clone(sides=found.sides), params)
+    if ids_of(module) != ids_of(found):
+        before, now = module_to_dict(found), module_to_dict(module)
+        name = next(n for n in given if n not in ("sides", *IDS_FREE) and before[n] != now[n])
+        words = f"config.model.{name} must be {before[name]!r} as in config.init_from={path} with "
+        words += f"config.train_parts=decoder, which keeps the ids, got {now[name]!r}"
+        raise InputError(words, field=f"config.model.{name}", given=now[name], expected=repr(before[name]))
+    return fields, Initial(params)
 
 
 def _names_of(path: Path, num_classes: int) -> ClassNames:

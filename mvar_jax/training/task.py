@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax
@@ -142,6 +142,7 @@ class DataTask(Task):
       data: the data.
       extra: arrays that a step keeps in the state.
       scorer: of the images that an evaluation draws; None draws none.
+      trained: see `make_state`.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class DataTask(Task):
         data: TaskData,
         extra: dict[str, jax.Array],
         scorer: Scorer | None = None,
+        trained: Callable[[dict], dict] = lambda params: params,
     ):
         check_sizes(module.mesh_sizes(), run.mesh)
         self.run, self.module = run, module
@@ -166,7 +168,7 @@ class DataTask(Task):
         self.examples_per_step = run.batch_size
         # rbg: compiling many threefry draws takes most of a small model's start
         init = functools.partial(module.init_params, jax.random.key(run.seed, impl="rbg"))
-        self._make_state = functools.partial(make_state, init, run.optimizer, extra)
+        self._make_state = functools.partial(make_state, init, run.optimizer, extra, trained)
         self.initial: Initial | None = None
         # outputs are placed as the state: left to itself the compiler may place them differently
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())

@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from mvar_jax.errors import InputError
 from mvar_jax.fields import check_fields
-from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.tokenizer import Tokenizer, decoder_params
 from mvar_jax.ops.metrics import psnr_of_error
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.scales import areas_of, offsets_of
@@ -88,17 +89,26 @@ def tokenizer_loss(model: Tokenizer, options: CodebookOptions, params, images_BY
     return loss, {"mse": clipped, "quantizer_loss": quantizer_loss, "hits": hits_SV}
 
 
+TRAIN_PARTS: dict[str, Callable[[dict], dict]] = {"all": dict, "decoder": decoder_params}
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizerRecipe:
     """The constants of all steps of a run: hashable, so static in a compiled step.
 
     num_parts: equal parts of a batch whose gradients are accumulated.
+    train_parts: all, or decoder: the ids and all parameters that they depend on stay as they are.
     """
 
     model: Tokenizer
     optimizer: OptimizerOptions
     options: CodebookOptions
     num_parts: int = 1
+    train_parts: str = "all"
+
+    def trained(self, params: dict) -> dict:
+        """Return the parameters that a step trains."""
+        return TRAIN_PARTS[self.train_parts](params)
 
 
 def train_step(
@@ -107,9 +117,11 @@ def train_step(
     """Take one optimizer step. Jit with the recipe static. `extra.hits` is the usage moving average [S, V]."""
     model, options = recipe.model, recipe.options
     use_codes = state.step >= options.warmup_steps
-    loss_fn = lambda params, part: tokenizer_loss(model, options, params, part["image"], use_codes)
+    before, trained = state, recipe.trained(state.params)
+    # only what is trained is differentiated, so a frozen encoder has no backward pass
+    loss_fn = lambda part_of, part: tokenizer_loss(model, options, before.params | part_of, part["image"], use_codes)
     images = {"image": as_images(batch["image"])}
-    (loss, parts), grads = value_and_grad_over_parts(loss_fn, state.params, images, recipe.num_parts)
+    (loss, parts), grads = value_and_grad_over_parts(loss_fn, trained, images, recipe.num_parts)
     if options.warmup_steps:  # nothing may move the codebook before the codes are drawn
         frozen = {"codebook": jnp.where(use_codes, grads["codebook"], 0.0)}
         grads = {**grads, **frozen}
@@ -119,9 +131,13 @@ def train_step(
     decay = jnp.where(is_early, options.usage_decay_early, options.usage_decay)
     hits_ema_SV = decay * state.extra["hits"] + (1 - decay) * hits_SV
     hits_before_SV = state.extra["hits"]
-    state, metrics = apply_gradients(recipe.optimizer, state, grads, learning_rate, weight_decay, loss=loss)
+    moving = state.replace(params=trained, ema=None if state.ema is None else recipe.trained(state.ema))
+    moved, metrics = apply_gradients(recipe.optimizer, moving, grads, learning_rate, weight_decay, loss=loss)
+    state = moved.replace(
+        params=before.params | moved.params, ema=None if before.ema is None else before.ema | moved.ema
+    )
     hits_ema_SV = jnp.where(metrics["is_bad"], hits_before_SV, hits_ema_SV)
-    state = state.replace(extra={"hits": hits_ema_SV})
+    state = state.replace(extra={**before.extra, "hits": hits_ema_SV})
     usage_S = usage_percent(hits_ema_SV, B, model.sides[-1] ** 2)
     measured = {"psnr_db": psnr_of_error(parts["mse"], 2), "quantizer_loss": parts["quantizer_loss"]}
     return state, {"loss": loss, **measured, "usage_per_scale": usage_S, **metrics}
@@ -164,5 +180,5 @@ def redraw_codes(model: Tokenizer, options: CodebookOptions, state: TrainState, 
         params=with_codes(state.params, drawn_Vc),
         ema=None if state.ema is None else with_codes(state.ema, drawn_Vc),
         opt_state=with_codes(state.opt_state, jnp.zeros_like(drawn_Vc)),
-        extra={"hits": grace_SV},
+        extra={**state.extra, "hits": grace_SV},
     )

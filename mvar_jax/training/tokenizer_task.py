@@ -4,29 +4,54 @@ import contextlib
 import functools
 from collections.abc import Iterator
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.data.pipeline import eval_batches
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, RunError
 from mvar_jax.files.images import min_zoom, side_by_side, to_uint8
+from mvar_jax.models.init import abstract_params
 from mvar_jax.models.networks import Networks
-from mvar_jax.models.tokenizer import Tokenizer
+from mvar_jax.models.tokenizer import Tokenizer, ids_params
 from mvar_jax.ops.losses import sum_rows
 from mvar_jax.ops.metrics import perplexity, psnr_of_error
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.sampling.sampler import decode_in_chunks
 from mvar_jax.sharding import use_mesh
 from mvar_jax.training import tokenizer_step
+from mvar_jax.training.initial import Initial
 from mvar_jax.training.scoring import Scorer
+from mvar_jax.training.state import TrainState
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
+
+
+def check_train_parts(train_parts: str, options: tokenizer_step.CodebookOptions) -> None:
+    """Raise InputError unless the parts are known and no option moves what they freeze."""
+    known = tuple(tokenizer_step.TRAIN_PARTS)
+    if train_parts not in known:
+        expected = " or ".join(known)
+        words = f"config.train_parts must be {expected}, got {train_parts!r}"
+        raise InputError(words, field="config.train_parts", given=train_parts, expected=expected)
+    for name in ("warmup_steps", "revive_every_steps"):
+        if train_parts == "decoder" and (given := getattr(options, name)):
+            field = f"config.codebook.{name}"
+            words = f"{field} must be 0 with config.train_parts=decoder, which keeps the codebook, got {given}"
+            raise InputError(words, field=field, given=given, expected="0")
+
+
+def bit_sums(params: dict) -> jax.Array:
+    """Return the sum of each leaf's bits as integers, modulo 2^32, uint32 [leaves]: equal on any mesh."""
+    as_bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.stack([jnp.sum(as_bits(x), dtype=jnp.uint32) for x in jax.tree.leaves(params)])
 
 
 class TokenizerTask(DataTask):
     """The task that trains an autoencoder and its codebook on images.
 
-    scorer: of reconstructions of validation images, None scores none.
+    scorer: of reconstructions of validation images, None scores none. initial: weights to start from, None for random
+    ones. train_parts: see `TokenizerRecipe`.
     """
 
     metrics = ("loss", "psnr_db", "codebook_used_percent")
@@ -38,11 +63,18 @@ class TokenizerTask(DataTask):
         options: tokenizer_step.CodebookOptions,
         data: TaskData,
         scorer: Scorer | None = None,
+        initial: Initial | None = None,
+        train_parts: str = "all",
     ):
-        zeros = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
-        super().__init__(run, tokenizer, data, zeros, scorer)
-        self.tokenizer, self.options = tokenizer, options
-        recipe = tokenizer_step.TokenizerRecipe(tokenizer, run.optimizer, options, run.accumulate_steps)
+        check_train_parts(train_parts, options)
+        recipe = tokenizer_step.TokenizerRecipe(tokenizer, run.optimizer, options, run.accumulate_steps, train_parts)
+        extra = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
+        self._has_frozen = train_parts != "all"
+        if self._has_frozen:
+            shapes = nn.meta.unbox(abstract_params(tokenizer))
+            extra["frozen_sums"] = jnp.zeros(len(jax.tree.leaves(ids_params(shapes))), jnp.uint32)
+        super().__init__(run, tokenizer, data, extra, scorer, recipe.trained)
+        self.initial, self.tokenizer, self.options = initial, tokenizer, options
         step = functools.partial(tokenizer_step.train_step, recipe)
         placed = {"donate_argnums": 0, "out_shardings": (self.shardings, self._whole)}
         self._step = jax.jit(step, **placed)
@@ -50,6 +82,24 @@ class TokenizerTask(DataTask):
         self._redraw = jax.jit(redraw, **{**placed, "out_shardings": self.shardings})
         self.evaluate_batch = jax.jit(self._eval_step, out_shardings=self._whole)
         self.reconstruct = jax.jit(self._reconstruct, out_shardings=self._whole)
+
+    def init_state(self) -> TrainState:
+        """Return the state of step 0; it keeps sums of the bits of what is frozen."""
+        state = super().init_state()
+        if self._has_frozen:
+            with use_mesh(self.run.mesh):
+                sums = jax.jit(bit_sums, out_shardings=self._whole)(ids_params(state.params))
+            state = state.replace(extra={**state.extra, "frozen_sums": sums})
+        return state
+
+    def _check_frozen(self, state: TrainState) -> None:
+        """Raise RunError unless frozen weights, and so the ids of every image, are those that the run began with."""
+        with use_mesh(self.run.mesh):
+            for params in (state.params, self.averaged(state)):
+                sums = jax.jit(bit_sums, out_shardings=self._whole)(ids_params(params))
+                if not np.array_equal(sums, state.extra["frozen_sums"]):
+                    words = f"frozen weights changed by step {int(state.step)}, so its ids would be others"
+                    raise RunError(f"{words}; resume from an earlier checkpoint")
 
     def train_step(self, state, batch, step: int):
         """Take one step; redraw unused codes first, if due."""
@@ -66,12 +116,19 @@ class TokenizerTask(DataTask):
     def _flops(self) -> float:
         image = jax.ShapeDtypeStruct((1, *(self.tokenizer.image_size,) * 2, 3), jnp.float32)
         params = self.abstract_state().params
-        forward = jax.jit(lambda params, image: self.tokenizer.apply({"params": params}, image)[0])
-        cost = forward.lower(params, image).cost_analysis() or {}
-        return 3 * cost.get("flops", 0.0) * self.run.batch_size
+
+        def cost(method, x) -> float:
+            forward = jax.jit(lambda params, x: self.tokenizer.apply({"params": params}, x, method=method))
+            return (forward.lower(params, x).cost_analysis() or {}).get("flops", 0.0)
+
+        whole = cost(lambda module, image: module(image)[0], image)
+        if not self._has_frozen:
+            return 3 * whole * self.run.batch_size
+        latent = jax.ShapeDtypeStruct((1, *(self.tokenizer.sides[-1],) * 2, self.tokenizer.code_width), jnp.float32)
+        return (whole + 2 * cost("decode_raw", latent)) * self.run.batch_size
 
     def flops_of_step(self, step: int) -> float:
-        """Return three times the forward pass, as XLA counts it before optimising."""
+        """Return the forward pass, as XLA counts it before optimising, and twice that of the part that is trained."""
         return self._flops
 
     def _eval_step(self, params, batch):
@@ -92,6 +149,8 @@ class TokenizerTask(DataTask):
 
         And the scores of reconstructions, if there is a scorer.
         """
+        if self._has_frozen:
+            self._check_frozen(state)
         if not self.has_evaluation:
             return {}
         with use_mesh(self.run.mesh):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from mvar_jax.checkpoints.model_directory import fingerprint
+from mvar_jax.checkpoints.model_directory import fingerprint, ids_fingerprint
 from mvar_jax.files.images import min_zoom, tile_grid, to_uint8
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import Transformer
@@ -49,7 +49,8 @@ class TransformerTask(DataTask):
     ):
         super().__init__(run, transformer, data, {}, scorer)
         self.initial = initial
-        self.data_identity["tokenizer"] = fingerprint(tokenizer.tokenizer, tokenizer.tokenizer_params)
+        parts = tokenizer.tokenizer, tokenizer.tokenizer_params
+        self.data_identity |= {"tokenizer": fingerprint(*parts), "tokenizer_ids": ids_fingerprint(*parts)}
         self.transformer, self.options = transformer, options
         # one copy on each device, for the ids of images, the teacher-forcing input and the pictures
         self.tokenizer = jax.device_put(jax.tree.map(np.asarray, tokenizer), self._whole)
