@@ -72,6 +72,14 @@ class Model:
         """Return L, the number of tokens of a pyramid."""
         return sum(areas_of(self.tokenizer.sides))
 
+    def for_images(self, height: int, width: int, sides: tuple[int, ...] | None = None) -> "Model":
+        """Return the tokenizer alone, for images of another size; see `Tokenizer.for_images`.
+
+        It encodes and decodes with the same weights; the transformer samples square images of its own size alone.
+        """
+        tokenizer = self.tokenizer.for_images(as_integer(height, "height", 1), as_integer(width, "width", 1), sides)
+        return Model(Networks(tokenizer, self.tokenizer_params))
+
     def labels(self, labels_B) -> np.ndarray:
         """Return class numbers or names as `[B] int32`; see `ClassNames`. Raises InputError for an unknown one."""
         return np.asarray(self._check_labels(labels_B))
@@ -264,7 +272,7 @@ class Model:
         return self.transformer
 
     def _check_images(self, images_BYX3) -> np.ndarray:
-        return check_images(images_BYX3, self.tokenizer.image_size)
+        return check_images(images_BYX3, self.tokenizer.image_shape)
 
     def _check_ids(self, ids_BL) -> jax.Array:
         return jnp.asarray(check_ids(ids_BL, self.tokenizer))

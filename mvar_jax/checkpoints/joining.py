@@ -41,8 +41,8 @@ def load_both(directory: Path, which: str, tokenizer: Path | None) -> tuple[dict
         message = f"tokenizer={tokenizer} does not fit the transformer in {directory}: {error}; name its own"
         raise InputError(message, field="tokenizer", given=str(tokenizer), expected="the transformer's") from None
     if "tokenizer" in modules:
-        own = ids_fingerprint(modules["tokenizer"], params["tokenizer"])
-        if own != ids_fingerprint(others["tokenizer"], other_params["tokenizer"]):
+        own: Any = modules["tokenizer"]
+        if ids_fingerprint(own, params["tokenizer"]) != ids_fingerprint(both["tokenizer"], other_params["tokenizer"]):
             message = f"tokenizer={tokenizer} gives other ids than the tokenizer in {directory}, which its "
             message += "transformer was trained with; name that one, or one that differs in its decoder alone"
             raise InputError(message, field="tokenizer", given=str(tokenizer), expected="the transformer's")

@@ -30,7 +30,6 @@ FORMAT = 1
 MODULES = {"tokenizer": Tokenizer, "transformer": Transformer}
 WHICH = ("last", "best")
 IDS_FREE = ("precision", "beta")  # fields of a tokenizer that no id depends on, but for rounding
-LATER_FIELDS = ("channels",)  # that modules of version 0.1 do not have
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -204,10 +203,7 @@ def ids_fingerprint(tokenizer: Tokenizer, params) -> str:
 
 
 def _structure(module: nn.Module, without: Collection[str]) -> dict:
-    """Return a module's fields for a digest; those of later versions count unless they have their default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(module)}
-    is_old = lambda name, value: name in LATER_FIELDS and value == defaults[name]
-    return {n: v for n, v in module_to_dict(module).items() if n not in without and not is_old(n, v)}
+    return {name: value for name, value in module_to_dict(module).items() if name not in without}
 
 
 def _digest(structure: dict, params) -> str:

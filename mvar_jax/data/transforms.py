@@ -157,14 +157,7 @@ class PhotoTransform:
             )
 
     def _cut(self, image, rng: np.random.Generator | None, is_mirrored: bool) -> np.ndarray:
-        if isinstance(image, bytes):
-            photo = open_rgb(image, upright=self.upright)
-        elif image.dtype != np.uint8:
-            raise InputError(
-                f"image must have dtype uint8, got {image.dtype}", field="image", given=image.dtype, expected="uint8"
-            )
-        else:
-            photo = Image.fromarray(image).convert("RGB")
+        photo = _as_photo(image, self.upright)
         if rng is None or self.crop == "centre":
             photo = _cut_square(*_shrink(photo, self.image_size), self.image_size)
         elif self.crop == "random":
@@ -174,6 +167,43 @@ class PhotoTransform:
             photo = _cut_resized(photo, self.image_size, self.min_crop, rng)
         pixels_YX3 = np.asarray(photo)
         return np.ascontiguousarray(pixels_YX3[:, ::-1]) if is_mirrored else pixels_YX3
+
+
+@dataclasses.dataclass(frozen=True)
+class CoverTransform:
+    """Cuts a photograph, encoded bytes or uint8 pixels, to uint8 [height, width, 3].
+
+    The image is made as small as still covers this size, as `PhotoTransform` does for squares, and cut at its centre.
+
+    upright: obey the camera's orientation tag.
+    """
+
+    height: int
+    width: int
+    upright: bool = True
+
+    def __call__(self, image: np.ndarray | bytes) -> np.ndarray:
+        """Return the cropped image. Raises BadImage if the bytes hold no usable image."""
+        photo = _as_photo(image, self.upright)
+        while photo.width >= 2 * self.width and photo.height >= 2 * self.height:
+            photo = photo.resize((photo.width // 2, photo.height // 2), Image.Resampling.BOX)
+        ratio = max(self.width / photo.width, self.height / photo.height)
+        size = max(self.width, round(photo.width * ratio)), max(self.height, round(photo.height * ratio))
+        if size[0] * size[1] > MAX_PIXELS:
+            raise BadImage(f"{photo.width} x {photo.height} pixels: too long and thin to cut the size from")
+        left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
+        photo = photo.resize(size, Image.Resampling.BICUBIC)
+        return np.asarray(photo.crop((left, top, left + self.width, top + self.height)))
+
+
+def _as_photo(image: np.ndarray | bytes, upright: bool) -> Image.Image:
+    """Return an RGB image of bytes or pixels. Raises BadImage, or InputError if the pixels are not uint8."""
+    if isinstance(image, bytes):
+        return open_rgb(image, upright=upright)
+    if image.dtype != np.uint8:
+        words = f"image must have dtype uint8, got {image.dtype}"
+        raise InputError(words, field="image", given=image.dtype, expected="uint8")
+    return Image.fromarray(image).convert("RGB")
 
 
 def _shrink(photo: Image.Image, short_side: int) -> tuple[Image.Image, tuple[int, int]]:

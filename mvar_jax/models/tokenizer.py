@@ -14,7 +14,7 @@ from mvar_jax.models.init import LINEN_FIELDS
 from mvar_jax.ops import quantize
 from mvar_jax.ops.losses import commitment_loss
 from mvar_jax.ops.precision import EXACT, PRECISIONS, STANDARD, in_own_precision
-from mvar_jax.scales import check_sides
+from mvar_jax.scales import areas_of, check_sides, extend_sides, shape_of
 from mvar_jax.schema import Choice, Count, NotNegative, Share
 from mvar_jax.sharding import named_axes
 
@@ -100,8 +100,7 @@ class Tokenizer(nn.Module):
         """Return the bytes of the largest map in one of the decoder's stages, for one image."""
         level = self.num_stages - 1 - stage
         width = self.ch * max(self.ch_mult[level : level + 2])  # the upsampled map is as wide as the coarser level
-        side = self.sides[-1] * 2**stage
-        return side * side * width * jnp.dtype(self.decoder_dtype).itemsize
+        return areas_of(self.sides)[-1] * 4**stage * width * jnp.dtype(self.decoder_dtype).itemsize
 
     @property
     def downsampling(self) -> int:
@@ -110,6 +109,41 @@ class Tokenizer(nn.Module):
     @property
     def image_size(self) -> int:
         return self.sides[-1] * self.downsampling
+
+    def for_images(self, height: int, width: int, sides: tuple[int, ...] | None = None) -> "Tokenizer":
+        """Return the tokenizer of images of another size, for the same weights; it cannot be trained.
+
+        If they are not square, its `sides` are (height, width) of each map: a side counts along the images' shorter
+        edge, and the other edge follows their shape.
+
+        Args:
+          height, width: of the images, multiples of `downsampling`.
+          sides: along the shorter edge; None: the tokenizer's own, cut or extended as in 16, 24, 32, 48, 64.
+
+        Raises InputError if the images have no such size, or the sides do not end at their shorter edge.
+        """
+        for name, size in (("height", height), ("width", width)):
+            if size < self.downsampling or size % self.downsampling:
+                expected = f"a multiple of {self.downsampling} pixels, by which the tokenizer reduces images"
+                words = f"{name} must be {expected}, got {size}"
+                raise InputError(words, field=name, given=size, expected=expected)
+        rows, columns = height // self.downsampling, width // self.downsampling
+        short = min(rows, columns)
+        sides = extend_sides(self.sides, short) if sides is None else tuple(sides)
+        check_sides(sides)
+        if sides[-1] != short:
+            expected = f"a list that ends at {short}, the shorter edge of {height} x {width} images"
+            raise InputError(f"sides must be {expected}, got {sides}", field="sides", given=sides, expected=expected)
+        if rows == columns:
+            return self.clone(sides=sides)
+        along = lambda side, edge: max(1, round(side * edge / short))
+        return self.clone(sides=tuple((along(side, rows), along(side, columns)) for side in sides))
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Return (height, width) of the images."""
+        rows, columns = shape_of(self.sides[-1])
+        return rows * self.downsampling, columns * self.downsampling
 
     def check(self, image_size: int | None = None) -> None:
         """Raise InputError if the fields contradict each other or the side of the images."""
