@@ -121,6 +121,7 @@ def config_sections() -> dict[str, list[Row]]:
     from mvar_jax.models.tokenizer import Tokenizer
     from mvar_jax.models.transformer import Transformer
     from mvar_jax.sharding import make_mesh
+    from mvar_jax.training.adversary import AdversaryOptions
     from mvar_jax.training.optimizer import OptimizerOptions
     from mvar_jax.training.tokenizer_step import CodebookOptions
     from mvar_jax.training.transformer_step import PhaseOptions
@@ -132,6 +133,7 @@ def config_sections() -> dict[str, list[Row]]:
         "model, if task is tokenizer": field_rows(Tokenizer, linen),
         "model, if task is transformer": field_rows(Transformer, linen),
         "codebook (tokenizer)": field_rows(CodebookOptions),
+        "adversary (tokenizer)": field_rows(AdversaryOptions),
         "phases (transformer)": field_rows(PhaseOptions),
         "optimizer": field_rows(OptimizerOptions),
         "mesh": argument_rows(make_mesh, ("devices", "dimensions")),

@@ -42,8 +42,11 @@ OPTIONAL_KEYS = (
     "eval_top_p",
     "eval_temperature",
 )
-# those that one task alone may leave out
-TASK_OPTIONS = {"tokenizer": ("init_from", "train_parts"), "transformer": ()}
+# key -> whether it is a section: keys that one task may leave out, a section's keys then having their defaults
+TASK_OPTIONS: dict[str, dict[str, bool]] = {
+    "tokenizer": {"init_from": False, "train_parts": False, "adversary": True},
+    "transformer": {},
+}
 TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "init_from": False}}
 
 
@@ -69,9 +72,9 @@ def check_config(config: dict) -> None:
     from mvar_jax.training.task import RunOptions
 
     known = COMMON_KEYS | TASK_KEYS[task]
-    optional = (*OPTIONAL_KEYS, *TASK_OPTIONS[task])
+    optional = dict.fromkeys(OPTIONAL_KEYS, False) | TASK_OPTIONS[task]
     check_keys(config, (*known, *optional), "config")
-    for name, is_section in (known | dict.fromkeys(optional, False)).items():
+    for name, is_section in (known | optional).items():
         field = f"config.{name}"
         if name not in config:
             if name in optional:
@@ -220,7 +223,8 @@ def build_task(config: dict, initial: Any = None):
         run = run.with_images(len(sources["train"]))
         scorer = make_scorer("tokenizer", run, data, module.image_size, len(sources.get("val", ())))
         parts = config.get("train_parts", "all")
-        task = TokenizerTask(run, module, options, task_data, scorer, initial, parts)
+        adversary, fixed = build_adversary(config, module), load_fixed(options)
+        task = TokenizerTask(run, module, options, task_data, scorer, adversary, fixed, initial, parts)
         return task, {"tokenizer": module}, None
 
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
@@ -232,6 +236,30 @@ def build_task(config: dict, initial: Any = None):
     task_data = TaskData(sources, transform, data.loading())
     task = TransformerTask(run, module, options, tokenizer, task_data, initial, scorer)
     return task, {"tokenizer": tokenizer.tokenizer, "transformer": module}, tokenizer.tokenizer_params
+
+
+def build_adversary(config: dict, tokenizer):
+    """Return the `Adversary` of a tokenizer's config, None if it has none. It computes in the tokenizer's dtype."""
+    from mvar_jax.models.discriminator import PatchDiscriminator
+    from mvar_jax.training.adversary import NONE, Adversary, AdversaryOptions
+
+    options = from_dict(AdversaryOptions, config.get("adversary", {}), "config.adversary")
+    if options.kind == NONE:
+        return None
+    return Adversary(options, PatchDiscriminator(options.layers, options.width, tokenizer.dtype))
+
+
+def load_fixed(options):
+    """Return the `FixedWeights` that a tokenizer's losses need. options: its `CodebookOptions`.
+
+    Raises InputError if a file is missing or is another one.
+    """
+    from mvar_jax.evaluation.lpips import load_lpips
+    from mvar_jax.training.adversary import FixedWeights
+
+    if not options.perceptual_weight:
+        return FixedWeights()
+    return FixedWeights(load_lpips(options.perceptual_file, "config.codebook.perceptual_file").params)
 
 
 def open_tokens(data: DataOptions, transformer):

@@ -21,7 +21,7 @@ from mvar_jax.files.atomic import write_json
 from mvar_jax.files.json_files import read_json
 from mvar_jax.models.init import LINEN_FIELDS, abstract_params
 from mvar_jax.models.networks import check_fit
-from mvar_jax.models.tokenizer import Tokenizer, ids_params
+from mvar_jax.models.tokenizer import Tokenizer, fold_codebook, ids_params
 from mvar_jax.models.transformer import Transformer
 
 MODEL_FILE = "model.json"
@@ -29,7 +29,9 @@ CLASSES_FILE = "classes.json"  # class names in the order of the labels, as trai
 FORMAT = 1
 MODULES = {"tokenizer": Tokenizer, "transformer": Transformer}
 WHICH = ("last", "best")
-IDS_FREE = ("precision", "beta")  # fields of a tokenizer that no id depends on, but for rounding
+# fields that a module's fingerprint leaves out
+UNTOLD: dict[type, tuple[str, ...]] = {Tokenizer: ("precision", "remat"), Transformer: ("precision",)}
+IDS_FREE = (*UNTOLD[Tokenizer], "beta")  # fields of a tokenizer that no id depends on, but for rounding
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -115,7 +117,8 @@ def load_model(directory: Path, which: str = "last") -> tuple[dict[str, nn.Modul
             raise _refuse(directory, words) from None
     step, params = pick_step(directory, which), {}
     for kind, module in modules.items():
-        tree = restore_weights(directory, step) if content.get("trains") == kind else load_tree(directory / kind)
+        is_trained = content.get("trains") == kind
+        tree = fold_codebook(restore_weights(directory, step)) if is_trained else load_tree(directory / kind)
         check_shapes(directory, kind, module, tree)
         check_finite(directory, kind, tree)
         params[kind] = tree
@@ -189,9 +192,9 @@ def check_finite(directory: Path, kind: str, tree) -> None:
 def fingerprint(module: nn.Module, params) -> str:
     """Return a hex digest of a module's structure and weights: equal ones compute the same images and numbers.
 
-    Its precision is not part of it: that decides on rounding alone.
+    Fields that decide on rounding alone are not part of it, but those of a transformer that older samples name.
     """
-    return _digest(_structure(module, without=("precision",)), params)
+    return _digest(module, UNTOLD[type(module)], params)
 
 
 def ids_fingerprint(tokenizer: Tokenizer, params) -> str:
@@ -199,14 +202,11 @@ def ids_fingerprint(tokenizer: Tokenizer, params) -> str:
 
     Token caches and transformers belong to all tokenizers with the same digest.
     """
-    return _digest(_structure(tokenizer, without=IDS_FREE), ids_params(params))
+    return _digest(tokenizer, IDS_FREE, ids_params(params))
 
 
-def _structure(module: nn.Module, without: Collection[str]) -> dict:
-    return {name: value for name, value in module_to_dict(module).items() if name not in without}
-
-
-def _digest(structure: dict, params) -> str:
+def _digest(module: nn.Module, without: Collection[str], params) -> str:
+    structure = {name: value for name, value in module_to_dict(module).items() if name not in without}
     digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
     for path, leaf in sorted((jax.tree_util.keystr(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params)):
         digest.update(path.encode())

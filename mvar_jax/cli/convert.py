@@ -7,6 +7,7 @@ from mvar_jax.errors import InputError
 
 SUMMARY = "convert published PyTorch weights, or convert back"
 
+SCORES = ("inception", "lpips", "dino")
 BACK = ("to_torch", "to_safetensors")
 FROM_TORCH_OPTIONS = (
     "tokenizer",
@@ -46,12 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     forward.add_argument("--kernel_size", metavar="K", help="window side, or one per scale from refine_step on")
     forward.add_argument("--refine_step", metavar="N", help="first scale that attends to a local window")
     forward.add_argument("--conditioning", metavar="C", help="markov (MVAR) or full (VAR)")
-    scores = parser.add_argument_group("networks that score images, to one .npz file")
+    scores = parser.add_argument_group("networks that score images or train a tokenizer, to one .npz file")
     scores.add_argument(
         "--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth or classify_image_graph_def.pb"
     )
     scores.add_argument(
         "--lpips", metavar="FILE", nargs=2, help="torchvision's vgg16-397923af.pth and vgg.pth of the lpips package"
+    )
+    scores.add_argument(
+        "--dino", metavar="FILE", help="dino_deitsmall16_pretrain.pth, for a tokenizer's discriminator"
     )
     back = parser.add_argument_group("back to PyTorch")
     back.add_argument("--checkpoint", metavar="DIR", help="model directory or training workdir")
@@ -66,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command in the direction that its options choose."""
-    if args.inception is not None or args.lpips is not None:
+    if any(getattr(args, name) is not None for name in SCORES):
         return _run_scores(args)
     if any(getattr(args, name) is not None for name in ("checkpoint", *BACK, "shard_mib")):
         return _run_back(args)
@@ -94,11 +98,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_scores(args: argparse.Namespace) -> int:
+    from mvar_jax.evaluation.dino_weights import convert_dino
     from mvar_jax.evaluation.inception_weights import convert_inception
     from mvar_jax.evaluation.lpips import convert_lpips
 
-    chosen, other = ("lpips", "inception") if args.inception is None else ("inception", "lpips")
-    for name in (other, *FROM_TORCH_OPTIONS, "checkpoint", *BACK, "shard_mib"):
+    chosen, *others = sorted(SCORES, key=lambda name: getattr(args, name) is None)
+    for name in (*others, *FROM_TORCH_OPTIONS, "checkpoint", *BACK, "shard_mib"):
         if getattr(args, name) is not None and name != "out":
             message = f"--{name} cannot be combined with --{chosen}"
             raise InputError(message, field=name, given=getattr(args, name), expected=f"not with --{chosen}")
@@ -106,8 +111,10 @@ def _run_scores(args: argparse.Namespace) -> int:
         raise InputError("give --out, the .npz file to write", field="out", given=None, expected="a file")
     if args.inception is not None:
         weights = convert_inception(args.inception, args.out)
-    else:
+    elif args.lpips is not None:
         weights = convert_lpips(*args.lpips, args.out)
+    else:
+        weights = convert_dino(args.dino, args.out)
     for name, sha256 in weights.sources.items():
         print(f"read {name}, SHA-256 {sha256}")
     if weights.is_published is False:

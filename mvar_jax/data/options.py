@@ -39,11 +39,11 @@ class DataOptions:
     A field that has no meaning for the source must keep its default.
 
     Attributes:
-      source: data set: digits, synthetic, folder, tfds or tars.
+      source: data set: digits, photos, synthetic, folder, tfds or tars.
       image_size: side in pixels of the square images that the tokenizer sees.
-      split_seed: seed of the held-out split, or of the generated images (synthetic).
+      split_seed: seed of the held-out split, or of the generated images (synthetic); not of photos.
       val_fraction: share held out for validation if the data set has no split of its own (all but synthetic); of
-        files by class and name. 0 holds out none: training then has no evaluation.
+        files by class and name, of photos the right part. 0 holds out none: training then has no evaluation.
       size: number of images of each split to keep; 0 keeps all. synthetic needs 1 or more.
       flip: mirror each image with probability 1/2; a token cache then holds both (all but digits).
       degrees: largest rotation in degrees, either way (digits).
@@ -131,6 +131,7 @@ class DataOptions:
             return ("path", "class_order", "val_labels", "name", "flip", "crop", "min_crop", "upright")
         of_digits = ("degrees", "shift_px", "scale", "shear")
         others = {"synthetic": ("path", "name"), "folder": ("name",), "tars": ("name",)}
+        others["photos"] = ("path", "name", "split_seed", "crop", "min_crop", "upright")
         of_folder = () if self.source == "folder" else ("class_order", "val_labels")
         return of_digits + of_folder + others.get(self.source, ())
 
@@ -156,6 +157,7 @@ class DataOptions:
             size=self.size,
             class_order=self.class_order,
             val_labels=self.val_labels,
+            image_size=self.image_size,
         )
 
     def open_all(self) -> dict[str, ImageSource]:

@@ -9,9 +9,9 @@ import numpy as np
 from mvar_jax.data.protocols import ImageSource
 from mvar_jax.errors import InputError
 
-SOURCE_NAMES = ("digits", "synthetic", "folder", "tfds", "tars")
+SOURCE_NAMES = ("digits", "photos", "synthetic", "folder", "tfds", "tars")
 SPLITS = ("train", "val")
-_MADE = ("digits", "synthetic")  # sets whose validation split is made, never absent
+_MADE = ("digits", "photos", "synthetic")  # sets whose validation split is made, never absent
 
 
 class ArraySource(ImageSource):
@@ -190,11 +190,13 @@ def open_source(
     size: int = 0,
     class_order: Sequence[str] = (),
     val_labels: str = "",
+    image_size: int = 64,
 ) -> ImageSource:
     """Open one split of a data set.
 
     `digits`: the 1,797 images bundled with scikit-learn, float32 [8, 8] in [0, 1]; `val_fraction` of them is
     held out, stratified, by `split_seed`.
+    `photos`: crops of photographs that installed packages bring; see data/photos.py.
     `synthetic`: generated uint8 images [64, 64, 3] of 10 classes; each split has `size` of its own, by
     `split_seed`, so `val_fraction` does not apply.
     `folder`, `tars`: files below `path`; see data/folder.py and data/tars.py. Without a validation split
@@ -207,6 +209,7 @@ def open_source(
       size: number of images of the split to keep; 0 keeps all (`synthetic` has no "all").
       class_order: names of the classes in the order of their labels (`folder`); empty sorts them.
       val_labels: file of the labels of a flat validation folder (`folder`).
+      image_size: side of the crops (`photos`).
 
     Raises:
       InputError: a name or split is unknown, a number is out of range, or the data set is missing.
@@ -214,6 +217,10 @@ def open_source(
     _check(name, split, path, split_seed, val_fraction, size)
     if name == "digits":
         return _open_digits(split, split_seed, val_fraction, size)
+    if name == "photos":
+        from mvar_jax.data.photos import open_photos
+
+        return _keep(open_photos(split, image_size, val_fraction), size, split)
     if name == "synthetic":
         return SyntheticSource(split, seed=split_seed, size=size)
     if split == "val" and not (val_fraction or _has_val(name, path, tfds_name)):

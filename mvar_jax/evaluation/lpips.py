@@ -1,14 +1,9 @@
-"""LPIPS v0.1 with VGG16 (Zhang et al., arXiv 1801.03924), in Flax: a perceptual distance of two images.
+"""LPIPS of pairs of images, and the files of its weights: torchvision's VGG16 and the heads of the lpips package."""
 
-The convolutions are those of torchvision's VGG16, the heads those of the lpips package. True float32 on every device.
-"""
-
-import functools
 import os
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -27,6 +22,7 @@ from mvar_jax.evaluation.network_files import (
     save_network,
 )
 from mvar_jax.files.paths import as_path
+from mvar_jax.models.lpips import MIN_SIDE, STAGES, Lpips, shapes
 from mvar_jax.ops.pixels import from_levels
 from mvar_jax.sampling.inputs import ROUNDING
 from mvar_jax.values import as_array, as_integer
@@ -40,53 +36,20 @@ HEADS = Download(
     "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
 )
 COMMAND = f"mvar convert --lpips {BACKBONE.name} {HEADS.name} --out lpips.npz"
-# widths of each stage's convolutions, with their numbers in torchvision's file
-STAGES = ((64, (0, 2)), (128, (5, 7)), (256, (10, 12, 14)), (512, (17, 19, 21)), (512, (24, 26, 28)))
-SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-EPS = 1e-10
 BATCH_SIZE = 16
-MIN_SIDE = 16  # of images, in pixels: the last of four halvings needs one
 
 
-class Lpips(nn.Module):
-    """The distances of pairs of images, [B] float32."""
-
-    @nn.compact
-    def __call__(self, a_BYX3: jax.Array, b_BYX3: jax.Array) -> jax.Array:
-        """Return the distances of images `[B, Y, X, 3] float32` in [-1, 1], of 16 x 16 pixels or more."""
-        x = (jnp.concatenate([a_BYX3, b_BYX3]) - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
-        total_B = jnp.zeros(len(a_BYX3))
-        for i, (width, numbers) in enumerate(STAGES):
-            if i > 0:
-                x = nn.max_pool(x, (2, 2), (2, 2))
-            for number in numbers:
-                layer = nn.Conv(width, (3, 3), precision=jax.lax.Precision.HIGHEST, name=f"conv{number}")
-                x = nn.relu(layer(x))
-            head_c = self.param(f"head{i}", nn.initializers.ones, (width,))
-            unit = x / (jnp.sqrt(jnp.square(x).sum(-1, keepdims=True)) + EPS)
-            difference = jnp.square(unit[: len(a_BYX3)] - unit[len(a_BYX3) :])
-            total_B += (difference * head_c).sum(-1).mean((1, 2))
-        return total_B
-
-
-@functools.cache
-def shapes() -> dict:
-    """Return the network's parameter tree as shapes."""
-    images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
-    return jax.eval_shape(Lpips().init, jax.random.key(0), images, images)["params"]
-
-
-def load_lpips(weights: str | os.PathLike | NetworkWeights) -> NetworkWeights:
-    """Return the weights of the file that `convert --lpips` wrote; loaded ones are returned.
+def load_lpips(weights: str | os.PathLike | NetworkWeights, field: str = FIELD) -> NetworkWeights:
+    """Return the weights of the file that `convert --lpips` wrote; loaded ones are returned. field: what errors name.
 
     Raises InputError if the file is missing, damaged or another one.
     """
     if isinstance(weights, NetworkWeights):
         return weights
-    path = as_path(weights, FIELD)
-    if not path.exists():
-        raise missing(FIELD, path, (BACKBONE, HEADS), COMMAND)
-    return load_network(FIELD, path, NETWORK, shapes())
+    path = as_path(weights, field)
+    if not path.is_file():
+        raise missing(field, path, (BACKBONE, HEADS), COMMAND)
+    return load_network(field, path, NETWORK, shapes())
 
 
 def convert_lpips(backbone: str | os.PathLike, heads: str | os.PathLike, out: str | os.PathLike) -> NetworkWeights:

@@ -44,7 +44,7 @@ class About(TypedDict):
 
 
 class Download(NamedTuple):
-    """A public file of weights and the beginning of its SHA-256."""
+    """A public file of weights and the beginning of its SHA-256, "" if it is not published."""
 
     name: str
     sha256: str
@@ -95,7 +95,8 @@ def sha256_of(path: Path) -> str:
 
 def missing(field: str, path: Path | str, downloads: tuple[Download, ...], command: str) -> InputError:
     """Return the error of a file that is not there: what it is, its checksum, and the commands that make it."""
-    files = " and ".join(f"{x.name} (SHA-256 {x.sha256}...) from {x.url}" for x in downloads)
+    checksum = lambda x: f" (SHA-256 {x.sha256}...)" if x.sha256 else ""
+    files = " and ".join(f"{x.name}{checksum(x)} from {x.url}" for x in downloads)
     message = f"{field}={path} is missing: download {files}, then run `{command}`"
     return InputError(message, field=field, given=str(path), expected=f"{downloads[0].name}, or its conversion")
 

@@ -20,13 +20,12 @@ from mvar_jax.evaluation.moments import Moments, RunningMoments
 from mvar_jax.evaluation.network_files import NetworkWeights
 from mvar_jax.evaluation.statistics import frechet_distance_of_moments
 from mvar_jax.models.networks import Networks
-from mvar_jax.ops.metrics import SSIM_WINDOW, perplexity, psnr_of_error, similarity
+from mvar_jax.ops.metrics import SSIM_WINDOW, perplexity, psnr_of_error, similarity, usage_percent
 from mvar_jax.ops.pixels import as_images, to_levels
 from mvar_jax.sampling.sampler import decode_in_chunks
 from mvar_jax.scales import areas_of, offsets_of
 from mvar_jax.sharding import make_mesh, num_shards_of, replicated, spec_of, use_mesh
 
-MARGIN = 0.08  # share of the mean number of hits from which the published usage counts a code
 CURVES = ("off", "pixels", "all")
 DATA_RANGE = 255.0
 HITS, ORIGINAL = "hits", "original"
@@ -232,12 +231,12 @@ class Totals:
 
 
 def _usage(hits_V: np.ndarray) -> dict[str, float]:
-    """Return the share of codes that are hit, the largest possible, that of codes with MARGIN, and the perplexity."""
+    """Return the share of codes hit, the largest possible, that by the scale's own margin, and the perplexity."""
     num_hits, V = int(hits_V.sum()), len(hits_V)
     return {
         "usage_percent": 100 * float((hits_V > 0).mean()),
         "possible_percent": 100 * min(1.0, num_hits / V),
-        "margin_percent": 100 * float((hits_V >= max(1, MARGIN * num_hits / V)).mean()),
+        "margin_percent": float(usage_percent(hits_V, num_hits)),
         "perplexity": perplexity(hits_V),
     }
 

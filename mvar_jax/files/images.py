@@ -1,4 +1,4 @@
-"""Grids of images for people: contact sheets, originals next to reconstructions."""
+"""Grids of images for people: contact sheets, originals next to reconstructions, columns with captions."""
 
 import math
 import os
@@ -9,6 +9,7 @@ from mvar_jax.errors import InputError
 from mvar_jax.files.atomic import replacing
 from mvar_jax.ops.pixels import to_levels
 
+CAPTION_PX = 14
 GRID_IMAGES = 400  # a larger grid is too large to look at
 
 
@@ -78,6 +79,23 @@ def side_by_side(originals_BYX3, reconstructions_BYX3, columns: int, pad: int = 
             "reconstructions", reconstructions_BYX3.shape, f"of the originals' shape {originals_BYX3.shape}"
         )
     return tile_grid(np.concatenate([originals_BYX3, reconstructions_BYX3], axis=2), columns, pad, zoom)
+
+
+def tile_columns(columns: dict[str, np.ndarray], pad: int = 2, zoom: int = 1) -> np.ndarray:
+    """Return a grid with a column for each name, written above it, and a row for each image.
+
+    columns: images by name, each `[B, Y, X, 3] uint8` and of one shape. Raises InputError as `tile_grid`.
+    """
+    from PIL import Image, ImageDraw
+
+    images_BCYX3 = np.stack([np.asarray(images) for images in columns.values()], axis=1)
+    grid_YX3 = tile_grid(images_BCYX3.reshape(-1, *images_BCYX3.shape[2:]), len(columns), pad, zoom)
+    head_YX3 = np.full((CAPTION_PX, *grid_YX3.shape[1:]), 255, np.uint8)
+    picture = Image.fromarray(np.concatenate([head_YX3, grid_YX3]))
+    draw, pitch = ImageDraw.Draw(picture), pad + images_BCYX3.shape[3] * zoom
+    for number, name in enumerate(columns):
+        draw.text((pad + number * pitch, 1), name, fill=(0, 0, 0))
+    return np.asarray(picture)
 
 
 def _refuse(field: str, given: object, expected: str) -> InputError:

@@ -11,6 +11,7 @@ from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.precision import precision_of
 from mvar_jax.sharding import constrain, named_axes
 
+LAST_FEATURES = "last_features"  # collection that gets the input of the decoder's last convolution, if it is mutable
 CONV_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -140,6 +141,14 @@ class AttentionBlock(nn.Module):
         return x_BYXC + conv(C, 1, self.dtype, "proj")(y.reshape(B, Y, X, C))
 
 
+def blocks(remat: bool) -> tuple[type[nn.Module], type[nn.Module]]:
+    """Return the classes of residual and attention blocks.
+
+    remat: the backward pass recomputes what is inside them.
+    """
+    return tuple(map(nn.remat, (ResidualBlock, AttentionBlock))) if remat else (ResidualBlock, AttentionBlock)
+
+
 class Encoder(nn.Module):
     """Image `[B, Y, X, 3]` -> latent map `[B, y, x, c]`, with attention in the last level and the middle."""
 
@@ -149,20 +158,22 @@ class Encoder(nn.Module):
     code_width: int
     norm: dict
     dtype: Any
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x):
         dtype, last = self.dtype, len(self.ch_mult) - 1
+        residual, attention = blocks(self.remat)
         x = conv(self.ch, 3, dtype, "conv_in")(x)
         for level, mult in enumerate(self.ch_mult):
             for block in range(self.num_res_blocks):
-                x = ResidualBlock(self.ch * mult, self.norm, dtype, name=f"level{level}_block{block}")(x)
+                x = residual(self.ch * mult, self.norm, dtype, name=f"level{level}_block{block}")(x)
                 if level == last:
-                    x = AttentionBlock(self.norm, dtype, name=f"level{level}_attention{block}")(x)
+                    x = attention(self.norm, dtype, name=f"level{level}_attention{block}")(x)
             if level != last:
                 x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))  # bottom and right only
                 x = conv(x.shape[-1], 3, dtype, f"level{level}_down", stride=2)(x)
-        x = middle(x, self.norm, dtype)
+        x = middle(x, self.norm, dtype, self.remat)
         x = nn.silu(GroupNorm(**self.norm, name="norm_out")(x))
         return conv(self.code_width, 3, dtype, "conv_out", part="quantizer")(x)
 
@@ -178,29 +189,33 @@ class Decoder(nn.Module):
     num_res_blocks: int
     norm: dict
     dtype: Any
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x, stages: range):
         dtype, last = self.dtype, len(self.ch_mult) - 1
+        residual, attention = blocks(self.remat)
         for stage in stages:
             level = last - stage
             features = self.ch * self.ch_mult[level]
             if level == last:
-                x = middle(conv(features, 3, dtype, "conv_in")(x), self.norm, dtype)
+                x = middle(conv(features, 3, dtype, "conv_in")(x), self.norm, dtype, self.remat)
             else:
                 x = UpConv(x.shape[-1], dtype, name=f"level{level + 1}_up")(x)
             for block in range(self.num_res_blocks + 1):
-                x = ResidualBlock(features, self.norm, dtype, name=f"level{level}_block{block}")(x)
+                x = residual(features, self.norm, dtype, name=f"level{level}_block{block}")(x)
                 if level == last:
-                    x = AttentionBlock(self.norm, dtype, name=f"level{level}_attention{block}")(x)
+                    x = attention(self.norm, dtype, name=f"level{level}_attention{block}")(x)
             if level == 0:
                 x = nn.silu(GroupNorm(**self.norm, name="norm_out")(x))
+                self.sow(LAST_FEATURES, "x", x)
                 x = conv(3, 3, dtype, "conv_out")(x)
         return x
 
 
-def middle(x, norm, dtype):
+def middle(x, norm, dtype, remat: bool):
     """Apply residual, attention and residual blocks at the coarsest resolution; call inside a compact method."""
-    x = ResidualBlock(x.shape[-1], norm, dtype, name="middle_block1")(x)
-    x = AttentionBlock(norm, dtype, name="middle_attention")(x)
-    return ResidualBlock(x.shape[-1], norm, dtype, name="middle_block2")(x)
+    residual, attention = blocks(remat)
+    x = residual(x.shape[-1], norm, dtype, name="middle_block1")(x)
+    x = attention(norm, dtype, name="middle_attention")(x)
+    return residual(x.shape[-1], norm, dtype, name="middle_block2")(x)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mvar_jax.errors import InputError
 from mvar_jax.fields import FREE, check_fields
@@ -13,10 +14,10 @@ from mvar_jax.models.autoencoder import Decoder, Encoder, conv
 from mvar_jax.models.init import LINEN_FIELDS
 from mvar_jax.ops import quantize
 from mvar_jax.ops.losses import commitment_loss
-from mvar_jax.ops.precision import EXACT, PRECISIONS, STANDARD, in_own_precision
+from mvar_jax.ops.precision import EXACT, PRECISIONS, STANDARD, in_own_precision, precision_of
 from mvar_jax.scales import areas_of, check_sides, extend_sides, shape_of
 from mvar_jax.schema import Choice, Count, NotNegative, Share
-from mvar_jax.sharding import named_axes
+from mvar_jax.sharding import constrain, named_axes
 
 
 def quantizer_params(params: dict) -> dict:
@@ -37,12 +38,52 @@ def decoder_params(params: dict) -> dict:
     return {name: leaf for name, leaf in params.items() if name in DECODER_PARTS}
 
 
+BASIS, MAP = "codebook_basis", "codebook_map"  # E and W of a codebook E W (SimVQ) in training
+
+
+def factor_codebook(params: dict) -> dict:
+    """Return initial weights whose codebook is E W: E is the ordinary initial codebook, fixed; W is the identity.
+
+    Both are whole on every device, so that `fold_codebook` reads them in every process.
+    """
+    boxed = params["codebook"]
+    whole = lambda x: boxed.replace(value=x, names=(None, None))
+    parts = {BASIS: whole(boxed.value), MAP: whole(jnp.eye(boxed.value.shape[1]))}
+    return {name: leaf for name, leaf in params.items() if name != "codebook"} | parts
+
+
+def multiply_codebook(params: dict) -> dict:
+    """Return weights with the codebook E W in place of its factors, inside a program; others as they are."""
+    if MAP not in params:
+        return params
+    product = jnp.matmul(
+        jax.lax.stop_gradient(params[BASIS]), params[MAP], precision=precision_of("quantizer", jnp.float32)
+    )
+    return _without_factors(params) | {"codebook": constrain(product, "vocab", "code")}
+
+
+def fold_codebook(params: dict) -> dict:
+    """Return weights with the codebook E W in place of its factors, computed on the host; others as they are.
+
+    The product of float64 is rounded once, so that a run's evaluation and every platform that loads its weights have
+    the same codes.
+    """
+    if MAP not in params:
+        return params
+    product = np.asarray(params[BASIS], np.float64) @ np.asarray(params[MAP], np.float64)
+    return _without_factors(params) | {"codebook": product.astype(np.float32)}
+
+
+def _without_factors(params: dict) -> dict:
+    return {name: leaf for name, leaf in params.items() if name not in (BASIS, MAP)}
+
+
 class Tokenizer(nn.Module):
     """Multi-scale residual VQ autoencoder: images to pyramids of token ids and back.
 
     Attributes:
       sides: side of each token map, strictly increasing; the image side is the last times 2^(len(ch_mult) - 1).
-      vocab_size: number of codes.
+      vocab_size: number of codes; token caches hold 2 bytes a token for up to 65,536, else 4.
       code_width: width of a code.
       ch: channels of the first level of the encoder and decoder.
       ch_mult: channels of each level, as multiples of ch; between levels the map halves.
@@ -55,6 +96,7 @@ class Tokenizer(nn.Module):
       beta: weight of the commitment loss.
       dtype: computation of the encoder and decoder; the quantizer is always float32, the decoder too if exact.
       precision: of float32 products on accelerators: standard (exact if listed in ops/precision.py) or exact (all).
+      remat: recompute the inside of residual and attention blocks in the backward pass, to save memory.
     """
 
     sides: tuple[int, ...]
@@ -71,15 +113,16 @@ class Tokenizer(nn.Module):
     beta: NotNegative = 0.25
     dtype: Any = jnp.float32
     precision: Annotated[str, Choice(PRECISIONS)] = dataclasses.field(default=STANDARD, metadata=FREE)
+    remat: bool = dataclasses.field(default=False, metadata=FREE)
 
     def setup(self):
         norm = {"num_groups": self.num_groups, "group_size": self.group_size, "dtype": self.dtype}
         sizes = (self.ch, tuple(self.ch_mult), self.num_res_blocks)
-        self.encoder = Encoder(*sizes, self.code_width, norm, self.dtype)
+        self.encoder = Encoder(*sizes, self.code_width, norm, self.dtype, self.remat)
         dtype = self.decoder_dtype
         if dtype == jnp.float16:  # SiLU too before rounding, which halves the error
             norm |= {"dtype": jnp.float32, "one_pass": True}
-        self.decoder = Decoder(*sizes, norm, dtype)
+        self.decoder = Decoder(*sizes, norm, dtype, self.remat)
         self.quant_conv = conv(self.code_width, 3, self.dtype, part="quantizer")
         self.post_quant_conv = conv(self.code_width, 3, jnp.float32, part="quantizer")
         self.phi_convs = [conv(self.code_width, 3, jnp.float32, part="quantizer") for _ in range(self.num_phi)]
@@ -224,15 +267,27 @@ class Tokenizer(nn.Module):
         """Return the image of a latent map, float32 in [-1, 1]."""
         return jnp.clip(self.decode_raw(f_hat_BYXc), -1, 1)
 
-    def __call__(self, images_BYX3: jax.Array, use_codes: jax.Array | bool = True):
+    def assignment_entropy(self, rests: tuple[jax.Array, ...], tokens_Bm: jax.Array, temperature: float) -> jax.Array:
+        """Return `ops.quantize.assignment_entropy` of some tokens of each row. rests: of `Encoded`."""
+        picked_Bmc = jnp.take_along_axis(jnp.concatenate(rests, axis=1), tokens_Bm[..., None], axis=1)
+        picked_Nc = picked_Bmc.reshape(-1, self.code_width)
+        return quantize.assignment_entropy(picked_Nc, self.codebook, temperature, self.znorm)
+
+    def __call__(
+        self, images_BYX3: jax.Array, use_codes: jax.Array | bool = True, num_scales_B: jax.Array | None = None
+    ):
         """Return (reconstruction not clipped, quantizer loss, Encoded), the forward pass of training.
 
         The gradient of the reconstruction reaches f only (straight-through). If use_codes is False, the decoder gets
         f itself and the quantizer loss is 0: the unquantised warm-up of a small tokenizer.
+
+        num_scales_B: first scales that each row keeps: the decoder gets their f_hat, and the quantizer loss is the
+        mean over them. None keeps all. `Encoded` always has all scales.
         """
         f = self.features(images_BYX3)
         encoded = self.quantize(f)
-        loss = commitment_loss(f, encoded.f_hats, self.beta)
-        straight = jax.lax.stop_gradient(encoded.f_hats[-1] - f) + f
+        loss = commitment_loss(f, encoded.f_hats, self.beta, num_scales_B)
+        f_hat = encoded.f_hats[-1] if num_scales_B is None else quantize.pick_f_hat(encoded.f_hats, num_scales_B)
+        straight = jax.lax.stop_gradient(f_hat - f) + f
         use = jnp.asarray(use_codes, bool)
         return self.decode_raw(jnp.where(use, straight, f)), jnp.where(use, loss, 0.0), encoded

@@ -31,11 +31,18 @@ def sum_rows(mask_B: jax.Array, x_B: jax.Array) -> jax.Array:
     return jnp.matmul(mask_B, x_B, precision=precision_of("sums", x_B.dtype))
 
 
-def commitment_loss(f_BYXc: jax.Array, f_hats: tuple[jax.Array, ...], beta: float) -> jax.Array:
-    """Return the mean over scales of beta * mse(stop(f_hat), f) + mse(f_hat, stop(f)) (VAR section 3.2)."""
+def commitment_loss(
+    f_BYXc: jax.Array, f_hats: tuple[jax.Array, ...], beta: float, num_scales_B: jax.Array | None = None
+) -> jax.Array:
+    """Return the mean over scales of beta * mse(stop(f_hat), f) + mse(f_hat, stop(f)) (VAR section 3.2).
+
+    num_scales_B: scales that each row keeps; its mean is over these. None keeps all.
+    """
     stop = jax.lax.stop_gradient
-    terms = [
-        beta * jnp.mean(jnp.square(stop(f_hat) - f_BYXc)) + jnp.mean(jnp.square(f_hat - stop(f_BYXc)))
-        for f_hat in f_hats
-    ]
-    return sum(terms[1:], terms[0]) / len(terms)
+    axes = None if num_scales_B is None else (1, 2, 3)
+    mean_square = lambda x: jnp.mean(jnp.square(x), axis=axes)
+    terms = [beta * mean_square(stop(f_hat) - f_BYXc) + mean_square(f_hat - stop(f_BYXc)) for f_hat in f_hats]
+    if num_scales_B is None:
+        return sum(terms[1:], terms[0]) / len(terms)
+    kept_SB = jnp.where(jnp.arange(len(terms))[:, None] < num_scales_B, jnp.stack(terms), 0)
+    return jnp.mean(jnp.sum(kept_SB, axis=0) / num_scales_B)

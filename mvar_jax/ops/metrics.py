@@ -1,6 +1,6 @@
 """Metrics of reconstructions and of codebook usage, in float64 on the host.
 
-`psnr_of_error` and `similarity` also run in a program.
+`psnr_of_error`, `similarity`, `usage_percent` and `perplexities` also run in a program.
 """
 
 import functools
@@ -11,6 +11,7 @@ from mvar_jax.errors import InputError
 from mvar_jax.ops.precision import EXACT, computing
 
 SSIM_WINDOW = 11  # side in pixels
+MARGIN = 0.08  # share of the mean number of hits from which a code counts as used
 
 
 def _image_pair(a_BYX3, b_BYX3) -> tuple[np.ndarray, np.ndarray]:
@@ -94,3 +95,21 @@ def perplexity(counts_V) -> float:
         raise InputError(message, field="counts", given=counts_V.shape, expected="[V] with at least one hit")
     share_V = counts_V[counts_V > 0] / counts_V.sum()
     return float(np.exp(-(share_V * np.log(share_V)).sum()))
+
+
+def usage_percent(hits_SV, num_tokens):
+    """Return the percentage of codes with at least MARGIN * num_tokens / V hits, `[S]` of numpy or jax arrays.
+
+    num_tokens: tokens of all scales' margin; or `[S]`, those that gave the hits, for each scale's own margin. By
+    another one, hits of n tokens give at most n / (MARGIN * num_tokens) of the codes.
+    """
+    xp = hits_SV.__array_namespace__()
+    margin_S = xp.asarray(MARGIN * num_tokens / hits_SV.shape[-1], dtype=xp.float32)
+    return 100 * xp.mean(hits_SV >= margin_S[..., None], axis=-1)
+
+
+def perplexities(hits_SV):
+    """Return `perplexity` of each row, `[S]` of numpy or jax arrays of floats; 1 for a row without hits."""
+    xp = hits_SV.__array_namespace__()
+    share_SV = hits_SV / xp.maximum(hits_SV.sum(-1), xp.finfo(hits_SV.dtype).tiny)[..., None]
+    return xp.exp(-xp.where(share_SV > 0, share_SV * xp.log(xp.where(share_SV > 0, share_SV, 1)), 0).sum(-1))

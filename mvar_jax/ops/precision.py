@@ -25,7 +25,9 @@ TABLE = {
     "attention": HIGHEST,  # queries with keys, weights with values: every backend, the kernels too
     "mixtures": HIGHEST,  # Gumbel averages of codes, mixed classes
     "sums": HIGHEST,  # sums over the rows of an evaluation
+    "losses": HIGHEST,  # the perceptual network; augmentation of what a discriminator sees
     "autoencoder": None,  # the encoder but its end, the decoder but its beginning
+    "discriminator": None,  # its convolutions and the frozen network under it
     "blocks": None,  # adaptive vectors; queries, keys, values and output of attention; feed-forward
 }
 

@@ -26,7 +26,7 @@ class Encoded(NamedTuple):
     Attributes:
       ids_BL: `[B, L] int32`.
       f_hats: f_hat after each scale, `[B, Y, X, c] float32`.
-      rests: pooled residual that each scale quantizes, `[B, n_l, c] float32`.
+      rests: pooled residual that each scale quantizes, `[B, n_l, c] float32`; the latent map gets its gradient.
     """
 
     ids_BL: jax.Array
@@ -36,12 +36,30 @@ class Encoded(NamedTuple):
 
 def nearest_code(x_Nc: jax.Array, codebook_Vc: jax.Array, znorm: bool = False) -> jax.Array:
     """Return the int32 ids of the nearest codewords by squared L2; with znorm both sides are L2-normalised first."""
+    return jnp.argmin(_distances(x_Nc, codebook_Vc, znorm), axis=-1).astype(jnp.int32)
+
+
+def _distances(x_Nc: jax.Array, codebook_Vc: jax.Array, znorm: bool) -> jax.Array:
+    """Return squared distances to the codewords less |x|^2, which is the same for every code, `[N, V]`."""
     if znorm:
         x_Nc, codebook_Vc = _unit(x_Nc), _unit(codebook_Vc)
     dots_NV = jnp.einsum("...c,vc->...v", x_Nc, codebook_Vc, precision=precision_of("quantizer", x_Nc.dtype))
     squares = jnp.sum(jnp.square(codebook_Vc), -1)
-    # |x|^2 is the same for every code
-    return jnp.argmin(squares - 2 * dots_NV, axis=-1).astype(jnp.int32)
+    return squares - 2 * dots_NV
+
+
+def assignment_entropy(x_Nc: jax.Array, codebook_Vc: jax.Array, temperature: float, znorm: bool = False) -> jax.Array:
+    """Return the mean entropy of tokens' soft assignments less the entropy of their mean, in nats: a loss.
+
+    It is least, -log V, if every token is sure of its code and all codes are chosen alike. A token's assignment is
+    softmax(-distance / temperature), with the distances of `nearest_code`.
+    """
+    log_p_NV = jax.nn.log_softmax(-_distances(x_Nc, codebook_Vc, znorm) / temperature, axis=-1)
+    p_NV = jnp.exp(log_p_NV)
+    mean_V = jnp.mean(p_NV, axis=0)
+    # the least normal number keeps 0 log 0 and its gradient finite
+    of_mean = -jnp.sum(mean_V * jnp.log(jnp.maximum(mean_V, jnp.finfo(mean_V.dtype).tiny)))
+    return -jnp.mean(jnp.sum(p_NV * log_p_NV, axis=-1)) - of_mean
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -65,15 +83,15 @@ def encode_residual(
 ) -> Encoded:
     """Quantize a latent map scale by scale; differentiable in codebook and phi, not through the ids.
 
-    f_BYXc: `[B, Y, X, c] float32` of the shape sides[-1]; it receives no gradient.
+    f_BYXc: `[B, Y, X, c] float32` of the shape sides[-1]; it receives no gradient from f_hat.
     """
     B = f_BYXc.shape[0]
-    # the residual only chooses ids, and no gradient may pass through that choice
-    rest, f_hat = jax.lax.stop_gradient(f_BYXc), jnp.zeros_like(f_BYXc)
+    rest, f_hat = f_BYXc, jnp.zeros_like(f_BYXc)
     ids, f_hats, rests = [], [], []
     for scale, side in enumerate(sides):
         pooled = resize_area(rest, side).reshape(B, -1, f_BYXc.shape[-1])
-        ids_Bn = nearest_code(pooled, codebook_Vc, znorm)
+        # no gradient passes through the choice of ids
+        ids_Bn = nearest_code(jax.lax.stop_gradient(pooled), codebook_Vc, znorm)
         update = upsample_codes(codebook_Vc[ids_Bn], scale, sides, phi)
         f_hat = f_hat + update
         rest = rest - jax.lax.stop_gradient(update)
@@ -81,6 +99,14 @@ def encode_residual(
         f_hats.append(f_hat)
         rests.append(pooled)
     return Encoded(jnp.concatenate(ids, 1), tuple(f_hats), tuple(rests))
+
+
+def pick_f_hat(f_hats: tuple[jax.Array, ...], num_scales_B: jax.Array) -> jax.Array:
+    """Return each row's f_hat after its first `num_scales_B` scales, `[B, Y, X, c]`."""
+    picked = f_hats[0]
+    for scale, f_hat in enumerate(f_hats[1:], 1):
+        picked = jnp.where((num_scales_B > scale)[:, None, None, None], f_hat, picked)
+    return picked
 
 
 def decode_ids(ids_BL: jax.Array, codebook_Vc: jax.Array, phi: Phi, sides: tuple[Side, ...]) -> tuple:

@@ -70,6 +70,11 @@ class MetricLog:
             write_atomically(folder / f"{name}_{step:06d}.png", _encode_png(picture_YX3))
         self._tensorboard.add("write_images", step, {k: v[None] for k, v in pictures.items()})
 
+    def write_histograms(self, step: int, values: dict[str, np.ndarray]) -> None:
+        """Write the distributions of numbers, `[N]` by name, to TensorBoard."""
+        if self._is_writing and values:
+            self._tensorboard.add("write_histograms", step, values)
+
     def flush(self) -> None:
         """Return when all lines can be read by others. Raises RunError if they cannot be written."""
         if self._is_writing:

@@ -190,6 +190,7 @@ class _Loop:
             if has_evaluation:
                 metrics = self._task.evaluate(state)
                 self._keep_if_best(state, step, metrics)
+                self._log.write_histograms(step, self._task.histograms(state))
                 # Last of all: the line of the final evaluation marks a run as complete, even if it is empty.
                 self._log.write(step, "eval", metrics)
 

@@ -12,7 +12,8 @@ from mvar_jax.schema import Decay, Natural, NotNegative, Positive, Share
 from mvar_jax.training.schedules import check_schedule, learning_rate_factor, weight_decay_at
 
 UNDECAYED = ("bias", "q_bias", "v_bias", "scale", "log_scale", "pos_start", "pos_embed", "level_embed")
-UNDECAYED += ("adaptive_offset", "codebook")
+UNDECAYED += ("adaptive_offset", "codebook", "codebook_map")
+FIXED = ("codebook_basis",)  # parameters that no step moves, nor rounding in their average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ def apply_gradients(
         opt_state = opt_state._replace(inner_states=inner)
 
     def move(path, param, update, is_decayed):
-        if path_name(path) == "pos_start" and not trains_start:
+        if path_name(path) in FIXED or (path_name(path) == "pos_start" and not trains_start):
             return param
         decayed = param * (1 - learning_rate * weight_decay) if is_decayed else param
         return decayed - learning_rate * update
@@ -136,7 +137,10 @@ def apply_gradients(
     params = jax.tree_util.tree_map_with_path(move, state.params, updates, decay_mask(state.params))
     ema = state.ema
     if ema is not None:
-        ema = jax.tree.map(lambda e, p: options.ema_decay * e + (1 - options.ema_decay) * p, ema, params)
+        average = lambda e, p: options.ema_decay * e + (1 - options.ema_decay) * p
+        ema = jax.tree_util.tree_map_with_path(
+            lambda k, e, p: e if path_name(k) in FIXED else average(e, p), ema, params
+        )
     is_good = jnp.isfinite(norm) & jnp.isfinite(loss)
     moved = (params, ema, opt_state)
     kept = (state.params, state.ema, state.opt_state)

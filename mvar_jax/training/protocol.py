@@ -54,3 +54,7 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def pictures(self, state: Any) -> dict[str, np.ndarray]:
         """Return images by name, uint8 [Y, X, 3]. Every process calls this, and the first one writes them."""
+
+    def histograms(self, state: Any) -> dict[str, np.ndarray]:
+        """Return numbers by name, `[N]` each, whose distributions an evaluation shows; by default none."""
+        return {}

@@ -28,6 +28,7 @@ from mvar_jax.models.init import LINEN_FIELDS
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import MESH_AXES, make_mesh
+from mvar_jax.training.adversary import AdversaryOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.settings import LoopSettings
 from mvar_jax.training.task import RunOptions
@@ -42,8 +43,16 @@ PLACE_KEYS = ("data.path", "data.cache", "data.tokenizer")
 NOTES = ("history", "config_arg")
 # What a run may change on purpose: its checkpoints and its model fit any value.
 _CHANGEABLE = ("num_steps", "batch_size")
-_CHANGEABLE_SECTIONS = ("optimizer", "codebook", "phases")
-_SECTIONS = {"data": DataOptions, "optimizer": OptimizerOptions, "codebook": CodebookOptions, "phases": PhaseOptions}
+_CHANGEABLE_SECTIONS = ("optimizer", "codebook", "phases", "adversary")
+# keys of these sections that decide on the shapes of what a checkpoint holds
+_SHAPES = ("adversary.kind", "adversary.layers", "adversary.width")
+_SECTIONS = {
+    "data": DataOptions,
+    "optimizer": OptimizerOptions,
+    "codebook": CodebookOptions,
+    "adversary": AdversaryOptions,
+    "phases": PhaseOptions,
+}
 _MODELS = {"tokenizer": Tokenizer, "transformer": Transformer}
 
 
@@ -83,7 +92,8 @@ def _rules_of_fields(cls: type, prefix: str, hidden: Collection[str] = ()) -> di
         prefix + field.name: Rule(
             field.metadata.get("is_free", False),
             _plain_default(field),
-            prefix.removesuffix(".") in _CHANGEABLE_SECTIONS or prefix + field.name in _CHANGEABLE,
+            prefix + field.name in _CHANGEABLE
+            or (prefix.removesuffix(".") in _CHANGEABLE_SECTIONS and prefix + field.name not in _SHAPES),
         )
         for field in dataclasses.fields(cls)
         if field.name not in hidden

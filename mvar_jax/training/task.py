@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -140,7 +141,7 @@ class DataTask(Task):
       run: options of the run.
       module: a linen module with `init_params` and `mesh_sizes`.
       data: the data.
-      extra: arrays that a step keeps in the state.
+      extra: makes what a step keeps in the state beside the weights, boxed with logical axes. Called under jit.
       scorer: of the images that an evaluation draws; None draws none.
       trained: see `make_state`.
     """
@@ -150,7 +151,7 @@ class DataTask(Task):
         run: RunOptions,
         module: nn.Module,
         data: TaskData,
-        extra: dict[str, jax.Array],
+        extra: Callable[[], dict[str, Any]],
         scorer: Scorer | None = None,
         trained: Callable[[dict], dict] = lambda params: params,
     ):
@@ -167,12 +168,16 @@ class DataTask(Task):
         self.skipped = {split: Skipped(split, len(source), share) for split, source in data.sources.items()}
         self.examples_per_step = run.batch_size
         # rbg: compiling many threefry draws takes most of a small model's start
-        init = functools.partial(module.init_params, jax.random.key(run.seed, impl="rbg"))
-        self._make_state = functools.partial(make_state, init, run.optimizer, extra, trained)
+        init = functools.partial(self._init_params, jax.random.key(run.seed, impl="rbg"))
+        self._make_state = lambda: make_state(init, run.optimizer, extra(), trained)
         self.initial: Initial | None = None
         # outputs are placed as the state: left to itself the compiler may place them differently
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         self._whole = replicated(run.mesh)
+
+    def _init_params(self, key: jax.Array):
+        """Return the tree of initial parameters, boxed with their logical axes."""
+        return self.module.init_params(key)
 
     def init_state(self) -> TrainState:
         """Return sharded arrays, a function of the seed or of the weights that fine-tuning starts from."""

@@ -6,17 +6,36 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mvar_jax.errors import InputError
-from mvar_jax.fields import check_fields
-from mvar_jax.models.tokenizer import Tokenizer, decoder_params
-from mvar_jax.ops.metrics import psnr_of_error
+from mvar_jax.fields import FREE, check_fields
+from mvar_jax.models.tokenizer import MAP, Tokenizer, decoder_params, multiply_codebook
+from mvar_jax.ops.metrics import perplexities, psnr_of_error, usage_percent
 from mvar_jax.ops.pixels import as_images
+from mvar_jax.ops.precision import precision_of
+from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.scales import areas_of, offsets_of
-from mvar_jax.schema import Decay, Natural, NotNegative
+from mvar_jax.schema import Count, Decay, Natural, NotNegative, Positive, Share
 from mvar_jax.training.accumulate import value_and_grad_over_parts
+from mvar_jax.training.adversary import Adversary, FixedWeights
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
 from mvar_jax.training.state import TrainState
+from mvar_jax.training.tokenizer_losses import (
+    Judge,
+    PixelWeights,
+    adversarial_gradients,
+    apply_training,
+    checked_loss,
+    draw_passes,
+    pixel_loss,
+    train_discriminator,
+)
+
+MIN_PERCEPTUAL_SIDE = 48  # pixels
+
+NUM_ENTROPY_TOKENS = 2048  # of a step
+SCALES_KEY, TOKENS_KEY = 0, 1  # folded into a row's key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +49,18 @@ class CodebookOptions:
       revive_below: hits a step (moving average) below which a code counts as unused.
       l1_weight: weight of the mean absolute error of the reconstruction.
       l2_weight: weight of the mean squared error of the reconstruction.
+      perceptual_weight: weight of LPIPS between the reconstruction and the image; 0 needs no weights.
+      perceptual_file: weights of LPIPS, as `convert --lpips` writes them.
       usage_decay: decay of the moving average of a code's hits.
       usage_decay_early: the same in the first usage_early_steps after the warm-up.
       usage_early_steps: number of those steps.
+      simvq: the codebook is E W, with fixed normal E `[V, c]` and learned W `[c, c]`, so codes move together (SimVQ);
+        exported as an ordinary codebook. At the end of the warm-up W gives the codes the residuals' second moments.
+      entropy_weight: weight of the tokens' entropy less that of their mean, which asks for all codes to be used.
+      entropy_until_step: step at which that weight, which falls linearly from the first step on, has reached 0.
+      entropy_temperature: divisor of the squared distances in a token's soft assignment.
+      scale_dropout: share of rows that keep their first k scales alone, k uniform from scale_dropout_first to all.
+      scale_dropout_first: least number of scales that are kept.
 
     Raises InputError for values out of range.
     """
@@ -43,15 +71,71 @@ class CodebookOptions:
     revive_below: NotNegative = 0.1
     l1_weight: NotNegative = 0.0
     l2_weight: NotNegative = 1.0
+    perceptual_weight: NotNegative = 0.0
+    perceptual_file: str = dataclasses.field(default="", metadata=FREE)
     usage_decay: Decay = 0.99
     usage_decay_early: Decay = 0.9
     usage_early_steps: Natural = 100
+    simvq: bool = False
+    entropy_weight: NotNegative = 0.0
+    entropy_until_step: Natural = 0
+    entropy_temperature: Positive = 0.01
+    scale_dropout: Share = 0.0
+    scale_dropout_first: Count = 3
 
     def __post_init__(self):
         check_fields(self, "config.codebook")
         if self.l1_weight + self.l2_weight == 0:
             words = "config.codebook.l2_weight must be above 0 if config.codebook.l1_weight is 0, got 0 for both"
             raise InputError(words, field="config.codebook.l2_weight", given=0, expected="above 0")
+        if self.simvq and self.revive_every_steps:
+            words = f"config.codebook.revive_every_steps must be 0 with simvq, got {self.revive_every_steps}: "
+            words += "a code of E W cannot be replaced alone"
+            raise InputError(
+                words, field="config.codebook.revive_every_steps", given=self.revive_every_steps, expected="0"
+            )
+        if self.entropy_weight and self.entropy_until_step <= self.warmup_steps:
+            expected = f"above warmup_steps={self.warmup_steps} if entropy_weight is above 0"
+            words = f"config.codebook.entropy_until_step must be {expected}, got {self.entropy_until_step}"
+            raise InputError(
+                words, field="config.codebook.entropy_until_step", given=self.entropy_until_step, expected=expected
+            )
+
+    def check_scales(self, num_scales: int) -> None:
+        """Raise InputError if scale dropout keeps more scales than there are."""
+        if self.scale_dropout and self.scale_dropout_first > num_scales:
+            expected = f"at most {num_scales}, the number of scales"
+            words = f"config.codebook.scale_dropout_first must be {expected}, got {self.scale_dropout_first}"
+            raise InputError(
+                words,
+                field="config.codebook.scale_dropout_first",
+                given=self.scale_dropout_first,
+                expected=expected,
+            )
+
+    @property
+    def last_redraw(self) -> int:
+        """Return the last step at which codes may be redrawn."""
+        return max(self.warmup_steps, self.revive_until_step if self.revive_every_steps else 0)
+
+    def entropy_weight_at(self, step: jax.Array) -> jax.Array:
+        """Return the weight of the entropy term at a step, 0 in the warm-up."""
+        share = jnp.clip(1 - step / max(self.entropy_until_step, 1), 0, 1)
+        return jnp.where(step < self.warmup_steps, 0, self.entropy_weight * share)
+
+    def check_images(self, image_shape: tuple[int, int, int]) -> None:
+        """Raise InputError if LPIPS cannot judge images `[Y, X, C]`: VGG leaves little of small ones."""
+        if self.perceptual_weight and (min(image_shape[:2]) < MIN_PERCEPTUAL_SIDE or image_shape[2] != 3):
+            expected = f"0 unless images have at least {MIN_PERCEPTUAL_SIDE} x {MIN_PERCEPTUAL_SIDE} x 3 values"
+            given = " x ".join(map(str, image_shape))
+            words = f"config.codebook.perceptual_weight must be {expected}, got {self.perceptual_weight} for {given}"
+            field = "config.codebook.perceptual_weight"
+            raise InputError(words, field=field, given=self.perceptual_weight, expected=expected)
+
+    @property
+    def pixel_weights(self) -> PixelWeights:
+        """Return the weights of the losses of a reconstruction's pixels."""
+        return PixelWeights(self.l1_weight, self.l2_weight, self.perceptual_weight)
 
     def is_redraw_due(self, step: int) -> bool:
         """Return whether codes are redrawn before iteration `step`."""
@@ -69,24 +153,79 @@ def count_hits(ids_BL: jax.Array, sides: tuple[int, ...], vocab_size: int) -> ja
     )
 
 
-def usage_percent(hits_ema_SV: jax.Array, batch_size: int, latent_area: int) -> jax.Array:
-    """Return [S]: percentage of codes whose moving average reaches 0.08 * B*h*w / V; B over all devices."""
-    V = hits_ema_SV.shape[-1]
-    return 100 * jnp.mean(hits_ema_SV >= 0.08 * batch_size * latent_area / V, axis=-1)
+def draw_rows(recipe: "TokenizerRecipe", batch: dict) -> dict[str, jax.Array]:
+    """Return what the rows of a batch draw: functions of (seed, the row's place in the training stream) alone.
 
-
-def tokenizer_loss(model: Tokenizer, options: CodebookOptions, params, images_BYX3, use_codes):
-    """Return (loss, parts): weighted L1 and L2 of the raw reconstruction plus the quantizer's loss.
-
-    parts, means over the batch: `mse` of the clipped reconstruction, `quantizer_loss`, `hits` [S, V] per image.
+    `num_scales` [B]: first scales that a row keeps, with scale dropout; `tokens` [B, m]: places of the tokens that
+    the entropy term takes.
     """
-    rec, quantizer_loss, encoded = model.apply({"params": params}, images_BYX3, use_codes)
-    error = rec - images_BYX3
-    l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
-    loss = options.l1_weight * l1 + options.l2_weight * l2 + quantizer_loss
-    clipped = jnp.mean(jnp.square(jnp.clip(rec, -1, 1) - images_BYX3))
-    hits_SV = count_hits(encoded.ids_BL, model.sides, model.vocab_size) / images_BYX3.shape[0]
-    return loss, {"mse": clipped, "quantizer_loss": quantizer_loss, "hits": hits_SV}
+    options, sides = recipe.options, recipe.model.sides
+    draws = {}
+    if options.scale_dropout:
+        draws["num_scales"] = draw_num_scales(options, len(sides), keys_of_samples(recipe.seed, batch["index"]))
+    if options.entropy_weight:
+        num = max(1, NUM_ENTROPY_TOKENS // len(batch["index"]))
+        draws["tokens"] = draw_tokens(sides, keys_of_samples(recipe.seed, batch["index"]), num)
+    return draws
+
+
+def draw_num_scales(options: CodebookOptions, num_scales: int, keys_B: jax.Array) -> jax.Array:
+    """Return how many scales each row keeps, `[B] int32`."""
+    draws_B2 = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, SCALES_KEY), (2,)))(keys_B)
+    first = options.scale_dropout_first
+    kept_B = first + (draws_B2[:, 1] * (num_scales - first + 1)).astype(jnp.int32)
+    return jnp.where(draws_B2[:, 0] < options.scale_dropout, kept_B, num_scales)
+
+
+def draw_tokens(sides: tuple[int, ...], keys_B: jax.Array, num: int) -> jax.Array:
+    """Return the places of `num` tokens of each row, `[B, num] int32`; every scale is as likely."""
+    areas_S = jnp.asarray(areas_of(sides))
+    begins_S = jnp.asarray(offsets_of(areas_of(sides)))[:-1]
+
+    def draw(key):
+        in_scales_m, in_maps_m = jax.random.uniform(jax.random.fold_in(key, TOKENS_KEY), (2, num))
+        scale_m = (in_scales_m * len(sides)).astype(jnp.int32)
+        return begins_S[scale_m] + (in_maps_m * areas_S[scale_m]).astype(jnp.int32)
+
+    return jax.vmap(draw)(keys_B)
+
+
+def forward(model: Tokenizer, params, rows: dict, use_codes, entropy_weight=0.0, temperature: float = 1.0):
+    """Return ((reconstruction, loss that does not come by the pixels), (input of the last convolution, parts)).
+
+    Args:
+      rows: `image`, and what `draw_rows` gives.
+      entropy_weight, temperature: of the entropy term.
+
+    parts, means over the batch: `quantizer_loss`, `hits` [S, V] per image, and `entropy_loss` if there are tokens.
+    """
+    params, images = multiply_codebook(params), rows["image"]
+    (rec, loss, encoded), features = apply_training(model, params, images, use_codes, rows.get("num_scales"))
+    hits_SV = count_hits(encoded.ids_BL, model.sides, model.vocab_size) / images.shape[0]
+    parts = {"quantizer_loss": loss, "hits": hits_SV}
+    if rows.get("tokens") is not None:
+        chosen = encoded.rests, rows["tokens"], temperature
+        parts["entropy_loss"] = model.apply({"params": params}, *chosen, method="assignment_entropy")
+        loss += entropy_weight * parts["entropy_loss"]
+    return (rec, loss), (features, parts)
+
+
+def tokenizer_loss(
+    model: Tokenizer,
+    options: CodebookOptions,
+    params,
+    rows: dict,
+    use_codes,
+    fixed: FixedWeights = FixedWeights(),  # noqa: B008
+    entropy_weight: jax.Array | float = 0.0,
+):
+    """Return (loss, parts): the losses of the raw reconstruction's pixels plus the quantizer's and the entropy term.
+
+    parts: those of `forward` and `pixel_loss`.
+    """
+    (rec, other), (_, parts) = forward(model, params, rows, use_codes, entropy_weight, options.entropy_temperature)
+    loss, of_pixels = pixel_loss(options.pixel_weights, fixed, rec, rows["image"])
+    return loss + other, parts | of_pixels
 
 
 TRAIN_PARTS: dict[str, Callable[[dict], dict]] = {"all": dict, "decoder": decoder_params}
@@ -96,14 +235,17 @@ TRAIN_PARTS: dict[str, Callable[[dict], dict]] = {"all": dict, "decoder": decode
 class TokenizerRecipe:
     """The constants of all steps of a run: hashable, so static in a compiled step.
 
-    num_parts: equal parts of a batch whose gradients are accumulated.
-    train_parts: all, or decoder: the ids and all parameters that they depend on stay as they are.
+    num_parts: equal parts of a batch whose gradients are accumulated. seed: of scale dropout, the entropy term and
+    the augmentation of what the discriminator sees. adversary: of the steps that have one. train_parts: all, or
+    decoder: the ids and all parameters that they depend on stay as they are.
     """
 
     model: Tokenizer
     optimizer: OptimizerOptions
     options: CodebookOptions
     num_parts: int = 1
+    seed: int = 0
+    adversary: Adversary | None = None
     train_parts: str = "all"
 
     def trained(self, params: dict) -> dict:
@@ -112,35 +254,95 @@ class TokenizerRecipe:
 
 
 def train_step(
-    recipe: TokenizerRecipe, state: TrainState, batch: dict, learning_rate: jax.Array, weight_decay: jax.Array
+    recipe: TokenizerRecipe,
+    state: TrainState,
+    batch: dict,
+    learning_rate: jax.Array,
+    weight_decay: jax.Array,
+    discriminator_rate: jax.Array | float = 0.0,
+    fixed: FixedWeights = FixedWeights(),  # noqa: B008
 ):
-    """Take one optimizer step. Jit with the recipe static. `extra.hits` is the usage moving average [S, V]."""
-    model, options = recipe.model, recipe.options
+    """Take one optimizer step, with an adversary one of each network. Jit with the recipe static.
+
+    Args:
+      recipe: constants of the step.
+      state: `extra.hits` is the usage moving average [S, V], `extra.adversary` that of `Adversary.init_state`, which
+        a step without an adversary leaves alone.
+      batch: `image`, and with augmentation `index`, uint32 [B], the samples' places in the training stream.
+      learning_rate, weight_decay: of this step.
+      discriminator_rate: learning rate of the discriminator.
+      fixed: weights that the losses need.
+    """
+    model, options, adversary = recipe.model, recipe.options, recipe.adversary
     use_codes = state.step >= options.warmup_steps
     before, trained = state, recipe.trained(state.params)
+    entropy_weight = options.entropy_weight_at(state.step)
+    rows = {"image": as_images(batch["image"]), **draw_rows(recipe, batch)}
+    generated = None
     # only what is trained is differentiated, so a frozen encoder has no backward pass
-    loss_fn = lambda part_of, part: tokenizer_loss(model, options, before.params | part_of, part["image"], use_codes)
-    images = {"image": as_images(batch["image"])}
-    (loss, parts), grads = value_and_grad_over_parts(loss_fn, trained, images, recipe.num_parts)
+    whole = lambda params: before.params | params
+    if adversary is None:
+        loss_fn = lambda params, part: tokenizer_loss(
+            model, options, whole(params), part, use_codes, fixed, entropy_weight
+        )
+        (loss, parts), grads = value_and_grad_over_parts(loss_fn, trained, rows, recipe.num_parts)
+    else:
+        if adversary.options.augment:
+            rows["draws"] = draw_passes(recipe.seed, batch["index"], state.step)
+        last, part = state.params["decoder"]["conv_out"], state.extra["adversary"]
+        generated = adversarial_gradients(
+            lambda params, part: forward(
+                model, whole(params), part, use_codes, entropy_weight, options.entropy_temperature
+            ),
+            trained,
+            rows,
+            recipe.num_parts,
+            Judge(model, options.pixel_weights, adversary, fixed, last, part),
+            adversary.options.weight_at(state.step),
+        )
+        loss, parts, grads = generated.loss, generated.parts, generated.grads
     if options.warmup_steps:  # nothing may move the codebook before the codes are drawn
-        frozen = {"codebook": jnp.where(use_codes, grads["codebook"], 0.0)}
-        grads = {**grads, **frozen}
+        name = MAP if options.simvq else "codebook"
+        grads = {**grads, name: jnp.where(use_codes, grads[name], 0.0)}
     B = batch["image"].shape[0]
     hits_SV = jnp.round(parts["hits"] * B)  # whole numbers again
     is_early = state.step < options.warmup_steps + options.usage_early_steps
     decay = jnp.where(is_early, options.usage_decay_early, options.usage_decay)
     hits_ema_SV = decay * state.extra["hits"] + (1 - decay) * hits_SV
-    hits_before_SV = state.extra["hits"]
-    moving = state.replace(params=trained, ema=None if state.ema is None else recipe.trained(state.ema))
-    moved, metrics = apply_gradients(recipe.optimizer, moving, grads, learning_rate, weight_decay, loss=loss)
-    state = moved.replace(
-        params=before.params | moved.params, ema=None if before.ema is None else before.ema | moved.ema
+    extra, measured = state.extra, {}
+    checked = loss
+    if adversary is not None and generated is not None:
+        checked = checked_loss(generated, grads)
+        moved, measured = train_discriminator(
+            adversary, recipe.optimizer, extra["adversary"], generated, discriminator_rate, weight_decay, checked
+        )
+        extra = {**extra, "adversary": moved}
+    moving = state.replace(params=trained, ema=state.ema and recipe.trained(state.ema))
+    state, metrics = apply_gradients(recipe.optimizer, moving, grads, learning_rate, weight_decay, loss=checked)
+    hits_ema_SV = jnp.where(metrics["is_bad"], extra["hits"], hits_ema_SV)
+    state = state.replace(
+        params=whole(state.params), ema=before.ema and before.ema | state.ema, extra={**extra, "hits": hits_ema_SV}
     )
-    hits_ema_SV = jnp.where(metrics["is_bad"], hits_before_SV, hits_ema_SV)
-    state = state.replace(extra={**before.extra, "hits": hits_ema_SV})
-    usage_S = usage_percent(hits_ema_SV, B, model.sides[-1] ** 2)
-    measured = {"psnr_db": psnr_of_error(parts["mse"], 2), "quantizer_loss": parts["quantizer_loss"]}
-    return state, {"loss": loss, **measured, "usage_per_scale": usage_S, **metrics}
+    measured |= {name: parts[name] for name in ("quantizer_loss", "entropy_loss") if name in parts}
+    measured |= {"psnr_db": psnr_of_error(parts["mse"], 2), **describe_usage(hits_ema_SV, B, model.sides)}
+    if adversary is not None or options.perceptual_weight:
+        measured |= {name: x for name, x in parts.items() if name not in ("mse", "hits")}
+    return state, {"loss": loss, **measured, **metrics}
+
+
+def describe_usage(hits_ema_SV: jax.Array, batch_size: int, sides: tuple[int, ...]) -> dict[str, jax.Array]:
+    """Return what a moving average of hits says of the codes, `[S]` each; batch_size over all devices.
+
+    `usage_per_scale`: percentage of codes with 0.08 B h w / V hits a step, the published margin of all scales, by
+    which a scale of n tokens has at most n / (0.08 h w) of them; `own_usage_per_scale`: with 0.08 B n / V hits;
+    `perplexity_per_scale`.
+    """
+    areas_S = np.asarray(areas_of(sides))
+    return {
+        "usage_per_scale": usage_percent(hits_ema_SV, batch_size * sides[-1] ** 2),
+        "own_usage_per_scale": usage_percent(hits_ema_SV, batch_size * areas_S),
+        "perplexity_per_scale": perplexities(hits_ema_SV),
+    }
 
 
 def redraw_codes(model: Tokenizer, options: CodebookOptions, state: TrainState, batch: dict, key: jax.Array):
@@ -148,11 +350,12 @@ def redraw_codes(model: Tokenizer, options: CodebookOptions, state: TrainState, 
 
     Coarser scales are likelier to give the vector: tokens of one scale are drawn independently, so an image's global
     content must fit into few of them. The codebook's EMA and moments are replaced too, or they would pull a new code
-    back to the old place.
+    back to the old place. Of a codebook E W, at the end of the warm-up, W alone is replaced, see `spread_codes`.
     """
     is_first = state.step == options.warmup_steps
     images = as_images(batch["image"])
-    encoded = model.apply({"params": state.params}, images, method=lambda m, x: m.quantize(m.features(x)))
+    params = multiply_codebook(state.params)
+    encoded = model.apply({"params": params}, images, method=lambda m, x: m.quantize(m.features(x)))
     V = model.vocab_size
     pools = [rest.reshape(-1, rest.shape[-1]) for rest in encoded.rests]
     keys = jax.random.split(key, len(pools) + 1)
@@ -162,23 +365,42 @@ def redraw_codes(model: Tokenizer, options: CodebookOptions, state: TrainState, 
     weights_S = jnp.arange(len(pools), 0, -1, dtype=jnp.float32)
     scale_V = jax.random.categorical(keys[0], jnp.log(weights_S), shape=(V,))
     drawn_Vc = picks[scale_V, jnp.arange(V)]
+    if options.simvq:
+        return spread_codes(state, drawn_Vc)
     is_dead_V = (jnp.sum(state.extra["hits"], axis=0) < options.revive_below) | is_first
     is_dead_V &= jnp.isfinite(drawn_Vc).all(axis=1)  # features that are not finite must not poison the codebook
-    dead = is_dead_V[:, None]
-
-    def replace(path, leaf, fresh):
-        # every moment and copy of the codebook has its path's last key
-        keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
-        return jnp.where(dead, fresh, leaf) if keys and keys[-1] == "codebook" else leaf
-
-    def with_codes(tree, fresh):
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: replace(path, leaf, fresh), tree)
-
     # hits for one step, or a new code would count as unused at once
     grace_SV = jnp.where(is_dead_V[None], options.revive_below, state.extra["hits"])
+    state = replace_leaves(state, "codebook", drawn_Vc, is_dead_V[:, None])
+    return state.replace(extra={**state.extra, "hits": grace_SV})
+
+
+def spread_codes(state: TrainState, drawn_Vc: jax.Array) -> TrainState:
+    """Replace W of a codebook E W, so that codes have the second moments of these residual vectors.
+
+    E is normal with variance 1/c, so W is sqrt(c) times the symmetric root of the moments.
+    """
+    V, c = drawn_Vc.shape
+    moments_cc = jnp.matmul(drawn_Vc.T, drawn_Vc, precision=precision_of("quantizer", drawn_Vc.dtype)) / V
+    values_c, vectors_cc = jnp.linalg.eigh(moments_cc)
+    roots_c = jnp.sqrt(c * jnp.maximum(values_c, 0))
+    fresh_cc = jnp.matmul(vectors_cc * roots_c, vectors_cc.T, precision=precision_of("quantizer", drawn_Vc.dtype))
+    return replace_leaves(state, MAP, fresh_cc, jnp.isfinite(fresh_cc).all())
+
+
+def replace_leaves(state: TrainState, name: str, fresh: jax.Array, mask: jax.Array) -> TrainState:
+    """Return the state with `fresh` where the mask is true in the parameter of this name; its moments become 0."""
+
+    def replace(path, leaf, fresh):
+        # every moment and copy of a parameter has its path's last key
+        keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+        return jnp.where(mask, fresh, leaf) if keys and keys[-1] == name else leaf
+
+    def with_leaf(tree, fresh):
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: replace(path, leaf, fresh), tree)
+
     return state.replace(
-        params=with_codes(state.params, drawn_Vc),
-        ema=None if state.ema is None else with_codes(state.ema, drawn_Vc),
-        opt_state=with_codes(state.opt_state, jnp.zeros_like(drawn_Vc)),
-        extra={**state.extra, "hits": grace_SV},
+        params=with_leaf(state.params, fresh),
+        ema=None if state.ema is None else with_leaf(state.ema, fresh),
+        opt_state=with_leaf(state.opt_state, jnp.zeros_like(fresh)),
     )

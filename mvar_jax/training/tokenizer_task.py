@@ -1,6 +1,7 @@
 """The task that trains a tokenizer from images."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -8,23 +9,30 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from mvar_jax.data.pipeline import eval_batches
 from mvar_jax.errors import InputError, RunError
-from mvar_jax.files.images import min_zoom, side_by_side, to_uint8
+from mvar_jax.files.images import min_zoom, side_by_side, tile_columns, to_uint8
 from mvar_jax.models.init import abstract_params
+from mvar_jax.models.lpips import lpips_loss
+from mvar_jax.models.lpips import shapes as lpips_shapes
 from mvar_jax.models.networks import Networks
-from mvar_jax.models.tokenizer import Tokenizer, ids_params
+from mvar_jax.models.tokenizer import Tokenizer, factor_codebook, fold_codebook, ids_params, multiply_codebook
 from mvar_jax.ops.losses import sum_rows
-from mvar_jax.ops.metrics import perplexity, psnr_of_error
-from mvar_jax.ops.pixels import as_images
+from mvar_jax.ops.metrics import SSIM_WINDOW, perplexity, psnr_of_error, similarity, usage_percent
+from mvar_jax.ops.pixels import as_images, from_levels
 from mvar_jax.sampling.sampler import decode_in_chunks
-from mvar_jax.sharding import use_mesh
+from mvar_jax.sharding import spec_of, use_mesh
 from mvar_jax.training import tokenizer_step
+from mvar_jax.training.adversary import Adversary, FixedWeights
 from mvar_jax.training.initial import Initial
+from mvar_jax.training.saving import say
 from mvar_jax.training.scoring import Scorer
 from mvar_jax.training.state import TrainState
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
+
+NUM_ROWS = 8  # images shown from the first 1, 2, ... scales
 
 
 def check_train_parts(train_parts: str, options: tokenizer_step.CodebookOptions) -> None:
@@ -34,11 +42,12 @@ def check_train_parts(train_parts: str, options: tokenizer_step.CodebookOptions)
         expected = " or ".join(known)
         words = f"config.train_parts must be {expected}, got {train_parts!r}"
         raise InputError(words, field="config.train_parts", given=train_parts, expected=expected)
-    for name in ("warmup_steps", "revive_every_steps"):
+    # options of the codebook, and one that would change the ids' f_hat that the decoder gets
+    for name in ("warmup_steps", "revive_every_steps", "simvq", "entropy_weight", "scale_dropout"):
         if train_parts == "decoder" and (given := getattr(options, name)):
-            field = f"config.codebook.{name}"
-            words = f"{field} must be 0 with config.train_parts=decoder, which keeps the codebook, got {given}"
-            raise InputError(words, field=field, given=given, expected="0")
+            field, off = f"config.codebook.{name}", type(given)(0)
+            words = f"{field} must be {off} with config.train_parts=decoder, which keeps the ids, got {given}"
+            raise InputError(words, field=field, given=given, expected=str(off))
 
 
 def bit_sums(params: dict) -> jax.Array:
@@ -50,8 +59,14 @@ def bit_sums(params: dict) -> jax.Array:
 class TokenizerTask(DataTask):
     """The task that trains an autoencoder and its codebook on images.
 
-    scorer: of reconstructions of validation images, None scores none. initial: weights to start from, None for random
-    ones. train_parts: see `TokenizerRecipe`.
+    Args:
+      run, data: of the run.
+      tokenizer, options: what is trained, and its losses.
+      scorer: of reconstructions of validation images, None scores none.
+      adversary: None for a run without.
+      fixed: weights that the losses need.
+      initial: weights to start from, None for random ones.
+      train_parts: see `TokenizerRecipe`.
     """
 
     metrics = ("loss", "psnr_db", "codebook_used_percent")
@@ -63,28 +78,68 @@ class TokenizerTask(DataTask):
         options: tokenizer_step.CodebookOptions,
         data: TaskData,
         scorer: Scorer | None = None,
+        adversary: Adversary | None = None,
+        fixed: FixedWeights | None = None,
         initial: Initial | None = None,
         train_parts: str = "all",
     ):
         check_train_parts(train_parts, options)
-        recipe = tokenizer_step.TokenizerRecipe(tokenizer, run.optimizer, options, run.accumulate_steps, train_parts)
-        extra = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
-        self._has_frozen = train_parts != "all"
-        if self._has_frozen:
-            shapes = nn.meta.unbox(abstract_params(tokenizer))
-            extra["frozen_sums"] = jnp.zeros(len(jax.tree.leaves(ids_params(shapes))), jnp.uint32)
-        super().__init__(run, tokenizer, data, extra, scorer, recipe.trained)
-        self.initial, self.tokenizer, self.options = initial, tokenizer, options
-        step = functools.partial(tokenizer_step.train_step, recipe)
+        if initial is not None and options.simvq:
+            words = "config.codebook.simvq must be False with config.init_from, whose codebook is not E W, got True"
+            raise InputError(words, field="config.codebook.simvq", given=True, expected="False")
+        self.tokenizer, self.options, self.adversary = tokenizer, options, adversary
+        self._image_shape = (tokenizer.image_size, tokenizer.image_size, 3)
+        self.has_ssim = tokenizer.image_size >= SSIM_WINDOW
+        self._is_factored, self._has_frozen = options.simvq, train_parts != "all"
+        options.check_scales(len(tokenizer.sides))
+        options.check_images(self._image_shape)
+        if adversary is not None:
+            adversary.check(run, self._image_shape, options.last_redraw)
+        recipe = tokenizer_step.TokenizerRecipe(
+            tokenizer, run.optimizer, options, run.accumulate_steps, run.seed, train_parts=train_parts
+        )
+        super().__init__(run, tokenizer, data, self._make_extra, scorer, recipe.trained)
+        self.initial = initial
+        self.fixed = jax.device_put(fixed or FixedWeights(), self._whole)
         placed = {"donate_argnums": 0, "out_shardings": (self.shardings, self._whole)}
-        self._step = jax.jit(step, **placed)
+        # a program of its own before the discriminator starts
+        self._step, self._adversarial_step = (
+            jax.jit(functools.partial(tokenizer_step.train_step, dataclasses.replace(recipe, adversary=x)), **placed)
+            for x in (None, adversary)
+        )
         redraw = functools.partial(tokenizer_step.redraw_codes, tokenizer, options)
         self._redraw = jax.jit(redraw, **{**placed, "out_shardings": self.shardings})
         self.evaluate_batch = jax.jit(self._eval_step, out_shardings=self._whole)
-        self.reconstruct = jax.jit(self._reconstruct, out_shardings=self._whole)
+        self.encode_maps = jax.jit(self._encode_maps)
+        self.decode_maps = jax.jit(self._decode_maps, out_shardings=self._whole)
+
+    def _init_params(self, key: jax.Array):
+        params = super()._init_params(key)
+        return factor_codebook(params) if self._is_factored else params
+
+    def averaged(self, state):
+        """Return the weights to evaluate, with an ordinary codebook."""
+        params = super().averaged(state)
+        if not self._is_factored:
+            return params
+        params = fold_codebook(params)
+        place = NamedSharding(self.run.mesh, spec_of(("vocab", "code")))
+        return {**params, "codebook": jax.device_put(params["codebook"], place)}
+
+    def _make_extra(self) -> dict:
+        extra = {"hits": jnp.zeros((len(self.tokenizer.sides), self.tokenizer.vocab_size))}
+        if self.adversary is not None:
+            key = jax.random.fold_in(jax.random.key(self.run.seed, impl="rbg"), 1)  # 0 would be another run's
+            extra["adversary"] = self.adversary.init_state(self.run.optimizer, key, self._image_shape)
+        if self._has_frozen:
+            shapes = nn.meta.unbox(abstract_params(self.tokenizer))
+            extra["frozen_sums"] = jnp.zeros(len(jax.tree.leaves(ids_params(shapes))), jnp.uint32)
+        return extra
 
     def init_state(self) -> TrainState:
-        """Return the state of step 0; it keeps sums of the bits of what is frozen."""
+        """Return the state of step 0, with sums of the bits of what is frozen; say if an adversary has no LPIPS."""
+        if self.adversary is not None and not self.options.perceptual_weight:
+            say("config.codebook.perceptual_weight is 0: the adversary is balanced against L1 and L2 alone")
         state = super().init_state()
         if self._has_frozen:
             with use_mesh(self.run.mesh):
@@ -103,49 +158,83 @@ class TokenizerTask(DataTask):
 
     def train_step(self, state, batch, step: int):
         """Take one step; redraw unused codes first, if due."""
+        is_adversarial = self.adversary is not None and step >= self.adversary.options.start_step
         with use_mesh(self.run.mesh):
             images = self.put(batch)
             if self.options.is_redraw_due(step):
                 key = jax.random.fold_in(jax.random.key(self.run.seed), step)
                 state = self._redraw(state, images, key)
             learning_rate, weight_decay = self.run.rates(step)
-            state, metrics = self._step(state, images, learning_rate, weight_decay)
-        return state, {**metrics, "learning_rate": learning_rate, "weight_decay": weight_decay}
-
-    @functools.cached_property
-    def _flops(self) -> float:
-        image = jax.ShapeDtypeStruct((1, *(self.tokenizer.image_size,) * 2, 3), jnp.float32)
-        params = self.abstract_state().params
-
-        def cost(method, x) -> float:
-            forward = jax.jit(lambda params, x: self.tokenizer.apply({"params": params}, x, method=method))
-            return (forward.lower(params, x).cost_analysis() or {}).get("flops", 0.0)
-
-        whole = cost(lambda module, image: module(image)[0], image)
-        if not self._has_frozen:
-            return 3 * whole * self.run.batch_size
-        latent = jax.ShapeDtypeStruct((1, *(self.tokenizer.sides[-1],) * 2, self.tokenizer.code_width), jnp.float32)
-        return (whole + 2 * cost("decode_raw", latent)) * self.run.batch_size
+            rates, metrics = {"learning_rate": learning_rate, "weight_decay": weight_decay}, {}
+            if is_adversarial:
+                rate = self.adversary.options.rate_at(step, learning_rate)
+                state, metrics = self._adversarial_step(state, images, learning_rate, weight_decay, rate, self.fixed)
+                rates["discriminator_learning_rate"] = rate
+            else:
+                state, metrics = self._step(state, images, learning_rate, weight_decay, 0.0, self.fixed)
+        return state, {**metrics, **rates}
 
     def flops_of_step(self, step: int) -> float:
-        """Return the forward pass, as XLA counts it before optimising, and twice that of the part that is trained."""
-        return self._flops
+        """Return the FLOPs of all networks, from their forward passes as XLA counts them before optimising.
+
+        The autoencoder: a forward pass and two for the gradients of what is trained. LPIPS: two images, and back to
+        one of them. The discriminator: two images with all gradients, and once more for the generator, back to the
+        image.
+        """
+        flops = self._flops["tokenizer"] + 2 * self._flops["trained"] + 3 * self._flops["perceptual"]
+        if self.adversary is not None and step >= self.adversary.options.start_step:
+            flops += 8 * self._flops["discriminator"]
+        return flops * self.run.batch_size
+
+    @functools.cached_property
+    def _flops(self) -> dict[str, float]:
+        """Return the FLOPs of each network's forward pass for one image."""
+        image = jax.ShapeDtypeStruct((1, *self._image_shape), jnp.float32)
+        state = self.abstract_state()
+        params = jax.eval_shape(multiply_codebook, state.params)
+
+        def count(forward, *args):
+            return (jax.jit(forward).lower(*args).cost_analysis() or {}).get("flops", 0.0)
+
+        def count_tokenizer(method, x):
+            return count(lambda p, x: self.tokenizer.apply({"params": p}, x, method=method), params, x)
+
+        flops = {"perceptual": 0.0, "discriminator": 0.0}
+        flops["tokenizer"] = flops["trained"] = count_tokenizer(lambda module, x: module(x)[0], image)
+        if self._has_frozen:
+            side, width = self.tokenizer.sides[-1], self.tokenizer.code_width
+            latent = jax.ShapeDtypeStruct((1, side, side, width), jnp.float32)
+            flops["trained"] = count_tokenizer("decode_raw", latent)
+        if self.options.perceptual_weight:
+            flops["perceptual"] = count(lambda p, x: lpips_loss(p, x, x), lpips_shapes(), image) / 2
+        if self.adversary is not None:
+            part = state.extra["adversary"]
+            variables = {"params": part["params"], "spectral": part["spectral"]}
+            if self.fixed.discriminator is not None:
+                variables["frozen"] = self.fixed.discriminator
+            flops["discriminator"] = count(self.adversary.network.apply, variables, image)
+        return flops
 
     def _eval_step(self, params, batch):
-        """Return sums over real rows: (squared error of the clipped image, its PSNR, hits [S, V], rows)."""
+        """Return sums over real rows: (squared error of the clipped image, its PSNR, its SSIM, hits [S, V], rows).
+
+        SSIM is 0 if the images are smaller than its window.
+        """
         images = as_images(batch["image"])
         rec, _, encoded = self.tokenizer.apply({"params": params}, images)
-        error_B = jnp.mean(jnp.square(jnp.clip(rec, -1, 1) - images), axis=(1, 2, 3))
+        rec = jnp.clip(rec, -1, 1)
+        error_B = jnp.mean(jnp.square(rec - images), axis=(1, 2, 3))
         psnr_B = psnr_of_error(error_B, 2)
+        ssim_B = similarity(rec, images, 2) if self.has_ssim else jnp.zeros_like(error_B)
         mask = batch["mask"]
         V = self.tokenizer.vocab_size
         # a padding row's ids fall outside the codebook and are not counted
         ids_BL = jnp.where(mask[:, None] > 0, encoded.ids_BL, V)
         hits_SV = tokenizer_step.count_hits(ids_BL, self.tokenizer.sides, V + 1)[:, :V]
-        return sum_rows(mask, error_B), sum_rows(mask, psnr_B), hits_SV, jnp.sum(mask)
+        return *(sum_rows(mask, x_B) for x_B in (error_B, psnr_B, ssim_B)), hits_SV, jnp.sum(mask)
 
     def evaluate(self, state) -> dict:
-        """Return held-out mse, PSNR (mean over images, dB), codebook usage and perplexity of the averaged weights.
+        """Return held-out mse, PSNR (mean over images, dB), SSIM, codebook usage and perplexity of averaged weights.
 
         And the scores of reconstructions, if there is a scorer.
         """
@@ -154,14 +243,18 @@ class TokenizerTask(DataTask):
         if not self.has_evaluation:
             return {}
         with use_mesh(self.run.mesh):
-            parts = [self.evaluate_batch(self.averaged(state), batch) for batch in self.eval_batches()]
-        error, psnr, hits_SV, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(4))
+            params = self.averaged(state)
+            parts = [self.evaluate_batch(params, batch) for batch in self.eval_batches()]
+        error, psnr, ssim, hits_SV, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(5))
         return {
             "loss": float(error / rows),
             "psnr_db": float(psnr / rows),
+            **({"ssim": float(ssim / rows)} if self.has_ssim else {}),
             "usage_per_scale": (100 * (hits_SV > 0).mean(axis=1)).tolist(),
+            "own_usage_per_scale": usage_percent(hits_SV, hits_SV.sum(axis=1)).tolist(),
             "perplexity_per_scale": [perplexity(hits_V) for hits_V in hits_SV],
             "codebook_used_percent": float(100 * (hits_SV.sum(axis=0) > 0).mean()),
+            "psnr_per_scale_db": self._psnr_per_scale(state),
             **self.scores(self._reconstructions(state)),
         }
 
@@ -173,7 +266,7 @@ class TokenizerTask(DataTask):
         with contextlib.closing(batches):
             for batch in batches:
                 with use_mesh(self.run.mesh):
-                    images = to_uint8(self.reconstruct(self.averaged(state), batch["image"]))
+                    images = self.reconstruct(self.averaged(state), batch["image"])
                 rows = np.flatnonzero(batch["mask"])[:num_left]
                 yield images[rows], batch["image"][rows]
                 num_left -= len(rows)
@@ -183,20 +276,67 @@ class TokenizerTask(DataTask):
         words = f"config.eval_samples must be {expected}, got {self.run.eval_samples}"
         raise InputError(words, field="config.eval_samples", given=self.run.eval_samples, expected=expected)
 
-    def _reconstruct(self, params, pixels_NYX3: jax.Array) -> jax.Array:
+    def _encode_maps(self, params, pixels_NYX3: jax.Array) -> tuple[jax.Array, ...]:
+        """Return the latent maps after each scale; rows are repeated until they divide over the devices."""
         networks = Networks(self.tokenizer, params)
         images = as_images(pixels_NYX3[self.picture_rows(len(pixels_NYX3))])
         ids_BL = networks.apply_tokenizer(images, method="encode")
-        return decode_in_chunks(networks, networks.apply_tokenizer(ids_BL, method="f_hats")[-1])
+        return networks.apply_tokenizer(ids_BL, method="f_hats")
 
-    def pictures(self, state) -> dict[str, np.ndarray]:
-        """Return held-out images, or training images if none are held out, next to their reconstructions."""
-        data = self.data["val" if self.has_evaluation else "train"]
+    def _decode_maps(self, params, f_hat_BYXc: jax.Array) -> jax.Array:
+        return decode_in_chunks(Networks(self.tokenizer, params), f_hat_BYXc)
+
+    def reconstruct(self, params, pixels_NYX3: np.ndarray) -> np.ndarray:
+        """Return the reconstructions of pixels, uint8."""
+        decoded = self.decode_maps(params, self.encode_maps(params, pixels_NYX3)[-1])
+        return to_uint8(decoded)[: len(pixels_NYX3)]
+
+    def _shown(self, state) -> tuple[np.ndarray, np.ndarray]:
+        """Return a few held-out images, or training images if none are held out, and what each scale makes of them.
+
+        Pixels `[N, Y, X, 3] uint8`, and the reconstructions from the first 1, 2, ... S scales, `[S, N, Y, X, 3]` in
+        [-1, 1].
+        """
+        data = self.data["val" if "val" in self.data else "train"]
         # every process reads the same few images and computes its part of them
         batches = eval_batches(data, self.transform, batch_size=min(NUM_PICTURES, len(data)), options=self.loading)
         pixels = next(batches)["image"]
         batches.close()
+        params = self.averaged(state)
         with use_mesh(self.run.mesh):
-            reconstructions = np.asarray(self.reconstruct(self.averaged(state), pixels))[: len(pixels)]
+            # scale by scale: XLA gathers whole weights on each device if it decodes all scales at once
+            decoded = [self.decode_maps(params, f_hat) for f_hat in self.encode_maps(params, pixels)]
+        return pixels, np.stack([np.asarray(images)[: len(pixels)] for images in decoded])
+
+    def _psnr_per_scale(self, state) -> list[float]:
+        """Return the PSNR of the first 1, 2, ... S scales, the mean over the images of `pictures`."""
+        pixels, decoded = self._shown(state)
+        error_SN = np.mean(np.square(decoded - from_levels(pixels)), axis=(2, 3, 4))
+        return psnr_of_error(error_SN, 2).mean(1).tolist()
+
+    def pictures(self, state) -> dict[str, np.ndarray]:
+        """Return held-out images, or training images if none are held out, next to their reconstructions.
+
+        `reconstructions` uses all scales; `scales` shows some images after the first 1, 2, ... of them.
+        """
+        pixels, decoded = self._shown(state)
         zoom = min_zoom(pixels.shape[1])
-        return {"reconstructions": side_by_side(pixels, to_uint8(reconstructions), 4, zoom=zoom)}
+        columns = {f"r{k}": to_uint8(images[:NUM_ROWS]) for k, images in enumerate(decoded, start=1)}
+        return {
+            "reconstructions": side_by_side(pixels, to_uint8(decoded[-1]), 4, zoom=zoom),
+            "scales": tile_columns({"input": pixels[:NUM_ROWS], **columns}, zoom=zoom),
+        }
+
+    def histograms(self, state) -> dict[str, np.ndarray]:
+        """Return hits of each scale's codes, as multiples of their mean, and usage and perplexity of all scales.
+
+        They are those of the moving average of training; nothing before the first step.
+        """
+        hits_SV = np.asarray(state.extra["hits"])
+        means_S1 = hits_SV.mean(axis=1, keepdims=True)
+        if not means_S1.all():
+            return {}
+        usage = tokenizer_step.describe_usage(hits_SV, self.run.batch_size, self.tokenizer.sides)
+        names = ("own_usage_per_scale", "perplexity_per_scale")
+        by_scale = {f"hits/scale_{scale}": hits_V for scale, hits_V in enumerate(hits_SV / means_S1)}
+        return {f"codes/{name}": values for name, values in (by_scale | {n: usage[n] for n in names}).items()}

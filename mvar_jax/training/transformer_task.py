@@ -47,7 +47,7 @@ class TransformerTask(DataTask):
         initial: Initial | None = None,
         scorer: Scorer | None = None,
     ):
-        super().__init__(run, transformer, data, {}, scorer)
+        super().__init__(run, transformer, data, dict, scorer)
         self.initial = initial
         parts = tokenizer.tokenizer, tokenizer.tokenizer_params
         self.data_identity |= {"tokenizer": fingerprint(*parts), "tokenizer_ids": ids_fingerprint(*parts)}

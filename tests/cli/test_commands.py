@@ -31,7 +31,8 @@ def test_help_lists_every_command_without_heavy_imports():
 
 
 def test_training_leaves_checkpoints_metrics_events_config_and_pictures(run):
-    for workdir, picture in ((run.tokenizer, "reconstructions"), (run.transformer, "samples")):
+    of_tokenizer = ((run.tokenizer, name) for name in ("reconstructions", "scales"))
+    for workdir, picture in (*of_tokenizer, (run.transformer, "samples")):
         names = {path.name for path in Path(workdir).iterdir()}
         assert {"checkpoints", "config.json", "metrics.jsonl", "model.json", "pictures", "tensorboard"} <= names
         lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]

@@ -3,6 +3,8 @@ import hashlib
 import numpy as np
 import pytest
 
+from mvar_jax.data import photos
+from mvar_jax.data.photos import CropSource
 from mvar_jax.data.sources import open_source
 from mvar_jax.errors import InputError
 
@@ -93,3 +95,53 @@ def test_synthetic_label_can_be_told_from_the_mean_colour():
 def test_open_source_names_the_field_it_refuses(arguments, message):
     with pytest.raises(InputError, match=message):
         open_source(**arguments)
+
+
+NUMBERED = {
+    name: np.stack([np.full((9, 20), first), *np.indices((9, 20))], axis=-1).astype(np.uint8)
+    for first, name in enumerate(("a.png", "b.png"))
+}  # each pixel is its photograph, row and column
+
+
+def test_crops_of_the_splits_share_no_pixel_and_cover_their_parts():
+    seen = {}
+    for split in ("train", "val"):
+        source = CropSource(NUMBERED, split, side=4, val_fraction=0.2)
+        crops = [source[i]["image"] for i in range(len(source))]
+        assert {crop.shape for crop in crops} == {(4, 4, 3)}
+        assert len({crop.tobytes() for crop in crops}) == len(source)
+        assert all(source[i]["label"] == crops[i][0, 0, 0] for i in range(len(source)))
+        seen[split] = {tuple(pixel) for crop in crops for pixel in crop.reshape(-1, 3)}
+    train = {(photo, y, x) for photo in range(2) for y in range(9) for x in range(16)}
+    val = {(photo, y, x) for photo in range(2) for y in range(8) for x in range(16, 20)}
+    assert seen == {"train": train, "val": val}
+
+
+def test_training_crops_are_at_every_position_and_named_by_it():
+    source = CropSource(NUMBERED, "train", side=4, val_fraction=0.2)
+    assert len(source) == 2 * 6 * 13
+    assert source.name_of(6 * 13 + 14) == "b.png at 1, 1" and source[6 * 13 + 14]["image"][0, 0].tolist() == [1, 1, 1]
+
+
+def test_photographs_are_part_of_the_identity():
+    one, both = (CropSource(dict(list(NUMBERED.items())[:n]), "val", 4, 0.2).identity() for n in (1, 2))
+    assert one["files"] != both["files"]
+
+
+def test_photographs_that_scikit_learn_brings_are_found():
+    source = open_source("photos", "val", image_size=64)
+    assert {"china", "flower"} <= set(source.label_names)
+    images = np.stack([source[i]["image"] for i in range(24)])
+    assert images.shape == (24, 64, 64, 3) and images.dtype == np.uint8 and images.std() > 30
+
+
+def test_no_photograph_names_the_command_that_brings_some(monkeypatch):
+    monkeypatch.setattr(photos, "FILES", {"no_such_package": ("data", ("a.png",))})
+    with pytest.raises(InputError, match="no photograph in the installed packages; .*pip install scikit-learn"):
+        open_source("photos", "train")
+
+
+@pytest.mark.parametrize(("side", "fraction", "most"), [(5, 0.2, 4), (10, 0.5, 9), (5, 0.8, 4)])
+def test_crop_that_exceeds_a_part_is_refused_with_the_largest(side, fraction, most):
+    with pytest.raises(InputError, match=rf"data.image_size must be at most {most}, .*a.png \(20 x 9.*got {side}"):
+        CropSource(NUMBERED, "train", side, fraction)

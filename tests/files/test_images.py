@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from mvar_jax.errors import InputError
-from mvar_jax.files.images import save_png, side_by_side, tile_grid, to_uint8
+from mvar_jax.files.images import CAPTION_PX, save_png, side_by_side, tile_columns, tile_grid, to_uint8
 
 
 def flat_images(*levels, height=4, width=3):
@@ -61,3 +61,11 @@ def test_save_png_keeps_the_old_file_when_writing_fails(tmp_path):
     with pytest.raises(TypeError):
         save_png(path, np.zeros((2, 2, 3), np.complex64))
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_columns_hold_their_images_below_their_captions():
+    picture = tile_columns({"a": flat_images(10, 20), "b": flat_images(30, 40)}, pad=1, zoom=2)
+    head, grid = picture[:CAPTION_PX], picture[CAPTION_PX:]
+    rows = np.concatenate([flat_images(10), flat_images(30), flat_images(20), flat_images(40)])
+    np.testing.assert_array_equal(grid, tile_grid(rows, 2, pad=1, zoom=2))
+    assert head[:, : head.shape[1] // 2].min() < 128 and head[:, head.shape[1] // 2 :].min() < 128, "both are written"

@@ -4,6 +4,7 @@ import functools
 import re
 from contextlib import nullcontext
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,9 +14,14 @@ from small_case import MODEL, TOKENIZER, shapes_of
 
 import mvar_jax
 from mvar_jax.errors import InputError
+from mvar_jax.models.discriminator import PatchDiscriminator
+from mvar_jax.models.lpips import lpips_loss
+from mvar_jax.models.lpips import shapes as lpips_shapes
 from mvar_jax.models.networks import Networks
+from mvar_jax.ops.adversarial import generator_loss
+from mvar_jax.ops.augment import Pass, augment, draw_augmentations
 from mvar_jax.ops.platform import compiling_for
-from mvar_jax.ops.precision import TABLE
+from mvar_jax.ops.precision import TABLE, computing
 from mvar_jax.sampling.order import Order
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import MESH_AXES
@@ -23,8 +29,8 @@ from mvar_jax.training.transformer_step import eval_step, phase_loss
 from mvar_jax.training.transformer_task import with_input
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
-# the modules of the parts "autoencoder" and "blocks"; attention's own products are within "attend"
-OPEN = r"/decoder/|/encoder/(?!conv_out)|/blocks/(?!.*attend)|/Adaptive/|/head_adaptive/"
+# the modules of the parts "autoencoder", "discriminator" and "blocks"; attention's own products are within "attend"
+OPEN = r"PatchDiscriminator\)*/|/decoder/|/encoder/(?!conv_out)|/blocks/(?!.*attend)|/Adaptive/|/head_adaptive/"
 HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
 NETWORKS = Networks(TOKENIZER, shapes_of(TOKENIZER), MODEL, shapes_of(MODEL))
 array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
@@ -42,6 +48,18 @@ def train(networks, ids, labels):
     return jax.grad(loss)(networks.params), eval_step(model, networks.params, batch | {"mask": jnp.ones(2)})
 
 
+D = PatchDiscriminator(layers=2, width=8)
+D_VARIABLES = flax.linen.meta.unbox(jax.eval_shape(lambda: D.init_variables(jax.random.key(0), (16, 16, 3))))
+
+
+def losses(networks, d_variables, vgg, x):
+    """The pixels' gradient of LPIPS and of a discriminator's logits of augmented images."""
+    draws = draw_augmentations(0, jnp.arange(2), 0, Pass.FAKE)
+    loss = lambda rec: lpips_loss(vgg, rec, x) + generator_loss(D.apply(d_variables, augment(rec, draws)))
+    with computing(networks.tokenizer.precision):
+        return jax.grad(loss)(x)
+
+
 # name -> (function of networks and arrays, arrays, number of products that must be exact)
 PROGRAMS = {
     "encode": (lambda networks, x: networks.apply_tokenizer(x, method="encode"), (IMAGES,), 20),
@@ -49,6 +67,7 @@ PROGRAMS = {
     "train": (train, (IDS, LABELS), 30),
     "draw": (lambda networks, *rows: sample(networks, *rows, OPTIONS, ("images",)), (LABELS, KEYS), 30),
     "decode": (lambda networks, x: networks.apply_tokenizer(x, method="decode"), (array(2, 5, 5, 4),), 1),
+    "losses": (losses, (D_VARIABLES, lpips_shapes(), array(2, 16, 16, 3)), 40),
 }
 
 
@@ -116,8 +135,12 @@ def test_a_model_is_loaded_in_the_precision_that_is_asked_for_and_its_samples_be
     assert found == [("standard", "standard", "float32"), ("exact", "exact", "float32, exact")]
 
 
-def test_the_table_has_two_open_parts():
-    assert [part for part, precision in TABLE.items() if precision is None] == ["autoencoder", "blocks"]
+def test_the_table_has_three_open_parts():
+    assert [part for part, precision in TABLE.items() if precision is None] == [
+        "autoencoder",
+        "discriminator",
+        "blocks",
+    ]
 
 
 @pytest.mark.parametrize(("platform", "tensor", "num"), [("gpu", 1, 1), ("gpu", 2, 3), ("cpu", 1, 3), ("tpu", 1, 1)])

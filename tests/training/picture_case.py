@@ -54,14 +54,15 @@ def bytes_of(program) -> dict:
 def draw(task, module) -> tuple[np.ndarray, dict]:
     """Return the picture, and the bytes of the weights and of one device while it draws and while it evaluates."""
     params = jax.device_put(seeded_params(module, std=0.05), task.shardings.params)
-    (picture,) = task.pictures(types.SimpleNamespace(params=params, ema=None)).values()
+    pictures = task.pictures(types.SimpleNamespace(params=params, ema=None))
+    picture = np.concatenate([picture.reshape(-1) for picture in pictures.values()])
     batch = next(task.eval_batches())
     with use_mesh(task.run.mesh):
         if isinstance(task, TransformerTask):
             drawing = task.draw_pictures.lower(params, task.tokenizer)
             evaluation = task.evaluate_batch.lower(params, batch, task.tokenizer)
         else:
-            drawing = task.reconstruct.lower(params, np.zeros((FEW, 2, 2, 3), np.uint8))
+            drawing = task.decode_maps.lower(params, task.encode_maps(params, np.zeros((FEW, 2, 2, 3), np.uint8))[0])
             evaluation = task.evaluate_batch.lower(params, batch)
     sizes = {name: bytes_of(part.compile()) for name, part in (("drawing", drawing), ("evaluation", evaluation))}
     return picture, {"weights": sum(x.nbytes for x in jax.tree.leaves(params)), **sizes}
@@ -87,7 +88,7 @@ def main():
             "spread": float(expected.std()),
         }
         if name == "samples":
-            scored = scored_samples(sharded[name])
+            scored = scored_samples(sharded[name]).reshape(-1)
             report[name]["scored_worst"] = int(np.abs(scored.astype(int) - expected.astype(int)).max())
     print(json.dumps(report))
 

@@ -88,7 +88,7 @@ def test_few_samples_are_spread_over_the_classes(monkeypatch):
 def test_reconstructions_come_with_their_originals():
     """The first 3 of 4 validation images, whose batch is filled up."""
     task = TokenizerTask(options(3), TOKENIZER, CodebookOptions(), task_data(4), Listener())
-    sums = 1.0, 1.0, np.ones((len(TOKENIZER.sides), TOKENIZER.vocab_size)), 1.0
+    sums = 1.0, 1.0, 1.0, np.ones((len(TOKENIZER.sides), TOKENIZER.vocab_size)), 1.0
     task.evaluate_batch = lambda params, batch: sums  # takes as long to compile as the reconstructions
     assert task.metrics[-1] == "mean_level" and "loss" in task.metrics
     metrics = task.evaluate(state_of(PARAMS["tokenizer"]))
@@ -101,7 +101,7 @@ def test_reconstructions_come_with_their_originals():
 
 def test_more_reconstructions_than_good_images_are_refused():
     task = TokenizerTask(options(3), TOKENIZER, CodebookOptions(), task_data(2), Listener())
-    task.reconstruct = lambda params, pixels: np.zeros(pixels.shape, np.float32)
+    task.reconstruct = lambda params, pixels: np.zeros_like(pixels)
     with pytest.raises(InputError, match="config.eval_samples must be at most 2, the number of good"):
         task.scores(task._reconstructions(state_of(None)))
 

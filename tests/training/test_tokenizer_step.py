@@ -8,6 +8,7 @@ from golden_case import load, quick_jit
 from small_case import TOKENIZER, seeded_params
 
 from mvar_jax.errors import InputError
+from mvar_jax.ops.metrics import usage_percent
 from mvar_jax.ops.pixels import from_levels
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
@@ -18,7 +19,6 @@ from mvar_jax.training.tokenizer_step import (
     redraw_codes,
     tokenizer_loss,
     train_step,
-    usage_percent,
 )
 
 MODEL = TOKENIZER.clone(sides=(1, 2), num_phi=1, ch_mult=(1,))
@@ -49,7 +49,7 @@ def encode():
 
 def test_usage_equals_golden():
     hits_SV = jnp.asarray(load("vae")["quantize.ema_vocab_hit_SV"])
-    ours = usage_percent(hits_SV, batch_size=2, latent_area=256)
+    ours = usage_percent(hits_SV, num_tokens=2 * 256)
     np.testing.assert_allclose(ours, load("tokenizer")["usages"], rtol=1e-6)
 
 
@@ -81,7 +81,7 @@ def test_loss_weighs_l1_l2_and_the_quantizer(history):
     @quick_jit
     def run(params):
         rec, quantizer_loss, _ = MODEL.apply({"params": params}, IMAGES)
-        return tokenizer_loss(MODEL, OPTIONS, params, IMAGES, True), rec, quantizer_loss
+        return tokenizer_loss(MODEL, OPTIONS, params, {"image": IMAGES}, True), rec, quantizer_loss
 
     state, _ = history[1]
     (loss, parts), rec, quantizer_loss = run(state.params)
