@@ -222,8 +222,8 @@ def build_task(config: dict, initial: Any = None):
         task_data = TaskData(sources, data.transform(), data.loading())
         run = run.with_images(len(sources["train"]))
         scorer = make_scorer("tokenizer", run, data, module.image_size, len(sources.get("val", ())))
-        parts = config.get("train_parts", "all")
-        adversary, fixed = build_adversary(config, module), load_fixed(options)
+        adversary, parts = build_adversary(config, module), config.get("train_parts", "all")
+        fixed = load_fixed(options, adversary)
         task = TokenizerTask(run, module, options, task_data, scorer, adversary, fixed, initial, parts)
         return task, {"tokenizer": module}, None
 
@@ -240,26 +240,36 @@ def build_task(config: dict, initial: Any = None):
 
 def build_adversary(config: dict, tokenizer):
     """Return the `Adversary` of a tokenizer's config, None if it has none. It computes in the tokenizer's dtype."""
+    from mvar_jax.models.dino import DinoDiscriminator
     from mvar_jax.models.discriminator import PatchDiscriminator
-    from mvar_jax.training.adversary import NONE, Adversary, AdversaryOptions
+    from mvar_jax.training.adversary import DINO, NONE, Adversary, AdversaryOptions
 
     options = from_dict(AdversaryOptions, config.get("adversary", {}), "config.adversary")
     if options.kind == NONE:
         return None
+    if options.kind == DINO:
+        return Adversary(options, DinoDiscriminator(tokenizer.dtype))
     return Adversary(options, PatchDiscriminator(options.layers, options.width, tokenizer.dtype))
 
 
-def load_fixed(options):
-    """Return the `FixedWeights` that a tokenizer's losses need. options: its `CodebookOptions`.
+def load_fixed(options, adversary):
+    """Return the `FixedWeights` that a tokenizer's losses need.
 
+    options: its `CodebookOptions`. adversary: its `Adversary` or None.
     Raises InputError if a file is missing or is another one.
     """
+    from mvar_jax.evaluation.dino_weights import load_dino
     from mvar_jax.evaluation.lpips import load_lpips
-    from mvar_jax.training.adversary import FixedWeights
+    from mvar_jax.training.adversary import DINO, FixedWeights
 
-    if not options.perceptual_weight:
-        return FixedWeights()
-    return FixedWeights(load_lpips(options.perceptual_file, "config.codebook.perceptual_file").params)
+    fixed = FixedWeights()
+    if options.perceptual_weight:
+        path, field = options.perceptual_file, "config.codebook.perceptual_file"
+        fixed = fixed.replace(perceptual=load_lpips(path, field).params)
+    if adversary is not None and adversary.options.kind == DINO:
+        vit = load_dino(adversary.options.file, "config.adversary.file").params
+        fixed = fixed.replace(discriminator={"vit": vit})
+    return fixed
 
 
 def open_tokens(data: DataOptions, transformer):

@@ -45,18 +45,18 @@ LAYERS = {
 }
 
 
-def load_dino(weights: str | os.PathLike | NetworkWeights) -> NetworkWeights:
-    """Return the weights of the file that `convert --dino` wrote; loaded ones are returned.
+def load_dino(weights: str | os.PathLike | NetworkWeights, field: str = FIELD) -> NetworkWeights:
+    """Return the weights of the file that `convert --dino` wrote; loaded ones are returned. field: what errors name.
 
     `params` belong in the collection "frozen" as {"vit": params}. Raises InputError if the file is missing, damaged
     or another one.
     """
     if isinstance(weights, NetworkWeights):
         return weights
-    path = as_path(weights, FIELD)
-    if not path.exists():
-        raise missing(FIELD, path, (DOWNLOAD,), COMMAND)
-    weights = load_network(FIELD, path, NETWORK, _tree(shapes()))
+    path = as_path(weights, field)
+    if not path.is_file():
+        raise missing(field, os.fspath(weights), (DOWNLOAD,), COMMAND)
+    weights = load_network(field, path, NETWORK, _tree(shapes()))
     flat = flax.traverse_util.flatten_dict(dict(weights.params), sep="/")
     return dataclasses.replace(weights, params=flat)
 

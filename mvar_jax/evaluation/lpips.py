@@ -48,7 +48,7 @@ def load_lpips(weights: str | os.PathLike | NetworkWeights, field: str = FIELD) 
         return weights
     path = as_path(weights, field)
     if not path.is_file():
-        raise missing(field, path, (BACKBONE, HEADS), COMMAND)
+        raise missing(field, os.fspath(weights), (BACKBONE, HEADS), COMMAND)
     return load_network(field, path, NETWORK, shapes())
 
 
