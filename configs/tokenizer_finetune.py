@@ -3,7 +3,8 @@
 Token ids do not change with train_parts="decoder": token caches and transformers of the tokenizer stay valid. With
 "all" they do not. Rates are for a batch of 256; use any data source, here a folder of images in class folders.
 
-Needs:    vae_ch160v4096z32.pth as models/vae_ch160v4096z32.pth (or --config.init_from=a model directory or workdir).
+Needs:    vae_ch160v4096z32.pth as models/vae_ch160v4096z32.pth (or --config.init_from=a model directory or workdir),
+          and lpips.npz (`mvar convert --lpips`), or --config.codebook.perceptual_weight=0.
 Command:  python -m mvar_jax train --config configs/tokenizer_finetune.py --config.data.path=photos \\
               --workdir runs/tokenizer_finetune
 Hardware: one card of 80 GB, or several of 24 GB.
@@ -45,7 +46,9 @@ def get_config() -> ml_collections.ConfigDict:
         num_workers=0,
     )
     c.model = dict(sides=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
-    c.codebook = dict(l1_weight=0.2, l2_weight=1.0)
+    c.codebook = dict(l1_weight=0.2, l2_weight=1.0, perceptual_weight=1.0, perceptual_file="lpips.npz")
+    # a fresh discriminator judges from the first step on; heads over DINO need kind="dino" and file="dino.npz"
+    c.adversary = dict(kind="patch", file="", start_step=0, ramp_steps=2000)
     c.optimizer = dict(
         base_learning_rate=1e-5,
         schedule="lin0.3",

@@ -163,7 +163,7 @@ class Model:
         Returns (images `[B, Y, X, 3] float32` in [-1, 1], ids `[B, L] int32`).
         """
         options = SampleOptions(cfg, top_k, top_p, smooth, temperature)
-        labels, images = self._check_labels(labels_B), check_images(images_BYX3)
+        labels, images = self._check_labels(labels_B), check_images(images_BYX3, channels=self.tokenizer.channels)
         mask_BYX = check_mask(mask, *images.shape[1:3], invert)
         num = max(len(images), len(mask_BYX))
         if not {len(images), len(mask_BYX)} <= {1, num} or num not in (1, len(labels)):
@@ -272,7 +272,7 @@ class Model:
         return self.transformer
 
     def _check_images(self, images_BYX3) -> np.ndarray:
-        return check_images(images_BYX3, self.tokenizer.image_shape)
+        return check_images(images_BYX3, self.tokenizer.image_shape, self.tokenizer.channels)
 
     def _check_ids(self, ids_BL) -> jax.Array:
         return jnp.asarray(check_ids(ids_BL, self.tokenizer))

@@ -219,9 +219,10 @@ def build_task(config: dict, initial: Any = None):
     if config["task"] == "tokenizer":
         options = from_dict(CodebookOptions, config["codebook"], "config.codebook")
         sources = data.open_all()
-        task_data = TaskData(sources, data.transform(), data.loading())
+        task_data = TaskData(sources, data.transform(module.channels), data.loading())
         run = run.with_images(len(sources["train"]))
-        scorer = make_scorer("tokenizer", run, data, module.image_size, len(sources.get("val", ())))
+        of_images = len(sources.get("val", ())), module.channels
+        scorer = make_scorer("tokenizer", run, data, module.image_size, *of_images)
         adversary, parts = build_adversary(config, module), config.get("train_parts", "all")
         fixed = load_fixed(options, adversary)
         task = TokenizerTask(run, module, options, task_data, scorer, adversary, fixed, initial, parts)
@@ -232,7 +233,8 @@ def build_task(config: dict, initial: Any = None):
     module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
     initial = load_initial(config["init_from"], module, sources["train"].label_names)
     run = run.with_images(len(sources["train"]))
-    scorer = make_scorer("transformer", run, data, tokenizer.tokenizer.image_size, len(sources.get("val", ())))
+    of_images = len(sources.get("val", ())), tokenizer.tokenizer.channels
+    scorer = make_scorer("transformer", run, data, tokenizer.tokenizer.image_size, *of_images)
     task_data = TaskData(sources, transform, data.loading())
     task = TransformerTask(run, module, options, tokenizer, task_data, initial, scorer)
     return task, {"tokenizer": tokenizer.tokenizer, "transformer": module}, tokenizer.tokenizer_params
@@ -291,7 +293,7 @@ def open_tokens(data: DataOptions, transformer):
         networks = load_tokenizer(data.tokenizer).with_precision(transformer.precision)
         check_transformer_fits(transformer, networks.tokenizer)
         networks.tokenizer.check(data.image_size)
-        return networks, data.open_all(), data.transform()
+        return networks, data.open_all(), data.transform(networks.tokenizer.channels)
     networks = load_tokenizer_of_cache(data).with_precision(transformer.precision)
     check_transformer_fits(transformer, networks.tokenizer)
     expected = {

@@ -30,7 +30,7 @@ FORMAT = 1
 MODULES = {"tokenizer": Tokenizer, "transformer": Transformer}
 WHICH = ("last", "best")
 # fields that a module's fingerprint leaves out
-UNTOLD: dict[type, tuple[str, ...]] = {Tokenizer: ("precision", "remat"), Transformer: ("precision",)}
+UNTOLD: dict[type, tuple[str, ...]] = {Tokenizer: ("precision", "remat", "channels"), Transformer: ("precision",)}
 IDS_FREE = (*UNTOLD[Tokenizer], "beta")  # fields of a tokenizer that no id depends on, but for rounding
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -192,7 +192,8 @@ def check_finite(directory: Path, kind: str, tree) -> None:
 def fingerprint(module: nn.Module, params) -> str:
     """Return a hex digest of a module's structure and weights: equal ones compute the same images and numbers.
 
-    Fields that decide on rounding alone are not part of it, but those of a transformer that older samples name.
+    Fields that decide on rounding alone are not part of it, but those of a transformer that older samples name. Nor
+    are `channels`, which the kernels tell.
     """
     return _digest(module, UNTOLD[type(module)], params)
 

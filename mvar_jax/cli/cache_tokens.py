@@ -69,7 +69,7 @@ def run(args) -> int:
             tokenizer.absolute(),
             model.networks,
             sources,
-            data.transform(),
+            data.transform(model.tokenizer.channels),
             data.describe(),
             num_views=data.num_views,
             seed=config["seed"],

@@ -60,10 +60,11 @@ def run(args) -> int:
     from mvar_jax.processes.holding import owned_folder
 
     model = load_as_asked(args)
-    transform: Any = PhotoTransform(model.tokenizer.image_size, flip=False)
+    channels = model.tokenizer.channels
+    transform: Any = PhotoTransform(model.tokenizer.image_size, flip=False, channels=channels)
     if args.size is not None:
         model = model.for_images(*parse_size(args.size))
-        transform = CoverTransform(*model.tokenizer.image_shape)
+        transform = CoverTransform(*model.tokenizer.image_shape, channels=channels)
     images = Images.check(names, lambda name: transform(read_file(folder / name)))
     bad = [f"{readable(name)}: {reason}" for name, reason in images.bad.items()]
     if not images.names:

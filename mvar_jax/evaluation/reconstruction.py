@@ -122,12 +122,14 @@ class _Batches:
       out: folder of the files.
       size: images in a batch; the last may have fewer.
       shape: height and width of the images.
+      channels: of the images.
     """
 
     names: list[str]
     out: Path
     size: int
     shape: tuple[int, int]
+    channels: int
 
     @property
     def firsts(self) -> range:
@@ -176,8 +178,9 @@ class _Batches:
     def join(self, num_tokens: int, saves_tokens: bool) -> np.ndarray:
         """Write the arrays and the grid of all batches; return the scores `[N, 2]`."""
         height, width = self.shape
-        grid, scores = Grid(self.num_shown, 4, height, 2 * width, zoom=min_zoom(min(self.shape))), []
-        arrays = {"reconstructions.npz": ("arr_0", "after", (height, width, 3), np.uint8)}
+        shown = height, 2 * width, self.channels
+        grid, scores = Grid(self.num_shown, 4, shown, zoom=min_zoom(min(self.shape))), []
+        arrays = {"reconstructions.npz": ("arr_0", "after", (*self.shape, self.channels), np.uint8)}
         if saves_tokens:
             arrays["tokens.npz"] = ("ids", "ids", (num_tokens,), np.int32)
         with contextlib.ExitStack() as stack:
@@ -192,7 +195,7 @@ class _Batches:
                 scores.append(batch["scores"])
                 for number, pair in enumerate(zip(batch["before"], batch["after"], strict=False), first):
                     grid.put(number, np.concatenate(pair, axis=1))
-        save_png(self.out / "reconstructions.png", grid.image_YX3)
+        save_png(self.out / "reconstructions.png", grid.image_YXC)
         return np.concatenate(scores)
 
 
@@ -204,7 +207,7 @@ def write_reconstructions(model: Model, images: Images, out: Path, batch_size: i
     bad images. saves_tokens: also write tokens.npz, ids `[N, L] int32`.
     """
     N = len(images.names)
-    batches = _Batches(images.names, out, min(batch_size, N), model.tokenizer.image_shape)
+    batches = _Batches(images.names, out, min(batch_size, N), model.tokenizer.image_shape, model.tokenizer.channels)
     missing = batches.find_missing()
     names = [images.names[row] for first in missing for row in batches.rows(first)]
     shown = Progress("reconstruct", N, "image", done=N - len(names))

@@ -14,6 +14,7 @@ from mvar_jax.models.autoencoder import Decoder, Encoder, conv
 from mvar_jax.models.init import LINEN_FIELDS
 from mvar_jax.ops import quantize
 from mvar_jax.ops.losses import commitment_loss
+from mvar_jax.ops.pixels import MODES
 from mvar_jax.ops.precision import EXACT, PRECISIONS, STANDARD, in_own_precision, precision_of
 from mvar_jax.scales import areas_of, check_sides, extend_sides, shape_of
 from mvar_jax.schema import Choice, Count, NotNegative, Share
@@ -97,6 +98,7 @@ class Tokenizer(nn.Module):
       dtype: computation of the encoder and decoder; the quantizer is always float32, the decoder too if exact.
       precision: of float32 products on accelerators: standard (exact if listed in ops/precision.py) or exact (all).
       remat: recompute the inside of residual and attention blocks in the backward pass, to save memory.
+      channels: of the images: 1 (grey), 3 (RGB) or 4 (RGBA).
     """
 
     sides: tuple[int, ...]
@@ -114,6 +116,7 @@ class Tokenizer(nn.Module):
     dtype: Any = jnp.float32
     precision: Annotated[str, Choice(PRECISIONS)] = dataclasses.field(default=STANDARD, metadata=FREE)
     remat: bool = dataclasses.field(default=False, metadata=FREE)
+    channels: Count = 3
 
     def setup(self):
         norm = {"num_groups": self.num_groups, "group_size": self.group_size, "dtype": self.dtype}
@@ -122,7 +125,7 @@ class Tokenizer(nn.Module):
         dtype = self.decoder_dtype
         if dtype == jnp.float16:  # SiLU too before rounding, which halves the error
             norm |= {"dtype": jnp.float32, "one_pass": True}
-        self.decoder = Decoder(*sizes, norm, dtype, self.remat)
+        self.decoder = Decoder(*sizes, norm, dtype, self.remat, self.channels)
         self.quant_conv = conv(self.code_width, 3, self.dtype, part="quantizer")
         self.post_quant_conv = conv(self.code_width, 3, jnp.float32, part="quantizer")
         self.phi_convs = [conv(self.code_width, 3, jnp.float32, part="quantizer") for _ in range(self.num_phi)]
@@ -202,6 +205,7 @@ class Tokenizer(nn.Module):
             ("ch_mult", bool(widths), "a tuple of one number for each level"),
             ("num_groups", has_one, f"set if and only if group_size={self.group_size} is None"),
             (norm, not has_one or all(width % getattr(self, norm) == 0 for width in widths), divisor),
+            ("channels", self.channels in MODES, "1 (grey), 3 (RGB) or 4 (RGBA)"),
             ("num_phi", 1 <= self.num_phi <= S, f"from 1 to {S}, the number of scales"),
             ("sides", size == self.image_size, f"a list with a last side of {latent}"),
         )
@@ -213,7 +217,7 @@ class Tokenizer(nn.Module):
 
     def init_params(self, key: jax.Array):
         """Return the parameter tree, each leaf boxed with its logical axes. Call under jit or eval_shape."""
-        return self.init(key, jnp.zeros((1, self.image_size, self.image_size, 3)))["params"]
+        return self.init(key, jnp.zeros((1, self.image_size, self.image_size, self.channels)))["params"]
 
     def mesh_sizes(self) -> dict[str, tuple[str, int]]:
         """Return config key -> (logical axis, size) of the dimensions that a mesh cuts and must divide."""

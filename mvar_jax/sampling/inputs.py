@@ -16,21 +16,22 @@ from mvar_jax.values import INDEX_RANGE, MAX_INDEX, as_array
 ROUNDING = 1e-3  # by which a float image may leave [-1, 1]
 
 
-def check_images(images_BYX3: Any, side: Side | None = None) -> np.ndarray:
-    """Return images as `[B, Y, X, 3] float32` in [-1, 1].
+def check_images(images_BYXC: Any, side: Side | None = None, channels: int = 3) -> np.ndarray:
+    """Return images as `[B, Y, X, C] float32` in [-1, 1].
 
     Args:
-      images_BYX3: uint8, converted as the training data are, or float in [-1, 1].
+      images_BYXC: uint8, converted as the training data are, or float in [-1, 1].
       side: height and width that they must have, one number if equal; None: any.
+      channels: that they must have.
 
-    Raises InputError for another shape
-    or dtype, no image, or values that are not finite or out of range by more than rounding.
+    Raises InputError for another shape or dtype, no image, or values that are not finite or out of range by more than
+    rounding.
     """
     height, width = ("Y", "X") if side is None else shape_of(side)
-    expected = f"an array [B, {height}, {width}, 3]"
-    images = as_array(images_BYX3, "images", expected)
+    expected = f"an array [B, {height}, {width}, {channels}]"
+    images = as_array(images_BYXC, "images", expected)
     size = images.shape[1:3] if side is None else shape_of(side)
-    _check_form("images", images, expected, images.size > 0 and images.shape[1:] == (*size, 3))
+    _check_form("images", images, expected, images.size > 0 and images.shape[1:] == (*size, channels))
     if images.dtype == np.uint8:
         return from_levels(images)
     if not jnp.issubdtype(images.dtype, jnp.floating):  # bfloat16 too

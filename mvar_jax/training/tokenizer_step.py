@@ -125,8 +125,8 @@ class CodebookOptions:
 
     def check_images(self, image_shape: tuple[int, int, int]) -> None:
         """Raise InputError if LPIPS cannot judge images `[Y, X, C]`: VGG leaves little of small ones."""
-        if self.perceptual_weight and (min(image_shape[:2]) < MIN_PERCEPTUAL_SIDE or image_shape[2] != 3):
-            expected = f"0 unless images have at least {MIN_PERCEPTUAL_SIDE} x {MIN_PERCEPTUAL_SIDE} x 3 values"
+        if self.perceptual_weight and (min(image_shape[:2]) < MIN_PERCEPTUAL_SIDE or image_shape[2] == 4):
+            expected = f"0 unless images have at least {MIN_PERCEPTUAL_SIDE} pixels a side and no alpha"
             given = " x ".join(map(str, image_shape))
             words = f"config.codebook.perceptual_weight must be {expected}, got {self.perceptual_weight} for {given}"
             field = "config.codebook.perceptual_weight"

@@ -88,7 +88,7 @@ class TokenizerTask(DataTask):
             words = "config.codebook.simvq must be False with config.init_from, whose codebook is not E W, got True"
             raise InputError(words, field="config.codebook.simvq", given=True, expected="False")
         self.tokenizer, self.options, self.adversary = tokenizer, options, adversary
-        self._image_shape = (tokenizer.image_size, tokenizer.image_size, 3)
+        self._image_shape = (tokenizer.image_size, tokenizer.image_size, tokenizer.channels)
         self.has_ssim = tokenizer.image_size >= SSIM_WINDOW
         self._is_factored, self._has_frozen = options.simvq, train_parts != "all"
         options.check_scales(len(tokenizer.sides))

@@ -231,10 +231,10 @@ def test_adversary_that_does_not_fit_is_refused(section, changes, words):
         make_task(SECTION | section, **changes)
 
 
-def test_lpips_refuses_small_images_and_those_without_three_channels():
+def test_lpips_refuses_small_images_and_those_with_alpha():
     options = CodebookOptions(perceptual_weight=1.0)
     options.check_images((48, 64, 3))
-    for shape in ((47, 64, 3), (64, 64, 1)):
+    for shape in ((47, 64, 3), (64, 64, 4)):
         with pytest.raises(InputError, match=r"^config.codebook.perceptual_weight must be 0 unless images have at "):
             options.check_images(shape)
 
