@@ -2,8 +2,8 @@
 
     python benchmarks/codebook.py --out runs/codebook
 
-Each run is `configs/digits_tokenizer.py` with other keys of `config.codebook`; complete runs are not repeated.
-2 to 3 minutes a run on two CPU cores. Prints the table of benchmarks/RESULTS.md from the last evaluations: held-out
+Each run is `configs/digits_tokenizer.py` with other keys of `config.codebook`; a complete run is not repeated.
+3 to 4 minutes a run on two CPU cores. Prints the table of benchmarks/RESULTS.md from the last evaluations: held-out
 images, averaged weights.
 """
 

@@ -107,10 +107,14 @@ def make_torch_fidelity(tensors):
 
 
 def measure_features(batch: int, rounds: int) -> bool:
-    """Run both networks alternately after one warm-up each; return whether ours is at least as fast."""
+    """Run both networks alternately after one warm-up each; return whether ours is at least as fast.
+
+    batch: images of each run; torch-fidelity takes them at once, ours in batches of the default size.
+    """
     tensors, pixels = make_tensors(), make_images(batch)
-    extractor = FeatureExtractor(make_weights(tensors), batch)
-    runs = {"ours": lambda: next(extractor.stream([pixels])).pool}
+    extractor = FeatureExtractor(make_weights(tensors))
+    parts = [pixels[i : i + extractor.batch_size] for i in range(0, batch, extractor.batch_size)]
+    runs = {"ours": lambda: np.concatenate([found.pool for found in extractor.stream(parts)])}
     theirs = make_torch_fidelity(tensors)
     if theirs is not None:
         runs["torch-fidelity"] = lambda: theirs(pixels)

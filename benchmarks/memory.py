@@ -1,6 +1,7 @@
-"""Memory of the published sizes by XLA's own figures: sampling and training, Markov and VAR view.
+"""Memory of the published sizes by XLA's own figures: sampling, training (Markov and VAR view), the tokenizer's.
 
     python benchmarks/memory.py --target h100 --depth 16 --out out    # no device needed, but jax[cuda12]
+    python benchmarks/memory.py --target h100 --parts tokenizer --batch 8
 
 The total is everything on the device: arguments (weights, optimizer), outputs and temporaries, donated buffers
 counted once. Also prints the published programs' peak and the arithmetic of ops/cost.py, and writes memory.csv and
@@ -22,12 +23,16 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 from mvar_jax.errors import InputError
 from mvar_jax.hardware.compiling import MIB, compile_for
+from mvar_jax.models.discriminator import PatchDiscriminator
+from mvar_jax.models.lpips import shapes as lpips_shapes
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import Tokenizer, quantizer_params
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.cost import attention_macs, forward_macs, kv_cache_bytes
 from mvar_jax.sampling.sampler import SampleOptions, decode_features, sample
 from mvar_jax.scales import KNOWN_SIDES
+from mvar_jax.training import tokenizer_step
+from mvar_jax.training.adversary import Adversary, AdversaryOptions, FixedWeights
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
 from mvar_jax.training.transformer_step import PhaseOptions, TransformerRecipe, train_step
@@ -126,6 +131,34 @@ def compile_step(target: str, modules, batch: int, phase, remat: str):
     return compile_for(target, step, state, rows, networks, rate, rate, donate=(0,))
 
 
+def compile_tokenizer_step(target: str, tokenizer: Tokenizer, batch: int, kind: str):
+    """Compile one optimizer step of the tokenizer with L1, L2, LPIPS, scale dropout and a moving average.
+
+    kind: of the discriminator, patch or none.
+    """
+    options = OptimizerOptions(ema_decay=0.9999)
+    losses = tokenizer_step.CodebookOptions(l1_weight=0.2, perceptual_weight=1.0, scale_dropout=0.1)
+    adversary = Adversary(AdversaryOptions(kind="patch"), PatchDiscriminator(dtype=tokenizer.dtype))
+    recipe = tokenizer_step.TokenizerRecipe(
+        tokenizer, options, losses, adversary=None if kind == "none" else adversary
+    )
+    size = tokenizer.image_size
+
+    def start():
+        key = jax.random.key(0)
+        extra = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
+        extra["adversary"] = adversary.init_state(options, key, (size, size, 3))
+        return make_state(lambda: tokenizer.init_params(key), options, extra)
+
+    def step(state, batch, fixed, *rates):
+        return tokenizer_step.train_step(recipe, state, batch, *rates, fixed)
+
+    rows = {"image": array(batch, size, size, 3, dtype=jnp.uint8), "index": array(batch, dtype=jnp.uint32)}
+    rate = array(dtype=jnp.float32)
+    fixed = FixedWeights(lpips_shapes())
+    return compile_for(target, step, shapes_like(start), rows, fixed, rate, rate, rate, donate=(0,))
+
+
 def make_row(what: str, view: str, setting: str, depth: int, batch: int, compiling) -> dict:
     begin = time.perf_counter()
     compiled = compiling()
@@ -163,6 +196,19 @@ def training_rows(args) -> list[dict]:
                     args.target, modules, args.batch, phase, remat
                 )
                 rows.append(make_row("training", view, setting, args.depth, args.batch, compiling))
+    return rows
+
+
+def tokenizer_rows(args) -> list[dict]:
+    rows = []
+    tokenizer = make_modules(args, "markov")[0]
+    for kind in ("none", "patch"):
+        for remat in (False, True):
+            setting = f"batch {args.batch}, discriminator {kind}, remat {remat}"
+            compiling = lambda kind=kind, remat=remat: compile_tokenizer_step(
+                args.target, tokenizer.clone(remat=remat), args.batch, kind
+            )
+            rows.append(make_row("tokenizer", "both", setting, args.depth, args.batch, compiling))
     return rows
 
 
@@ -211,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the computation, hence of VAR's cache")
     parser.add_argument("--views", default="markov,full", help="markov, full or both")
     parser.add_argument("--remats", default="none,dots,full", help="remat options of training")
-    parser.add_argument("--parts", default="sampling,training")
+    parser.add_argument("--parts", default="sampling,training", help="some of sampling, training and tokenizer")
     parser.add_argument("--out", type=Path, help="folder for the CSV and the figure")
     args = parser.parse_args(argv)
     print_arithmetic(args)
@@ -223,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         rows = sampling_rows(args) if "sampling" in args.parts else []
         rows += training_rows(args) if "training" in args.parts else []
+        rows += tokenizer_rows(args) if "tokenizer" in args.parts else []
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

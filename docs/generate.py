@@ -118,6 +118,7 @@ def top_level_rows() -> list[Row]:
 def config_sections() -> dict[str, list[Row]]:
     """Return the title of each part of docs/configuration.md -> its keys, in order."""
     from mvar_jax.data.options import DataOptions
+    from mvar_jax.models.refiner import Refiner
     from mvar_jax.models.tokenizer import Tokenizer
     from mvar_jax.models.transformer import Transformer
     from mvar_jax.sharding import make_mesh
@@ -132,9 +133,10 @@ def config_sections() -> dict[str, list[Row]]:
         "data": field_rows(DataOptions),
         "model, if task is tokenizer": field_rows(Tokenizer, linen),
         "model, if task is transformer": field_rows(Transformer, linen),
+        "model, if task is refiner": field_rows(Refiner, linen),
         "codebook (tokenizer)": field_rows(CodebookOptions),
         "adversary (tokenizer)": field_rows(AdversaryOptions),
-        "phases (transformer)": field_rows(PhaseOptions),
+        "phases (transformer and refiner)": field_rows(PhaseOptions),
         "optimizer": field_rows(OptimizerOptions),
         "mesh": argument_rows(make_mesh, ("devices", "dimensions")),
     }
@@ -154,9 +156,9 @@ A default is what a config without the key means. A key without a default must b
 A run that has a checkpoint resumes with the keys it began with. The keys marked `free` may change: they do not change
 what is learned. `data.path`, `data.cache` and `data.tokenizer` are free because the data themselves are compared:
 `data_identity.json` in the workdir has the number of images, the classes and a digest of the file names of a split,
-the fingerprint of the tokenizer, and what a token cache was made of. `epochs` and `optimizer.warmup_epochs` are free
-because the steps that follow from them are compared. A key that a newer version added counts as its default in an
-older run.
+the fingerprints of the tokenizer and of a refiner's transformer, and what a token cache was made of. `epochs` and
+`optimizer.warmup_epochs` are free because the steps that follow from them are compared. A key that a newer version
+added counts as its default in an older run.
 
 A run that has reached its end goes on if `num_steps` or `epochs` is larger now. `train --allow_change KEY` lets a run
 go on with another value of a key marked `allow`; the other keys never change. `config.json` notes both kinds of
@@ -192,7 +194,8 @@ def configuration_page() -> str:
     parts = [CONFIGURATION_INTRO]
     for title, rows in config_sections().items():
         section, *condition = title.removesuffix(")").split()
-        rules = rules_of("tokenizer" if "tokenizer" in condition else "transformer")
+        task = next((kind for kind in ("tokenizer", "transformer", "refiner") if kind in condition), "transformer")
+        rules = rules_of(task)
         prefix = "" if title == "Top level" else section.rstrip(",") + "."
         free = {row.name: resume_rule(rules[prefix + row.name]) for row in rows}
         cells = [(code(row.name), code(row.type), code(row.default), free[row.name], row.meaning) for row in rows]

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Compile the kernels, a d16 training step and a d16 sampler for an H100 and a TPU v5e without either: the tests marked
 # deviceless. The compilers of this jax (CUDA plugin, libtpu; 250 MB) go into VENV/compilers; only these tests see them.
-#   PYTHON=3.12 bash launch/test_deviceless.sh
+#   PYTHON=3.12 bash launch/test_deviceless.sh                   arguments go to pytest
+#   PYTHON=3.12 bash launch/test_deviceless.sh --install_only    the compilers, without the tests
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -24,6 +25,7 @@ if [ "$(cat "$VENV/compilers/.ready" 2>/dev/null)" != "$compilers" ]; then
     --upgrade --target "$VENV/compilers" $compilers || { echo "not run: could not install $compilers in time" >&2 && exit 75; }
   echo "$compilers" > "$VENV/compilers/.ready"
 fi
+[ "${1:-}" != --install_only ] || exit 0
 # two test processes compile for the TPU at once; libtpu allows one unless told otherwise
 export ALLOW_MULTIPLE_LIBTPU_LOAD=1
 export JAX_PLATFORMS=cpu OPENBLAS_NUM_THREADS=1 PYTHONPATH="$VENV/compilers${PYTHONPATH:+:$PYTHONPATH}"

@@ -1,5 +1,6 @@
 """`mvar_jax.load` and `Model`, the object that encodes, decodes, scores, samples and edits."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -25,14 +26,14 @@ from mvar_jax.values import INDEX_RANGE, MAX_INDEX, as_array, as_integer, as_see
 
 
 class Model:
-    """A tokenizer and, unless it stands alone, a transformer, with their weights.
+    """A tokenizer and, unless it stands alone, a transformer and maybe its refiner, with their weights.
 
     Methods take labels as class numbers or names, as the command line does: `["bee", 2]` or "bee,2". They raise
     InputError if an argument has another shape or type, or is out of range or empty, or if there is no transformer
     and they need one.
 
     Attributes:
-      networks: both modules and their weights as one pytree.
+      networks: the modules and their weights as one pytree.
       tokenizer, transformer: linen modules; transformer may be None.
       tokenizer_params, params: their weights.
       classes: names of the classes.
@@ -100,13 +101,20 @@ class Model:
         return decode_features(self.networks, check_features(f_hat_BYXc, self.tokenizer))
 
     def logits(self, ids_BL, labels_B) -> jax.Array:
-        """Return the logits of every scale given the true tokens of the coarser ones, `[B, L, V] float32`."""
+        """Return the logits of every scale given the true tokens of the coarser ones, `[B, L, V] float32`.
+
+        With a refiner also given the true tokens of the same map that are drawn earlier and that it sees.
+        """
         ids, labels = self._check_ids(ids_BL), self._check_labels(labels_B)
         check_rows(labels, ids)
         return analysis.teacher_forced_logits(self._both(), ids, labels)
 
     def score(self, ids_BL, labels_B) -> jax.Array:
-        """Return the negative log-likelihood of each map in nats, summed over its tokens, `[B, S] float32`."""
+        """Return the negative log-likelihood of each map in nats, summed over its tokens, `[B, S] float32`.
+
+        Of a refined map it is that of the joint distribution from which `sample` draws it; without a refiner tokens
+        of a map are drawn independently of each other.
+        """
         nll = token_cross_entropy(self.logits(ids_BL, labels_B), self._check_ids(ids_BL))
         return sum_per_scale(nll, self._transformer().pyramid.areas)
 
@@ -287,17 +295,26 @@ def _keys(seed, index_B, num: int) -> jax.Array:
 
 
 def load(
-    path: str | Path, which: str = "last", tokenizer: str | Path | None = None, precision: str | None = None
+    path: str | Path,
+    which: str = "last",
+    tokenizer: str | Path | None = None,
+    precision: str | None = None,
+    refiner: bool = True,
+    refine_scales: Sequence[int] | None = None,
 ) -> Model:
     """Load a `Model` from a model directory or from the "last" or "best" checkpoint of a training workdir.
 
     tokenizer: directory of the tokenizer, if `path` holds a transformer alone or is to be used with another
     tokenizer; of a workdir the newest checkpoint.
     precision: standard or exact, see `ops.precision`; None for the model's own.
+    refiner: use the refiner that `path` holds, if any.
+    refine_scales: scales that it refines, by number from 0, rising; None for all for which it was trained.
 
     Raises InputError if a path is neither, or holds no such checkpoint, or if there is no tokenizer, or one that does
     not fit the transformer.
     """
     path = as_path(path, "checkpoint")
     modules, params = load_both(path, which, None if tokenizer is None else as_path(tokenizer, "tokenizer"))
-    return Model(Networks.of(modules, params).with_precision(precision), class_names_of(path))
+    scales = None if refine_scales is None else tuple(refine_scales)
+    networks = Networks.of(modules, params).with_refiner(refiner, scales).with_precision(precision)
+    return Model(networks, class_names_of(path))

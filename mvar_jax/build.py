@@ -42,12 +42,14 @@ OPTIONAL_KEYS = (
     "eval_top_p",
     "eval_temperature",
 )
-# key -> whether it is a section: keys that one task may leave out, a section's keys then having their defaults
+_TOKEN_KEYS = {"phases": True, "init_from": False}
+TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": _TOKEN_KEYS, "refiner": _TOKEN_KEYS}
+# the same of keys that one task may leave out, a section's keys then having their defaults
 TASK_OPTIONS: dict[str, dict[str, bool]] = {
     "tokenizer": {"init_from": False, "train_parts": False, "adversary": True},
     "transformer": {},
+    "refiner": {},
 }
-TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": {"phases": True, "init_from": False}}
 
 
 def check_config(config: dict) -> None:
@@ -56,9 +58,10 @@ def check_config(config: dict) -> None:
     The plain keys must be what their annotations say; those of a section are checked when it is built.
 
     Keys that no options class holds:
-      task: what is trained: tokenizer or transformer.
+      task: what is trained: tokenizer, transformer or refiner.
       init_from: initial weights: a model directory, a workdir or a published file; "" for none. The model section of
-        a tokenizer then gives only what differs from that model.
+        a tokenizer then gives only what differs from that model. Of a refiner: the model directory or workdir of the
+        transformer that it refines.
       train_parts: of a tokenizer that starts from `init_from`: all, or decoder. The latter freezes encoder, quant
         convolution, codebook and phi, so that ids, token caches and transformers stay valid.
     """
@@ -203,12 +206,13 @@ def with_initial_model(config: dict, workdir: Path | None = None) -> tuple[dict,
 
 
 def build_task(config: dict, initial: Any = None):
-    """Return (task, modules of model.json, weights of the tokenizer under a transformer or None).
+    """Return (task, modules of model.json, weights of those that are not trained, by kind).
 
     initial: weights of `with_initial_model`.
     """
     from mvar_jax.scorers import make_scorer
-    from mvar_jax.training.initial import load_initial
+    from mvar_jax.training.initial import load_base, load_initial
+    from mvar_jax.training.refiner_task import RefinerTask
     from mvar_jax.training.task import TaskData
     from mvar_jax.training.tokenizer_step import CodebookOptions
     from mvar_jax.training.tokenizer_task import TokenizerTask
@@ -226,18 +230,24 @@ def build_task(config: dict, initial: Any = None):
         adversary, parts = build_adversary(config, module), config.get("train_parts", "all")
         fixed = load_fixed(options, adversary)
         task = TokenizerTask(run, module, options, task_data, scorer, adversary, fixed, initial, parts)
-        return task, {"tokenizer": module}, None
+        return task, {"tokenizer": module}, {}
 
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
-    module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
-    initial = load_initial(config["init_from"], module, sources["train"].label_names)
+    names = sources["train"].label_names
     run = run.with_images(len(sources["train"]))
     of_images = len(sources.get("val", ())), tokenizer.tokenizer.channels
     scorer = make_scorer("transformer", run, data, tokenizer.tokenizer.image_size, *of_images)
     task_data = TaskData(sources, transform, data.loading())
+    modules, frozen = {"tokenizer": tokenizer.tokenizer}, {"tokenizer": tokenizer.tokenizer_params}
+    if config["task"] == "refiner":
+        base = load_base(config["init_from"], module, tokenizer, names)
+        modules |= {"transformer": base.transformer, "refiner": module}
+        return RefinerTask(run, options, base, task_data, scorer), modules, frozen | {"transformer": base.params}
+    module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
+    initial = load_initial(config["init_from"], module, names)
     task = TransformerTask(run, module, options, tokenizer, task_data, initial, scorer)
-    return task, {"tokenizer": tokenizer.tokenizer, "transformer": module}, tokenizer.tokenizer_params
+    return task, modules | {"transformer": module}, frozen
 
 
 def build_adversary(config: dict, tokenizer):
@@ -274,10 +284,10 @@ def load_fixed(options, adversary):
     return fixed
 
 
-def open_tokens(data: DataOptions, transformer):
+def open_tokens(data: DataOptions, transformer: Any):
     """Return (tokenizer with its weights, sources by split, transform or None) of a token cache or of images.
 
-    The tokenizer computes in the transformer's precision.
+    The tokenizer computes in the precision of `transformer`, which may be a refiner.
     Raises InputError if the config names neither, or unless tokenizer, transformer and data fit together.
     """
     from mvar_jax.tokens.cache_reader import TokenCache, read_meta

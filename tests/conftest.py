@@ -55,14 +55,16 @@ gc.set_threshold(200_000, 20, 100)
 
 # Whole files go to one of three processes: the long ones first, or one of them runs alone at the end. The first makes
 # the run that later files need; another process would wait for it.
-LONG_FILES = ["test_commands", "test_window", "test_errors", "test_processes", "test_sampler", "test_sharding"]
-LONG_FILES += ["test_default_flags", "test_kill", "test_store_checkpoints", "test_run_in_store"]
-LONG_FILES += ["test_stored_models", "test_ends", "test_cache_commands", "test_notebooks", "test_transformer"]
-LONG_FILES += ["test_deviceless_d16", "test_toy_run_in_store", "test_encode", "test_weights", "test_resume"]
-LONG_FILES += ["test_store_cache", "test_package", "test_pictures", "test_folder", "test_transformer_step"]
-LONG_FILES += ["test_loop", "test_slurm", "test_tokenizer_step", "test_accumulate", "test_manager", "test_join"]
-LONG_FILES += ["test_sample", "test_four_processes", "test_locks", "test_worker_scripts", "test_joined_models"]
-LONG_FILES += ["test_tokenizer"]
+LONG_FILES = ["test_commands", "test_window", "test_store_checkpoints", "test_run_in_store"]
+LONG_FILES += ["test_stored_models", "test_errors", "test_cache_commands", "test_sampler", "test_processes"]
+LONG_FILES += ["test_sharding", "test_ends", "test_locks", "test_store_cache", "test_toy_run_in_store"]
+LONG_FILES += ["test_tokenizer", "test_package", "test_transformer", "test_default_flags", "test_loop"]
+LONG_FILES += ["test_kill", "test_notebooks", "test_encode", "test_resume", "test_weights"]
+LONG_FILES += ["test_worker_scripts", "test_accumulate", "test_pictures", "test_slurm"]
+LONG_FILES += ["test_window_sharding", "test_manager", "test_parity", "test_tokenizer_step"]
+LONG_FILES += ["test_deviceless_d16", "test_folder", "test_transformer_step", "test_join", "test_sample"]
+LONG_FILES += ["test_four_processes", "test_joined_models", "test_devices", "test_attention", "test_bfloat16"]
+LONG_FILES += ["test_precision", "test_decoder_chunks"]
 
 
 def pytest_collection_modifyitems(items):

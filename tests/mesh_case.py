@@ -8,14 +8,17 @@ import json
 import re
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from small_case import MODEL, TOKENIZER, seeded_batch, seeded_params
 
+from mvar_jax.models.discriminator import PatchDiscriminator
 from mvar_jax.ops.platform import compiling_for
 from mvar_jax.sharding import make_mesh, put_batch, replicated, use_mesh
 from mvar_jax.training import tokenizer_step
+from mvar_jax.training.adversary import Adversary, AdversaryOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import abstract_sharded, make_state
 from mvar_jax.training.transformer_step import PhaseOptions, TransformerRecipe, phase_loss, train_step
@@ -27,11 +30,16 @@ TESTED = {
     "block_diagonal": ((8, 1, 1), (2, 2, 2)),
     "window": ((1, 8, 1), (1, 1, 8)),
     "tokenizer": ((2, 2, 2),),
+    "adversarial": ((2, 2, 2),),
 }
 # every dimension that matters is told from all others: 9 + 36 tokens, 24 codes, 8 heads of width 5
 TRANSFORMER = MODEL.clone(sides=(3, 6), refine_step=1, num_heads=8, width=40, vocab_size=24, drop_path_rate=0.2)
 AUTOENCODER = TOKENIZER.clone(sides=(3, 6), ch_mult=(1,), num_phi=1, vocab_size=24)
-OPTIMIZER, PHASES, CODEBOOK = OptimizerOptions(), PhaseOptions(), tokenizer_step.CodebookOptions()
+OPTIMIZER, PHASES = OptimizerOptions(), PhaseOptions()
+CODEBOOK = tokenizer_step.CodebookOptions(
+    entropy_weight=0.1, entropy_until_step=100, entropy_temperature=0.5, scale_dropout=0.5, scale_dropout_first=1
+)
+ADVERSARY = Adversary(AdversaryOptions(kind="patch"), PatchDiscriminator(layers=1, width=8))
 EXTRA = {"hits": jnp.zeros((2, 24))}
 
 
@@ -46,12 +54,23 @@ def make_cases() -> dict:
     for phase in TRANSFORMER.phases():
         step = functools.partial(embedded_step, embed, (phase,))
         cases[phase.attention] = (TRANSFORMER, batch, step, {})
-    images = {"image": rng.integers(0, 256, (8, 6, 6, 3), np.uint8)}
+    images = {"image": rng.integers(0, 256, (8, 6, 6, 3), np.uint8), "index": np.arange(8, dtype=np.uint32)}
     step = functools.partial(
         tokenizer_step.train_step, tokenizer_step.TokenizerRecipe(AUTOENCODER, OPTIMIZER, CODEBOOK)
     )
-    cases["tokenizer"] = (AUTOENCODER, images, step, EXTRA)
+    cases["tokenizer"] = (AUTOENCODER, images, step, dict(EXTRA))
+    recipe = tokenizer_step.TokenizerRecipe(AUTOENCODER, OPTIMIZER, CODEBOOK, 2, adversary=ADVERSARY)
+    adversarial = functools.partial(adversarial_step, functools.partial(tokenizer_step.train_step, recipe))
+    part = ADVERSARY.init_state(OPTIMIZER, jax.random.key(1), (6, 6, 3))
+    images = {**images, "index": np.arange(8, dtype=np.uint32)}
+    cases["adversarial"] = (AUTOENCODER, images, adversarial, EXTRA | {"adversary": part})
     return cases
+
+
+def adversarial_step(step, state, batch, learning_rate, weight_decay):
+    """A step in which the discriminator learns at a rate of its own; its loss counts, to be compared too."""
+    state, metrics = step(state, batch, learning_rate, weight_decay, 2 * learning_rate)
+    return state, {**metrics, "loss": metrics["loss"] + metrics["discriminator_loss"]}
 
 
 def embedded_step(embed, phases, state, batch, *rates):
@@ -108,7 +127,8 @@ def main():
     report = {}
     for name, (module, batch, step, extra) in make_cases().items():
         params = seeded_params(module, std=0.1)
-        state = jax.jit(lambda params=params, extra=extra: make_state(lambda: params, OPTIMIZER, extra))()
+        start = lambda params=params, extra=extra: make_state(lambda: params, OPTIMIZER, nn.meta.unbox(extra))
+        state = jax.jit(start)()
         expected = run(jax.jit(step), state, batch)
         boxed = lambda: make_state(lambda: module.init_params(jax.random.key(0)), OPTIMIZER, extra)  # noqa: B023
         for sizes in MESHES if "all" in sys.argv else TESTED[name]:

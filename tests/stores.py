@@ -4,6 +4,7 @@ A plugin of pytest, so that its fixtures need no import. Environment variables l
 the servers.
 """
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -38,6 +39,14 @@ def forget_connections() -> None:
     paths._reached.clear()
 
 
+def remember_hosts() -> None:
+    """Let moto find the service of a host once: it lists its folder and tries 200 patterns for every request."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication as Dispatcher
+
+    if not hasattr(Dispatcher.get_backend_for_host, "cache_info"):
+        Dispatcher.get_backend_for_host = functools.cache(Dispatcher.get_backend_for_host)
+
+
 def start_s3() -> Store:
     """Start an S3 server with a bucket; the caller sets the environment."""
     import logging
@@ -45,6 +54,7 @@ def start_s3() -> Store:
     import boto3
     from moto.server import ThreadedMotoServer
 
+    remember_hosts()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()

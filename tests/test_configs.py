@@ -96,7 +96,7 @@ def test_optional_keys_mean_their_defaults_unless_given():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"task": "vae"}, "config.task must be tokenizer or transformer, got 'vae'"),
+        ({"task": "vae"}, "config.task must be tokenizer or transformer or refiner, got 'vae'"),
         ({"model": 3}, "config.model must be a section of keys, got 3"),
         ({"num_steps": {}}, "config.num_steps must be a plain value, got {}"),
         ({"num_step": 3}, "unknown key config.num_step. Did you mean num_steps"),

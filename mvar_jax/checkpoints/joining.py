@@ -1,4 +1,4 @@
-"""A tokenizer and a transformer of one directory, or joined from two."""
+"""A tokenizer, a transformer and maybe its refiner, of one directory or joined from two."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from mvar_jax.models.networks import check_fit
 
 
 def load_both(directory: Path, which: str, tokenizer: Path | None) -> tuple[dict, dict]:
-    """Load modules and parameters, both by "tokenizer" and, unless a tokenizer stands alone, "transformer".
+    """Load modules and parameters, both by kind: "tokenizer", "transformer" unless it stands alone, maybe "refiner".
 
     Args:
       directory, which: see `load_model`.
@@ -34,9 +34,9 @@ def load_both(directory: Path, which: str, tokenizer: Path | None) -> tuple[dict
         if kind not in found:
             message = f"{field}={path} holds no {kind}; name a model directory or workdir that holds one"
             raise InputError(message, field=field, given=str(path), expected=f"a {kind}")
-    both: dict[str, Any] = {"tokenizer": others["tokenizer"], "transformer": modules["transformer"]}
+    both: dict[str, Any] = {**modules, "tokenizer": others["tokenizer"]}
     try:
-        check_fit(**both)
+        check_fit(both["tokenizer"], both["transformer"])
     except InputError as error:
         message = f"tokenizer={tokenizer} does not fit the transformer in {directory}: {error}; name its own"
         raise InputError(message, field="tokenizer", given=str(tokenizer), expected="the transformer's") from None

@@ -21,16 +21,21 @@ from mvar_jax.files.atomic import write_json
 from mvar_jax.files.json_files import read_json
 from mvar_jax.models.init import LINEN_FIELDS, abstract_params
 from mvar_jax.models.networks import check_fit
+from mvar_jax.models.refiner import Refiner, check_base
 from mvar_jax.models.tokenizer import Tokenizer, fold_codebook, ids_params
 from mvar_jax.models.transformer import Transformer
 
 MODEL_FILE = "model.json"
 CLASSES_FILE = "classes.json"  # class names in the order of the labels, as training saw them
-FORMAT = 1
-MODULES = {"tokenizer": Tokenizer, "transformer": Transformer}
+FORMATS = (1, 2)  # 2: with a refiner, which earlier versions would leave out
+MODULES = {"tokenizer": Tokenizer, "transformer": Transformer, "refiner": Refiner}
 WHICH = ("last", "best")
 # fields that a module's fingerprint leaves out
-UNTOLD: dict[type, tuple[str, ...]] = {Tokenizer: ("precision", "remat", "channels"), Transformer: ("precision",)}
+UNTOLD: dict[type, tuple[str, ...]] = {
+    Tokenizer: ("precision", "remat", "channels"),
+    Transformer: ("precision",),
+    Refiner: ("precision",),
+}
 IDS_FREE = (*UNTOLD[Tokenizer], "beta")  # fields of a tokenizer that no id depends on, but for rounding
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -45,9 +50,11 @@ class ModelFile(TypedDict):
     """The content of `model.json`; each module's fields are those of its class."""
 
     format: int
-    trains: NotRequired[Literal["tokenizer", "transformer"] | None]
+    trains: NotRequired[Literal["tokenizer", "transformer", "refiner"] | None]
     tokenizer: NotRequired[dict[str, Any]]
     transformer: NotRequired[TransformerFields]
+    refiner: NotRequired[dict[str, Any]]
+    refiner_base: NotRequired[str]
 
 
 def module_to_dict(module: nn.Module) -> dict:
@@ -57,7 +64,7 @@ def module_to_dict(module: nn.Module) -> dict:
 
 
 def module_from_dict(kind: str, fields: dict, where: str | None = None) -> nn.Module:
-    """Return the module of kind "tokenizer" or "transformer" with these fields.
+    """Return the module of a kind of MODULES with these fields.
 
     where: what a user calls `fields`, such as "config.model"; None: they are those of model.json or of published
     weights. Raises InputError for an unknown or missing field, or fields that do not fit together.
@@ -82,10 +89,20 @@ def _dtype_of(given: Any, where: str) -> Any:
     return jnp.dtype(given).type
 
 
-def write_model_file(directory: Path, modules: dict[str, nn.Module], trains: str | None = None) -> None:
-    """Write `model.json` atomically. trains: the module whose weights are in the workdir's checkpoints."""
-    content: dict[str, object] = {"format": FORMAT, "trains": trains}
+def write_model_file(
+    directory: Path, modules: dict[str, nn.Module], trains: str | None = None, base: str | None = None
+) -> None:
+    """Write `model.json` atomically.
+
+    Args:
+      directory: the model directory or workdir.
+      modules: what it holds.
+      trains: the module whose weights are in the workdir's checkpoints.
+      base: fingerprint of the transformer that the refiner was trained on, if there is one.
+    """
+    content: dict[str, object] = {"format": FORMATS["refiner" in modules], "trains": trains}
     content |= {kind: module_to_dict(module) for kind, module in modules.items()}
+    content |= {"refiner_base": base} if "refiner" in modules else {}
     write_json(directory / MODEL_FILE, content)
 
 
@@ -94,11 +111,12 @@ def save_model(directory: Path, modules: dict[str, nn.Module], params: dict[str,
     directory.mkdir(parents=True, exist_ok=True)
     for kind in modules:
         save_tree(directory / kind, params[kind])
-    write_model_file(directory, modules)
+    base = fingerprint(modules["transformer"], params["transformer"]) if "refiner" in modules else None
+    write_model_file(directory, modules, base=base)
 
 
 def load_model(directory: Path, which: str = "last") -> tuple[dict[str, nn.Module], dict[str, dict]]:
-    """Load a model directory or a training workdir: (modules, parameters), both by "tokenizer" and "transformer".
+    """Load a model directory or a training workdir: (modules, parameters), both by the keys of MODULES.
 
     which: a workdir's checkpoint, "last" (the newest) or "best" (by the metric of `keep_best`). Its moving average is
     loaded if there is one. Raises InputError if the directory is not a model, a file is unreadable, or weights do not
@@ -109,12 +127,14 @@ def load_model(directory: Path, which: str = "last") -> tuple[dict[str, nn.Modul
         modules: dict[str, Any] = {kind: module_from_dict(kind, content[kind]) for kind in MODULES if kind in content}
     except InputError as error:
         raise _refuse(directory, f"has a {MODEL_FILE} that cannot be used: {error}") from None
-    if modules.keys() == MODULES.keys():
+    if {"tokenizer", "transformer"} <= modules.keys():
         try:
-            check_fit(**modules)
+            check_fit(modules["tokenizer"], modules["transformer"])
         except InputError as error:
             words = f"holds a transformer that does not fit its tokenizer: {error}; join two that were made together"
             raise _refuse(directory, words) from None
+    if "refiner" in modules and "transformer" not in modules:
+        raise _refuse(directory, "holds a refiner without its transformer")
     step, params = pick_step(directory, which), {}
     for kind, module in modules.items():
         is_trained = content.get("trains") == kind
@@ -122,6 +142,8 @@ def load_model(directory: Path, which: str = "last") -> tuple[dict[str, nn.Modul
         check_shapes(directory, kind, module, tree)
         check_finite(directory, kind, tree)
         params[kind] = tree
+    if "refiner" in modules:
+        check_refiner(directory, modules, params["transformer"], content.get("refiner_base"))
     return modules, params
 
 
@@ -139,14 +161,27 @@ def load_part(directory: Path, kind: str) -> tuple[Any, dict]:
     return module, tree
 
 
+def check_refiner(directory: Path, modules: dict[str, Any], transformer_params: Any, base: str | None) -> None:
+    """Raise InputError unless a refiner was trained on this transformer; base: the fingerprint of the one it was."""
+    try:
+        check_base(modules["refiner"], modules["transformer"])
+    except InputError as error:
+        raise _refuse(directory, f"holds a refiner that does not fit its transformer: {error}") from None
+    found = fingerprint(modules["transformer"], transformer_params)
+    if found != base:
+        words = f"holds a refiner of another transformer: its base has fingerprint {base}, this one {found}"
+        raise _refuse(directory, f"{words}; train it again with task refiner, or put its own transformer back")
+
+
 def read_model_file(directory: Path) -> Any:
     """Return the content of `model.json`, a `ModelFile`. Raises InputError if it is missing or damaged."""
     try:
         content = read_json(directory / MODEL_FILE, ModelFile)
     except (OSError, ValueError) as error:
         raise _refuse(directory, f"has no readable {MODEL_FILE}: {shorten(error)}") from None
-    if (version := content["format"]) != FORMAT:
-        raise _refuse(directory, f"has a {MODEL_FILE} of format {version!r}; this version reads format {FORMAT}")
+    if (version := content["format"]) not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
+        raise _refuse(directory, f"has a {MODEL_FILE} of format {version!r}; this version reads formats {known}")
     return content
 
 

@@ -148,7 +148,8 @@ def run(args) -> int:
     labels = model.labels(labels)
     square = read_square(args, model.tokenizer.image_size, model.tokenizer.channels)
     check_border(args.border, args.softness, square.side)
-    with owned_folder("out", out, "edit", options_of(args, "batch_size")):
+    unset = [name for name in ("refiner", "refine_scales") if getattr(args, name) in ("on", None)]  # as before them
+    with owned_folder("out", out, "edit", options_of(args, "batch_size", *unset)):
         results = draw_results(model, square, labels.repeat(args.num), options, args)
         write_edits(square, results, args.num, args.border, out)
     print(f"{out}: {len(labels) * args.num} results, {square.mask_YX.mean():.1%} of the image sampled")

@@ -10,7 +10,7 @@ from mvar_jax.processes import group
 SHOWN_CHANGE = 1e-5  # of the inception score by the order, relative
 # options of `sample` that --checkpoint takes too, with the same defaults
 SAMPLE_OPTIONS = ("which", "weight_shards", "seed", "batch_size", "truncate_uint8")
-SAMPLE_OPTIONS += ("cfg", "top_k", "top_p", "temperature", "smooth")
+SAMPLE_OPTIONS += ("cfg", "top_k", "top_p", "temperature", "smooth", "refiner", "refine_scales")
 
 
 def prepare(args, stack: contextlib.ExitStack):

@@ -58,7 +58,7 @@ def load_for_sampling(args):
         message = f"--weight_shards must be {expected}, got {args.weight_shards}"
         raise InputError(message, field="weight_shards", given=args.weight_shards, expected=expected)
     mesh = make_mesh(fsdp=args.weight_shards, devices=devices)
-    model = load(args.checkpoint, args.which, args.tokenizer, args.precision)
+    model = load(args.checkpoint, args.which, args.tokenizer, args.precision, *refiner_of(args))
     return model, place_networks(model.networks, mesh, args.dtype), mesh
 
 
@@ -66,5 +66,12 @@ def load_as_asked(args):
     """Return the `Model` that the arguments name, in their dtype and precision; see `mvar_jax.load`."""
     from mvar_jax.api import Model, load
 
-    model = load(args.checkpoint, args.which, getattr(args, "tokenizer", None), args.precision)
+    model = load(args.checkpoint, args.which, getattr(args, "tokenizer", None), args.precision, *refiner_of(args))
     return Model(model.networks.with_dtype(args.dtype), model.classes)
+
+
+def refiner_of(args) -> tuple[bool, tuple[int, ...] | None]:
+    """Return whether the arguments ask for the refiner, and for which scales."""
+    from mvar_jax.cli.sampling import refined_scales
+
+    return ("refiner" in args and args.refiner == "on"), (refined_scales(args) if "refiner" in args else None)

@@ -4,7 +4,7 @@ from mvar_jax.errors import InputError
 
 
 def add_sampling_arguments(parser) -> None:
-    """Add --cfg, --top_k, --top_p, --temperature and --smooth."""
+    """Add --cfg, --top_k, --top_p, --temperature, --smooth, --refiner and --refine_scales."""
     parser.add_argument("--cfg", type=float, default=1.5, help="guidance (default 1.5)")
     parser.add_argument("--top_k", type=int, default=0, help="keep the k most likely codes; 0: all (default)")
     parser.add_argument(
@@ -17,6 +17,35 @@ def add_sampling_arguments(parser) -> None:
         help="above 1: more varied samples, below 1: more likely ones (default 1)",
     )
     parser.add_argument("--smooth", action="store_true", help="Gumbel-average mode: smoother images, for display")
+    add_refiner_arguments(parser)
+
+
+def add_refiner_arguments(parser) -> None:
+    """Add --refiner and --refine_scales."""
+    parser.add_argument(
+        "--refiner",
+        choices=("on", "off"),
+        default="on",
+        help="on: draw with the refiner that the checkpoint holds, if any (default); off: without it",
+    )
+    parser.add_argument(
+        "--refine_scales",
+        metavar="N,N",
+        help='scales to refine by number from 0 or range, as "0-3,5" (default: all that it was trained for)',
+    )
+
+
+def refined_scales(args) -> tuple[int, ...] | None:
+    """Return the numbers of --refine_scales, None if it is not given. Raises InputError unless they are numbers."""
+    if args.refine_scales is None:
+        return None
+    try:
+        ends = [[int(end) for end in part.split("-")] for part in args.refine_scales.split(",")]
+        return tuple(scale for first, *last in ends for scale in range(first, (last or [first])[0] + 1))
+    except ValueError:
+        given, expected = args.refine_scales, 'numbers or ranges of scales, such as "0-3,5"'
+        message = f"--refine_scales must be {expected}, got {given!r}"
+        raise InputError(message, field="refine_scales", given=given, expected=expected) from None
 
 
 def add_drawing_arguments(parser) -> None:

@@ -1,4 +1,4 @@
-"""Train a tokenizer or a transformer from a config; resumes the run that WORKDIR holds."""
+"""Train a tokenizer, a transformer or its refiner from a config; resumes the run that WORKDIR holds."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from mvar_jax.files.paths import as_path
 from mvar_jax.processes import group
 from mvar_jax.stopping import STOPPED_STATUS
 
-SUMMARY = "train a tokenizer or a transformer from a config"
+SUMMARY = "train a tokenizer, a transformer or its refiner from a config"
 
 
 def add_arguments(parser) -> None:
@@ -58,7 +58,7 @@ def run(args) -> int:
     kept = read_classes(workdir, "workdir") if has_checkpoint(workdir) else ()
     config = build.with_class_order(config, kept)
     config, initial = build.with_initial_model(config, workdir)
-    task, modules, tokenizer_params = build.build_task(config, initial)
+    task, modules, frozen = build.build_task(config, initial)
     check_same_in_all(config, task)
     print_machine(task.run.mesh)
     for note in notes_on(task):
@@ -70,7 +70,7 @@ def run(args) -> int:
     if (config_arg := split_argument(args.config)[1]) is not None:
         config["config_arg"] = config_arg
     check_classes(workdir, kept, task.data["train"].label_names)
-    prepare = functools.partial(describe, workdir, modules, tokenizer_params, config["task"], task)
+    prepare = functools.partial(describe, workdir, modules, frozen, config["task"], task)
     options = {"has_lock": not args.no_lock, "strict": args.strict, "allow_change": allowed}
     result = loop.run(task, workdir, settings, config, prepare, **options)
     if result.interrupted is None:
@@ -102,13 +102,13 @@ def check_classes(workdir: Path, kept: tuple[str, ...], names: tuple[str, ...]) 
     raise InputError(words, field="classes", given=len(names), expected=f"the {len(kept)} of {workdir}")
 
 
-def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) -> None:
+def describe(workdir: Path, modules: dict, frozen: dict, trains: str, task) -> None:
     """Make the workdir a whole model on its own, and the place of the lists of skipped files.
 
     Args:
       workdir: the run's folder, held by this run.
       modules: what model.json describes.
-      tokenizer_params: weights of the tokenizer under a transformer, None for a tokenizer.
+      frozen: weights of the modules that are not trained, by kind.
       trains: the module whose weights are in the checkpoints.
       task: the task; it knows classes and skipped files.
     """
@@ -129,6 +129,6 @@ def describe(workdir: Path, modules: dict, tokenizer_params, trains: str, task) 
     write_json(workdir / CLASSES_FILE, list(task.data["train"].label_names))
     if (workdir / MODEL_FILE).exists() and has_checkpoint(workdir):
         return  # without a checkpoint it may be of another config
-    if tokenizer_params is not None:
-        save_tree(workdir / "tokenizer", tokenizer_params)
-    write_model_file(workdir, modules, trains=trains)
+    for kind, params in frozen.items():
+        save_tree(workdir / kind, params)
+    write_model_file(workdir, modules, trains=trains, base=task.base)

@@ -61,6 +61,10 @@ def published_states(checkpoint: str | os.PathLike) -> dict[str, dict[str, np.nd
     """Return the state dicts that the published programs would save, by name: vae, and mvar or var."""
     modules, params = load_model(as_path(checkpoint, "checkpoint"))
     states = {}
+    if "refiner" in modules:
+        words = f"checkpoint {checkpoint} holds a refiner, for which the published programs have no form; "
+        words += "convert the directory of its transformer"
+        raise InputError(words, field="checkpoint", given=str(checkpoint), expected="no refiner")
     for kind, module in modules.items():
         state = to_published(entries_of(kind, module), jax.tree.map(np.asarray, params[kind]))
         if kind == "tokenizer":

@@ -18,7 +18,7 @@ from mvar_jax.ops.platform import current_platform
 from mvar_jax.sharding import make_mesh, num_shards_of, replicated, spec_of
 from mvar_jax.values import as_array, as_integer
 
-BATCH_SIZES = {"cpu": 32}  # images of a device; 32 take about 0.6 GB
+BATCH_SIZES = {"cpu": 4}  # images of a device: a larger batch leaves the caches and is slower
 ACCELERATOR_BATCH_SIZE = 256
 DTYPES = ("float32", "bfloat16")
 
@@ -33,7 +33,7 @@ def inception_features(
     Args:
       images: `[N, Y, X, 3] uint8`, RGB, of any size; the network resizes them itself.
       weights: the file that `mvar convert --inception` wrote, a public download, or what `load_inception` returned.
-      batch_size: images of a device and batch, by default all, but at most 32 on a CPU and 256 on an accelerator.
+      batch_size: images of a device and batch, by default all, but at most 4 on a CPU and 256 on an accelerator.
       dtype: float32, as the published scores; bfloat16 is faster and gives other scores.
 
     Returns:

@@ -152,6 +152,14 @@ def average(x_BYXc: jax.Array) -> jax.Array:
     return pool3x3(x_BYXc, jnp.add, edge=0) / count_YX1
 
 
+def convolve(x_BYXc: jax.Array, kernel: jax.Array, *args, precision: Any, **options) -> jax.Array:
+    """Return the convolution, of a 1 x 1 kernel as one product: the same bits, and faster on a CPU."""
+    if kernel.shape[:2] != (1, 1):
+        return jax.lax.conv_general_dilated(x_BYXc, kernel, *args, precision=precision, **options)
+    y = jnp.dot(x_BYXc.reshape(-1, x_BYXc.shape[-1]), kernel[0, 0], precision=precision)
+    return y.reshape(*x_BYXc.shape[:-1], -1)
+
+
 class Block(nn.Module):
     """Branches of the same input, concatenated. Returns (the maps, those of its first unit)."""
 
@@ -170,6 +178,7 @@ class Block(nn.Module):
                 unit.padding,
                 precision=HIGHEST,
                 dtype=self.dtype,
+                conv_general_dilated=convolve,
                 name=unit.name,
             )(x_BYXc)
             if unit.pool == "average":  # after the linear 1 x 1 convolution: the same, on fewer channels

@@ -69,6 +69,42 @@ def branch_dtype(dtype: Any) -> Any:
     return jnp.float32 if current_platform() == "gpu" else dtype
 
 
+def query_key_value(module: nn.Module, x_BND: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return queries, keys and values, `[B, N, H, K]` each, with q and k normalised and biases added.
+
+    Call inside a compact method: the parameters are those of `module`, which has num_heads, init_std and dtype.
+    """
+    D, H = x_BND.shape[-1], module.num_heads
+    K = D // H
+    init = named_axes(normal(module.init_std), "width", None, "heads", "head_width")
+    kernel = module.param("qkv", init, (D, 3, H, K))
+    bias_axes = ("heads", "head_width")
+    q_bias = module.param("q_bias", named_axes(nn.initializers.zeros, *bias_axes), (H, K))
+    v_bias = module.param("v_bias", named_axes(nn.initializers.zeros, *bias_axes), (H, K))
+    log_scale = module.param("log_scale", named_axes(nn.initializers.constant(np.log(4.0)), "heads"), (H,))
+    q, k, v = project(x_BND, kernel, module.dtype)
+    q, k = normalise_query_key(add_bias(q, q_bias), k, log_scale)
+    return q, k, add_bias(v, v_bias)
+
+
+def project(x_BND: jax.Array, kernel_D3HK: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:
+    """Return the products with the three parts of a kernel, `[B, N, H, K]` each."""
+    precision, axes = precision_of("blocks", dtype), ("batch", "tokens", "heads", "head_width")
+    num_devices, platform = jax.sharding.get_abstract_mesh().size, current_platform()
+    # one einsum on TPUs, where three products of matrices move more memory, and over several CPU devices, where
+    # collectives of independent products can wait for each other for ever
+    if platform == "tpu" or (platform == "cpu" and num_devices > 1):
+        qkv = multiply("bnd,dthk->tbnhk", dtype, precision, x_BND, kernel_D3HK)
+        return tuple(constrain(qkv, None, *axes))
+    # one product on a GPU that has all heads: XLA would join three and copy their weights side by side each time
+    if platform == "gpu" and not is_split("heads"):
+        qkv = multiply_rows(x_BND, kernel_D3HK, dtype, precision)
+        return tuple(constrain(qkv[:, :, i], *axes) for i in range(3))
+    # one product each: columns of all three together would mix whole axes with one that a mesh may split
+    parts = (multiply_rows(x_BND, kernel_D3HK[:, i], dtype, precision) for i in range(3))
+    return tuple(constrain(part, *axes) for part in parts)
+
+
 class Attention(nn.Module):
     """Self-attention over the tokens of one phase; returns the output and the updated cache."""
 
@@ -82,42 +118,14 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, cache: tuple[jax.Array, jax.Array] | None, layer: jax.Array):
-        D, H = x_BND.shape[-1], self.num_heads
-        K = D // H
-        kernel = self.param(
-            "qkv", named_axes(normal(self.init_std), "width", None, "heads", "head_width"), (D, 3, H, K)
-        )
-        bias_axes = ("heads", "head_width")
-        q_bias = self.param("q_bias", named_axes(nn.initializers.zeros, *bias_axes), (H, K))
-        v_bias = self.param("v_bias", named_axes(nn.initializers.zeros, *bias_axes), (H, K))
-        log_scale = self.param("log_scale", named_axes(nn.initializers.constant(np.log(4.0)), "heads"), (H,))
-
-        q, k, v = self.project(x_BND.astype(self.dtype), kernel)
-        q, k = normalise_query_key(add_bias(q, q_bias), k, log_scale)
-        v = add_bias(v, v_bias)
+        D = x_BND.shape[-1]
+        q, k, v = query_key_value(self, x_BND.astype(self.dtype))
         if cache is not None:
             cache, (k, v) = self.extend_cache(cache, (k, v), layer)
         y_BNHK = self.attend(q, k, v)
         init = named_axes(normal(self.init_std, 1 / np.sqrt(2 * self.depth)), "heads", "head_width", "width")
         out = Linear(D, init, self.dtype, self.dtype, num_axes=2, sum_dtype=branch_dtype(self.dtype), name="proj")
         return out(y_BNHK), cache
-
-    def project(self, x_BND, kernel_D3HK):
-        """Return queries, keys and values, `[B, N, H, K]` each."""
-        precision, axes = precision_of("blocks", self.dtype), ("batch", "tokens", "heads", "head_width")
-        num_devices, platform = jax.sharding.get_abstract_mesh().size, current_platform()
-        # one einsum on TPUs, where three products of matrices move more memory, and over several CPU devices, where
-        # collectives of independent products can wait for each other for ever
-        if platform == "tpu" or (platform == "cpu" and num_devices > 1):
-            qkv = multiply("bnd,dthk->tbnhk", self.dtype, precision, x_BND, kernel_D3HK)
-            return tuple(constrain(qkv, None, *axes))
-        # one product on a GPU that has all heads: XLA would join three and copy their weights side by side each time
-        if platform == "gpu" and not is_split("heads"):
-            qkv = multiply_rows(x_BND, kernel_D3HK, self.dtype, precision)
-            return tuple(constrain(qkv[:, :, i], *axes) for i in range(3))
-        # one product each: columns of all three together would mix whole axes with one that a mesh may split
-        parts = (multiply_rows(x_BND, kernel_D3HK[:, i], self.dtype, precision) for i in range(3))
-        return tuple(constrain(part, *axes) for part in parts)
 
     def extend_cache(self, cache, new, layer):
         """Write the phase's keys and values; return the cache and the layer's part of it up to the phase's end."""
@@ -148,16 +156,19 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, D -> 4 D -> D, with a tanh-GELU between."""
+    """Two linear layers, D -> 4 D -> D, with a tanh-GELU between.
+
+    last_factor: factor of the second one's initial weights.
+    """
 
     init_std: float
-    depth: int
+    last_factor: float
     dtype: Any
 
     @nn.compact
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         D = x_BND.shape[-1]
-        up, down = normal(self.init_std), normal(self.init_std, 1 / np.sqrt(2 * self.depth))
+        up, down = normal(self.init_std), normal(self.init_std, self.last_factor)
         widen = Linear(4 * D, named_axes(up, "width", "hidden"), self.dtype, self.dtype, name="up")
         narrow = Linear(
             D,
@@ -240,7 +251,8 @@ class Block(nn.Module):
             name="attention",
         )(layer_norm(x_BND) * (1 + scale1) + shift1, cache, layer)
         x_BND = self.add_branch(x_BND, gamma1 * y, path_2B, 0)
-        y = FeedForward(self.init_std, self.depth, self.dtype, name="ffn")(layer_norm(x_BND) * (1 + scale2) + shift2)
+        feed_forward = FeedForward(self.init_std, 1 / np.sqrt(2 * self.depth), self.dtype, name="ffn")
+        y = feed_forward(layer_norm(x_BND) * (1 + scale2) + shift2)
         x_BND = self.add_branch(x_BND, gamma2 * y, path_2B, 1)
         return (x_BND, cache), None
 

@@ -1,4 +1,4 @@
-"""A tokenizer and a transformer together with their weights."""
+"""A tokenizer, a transformer and a refiner together with their weights."""
 
 import functools
 from typing import Any
@@ -8,36 +8,70 @@ import jax
 import jax.numpy as jnp
 
 from mvar_jax.errors import InputError
+from mvar_jax.models.refiner import Refiner, check_scales
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.precision import check_precision
+from mvar_jax.scales import Phase
 
 
 @flax.struct.dataclass
 class Networks:
-    """A tokenizer and, unless it stands alone, a transformer, each with its weights.
+    """A tokenizer and, unless it stands alone, a transformer and maybe its refiner, each with its weights.
 
     A pytree whose leaves are the weights; the modules are static. A compiled program takes it as one argument, and
     unused weights are not passed to the device.
 
     Attributes:
-      tokenizer, transformer: linen modules; transformer is None for a tokenizer alone.
-      tokenizer_params, params: their parameters.
+      tokenizer, transformer, refiner: linen modules; the transformer is None for a tokenizer alone.
+      tokenizer_params, params, refiner_params: their parameters.
     """
 
     tokenizer: Tokenizer = flax.struct.field(pytree_node=False)
     tokenizer_params: Any
     transformer: Transformer | None = flax.struct.field(pytree_node=False, default=None)
     params: Any = None
+    refiner: Refiner | None = flax.struct.field(pytree_node=False, default=None)
+    refiner_params: Any = None
 
     @classmethod
     def of(cls, modules: dict, params: dict) -> "Networks":
-        """Pair modules with parameters, both by "tokenizer" and "transformer"."""
-        return cls(modules["tokenizer"], params["tokenizer"], modules.get("transformer"), params.get("transformer"))
+        """Pair modules with parameters, both by "tokenizer", "transformer" and "refiner"."""
+        both = (found.get(kind) for kind in ("transformer", "refiner") for found in (modules, params))
+        return cls(modules["tokenizer"], params["tokenizer"], *both)
+
+    def refined_scales(self, phase: Phase) -> tuple[int, ...]:
+        """Return the scales of a phase whose tokens the refiner draws."""
+        refined = () if self.refiner is None else self.refiner.refined
+        return tuple(scale for scale in refined if phase.first <= scale <= phase.last)
+
+    def refines(self, scale: int) -> bool:
+        """Return whether the refiner draws a scale's tokens."""
+        return self.refiner is not None and scale in self.refiner.refined
+
+    def with_refiner(self, is_used: bool = True, scales: tuple[int, ...] | None = None) -> "Networks":
+        """Return the networks without their refiner, or with it at some of its scales alone; None for all.
+
+        Raises InputError if scales are given and there is no refiner, or it was not trained for them.
+        """
+        if scales is None:
+            return self if is_used else self.replace(refiner=None, refiner_params=None)
+        if not is_used or self.refiner is None:
+            words = "refine_scales needs a refiner, but " + (
+                "the checkpoint holds none; train one with task refiner" if is_used else "refiner is off"
+            )
+            raise InputError(words, field="refine_scales", given=scales, expected="a refiner")
+        check_scales(scales, self.refiner.refined, "refine_scales")
+        if not scales:
+            return self.with_refiner(False)
+        return self.replace(refiner=self.refiner.clone(scales=scales))
 
     def with_dtype(self, dtype: str | None) -> "Networks":
-        """Return the networks with this dtype of computation and of the transformer's weights; None keeps both."""
+        """Return the networks with this dtype of computation and, of all but the tokenizer, of weights.
+
+        None keeps both.
+        """
         if dtype is None:
             return self
         kind = jnp.dtype(dtype).type
@@ -45,6 +79,8 @@ class Networks:
             tokenizer=self.tokenizer.clone(dtype=kind),
             transformer=self.transformer and self.transformer.clone(dtype=kind),
             params=jax.tree.map(lambda x: x.astype(kind), self.params),
+            refiner=self.refiner and self.refiner.clone(dtype=kind),
+            refiner_params=jax.tree.map(lambda x: x.astype(kind), self.refiner_params),
         )
 
     def with_precision(self, precision: str | None) -> "Networks":
@@ -52,8 +88,9 @@ class Networks:
         if precision is None:
             return self
         check_precision(precision)
-        transformer = None if self.transformer is None else self.transformer.clone(precision=precision)
-        return self.replace(tokenizer=self.tokenizer.clone(precision=precision), transformer=transformer)
+        exact = lambda module: module and module.clone(precision=precision)
+        modules = {kind: exact(getattr(self, kind)) for kind in ("tokenizer", "transformer", "refiner")}
+        return self.replace(**modules)
 
     def for_decoding(self) -> "Networks":
         """Return the networks whose tokenizer decodes latent maps, inside a program.

@@ -12,7 +12,7 @@ from mvar_jax.errors import InputError
 from mvar_jax.fields import FREE, check_fields
 from mvar_jax.models.init import LINEN_FIELDS
 from mvar_jax.models.layers import Adaptive, Block, Linear, alternate, layer_norm, normal
-from mvar_jax.ops.precision import EXACT, PRECISIONS, STANDARD, computing, in_own_precision
+from mvar_jax.ops.precision import PRECISIONS, STANDARD, computing, dtype_of_ends, in_own_precision
 from mvar_jax.ops.products import PRODUCT
 from mvar_jax.ops.sampling import guide
 from mvar_jax.ops.window import BACKENDS
@@ -120,6 +120,7 @@ class Transformer(nn.Module):
         cache: tuple[jax.Array, jax.Array] | None = None,
         modulation: tuple[Modulation, ...] | None = None,
         guidance: jax.Array | float | None = None,
+        returns_hidden: bool = False,
     ):
         """Compute the logits of one phase.
 
@@ -132,6 +133,7 @@ class Transformer(nn.Module):
           modulation: results of `modulate`, given instead of labels; the rows of two parts are interleaved.
           guidance: t of `guide`, a number or `[B / 2, 1, 1]`; given, the rows are pairs of a class and "no class".
             They are mixed before the head: it is linear and (1 + t) - t = 1, so the result are the guided logits.
+          returns_hidden: return the head's input `[B, N, D] float32`, which a refiner takes, instead of logits.
 
         Returns (logits `[B, N, V] float32`, the cache with the phase's keys and values; None without a cache).
         """
@@ -180,14 +182,15 @@ class Transformer(nn.Module):
         if guidance is not None:
             pairs_B2ND = x_BND.reshape(-1, 2, *x_BND.shape[1:])
             x_BND = guide(pairs_B2ND[:, 0], pairs_B2ND[:, 1], guidance)
-        init = named_axes(normal(std, self.init_head), "width", "vocab")
-        head = Linear(self.vocab_size, init, self.end_dtype, jnp.float32, part="head", name="head")
-        return constrain(head(x_BND), "batch", "tokens", "vocab"), cache
+        if returns_hidden:
+            return constrain(x_BND, "batch", "tokens", None), cache
+        logits = head_of(self, self.init_head, name="head")(x_BND)
+        return constrain(logits, "batch", "tokens", "vocab"), cache
 
     @property
     def end_dtype(self) -> Any:
         """Return the dtype of the operands of the word embedding and of the head."""
-        return jnp.float32 if self.precision == EXACT else self.dtype
+        return dtype_of_ends(self.dtype, self.precision)
 
     def empty_cache(self, num_rows: int) -> tuple[jax.Array, jax.Array]:
         """Return VAR's empty key and value caches for all layers and tokens, each `[depth, rows, H, L, K]`.
@@ -235,6 +238,18 @@ class Transformer(nn.Module):
     def drop_path_rates(self) -> np.ndarray:
         """Return the probability of dropping each block's branches, `[depth] float32`."""
         return np.linspace(0, self.drop_path_rate, self.depth, dtype=np.float32)
+
+
+def head_of(model: Any, init_factor: float = 1.0, name: str | None = None) -> Linear:
+    """Return the linear layer from a hidden state to logits, of a transformer or a refiner."""
+    init = named_axes(normal(float(np.sqrt(1 / (3 * model.width))), init_factor), "width", "vocab")
+    return Linear(model.vocab_size, init, model.end_dtype, jnp.float32, part="head", name=name)
+
+
+def head_logits(model: Transformer, params, hidden_BND: jax.Array) -> jax.Array:
+    """Return the logits `[B, N, V] float32` of hidden states, as `Transformer.__call__` computes them."""
+    with computing(model.precision):
+        return constrain(head_of(model).apply({"params": params["head"]}, hidden_BND), "batch", "tokens", "vocab")
 
 
 def modulate(model: Transformer, params, labels_B: jax.Array) -> Modulation:

@@ -85,8 +85,7 @@ def _shift(x_BYXC: jax.Array, draws_B2: jax.Array) -> jax.Array:
     for axis, size in enumerate(x_BYXC.shape[1:3]):
         most = round(size * SHIFT)
         matrices.append(_selection(_places(draws_B2[:, axis], 2 * most + 1) - most, size, size))
-    rows, columns = matrices
-    return _apply(rows, columns, x_BYXC)
+    return _apply(matrices[0], matrices[1], x_BYXC)
 
 
 def _cut(x_BYXC: jax.Array, draws_B2: jax.Array) -> jax.Array:
@@ -106,5 +105,4 @@ def _crop_or_resize(x_BYXC: jax.Array, draws_B3: jax.Array, side: int) -> jax.Ar
     for axis, size in enumerate(x_BYXC.shape[1:3]):
         crop = _selection(_places(draws_B3[:, 1 + axis], size - side + 1), side, size)
         matrices.append(jnp.where(is_crop_B11, crop, jnp.asarray(area_matrix(size, side))))
-    rows, columns = matrices
-    return _apply(rows, columns, x_BYXC)
+    return _apply(matrices[0], matrices[1], x_BYXC)

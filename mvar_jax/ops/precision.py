@@ -52,6 +52,11 @@ def computing(precision: str) -> contextlib.AbstractContextManager:
     return jax.default_matmul_precision("highest") if precision == EXACT else contextlib.nullcontext()
 
 
+def dtype_of_ends(dtype: Any, precision: str) -> Any:
+    """Return the dtype of the operands of a model's embedding and head: float32 if `precision` is exact."""
+    return jnp.float32 if precision == EXACT else dtype
+
+
 def in_own_precision(method):
     """Decorate a method of a linen module so that it is traced in `computing(self.precision)`."""
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mvar_jax.models.networks import Networks
-from mvar_jax.models.transformer import previous_of
+from mvar_jax.models.refined import phase_logits
 from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
 from mvar_jax.ops.precision import precision_of
 from mvar_jax.sampling.sampler import SampleOptions, guided_logits, sample_pyramid
@@ -31,16 +31,14 @@ def mix_classes(networks: Networks, weights_MC: jax.Array) -> Networks:
 
 @jax.jit
 def teacher_forced_logits(networks: Networks, ids_BL, labels_B):
-    """Return the logits of every scale given the true tokens of the coarser ones, `[B, L, V] float32`."""
+    """Return the logits of every scale given the true tokens of the coarser ones, `[B, L, V] float32`.
+
+    In a refined scale also given the true tokens that the refiner draws earlier and sees.
+    """
     phases = networks.transformer.phases()
     previous = networks.apply_tokenizer(ids_BL, method="teacher_forcing")
-    return jnp.concatenate([_phase_logits(networks, previous, labels_B, phase) for phase in phases], axis=1)
-
-
-def _phase_logits(networks: Networks, previous_BMc, labels_B, phase):
-    model = networks.transformer
-    previous = previous_of(previous_BMc, phase, model.pyramid.areas[0])
-    return model.apply({"params": networks.params}, previous, labels_B, phase)[0]
+    parts = [phase_logits(networks, previous, ids_BL, labels_B, phase) for phase in phases]
+    return jnp.concatenate(parts, axis=1)
 
 
 @jax.jit
@@ -57,7 +55,7 @@ def score_classes(networks: Networks, ids_BL, classes_C):
         labels_B = jnp.full(ids_BL.shape[:1], label)
         parts = []
         for phase in model.phases():
-            logits = _phase_logits(networks, previous, labels_B, phase)
+            logits = phase_logits(networks, previous, ids_BL, labels_B, phase)
             nll_BN = token_cross_entropy(logits, ids_BL[:, phase.begin : phase.end])
             parts.append(sum_per_scale(nll_BN, areas[phase.first : phase.last + 1]))
         return jnp.concatenate(parts, axis=1)

@@ -36,14 +36,19 @@ NUM_WRITERS = 8
 
 
 def place_networks(networks: Networks, mesh: Mesh, dtype: str | None = None) -> Networks:
-    """Return the networks with their weights on a mesh, the transformer's sharded by `sharding.RULES`.
+    """Return the networks with their weights on a mesh, all but the tokenizer's sharded by `sharding.RULES`.
 
-    dtype: of the computation and of the transformer's weights; None keeps both.
+    dtype: see `Networks.with_dtype`.
     """
     networks = networks.with_dtype(dtype)
+
+    def place(params, module):
+        return None if params is None else jax.device_put(params, shardings_of(abstract_params(module), mesh))
+
     return networks.replace(
         tokenizer_params=jax.device_put(networks.tokenizer_params, replicated(mesh)),
-        params=jax.device_put(networks.params, shardings_of(abstract_params(networks.transformer), mesh)),
+        params=place(networks.params, networks.transformer),
+        refiner_params=place(networks.refiner_params, networks.refiner),
     )
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from mvar_jax.errors import InputError
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.resize import resize_area
-from mvar_jax.sampling.sampler import ReplaceFn, SampleOptions, guided_logits, sample_pyramid
+from mvar_jax.sampling.options import DRAWN_SHARE, Known, SampleOptions
+from mvar_jax.sampling.sampler import guided_logits, sample_pyramid
 from mvar_jax.values import as_real
 
-DRAWN_SHARE = 0.5  # a token is drawn if more than this share of its area is masked
 SOFTNESS = 0.5  # tokens masked from 1/4 to 3/4 are mixed
 SOFT_BORDER_SHARE = 1 / 32  # default width of the fade inside the mask, as a share of the side
 
@@ -62,18 +62,15 @@ def drawn_share(mask_BYX: jax.Array, side: int, softness: jax.Array | float) -> 
     return jnp.where(softness > 0, ramp_BN, (masked_BN > DRAWN_SHARE).astype(jnp.float32))
 
 
-def put_back(networks: Networks, known_ids_BL: jax.Array, mask_BYX: jax.Array, softness: jax.Array) -> ReplaceFn:
-    """Return a function that restores the tokens outside the mask and mixes codes at its border by `drawn_share`."""
-    pyramid, codebook = networks.transformer.pyramid, networks.tokenizer_params["codebook"]
+def known_tokens(networks: Networks, known_ids_BL: jax.Array, mask_BYX: jax.Array, softness: jax.Array):
+    """Return a function from a scale to its `Known` tokens, those outside the mask; see `drawn_share`."""
+    pyramid = networks.transformer.pyramid
 
-    def replace(scale, ids_BN, codes_BNc):
-        share_BN = drawn_share(mask_BYX, pyramid.sides[scale], softness)
-        known_BN = known_ids_BL[:, pyramid.offsets[scale] : pyramid.offsets[scale + 1]]
-        share = share_BN[..., None]
-        codes = share * codes_BNc + (1 - share) * codebook[known_BN]
-        return jnp.where(share_BN > DRAWN_SHARE, ids_BN, known_BN), codes
+    def known(scale: int) -> Known:
+        ids_BN = known_ids_BL[:, pyramid.offsets[scale] : pyramid.offsets[scale + 1]]
+        return Known(ids_BN, drawn_share(mask_BYX, pyramid.sides[scale], softness))
 
-    return replace
+    return known
 
 
 @functools.partial(jax.jit, static_argnames=("options",))
@@ -97,6 +94,6 @@ def redraw(
     Returns (ids `[B, L] int32`, f_hat `[B, Y, X, c] float32`).
     """
     logits_fn = guided_logits(networks, labels_B, options.cfg)
-    replace = put_back(networks, known_ids_BL, mask_BYX, softness)
-    ids_BL, f_hat, _ = sample_pyramid(logits_fn, networks, keys_B, options, replace=replace)
+    known = known_tokens(networks, known_ids_BL, mask_BYX, softness)
+    ids_BL, f_hat, _ = sample_pyramid(logits_fn, networks, keys_B, options, known=known)
     return ids_BL, f_hat

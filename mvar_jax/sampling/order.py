@@ -58,7 +58,9 @@ class Order:
 
     def identity(self, networks: Networks) -> dict:
         """Return everything that the files' bytes depend on, by the names of the command's options."""
-        model = networks.transformer
+        model, refiner = networks.transformer, {}
+        if networks.refiner is not None:
+            refiner["refiner"] = "weights " + fingerprint(networks.refiner, networks.refiner_params)[:16]
         return {
             # the precision is part of it; folders of 0.1.0 do not name one
             "dtype": jnp.dtype(model.dtype).name + ", exact" * (model.precision == EXACT),
@@ -73,6 +75,7 @@ class Order:
             "save_tokens": self.saves_tokens,
             "truncate_uint8": self.truncates,
             **({} if self.is_by_label else {ORDER_KEY: "round-robin"}),
+            **refiner,
         }
 
 

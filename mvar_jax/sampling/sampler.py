@@ -1,6 +1,5 @@
 """Sampling of token pyramids, scale by scale (MVAR section 3; docs/method.md, Sampling)."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +14,14 @@ from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.quantize import next_input
 from mvar_jax.ops.sampling import (
     draw,
-    filter_logits,
     guidance_strength,
     gumbel_noise,
     mix_codes,
     smooth_weights,
 )
+from mvar_jax.sampling.options import Known, SampleOptions
+from mvar_jax.sampling.refining import Unrefined, draw_refined
 from mvar_jax.sharding import constrain, map_rows
-from mvar_jax.values import as_flag, as_integer, as_real
 
 # Bytes of activations that the decoder may hold: otherwise its last stage would dominate memory. Each of its stages
 # takes as many images at once as fit, so that the coarse ones fill an accelerator. On a CPU convolutions are fastest
@@ -33,42 +32,8 @@ MAPS_HELD = 3  # at once in a residual block: its input, a normalised map and a 
 # the cache: 0.8 of the time.
 DRAW_ELEMENTS = {"cpu": 2**20, "gpu": 2**24, "tpu": 2**24}
 
-# (scale, previous_BNc, carry) -> (guided logits [B, N, V], carry)
-LogitsFn = Callable[[int, jax.Array, Any], tuple[jax.Array, Any]]
-# (scale, ids [B, N], codes [B, N, c]) -> ids and codes that replace them
-ReplaceFn = Callable[[int, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleOptions:
-    """How ids are drawn from logits.
-
-    Attributes:
-      cfg: guidance, 0 (none) to 1e6.
-      top_k, top_p: filters; 0 switches one off, top_k 1 is greedy.
-      smooth: Gumbel average of codes instead of drawn ones.
-      temperature: divides the guided logits before the filters, 1e-6 to 1e6; 1 in the published programs.
-
-    Numbers of numpy and jax become Python's. Raises InputError if a value is of another type or out of range, beyond
-    which float32 would overflow.
-    """
-
-    cfg: float = 1.5
-    top_k: int = 0
-    top_p: float = 0.0
-    smooth: bool = False
-    temperature: float = 1.0
-
-    def __post_init__(self):
-        checked = {
-            "cfg": as_real(self.cfg, "cfg", 0, 1e6, "from 0 (no guidance) to 1e6"),
-            "top_k": as_integer(self.top_k, "top_k", 0, expected="0 or more (0: off)"),
-            "top_p": as_real(self.top_p, "top_p", 0, 1, "from 0 to 1 (0: off)"),
-            "smooth": as_flag(self.smooth, "smooth"),
-            "temperature": as_real(self.temperature, "temperature", 1e-6, 1e6, "from 1e-6 to 1e6 (1: no change)"),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+# (scale, previous_BNc, carry) -> (guided logits [B, N, V], or what the refiner takes, carry)
+LogitsFn = Callable[[int, jax.Array, Any], tuple[Any, Any]]
 
 
 def sample_pyramid(
@@ -77,14 +42,16 @@ def sample_pyramid(
     keys_B,
     options: SampleOptions,
     noise=gumbel_noise,
-    replace: ReplaceFn | None = None,
+    known: Callable[[int], Known] | None = None,
 ):
     """Draw every scale from the logits of `logits_fn`.
 
     Args:
       keys_B: one random key per sample.
       noise: (logits_BNV, keys_B) -> Gumbel noise of the smooth mode.
-      replace: replaces drawn tokens, as editing does; None keeps them.
+      known: returns the known tokens of a scale, as editing does; None: there are none.
+
+    A scale that the refiner refines is drawn by `draw_refined`.
 
     Returns (ids `[B, L] int32`, f_hat `[B, Y, X, c] float32`, guided logits of each scale before the filters).
     """
@@ -95,12 +62,18 @@ def sample_pyramid(
     previous, carry = jnp.zeros((B, 0, code_width)), None
     ids, all_logits = [], []
     for scale in range(len(sides)):
-        logits_BNV, carry = logits_fn(scale, previous, carry)
-        all_logits.append(logits_BNV)
+        found, carry = logits_fn(scale, previous, carry)
         scale_keys = jax.vmap(functools.partial(jax.random.fold_in, data=scale))(keys_B)
-        ids_BN, codes = draw_scale(logits_BNV, scale_keys, codebook, options, scale, len(sides), noise)
-        if replace is not None:
-            ids_BN, codes = replace(scale, ids_BN, codes)
+        known_here = None if known is None else known(scale)
+        if networks.refines(scale):
+            arguments = networks, scale, found, scale_keys, options, noise, known_here
+            ids_BN, codes, logits_BNV = draw_refined(*arguments)
+        else:
+            logits_BNV = found
+            ids_BN, codes = draw_scale(logits_BNV, scale_keys, codebook, options, scale, len(sides), noise)
+        all_logits.append(logits_BNV)
+        if known_here is not None:
+            ids_BN, codes = known_here.keep(ids_BN), known_here.mix(codes, codebook)
         ids.append(ids_BN)
         f_hat = networks.apply_tokenizer(f_hat, codes, scale, method="add_codes")
         if scale + 1 < len(sides):
@@ -133,9 +106,7 @@ def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int,
 
     def draw_some(rows):
         logits_bNV, keys_b = rows
-        if options.temperature != 1:
-            logits_bNV = logits_bNV / options.temperature
-        filtered = filter_logits(logits_bNV, options.top_k, options.top_p)
+        filtered = options.apply(logits_bNV)
         ids_bN = draw(filtered, keys_b)
         if not options.smooth:
             return ids_bN, codebook[ids_bN]
@@ -149,6 +120,7 @@ def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float | jax.Arra
 
     Markov: cfg of exactly 1 means conditional logits only, as in the published program, and a scale with t = 0 needs
     no unconditional rows. VAR is guided at cfg 1 too and carries the keys and values of the coarser scales.
+    For a scale that the refiner draws, it returns the hidden states of both rows and t instead, as `Unrefined`.
 
     cfg: a number, or an array `[B]` of which all values share one program.
     """
@@ -173,7 +145,10 @@ def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float | jax.Arra
             cache = model.empty_cache(len(previous))
         rows = parts if has_both else parts[:1]
         mixed = strength if has_both else None
-        return model.apply({"params": params}, previous, None, phase, None, cache, rows, mixed)
+        if not networks.refines(scale):
+            return model.apply({"params": params}, previous, None, phase, None, cache, rows, mixed)
+        hidden, cache = model.apply({"params": params}, previous, None, phase, None, cache, rows, returns_hidden=True)
+        return Unrefined(hidden, mixed), cache
 
     return logits_fn
 

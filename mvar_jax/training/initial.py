@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mvar_jax.checkpoints.class_names import NUM_IMAGENET_CLASSES, ClassNames, class_names_of, imagenet_spellings
+from mvar_jax.checkpoints.class_names import (
+    NUM_IMAGENET_CLASSES,
+    ClassNames,
+    class_names_of,
+    imagenet_spellings,
+    read_classes,
+)
 from mvar_jax.checkpoints.model_directory import (
     IDS_FREE,
     check_shapes,
@@ -17,7 +23,10 @@ from mvar_jax.checkpoints.model_directory import (
 )
 from mvar_jax.convert.weights import load_published, load_published_tokenizer
 from mvar_jax.errors import InputError
+from mvar_jax.fields import put_below
 from mvar_jax.files.paths import as_path
+from mvar_jax.models.networks import Networks
+from mvar_jax.models.refiner import Refiner, check_base
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.scales import KNOWN_SIDES
 
@@ -28,7 +37,7 @@ class Initial(NamedTuple):
     """Initial weights.
 
     Attributes:
-      params: the parameter tree.
+      params: the parameter tree, or its top-level entries that are given; the others are the run's own.
       fresh_rows: rows of the class table that the run initializes itself, `[C + 1] bool`; None for none.
       note: what is said when they are used, "" for nothing.
     """
@@ -120,6 +129,45 @@ def load_initial_tokenizer(
         words += f"config.train_parts=decoder, which keeps the ids, got {now[name]!r}"
         raise InputError(words, field=f"config.model.{name}", given=now[name], expected=repr(before[name]))
     return fields, Initial(params)
+
+
+def load_base(path: str, refiner: Refiner, tokenizer: Networks, label_names: Sequence[str]) -> Networks:
+    """Load the transformer that a refiner refines; return it with the tokenizer of the data.
+
+    Args:
+      path: of its model directory or workdir.
+      refiner: the module of the run.
+      tokenizer: networks of the data's tokenizer alone.
+      label_names: names of the data's classes.
+
+    Raises InputError if there is no transformer, or one of other sizes, classes or tokens.
+    """
+    field = "config.init_from"
+    expected = "a model directory or workdir with a transformer"
+    if not path:
+        words = f"{field} must name {expected}, which the refiner refines, got ''"
+        raise InputError(words, field=field, given=path, expected=expected)
+    directory = as_path(path, field)
+    modules, params = load_model(directory)
+    if "transformer" not in modules:
+        raise InputError(f"{field}={path} holds no transformer", field=field, given=path, expected=expected)
+    transformer = modules["transformer"]
+    try:
+        check_base(refiner, transformer)
+    except InputError as error:
+        raise put_below(error, "config.model") from None
+    if "tokenizer" in modules:
+        there = ids_fingerprint(modules["tokenizer"], params["tokenizer"])
+        if there != (ours := ids_fingerprint(tokenizer.tokenizer, tokenizer.tokenizer_params)):
+            words = f"{field}={path} was trained with a tokenizer of other ids than the data's: their fingerprints "
+            words += f"are {there} and {ours}; name the transformer of these data"
+            raise InputError(words, field=field, given=there, expected=ours)
+    num_classes, own = transformer.num_classes, read_classes(directory, field)
+    if num_classes != len(label_names) or own not in ((), tuple(label_names)):
+        words = f"{field}={path} must have the {len(label_names)} classes of the data in their order, "
+        words += f"got {num_classes} classes" + " of other names or order" * (num_classes == len(label_names))
+        raise InputError(words, field=field, given=num_classes, expected="the classes of the data")
+    return tokenizer.replace(transformer=transformer, params=params["transformer"], refiner=refiner)
 
 
 def _names_of(path: Path, num_classes: int) -> ClassNames:

@@ -12,7 +12,7 @@ from mvar_jax.schema import Decay, Natural, NotNegative, Positive, Share
 from mvar_jax.training.schedules import check_schedule, learning_rate_factor, weight_decay_at
 
 UNDECAYED = ("bias", "q_bias", "v_bias", "scale", "log_scale", "pos_start", "pos_embed", "level_embed")
-UNDECAYED += ("adaptive_offset", "codebook", "codebook_map")
+UNDECAYED += ("adaptive_offset", "codebook", "codebook_map", "outside")
 FIXED = ("codebook_basis",)  # parameters that no step moves, nor rounding in their average
 
 
@@ -138,9 +138,8 @@ def apply_gradients(
     ema = state.ema
     if ema is not None:
         average = lambda e, p: options.ema_decay * e + (1 - options.ema_decay) * p
-        ema = jax.tree_util.tree_map_with_path(
-            lambda k, e, p: e if path_name(k) in FIXED else average(e, p), ema, params
-        )
+        keep_or_average = lambda path, e, p: e if path_name(path) in FIXED else average(e, p)
+        ema = jax.tree_util.tree_map_with_path(keep_or_average, ema, params)
     is_good = jnp.isfinite(norm) & jnp.isfinite(loss)
     moved = (params, ema, opt_state)
     kept = (state.params, state.ema, state.opt_state)

@@ -56,5 +56,5 @@ class Task(abc.ABC):
         """Return images by name, uint8 [Y, X, 3]. Every process calls this, and the first one writes them."""
 
     def histograms(self, state: Any) -> dict[str, np.ndarray]:
-        """Return numbers by name, `[N]` each, whose distributions an evaluation shows; by default none."""
+        """Return numbers by name, `[N]` each, whose distributions TensorBoard shows; by default none."""
         return {}

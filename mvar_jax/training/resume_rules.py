@@ -25,6 +25,7 @@ from mvar_jax.fields import check_keys, flatten
 from mvar_jax.files.atomic import write_atomically
 from mvar_jax.files.json_files import read_json
 from mvar_jax.models.init import LINEN_FIELDS
+from mvar_jax.models.refiner import Refiner
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import MESH_AXES, make_mesh
@@ -45,7 +46,7 @@ NOTES = ("history", "config_arg")
 _CHANGEABLE = ("num_steps", "batch_size")
 _CHANGEABLE_SECTIONS = ("optimizer", "codebook", "phases", "adversary")
 # keys of these sections that decide on the shapes of what a checkpoint holds
-_SHAPES = ("adversary.kind", "adversary.layers", "adversary.width")
+_SHAPES = ("codebook.simvq", "adversary.kind", "adversary.layers", "adversary.width")
 _SECTIONS = {
     "data": DataOptions,
     "optimizer": OptimizerOptions,
@@ -53,7 +54,7 @@ _SECTIONS = {
     "adversary": AdversaryOptions,
     "phases": PhaseOptions,
 }
-_MODELS = {"tokenizer": Tokenizer, "transformer": Transformer}
+_MODELS = {"tokenizer": Tokenizer, "transformer": Transformer, "refiner": Refiner}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +73,8 @@ class Rule:
 
 
 def rules_of(task: str | None) -> dict[str, Rule]:
-    """Return the rule of every config key by its name, such as "optimizer.beta1". task: tokenizer or transformer."""
-    # the initial weights are used up when the first checkpoint is written
+    """Return the rule of every config key by its name, such as "optimizer.beta1". task: of the config."""
+    # the initial weights are used up when the first checkpoint is written; those under a refiner are compared as data
     rules = {"task": Rule(False), "init_from": Rule(True, ""), "train_parts": Rule(False, "all")}
     for cls in (RunOptions, LoopSettings):
         rules |= _rules_of_fields(cls, "")
@@ -109,7 +110,7 @@ def _plain_default(field: dataclasses.Field) -> Any:
 
 
 def check_allowed(keys: Collection[str], task: str) -> None:
-    """Raise InputError for a key that `--allow_change` may not name. task: tokenizer or transformer."""
+    """Raise InputError for a key that `--allow_change` may not name. task: of the config."""
     rules = rules_of(task)
     check_keys(dict.fromkeys(keys), rules, "config")
     for key in keys:

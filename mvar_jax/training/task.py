@@ -1,4 +1,4 @@
-"""What both tasks share: options of a run, state, batches and evaluation data."""
+"""What the tasks share: options of a run, state, batches and evaluation data."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ NUM_PICTURES = 16
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Options that both tasks share.
+    """Options that all tasks share.
 
     Attributes:
       seed: seed of the initial weights, the order of samples, augmentation and dropout.
@@ -171,6 +171,7 @@ class DataTask(Task):
         init = functools.partial(self._init_params, jax.random.key(run.seed, impl="rbg"))
         self._make_state = lambda: make_state(init, run.optimizer, extra(), trained)
         self.initial: Initial | None = None
+        self.base: str | None = None  # fingerprint of the transformer that a refiner refines
         # outputs are placed as the state: left to itself the compiler may place them differently
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         self._whole = replicated(run.mesh)
@@ -188,19 +189,20 @@ class DataTask(Task):
         if self.initial.note:
             say(self.initial.note)
         # the average has buffers of its own: a step donates both
-        ema = None if state.ema is None else self._start_params(state, abstract.params)
-        return state.replace(params=self._start_params(state, abstract.params), ema=ema)
+        ema = None if state.ema is None else self._start_params(state.ema, abstract.params)
+        return state.replace(params=self._start_params(state.params, abstract.params), ema=ema)
 
-    def _start_params(self, state: TrainState, abstract_params):
-        """Return the weights that fine-tuning starts from, with fresh class rows taken from the run's own state."""
+    def _start_params(self, own: dict, abstract_params: dict):
+        """Return the run's own weights with those that fine-tuning starts from, but with fresh class rows."""
         initial = self.initial
         assert initial is not None
         place = lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding)
-        params = jax.tree.map(place, initial.params, abstract_params)
+        given = jax.tree.map(place, initial.params, {name: abstract_params[name] for name in initial.params})
+        params = {**own, **given}
         if initial.fresh_rows is not None:
             is_fresh_C1 = jax.device_put(initial.fresh_rows[:, None], self._whole)
             pick = jax.jit(jnp.where, out_shardings=abstract_params[CLASS_TABLE].sharding)
-            params[CLASS_TABLE] = pick(is_fresh_C1, state.params[CLASS_TABLE], params[CLASS_TABLE])
+            params[CLASS_TABLE] = pick(is_fresh_C1, own[CLASS_TABLE], params[CLASS_TABLE])
         return params
 
     def abstract_state(self) -> TrainState:

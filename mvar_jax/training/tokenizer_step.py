@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,6 @@ from mvar_jax.training.tokenizer_losses import (
 )
 
 MIN_PERCEPTUAL_SIDE = 48  # pixels
-
 NUM_ENTROPY_TOKENS = 2048  # of a step
 SCALES_KEY, TOKENS_KEY = 0, 1  # folded into a row's key
 
@@ -113,11 +114,6 @@ class CodebookOptions:
                 expected=expected,
             )
 
-    @property
-    def last_redraw(self) -> int:
-        """Return the last step at which codes may be redrawn."""
-        return max(self.warmup_steps, self.revive_until_step if self.revive_every_steps else 0)
-
     def entropy_weight_at(self, step: jax.Array) -> jax.Array:
         """Return the weight of the entropy term at a step, 0 in the warm-up."""
         share = jnp.clip(1 - step / max(self.entropy_until_step, 1), 0, 1)
@@ -131,6 +127,11 @@ class CodebookOptions:
             words = f"config.codebook.perceptual_weight must be {expected}, got {self.perceptual_weight} for {given}"
             field = "config.codebook.perceptual_weight"
             raise InputError(words, field=field, given=self.perceptual_weight, expected=expected)
+
+    @property
+    def last_redraw(self) -> int:
+        """Return the last step at which codes may be redrawn."""
+        return max(self.warmup_steps, self.revive_until_step if self.revive_every_steps else 0)
 
     @property
     def pixel_weights(self) -> PixelWeights:
@@ -156,17 +157,16 @@ def count_hits(ids_BL: jax.Array, sides: tuple[int, ...], vocab_size: int) -> ja
 def draw_rows(recipe: "TokenizerRecipe", batch: dict) -> dict[str, jax.Array]:
     """Return what the rows of a batch draw: functions of (seed, the row's place in the training stream) alone.
 
-    `num_scales` [B]: first scales that a row keeps, with scale dropout; `tokens` [B, m]: places of the tokens that
-    the entropy term takes.
+    `num_scales` [B]: first scales that the row keeps; `tokens` [B, m]: places of its tokens that the entropy term
+    takes; each only if the recipe uses it.
     """
-    options, sides = recipe.options, recipe.model.sides
-    draws = {}
+    options, sides, drawn = recipe.options, recipe.model.sides, {}
     if options.scale_dropout:
-        draws["num_scales"] = draw_num_scales(options, len(sides), keys_of_samples(recipe.seed, batch["index"]))
+        drawn["num_scales"] = draw_num_scales(options, len(sides), keys_of_samples(recipe.seed, batch["index"]))
     if options.entropy_weight:
         num = max(1, NUM_ENTROPY_TOKENS // len(batch["index"]))
-        draws["tokens"] = draw_tokens(sides, keys_of_samples(recipe.seed, batch["index"]), num)
-    return draws
+        drawn["tokens"] = draw_tokens(sides, keys_of_samples(recipe.seed, batch["index"]), num)
+    return drawn
 
 
 def draw_num_scales(options: CodebookOptions, num_scales: int, keys_B: jax.Array) -> jax.Array:
@@ -190,23 +190,57 @@ def draw_tokens(sides: tuple[int, ...], keys_B: jax.Array, num: int) -> jax.Arra
     return jax.vmap(draw)(keys_B)
 
 
-def forward(model: Tokenizer, params, rows: dict, use_codes, entropy_weight=0.0, temperature: float = 1.0):
-    """Return ((reconstruction, loss that does not come by the pixels), (input of the last convolution, parts)).
+class EntropyTerm(NamedTuple):
+    """The entropy term of a step.
+
+    Attributes:
+      weight: of this step.
+      temperature: see `CodebookOptions`.
+      row_stride: it takes tokens of every row_stride-th row alone, so that a large batch has no more of them.
+    """
+
+    weight: jax.Array | float
+    temperature: float
+    row_stride: int = 1
+
+    def of(self, model: Tokenizer, params, rests: tuple[jax.Array, ...], tokens_Bm: jax.Array) -> jax.Array:
+        """Return the term, without its weight. rests: of `Encoded`."""
+        num = max(1, len(tokens_Bm) // self.row_stride)
+        rows = slice(0, num * self.row_stride, self.row_stride)
+        chosen = tuple(rest[rows] for rest in rests), tokens_Bm[rows]
+        return model.apply({"params": params}, *chosen, self.temperature, method="assignment_entropy")
+
+
+def entropy_term(options: CodebookOptions, step: jax.Array, batch_size: int) -> EntropyTerm | None:
+    """Return the entropy term of a step, None if it has none."""
+    if not options.entropy_weight:
+        return None
+    stride = math.ceil(batch_size / NUM_ENTROPY_TOKENS)
+    return EntropyTerm(options.entropy_weight_at(step), options.entropy_temperature, stride)
+
+
+def forward(model: Tokenizer, params, rows: dict, use_codes, entropy: EntropyTerm | None = None):
+    """Return ((reconstruction, quantizer loss), (input of the decoder's last convolution, parts)).
+
+    The quantizer loss includes the weighted entropy term, if there is one.
 
     Args:
-      rows: `image`, and what `draw_rows` gives.
-      entropy_weight, temperature: of the entropy term.
+      model, params: the tokenizer; its codebook may be in factors.
+      rows: `image`, and what of `draw_rows` there is.
+      use_codes: see `Tokenizer.__call__`.
+      entropy: if not None, rows need `tokens`.
 
-    parts, means over the batch: `quantizer_loss`, `hits` [S, V] per image, and `entropy_loss` if there are tokens.
+    parts, means over the batch: `quantizer_loss` and `entropy_loss` by themselves, `hits` [S, V] per image.
     """
     params, images = multiply_codebook(params), rows["image"]
-    (rec, loss, encoded), features = apply_training(model, params, images, use_codes, rows.get("num_scales"))
+    (rec, quantizer_loss, encoded), features = apply_training(
+        model, params, images, use_codes, rows.get("num_scales")
+    )
     hits_SV = count_hits(encoded.ids_BL, model.sides, model.vocab_size) / images.shape[0]
-    parts = {"quantizer_loss": loss, "hits": hits_SV}
-    if rows.get("tokens") is not None:
-        chosen = encoded.rests, rows["tokens"], temperature
-        parts["entropy_loss"] = model.apply({"params": params}, *chosen, method="assignment_entropy")
-        loss += entropy_weight * parts["entropy_loss"]
+    loss, parts = quantizer_loss, {"quantizer_loss": quantizer_loss, "hits": hits_SV}
+    if entropy is not None:
+        parts["entropy_loss"] = entropy.of(model, params, encoded.rests, rows["tokens"])
+        loss += entropy.weight * parts["entropy_loss"]
     return (rec, loss), (features, parts)
 
 
@@ -216,16 +250,16 @@ def tokenizer_loss(
     params,
     rows: dict,
     use_codes,
-    fixed: FixedWeights = FixedWeights(),  # noqa: B008
-    entropy_weight: jax.Array | float = 0.0,
+    fixed=FixedWeights(),  # noqa: B008
+    entropy: EntropyTerm | None = None,
 ):
-    """Return (loss, parts): the losses of the raw reconstruction's pixels plus the quantizer's and the entropy term.
+    """Return (loss, parts): the losses of the raw reconstruction's pixels plus those of the quantizer.
 
     parts: those of `forward` and `pixel_loss`.
     """
-    (rec, other), (_, parts) = forward(model, params, rows, use_codes, entropy_weight, options.entropy_temperature)
+    (rec, quantizer_loss), (_, parts) = forward(model, params, rows, use_codes, entropy)
     loss, of_pixels = pixel_loss(options.pixel_weights, fixed, rec, rows["image"])
-    return loss + other, parts | of_pixels
+    return loss + quantizer_loss, parts | of_pixels
 
 
 TRAIN_PARTS: dict[str, Callable[[dict], dict]] = {"all": dict, "decoder": decoder_params}
@@ -235,9 +269,9 @@ TRAIN_PARTS: dict[str, Callable[[dict], dict]] = {"all": dict, "decoder": decode
 class TokenizerRecipe:
     """The constants of all steps of a run: hashable, so static in a compiled step.
 
-    num_parts: equal parts of a batch whose gradients are accumulated. seed: of scale dropout, the entropy term and
-    the augmentation of what the discriminator sees. adversary: of the steps that have one. train_parts: all, or
-    decoder: the ids and all parameters that they depend on stay as they are.
+    num_parts: equal parts of a batch whose gradients are accumulated. seed: of scale dropout, of the entropy term's
+    tokens, and of the augmentation of what the discriminator sees. adversary: of the steps that have one.
+    train_parts: all, or decoder: the ids and all parameters that they depend on stay as they are.
     """
 
     model: Tokenizer
@@ -268,7 +302,8 @@ def train_step(
       recipe: constants of the step.
       state: `extra.hits` is the usage moving average [S, V], `extra.adversary` that of `Adversary.init_state`, which
         a step without an adversary leaves alone.
-      batch: `image`, and with augmentation `index`, uint32 [B], the samples' places in the training stream.
+      batch: `image`, and `index`, uint32 [B], the samples' places in the training stream, if something is drawn: with
+        scale dropout, the entropy term or augmentation.
       learning_rate, weight_decay: of this step.
       discriminator_rate: learning rate of the discriminator.
       fixed: weights that the losses need.
@@ -276,24 +311,20 @@ def train_step(
     model, options, adversary = recipe.model, recipe.options, recipe.adversary
     use_codes = state.step >= options.warmup_steps
     before, trained = state, recipe.trained(state.params)
-    entropy_weight = options.entropy_weight_at(state.step)
+    entropy = entropy_term(options, state.step, len(batch["image"]))
     rows = {"image": as_images(batch["image"]), **draw_rows(recipe, batch)}
     generated = None
     # only what is trained is differentiated, so a frozen encoder has no backward pass
     whole = lambda params: before.params | params
     if adversary is None:
-        loss_fn = lambda params, part: tokenizer_loss(
-            model, options, whole(params), part, use_codes, fixed, entropy_weight
-        )
+        loss_fn = lambda params, part: tokenizer_loss(model, options, whole(params), part, use_codes, fixed, entropy)
         (loss, parts), grads = value_and_grad_over_parts(loss_fn, trained, rows, recipe.num_parts)
     else:
         if adversary.options.augment:
             rows["draws"] = draw_passes(recipe.seed, batch["index"], state.step)
         last, part = state.params["decoder"]["conv_out"], state.extra["adversary"]
         generated = adversarial_gradients(
-            lambda params, part: forward(
-                model, whole(params), part, use_codes, entropy_weight, options.entropy_temperature
-            ),
+            lambda params, part: forward(model, whole(params), part, use_codes, entropy),
             trained,
             rows,
             recipe.num_parts,
@@ -323,10 +354,11 @@ def train_step(
     state = state.replace(
         params=whole(state.params), ema=before.ema and before.ema | state.ema, extra={**extra, "hits": hits_ema_SV}
     )
-    measured |= {name: parts[name] for name in ("quantizer_loss", "entropy_loss") if name in parts}
-    measured |= {"psnr_db": psnr_of_error(parts["mse"], 2), **describe_usage(hits_ema_SV, B, model.sides)}
+    logged = {"quantizer_loss", "entropy_loss"}
     if adversary is not None or options.perceptual_weight:
-        measured |= {name: x for name, x in parts.items() if name not in ("mse", "hits")}
+        logged = parts.keys() - {"mse", "hits"}
+    measured |= {name: x for name, x in parts.items() if name in logged}
+    measured |= {"psnr_db": psnr_of_error(parts["mse"], 2), **describe_usage(hits_ema_SV, B, model.sides)}
     return state, {"loss": loss, **measured, **metrics}
 
 

@@ -15,7 +15,7 @@ from mvar_jax.data.pipeline import eval_batches
 from mvar_jax.errors import InputError, RunError
 from mvar_jax.files.images import min_zoom, side_by_side, tile_columns, to_uint8
 from mvar_jax.models.init import abstract_params
-from mvar_jax.models.lpips import lpips_loss
+from mvar_jax.models.lpips import Lpips, lpips_loss
 from mvar_jax.models.lpips import shapes as lpips_shapes
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import Tokenizer, factor_codebook, fold_codebook, ids_params, multiply_codebook
@@ -32,7 +32,7 @@ from mvar_jax.training.scoring import Scorer
 from mvar_jax.training.state import TrainState
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 
-NUM_ROWS = 8  # images shown from the first 1, 2, ... scales
+NUM_ROWS = 8  # most images shown from the first 1, 2, ... scales
 
 
 def check_train_parts(train_parts: str, options: tokenizer_step.CodebookOptions) -> None:
@@ -89,8 +89,7 @@ class TokenizerTask(DataTask):
             raise InputError(words, field="config.codebook.simvq", given=True, expected="False")
         self.tokenizer, self.options, self.adversary = tokenizer, options, adversary
         self._image_shape = (tokenizer.image_size, tokenizer.image_size, tokenizer.channels)
-        self.has_ssim = tokenizer.image_size >= SSIM_WINDOW
-        self._is_factored, self._has_frozen = options.simvq, train_parts != "all"
+        self._has_frozen = train_parts != "all"
         options.check_scales(len(tokenizer.sides))
         options.check_images(self._image_shape)
         if adversary is not None:
@@ -115,12 +114,12 @@ class TokenizerTask(DataTask):
 
     def _init_params(self, key: jax.Array):
         params = super()._init_params(key)
-        return factor_codebook(params) if self._is_factored else params
+        return factor_codebook(params) if self.options.simvq else params
 
     def averaged(self, state):
         """Return the weights to evaluate, with an ordinary codebook."""
         params = super().averaged(state)
-        if not self._is_factored:
+        if not self.options.simvq:
             return params
         params = fold_codebook(params)
         place = NamedSharding(self.run.mesh, spec_of(("vocab", "code")))
@@ -215,28 +214,31 @@ class TokenizerTask(DataTask):
             flops["discriminator"] = count(self.adversary.network.apply, variables, image)
         return flops
 
-    def _eval_step(self, params, batch):
-        """Return sums over real rows: (squared error of the clipped image, its PSNR, its SSIM, hits [S, V], rows).
+    def _eval_step(self, params, batch, fixed=None):
+        """Return (sums over real rows of each image's measures by name, hits [S, V], number of real rows).
 
-        SSIM is 0 if the images are smaller than its window.
+        SSIM needs images as large as its window, LPIPS the weights of the training loss in `fixed`.
         """
         images = as_images(batch["image"])
         rec, _, encoded = self.tokenizer.apply({"params": params}, images)
         rec = jnp.clip(rec, -1, 1)
         error_B = jnp.mean(jnp.square(rec - images), axis=(1, 2, 3))
-        psnr_B = psnr_of_error(error_B, 2)
-        ssim_B = similarity(rec, images, 2) if self.has_ssim else jnp.zeros_like(error_B)
+        measures = {"loss": error_B, "psnr_db": psnr_of_error(error_B, 2)}
+        if min(images.shape[1:3]) >= SSIM_WINDOW:
+            measures["ssim"] = similarity(rec, images, 2)
+        if fixed is not None and fixed.perceptual is not None:
+            measures["lpips"] = Lpips().apply({"params": fixed.perceptual}, rec, images)
         mask = batch["mask"]
         V = self.tokenizer.vocab_size
         # a padding row's ids fall outside the codebook and are not counted
         ids_BL = jnp.where(mask[:, None] > 0, encoded.ids_BL, V)
         hits_SV = tokenizer_step.count_hits(ids_BL, self.tokenizer.sides, V + 1)[:, :V]
-        return *(sum_rows(mask, x_B) for x_B in (error_B, psnr_B, ssim_B)), hits_SV, jnp.sum(mask)
+        return {name: sum_rows(mask, x_B) for name, x_B in measures.items()}, hits_SV, jnp.sum(mask)
 
     def evaluate(self, state) -> dict:
-        """Return held-out mse, PSNR (mean over images, dB), SSIM, codebook usage and perplexity of averaged weights.
+        """Return held-out mse, PSNR (dB), SSIM and LPIPS, means over images, codebook usage and perplexity.
 
-        And the scores of reconstructions, if there is a scorer.
+        Of the averaged weights. And the scores of reconstructions, if there is a scorer.
         """
         if self._has_frozen:
             self._check_frozen(state)
@@ -244,12 +246,10 @@ class TokenizerTask(DataTask):
             return {}
         with use_mesh(self.run.mesh):
             params = self.averaged(state)
-            parts = [self.evaluate_batch(params, batch) for batch in self.eval_batches()]
-        error, psnr, ssim, hits_SV, rows = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in range(5))
+            parts = [self.evaluate_batch(params, batch, self.fixed) for batch in self.eval_batches()]
+        sums, hits_SV, rows = jax.tree.map(lambda *part: np.sum([np.asarray(x) for x in part], axis=0), *parts)
         return {
-            "loss": float(error / rows),
-            "psnr_db": float(psnr / rows),
-            **({"ssim": float(ssim / rows)} if self.has_ssim else {}),
+            **{name: float(total / rows) for name, total in sums.items()},
             "usage_per_scale": (100 * (hits_SV > 0).mean(axis=1)).tolist(),
             "own_usage_per_scale": usage_percent(hits_SV, hits_SV.sum(axis=1)).tolist(),
             "perplexity_per_scale": [perplexity(hits_V) for hits_V in hits_SV],
@@ -321,10 +321,11 @@ class TokenizerTask(DataTask):
         """
         pixels, decoded = self._shown(state)
         zoom = min_zoom(pixels.shape[1])
-        columns = {f"r{k}": to_uint8(images[:NUM_ROWS]) for k, images in enumerate(decoded, start=1)}
+        some = slice(0, None, -(-len(pixels) // NUM_ROWS))  # spread over all
+        columns = {f"r{k}": to_uint8(images[some]) for k, images in enumerate(decoded, start=1)}
         return {
             "reconstructions": side_by_side(pixels, to_uint8(decoded[-1]), 4, zoom=zoom),
-            "scales": tile_columns({"input": pixels[:NUM_ROWS], **columns}, zoom=zoom),
+            "scales": tile_columns({"input": pixels[some], **columns}, zoom=zoom),
         }
 
     def histograms(self, state) -> dict[str, np.ndarray]:

@@ -40,7 +40,10 @@ class PhaseOptions:
 
     def phases_of_step(self, model: Transformer, step: int) -> tuple[Phase, ...]:
         """Return the phases that iteration `step` trains."""
-        phases = model.phases()
+        return self.due(model.phases(), step)
+
+    def due(self, phases: tuple[Phase, ...], step: int) -> tuple[Phase, ...]:
+        """Return those of the phases that iteration `step` trains."""
         return phases if self.schedule == "joint" else (phases[phase_of(step, len(phases), self.ratio)],)
 
 
@@ -54,11 +57,15 @@ def phase_loss(model, params, batch: dict, phase: Phase, label_smoothing: float 
     previous = previous_of(batch["previous"], phase, pyramid.areas[0])
     logits_BNV, _ = model.apply({"params": params}, previous, batch["label"], phase, batch.get("path"))
     ids_BN = batch["ids"][:, phase.begin : phase.end]
+    sums = token_sums(logits_BNV, ids_BN, pyramid.areas[phase.first : phase.last + 1], label_smoothing)
+    return jnp.mean(jnp.sum(sums[0], axis=1)) / pyramid.num_tokens, sums
+
+
+def token_sums(logits_BNV, ids_BN, areas: tuple[int, ...], label_smoothing: float = 0.0):
+    """Return (cross-entropy, hits) of logits, summed over the tokens of each map, `[B, scales]` each."""
     cross_entropy_BN = token_cross_entropy(logits_BNV, ids_BN, label_smoothing)
-    loss = jnp.mean(jnp.sum(cross_entropy_BN, axis=1)) / pyramid.num_tokens
-    areas = pyramid.areas[phase.first : phase.last + 1]
     hits_BN = (jnp.argmax(logits_BNV, axis=-1) == ids_BN).astype(jnp.float32)
-    return loss, (sum_per_scale(cross_entropy_BN, areas), sum_per_scale(hits_BN, areas))
+    return sum_per_scale(cross_entropy_BN, areas), sum_per_scale(hits_BN, areas)
 
 
 def drop_labels(labels_B, keys_B, rate: float, no_class: int) -> jax.Array:

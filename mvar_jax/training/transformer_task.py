@@ -1,7 +1,9 @@
 """The task that trains a transformer from a token cache or from images."""
 
+import abc
 from collections.abc import Iterator
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -12,7 +14,9 @@ from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.cost import phase_macs
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.ops.random import keys_of_samples
+from mvar_jax.sampling.bulk import place_networks
 from mvar_jax.sampling.sampler import SampleOptions, sample
+from mvar_jax.scales import Phase
 from mvar_jax.sharding import constrain, use_mesh
 from mvar_jax.training import transformer_step
 from mvar_jax.training.initial import Initial
@@ -28,11 +32,14 @@ def with_input(networks: Networks, batch: dict) -> dict:
     return {**batch, "previous": networks.apply_tokenizer(batch["ids"], method="teacher_forcing")}
 
 
-class TransformerTask(DataTask):
-    """The task that trains a transformer on token ids; their teacher-forcing input is recomputed on the device.
+class TokenTask(DataTask):
+    """What the tasks that learn to predict token ids share; the ids' input is recomputed on the device.
 
-    If the data are images, the tokenizer encodes them inside the same step program. tokenizer: networks without a
-    transformer. initial: weights to start from, None for random ones. scorer: of samples, None draws none.
+    If the data are images, the tokenizer encodes them inside the same step program.
+
+    Attributes:
+      transformer: the module that is trained or refined.
+      tokenizer: frozen networks: a tokenizer, one copy on each device, and what else is not trained.
     """
 
     metrics = ("loss",)
@@ -40,6 +47,7 @@ class TransformerTask(DataTask):
     def __init__(
         self,
         run: RunOptions,
+        module: nn.Module,
         transformer: Transformer,
         options: transformer_step.PhaseOptions,
         tokenizer: Networks,
@@ -47,44 +55,49 @@ class TransformerTask(DataTask):
         initial: Initial | None = None,
         scorer: Scorer | None = None,
     ):
-        super().__init__(run, transformer, data, dict, scorer)
+        super().__init__(run, module, data, dict, scorer)
         self.initial = initial
         parts = tokenizer.tokenizer, tokenizer.tokenizer_params
         self.data_identity |= {"tokenizer": fingerprint(*parts), "tokenizer_ids": ids_fingerprint(*parts)}
         self.transformer, self.options = transformer, options
-        # one copy on each device, for the ids of images, the teacher-forcing input and the pictures
-        self.tokenizer = jax.device_put(jax.tree.map(np.asarray, tokenizer), self._whole)
-        recipe = transformer_step.TransformerRecipe(
-            transformer, run.optimizer, options, run.seed, run.accumulate_steps
+        self.tokenizer = place_networks(jax.tree.map(np.asarray, tokenizer), run.mesh)
+        self._step = jax.jit(
+            self._take_step, static_argnums=0, donate_argnums=1, out_shardings=(self.shardings, self._whole)
         )
-
-        def step(phases, state, batch, learning_rate, weight_decay, tokenizer):
-            batch = with_input(tokenizer, batch)
-            return transformer_step.train_step(recipe, phases, state, batch, learning_rate, weight_decay)
-
-        def evaluate(params, batch, tokenizer):
-            return transformer_step.eval_step(transformer, params, with_input(tokenizer, batch))
-
-        self._step = jax.jit(step, static_argnums=0, donate_argnums=1, out_shardings=(self.shardings, self._whole))
-        self.evaluate_batch = jax.jit(evaluate, out_shardings=self._whole)
+        self.evaluate_batch = jax.jit(self._sum_losses, out_shardings=self._whole)
         self.draw_pictures = jax.jit(self._draw_pictures, out_shardings=self._whole)
         self.draw_samples = jax.jit(self._draw_samples, out_shardings=self._whole)
+
+    @abc.abstractmethod
+    def phases_of_step(self, step: int) -> tuple[Phase, ...]:
+        """Return the phases that iteration `step` trains."""
+
+    @abc.abstractmethod
+    def networks_of(self, params, tokenizer: Networks) -> Networks:
+        """Return the networks whose trained weights are `params`. tokenizer: the frozen ones."""
+
+    @abc.abstractmethod
+    def _take_step(self, phases, state, batch, learning_rate, weight_decay, tokenizer: Networks):
+        """Return (state, metrics), inside a program."""
+
+    @abc.abstractmethod
+    def _sum_losses(self, params, batch, tokenizer: Networks):
+        """Return sums over a batch, see `transformer_step.eval_step`, inside a program."""
 
     def train_step(self, state, batch, step: int):
         """Take one step over the phases that are due."""
         learning_rate, weight_decay = self.run.rates(step)
-        phases = self.options.phases_of_step(self.transformer, step)
+        phases = self.phases_of_step(step)
         with use_mesh(self.run.mesh):
             batch = self.put(batch)
             state, metrics = self._step(phases, state, batch, learning_rate, weight_decay, self.tokenizer)
         return state, {**metrics, "learning_rate": learning_rate, "weight_decay": weight_decay}
 
-    def flops_of_step(self, step: int) -> float:
-        """Return three times the forward pass of the step's phases."""
+    def _macs(self, phases: tuple[Phase, ...]) -> int:
+        """Return the multiply-accumulates of one forward pass of the transformer, for one image."""
         model = self.transformer
         sizes = (model.depth, model.width, model.vocab_size, model.code_width)
-        phases = self.options.phases_of_step(model, step)
-        return 6.0 * self.run.batch_size * sum(phase_macs(model.pyramid, phase, *sizes) for phase in phases)
+        return sum(phase_macs(model.pyramid, phase, *sizes) for phase in phases)
 
     def evaluate(self, state) -> dict:
         """Return token-weighted means over the validation split, in nats a token, and scores of samples.
@@ -118,14 +131,14 @@ class TransformerTask(DataTask):
             yield pixels[: N - begin], labels[: N - begin]
 
     def _draw_samples(self, params, tokenizer: Networks, labels_B, index_B) -> jax.Array:
-        networks = tokenizer.replace(transformer=self.transformer, params=params)
+        networks = self.networks_of(params, tokenizer)
         labels, index = (constrain(x, "batch") for x in (labels_B, index_B))
         keys = keys_of_samples(self.run.seed, index)
         return sample(networks, labels, keys, self.run.eval_sampling, ("pixels",))[0]
 
     def _draw_pictures(self, params, tokenizer: Networks) -> jax.Array:
         index = self.picture_rows()
-        networks = tokenizer.replace(transformer=self.transformer, params=params)
+        networks = self.networks_of(params, tokenizer)
         labels, keys = index % self.transformer.num_classes, keys_of_samples(self.run.seed, index)
         return sample(networks, labels, keys, SampleOptions(cfg=1.5), ("images",))[0]
 
@@ -134,3 +147,45 @@ class TransformerTask(DataTask):
         with use_mesh(self.run.mesh):
             images = np.asarray(self.draw_pictures(self.averaged(state), self.tokenizer))[:NUM_PICTURES]
         return {"samples": tile_grid(to_uint8(images), 8, zoom=min_zoom(images.shape[1]))}
+
+
+class TransformerTask(TokenTask):
+    """The task that trains a transformer on token ids.
+
+    tokenizer: networks without a transformer. initial: weights to start from, None for random ones. scorer: of
+    samples, None draws none.
+    """
+
+    def __init__(
+        self,
+        run: RunOptions,
+        transformer: Transformer,
+        options: transformer_step.PhaseOptions,
+        tokenizer: Networks,
+        data: TaskData,
+        initial: Initial | None = None,
+        scorer: Scorer | None = None,
+    ):
+        self._recipe = transformer_step.TransformerRecipe(
+            transformer, run.optimizer, options, run.seed, run.accumulate_steps
+        )
+        super().__init__(run, transformer, transformer, options, tokenizer, data, initial, scorer)
+
+    def phases_of_step(self, step: int) -> tuple[Phase, ...]:
+        """Return the phases that are due by the schedule."""
+        return self.options.phases_of_step(self.transformer, step)
+
+    def networks_of(self, params, tokenizer: Networks) -> Networks:
+        """Return the tokenizer with the transformer."""
+        return tokenizer.replace(transformer=self.transformer, params=params)
+
+    def _take_step(self, phases, state, batch, learning_rate, weight_decay, tokenizer: Networks):
+        batch = with_input(tokenizer, batch)
+        return transformer_step.train_step(self._recipe, phases, state, batch, learning_rate, weight_decay)
+
+    def _sum_losses(self, params, batch, tokenizer: Networks):
+        return transformer_step.eval_step(self.transformer, params, with_input(tokenizer, batch))
+
+    def flops_of_step(self, step: int) -> float:
+        """Return three times the forward pass of the step's phases."""
+        return 6.0 * self.run.batch_size * self._macs(self.phases_of_step(step))

@@ -5,6 +5,7 @@ import threading
 
 import boto3
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from stores import remember_hosts
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 
@@ -21,6 +22,7 @@ class FragileStore:
         self.answers.set()
         self.writes, self._on_write = [], lambda name: None
         self._is_gone = False
+        remember_hosts()
         app = DomainDispatcherApplication(create_backend_app)
 
         def answer(environ, start_response):

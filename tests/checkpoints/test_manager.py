@@ -277,7 +277,7 @@ def test_any_changed_byte_of_any_file_is_found(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, 3) as checkpoints:
         for path in files:
             whole = path.read_bytes()
-            for position in range(0, len(whole), 5):
+            for position in range(0, len(whole), 13):
                 flip(path, position)
                 with pytest.raises(DamagedError):
                     checkpoints.restore(abstract(state))

@@ -45,7 +45,7 @@ def broken(tiny_model, tmp_path):
         ("", "format", GONE, "model.json.format is missing"),
         ("", "format", "1", "model.json.format must be a whole number, got '1'"),
         ("", "tokenizer", ["x"], "model.json.tokenizer must be a group of keys, got ['x']"),
-        ("", "trains", "codebook", "model.json.trains must be 'tokenizer' or 'transformer' or None"),
+        ("", "trains", "codebook", "model.json.trains must be 'tokenizer' or 'transformer' or 'refiner' or None"),
         ("transformer", "depth", GONE, "transformer.depth is missing"),
         ("transformer", "depth", "2", "transformer.depth must be a whole number"),
         ("transformer", "width", None, "transformer.width must be a whole number"),

@@ -27,7 +27,7 @@ def run_backend(name, q, k, v, window, scale=1.0):
     return local_window_attention(q, k, v, window, scale=scale, backend=name)
 
 
-@functools.partial(quick_jit, static_argnames=("backend", "window"))
+@functools.partial(quick_jit, static_argnames=("backend", "window", "scale"))
 def attend(q, k, v, window, *, backend, scale=1.0):
     return run_backend(backend, q, k, v, window, scale)
 
@@ -89,25 +89,34 @@ def test_window_longer_than_one_side_is_cut_to_that_side_only():
     assert mask.any((1, 3)).all()
 
 
+def all_of(case, arrays, scale, backend) -> dict:
+    """Return the output by name, and the gradients unless the map is large."""
+    if case.height * case.width >= 32 * 32:
+        return {"out": attend(*arrays[:3], case.window, backend=backend, scale=scale)}
+    results = attend_and_pull_back(*arrays, case.window, scale, backend)
+    return dict(zip(("out", "dq", "dk", "dv"), results, strict=True))
+
+
 @pytest.mark.parametrize("case", TABLE, ids=str)
 def test_every_backend_equals_the_oracle_forward_and_in_gradients(case):
     """Output, dq, dk and dv of every backend equal those of `reference` in float32, and have the inputs' dtype.
 
     The table has each kind of map, window and head once. A wrong border, halo, block or padding rule breaks it.
+    Of maps from 32 x 32 on only the output is compared: 24 x 24 and 20 x 45 already have several tiles a side.
     """
     rng = np.random.default_rng(0)
     exact = [jnp.asarray(rng.normal(size=case.shape), jnp.float32) for _ in range(4)]
     arrays = [x.astype(case.dtype) for x in exact]
     exact = [x.astype(jnp.float32) for x in arrays]
     scale = case.head_width**-0.5
-    expected = attend_and_pull_back(*exact, case.window, scale, "reference")
+    expected = all_of(case, exact, scale, "reference")
     tolerance = WINDOW_ATTENTION if case.dtype == "float32" else BFLOAT16
     backends = set(BACKENDS) - {"reference" if case.dtype == "float32" else None}
     if case.height * case.width > 256 or (case.height > 12 and case.dtype == "float32"):
         backends -= {"pallas_tpu"}  # the interpreter is slow there; tests/hardware compiles it for a TPU
     for backend in sorted(backends):
-        results = attend_and_pull_back(*arrays, case.window, scale, backend)
-        for name, ours, theirs in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
+        results = all_of(case, arrays, scale, backend)
+        for (name, ours), theirs in zip(results.items(), expected.values(), strict=True):
             assert ours.dtype == jnp.dtype(case.dtype), (backend, name)
             ours = np.asarray(ours, np.float32)
             np.testing.assert_allclose(ours, theirs, **tolerance, err_msg=f"{backend} {name}")

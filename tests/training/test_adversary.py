@@ -3,17 +3,21 @@
 import dataclasses
 import itertools
 
+import eval_case
 import jax
 import jax.numpy as jnp
+import loss_case
 import numpy as np
 import pytest
-from golden_case import quick_jit
+import torch_files
+from golden_case import assert_close, assert_gradients_close, quick_jit
 from small_case import TOKENIZER, seeded_params, shapes_of
 
 from mvar_jax import build
 from mvar_jax.checkpoints.manager import Checkpoints
 from mvar_jax.cli.configuration import read_config
 from mvar_jax.errors import InputError
+from mvar_jax.evaluation.lpips import params_of_torch
 from mvar_jax.models.discriminator import PatchDiscriminator
 from mvar_jax.ops.adversarial import adaptive_weight, discriminator_loss, generator_loss, lecam_loss
 from mvar_jax.ops.augment import Pass, augment, draw_augmentations
@@ -22,7 +26,7 @@ from mvar_jax.sharding import make_mesh
 from mvar_jax.training.adversary import Adversary, AdversaryOptions, FixedWeights
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import init_sharded, make_state
-from mvar_jax.training.tokenizer_losses import Judge, LogitMeans, adversarial_gradients, draw_passes
+from mvar_jax.training.tokenizer_losses import Judge, LogitMeans, PixelWeights, adversarial_gradients, draw_passes
 from mvar_jax.training.tokenizer_step import CodebookOptions, forward
 
 SIZE, B = 6, 4
@@ -84,9 +88,8 @@ def two_backward_passes(state, seed: int = 0):
     return factor, grads, jax.grad(discriminate)(part["params"])
 
 
-@pytest.mark.parametrize("num_parts", [1, 2])
-def test_one_backward_pass_gives_the_gradients_of_two(state, num_parts):
-    """The adaptive weight from the last convolution alone, also with accumulation, where it comes from the sums."""
+def test_one_backward_pass_with_accumulation_gives_the_gradients_of_two_of_the_whole_batch(state):
+    """The adaptive weight from the last convolution alone, of the sums over both parts."""
 
     def one_pass(state):
         rows = {"image": IMAGES, "draws": draw_passes(0, BATCH["index"], state.step)}
@@ -96,7 +99,7 @@ def test_one_backward_pass_gives_the_gradients_of_two(state, num_parts):
             lambda params, part: forward(MODEL, params, part, True),
             state.params,
             rows,
-            num_parts,
+            2,
             judge,
             OPTIONS.weight_at(state.step),
         )
@@ -108,6 +111,35 @@ def test_one_backward_pass_gives_the_gradients_of_two(state, num_parts):
     assert scale > 0.01
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert norm(np.asarray(ours) - np.asarray(theirs)) < 1e-4 * max(norm(theirs), 1e-2)
+
+
+def test_gradients_of_both_networks_equal_pytorch(tmp_path):
+    """Of the whole loss with LPIPS, LeCam and lambda: the program in benchmarks/ takes two backward passes."""
+    golden, model, weights = loss_case.load("loss"), loss_case.TOKENIZER, loss_case.WEIGHTS
+    files = tmp_path / "vgg.pth", tmp_path / "heads.pth"
+    for path, tensors in zip(files, (eval_case.vgg_state(), eval_case.heads_state()), strict=True):
+        torch_files.save(path, tensors)
+    options = AdversaryOptions(kind="patch", augment=False, lecam_weight=weights["lecam"])
+    part = {"params": loss_case.discriminator_params(), "spectral": {}, "means": loss_case.MEANS}
+    pixels = PixelWeights(*(weights[name] for name in ("l1", "l2", "perceptual")))
+
+    def gradients(params, part, perceptual):
+        last, fixed = params["decoder"]["conv_out"], FixedWeights(perceptual)
+        judge = Judge(model, pixels, Adversary(options, loss_case.DISCRIMINATOR), fixed, last, part)
+        run = lambda params, rows: forward(model, params, rows, True)
+        rows = {"image": jnp.asarray(loss_case.pixels())}
+        return adversarial_gradients(run, params, rows, 1, judge, options.weight_at(0))
+
+    found = quick_jit(gradients)(loss_case.tokenizer_params(), part, params_of_torch(*files))
+    parts, tolerance = found.parts, {"rtol": 1e-3, "atol": 1e-6}
+    told = {"l1": "l1_loss", "l2": "l2_loss", "perceptual": "perceptual_loss", "quantizer": "quantizer_loss"}
+    told |= {"adversarial": "adversarial_loss", "lambda": "adaptive_weight", "hinge": "discriminator_loss"}
+    for name, ours in (told | {"lecam": "lecam_loss"}).items():
+        assert_close(name, parts[ours], golden[name], rtol=1e-4)
+    assert_close("generator", found.loss, golden["generator"], rtol=1e-4)
+    assert_gradients_close("G", loss_case.published_gradients(found.grads), golden, "grad", tolerance)
+    ours = loss_case.published_discriminator(found.discriminator_grads)
+    assert_gradients_close("D", ours, golden, "d_grad", tolerance)
 
 
 def assert_equal(a, b):
@@ -215,6 +247,11 @@ def test_weight_grows_over_the_ramp():
     [
         ({"start_step": 8}, {}, "config.adversary.start_step must be below config.num_steps=8, got 8"),
         ({"start_step": 1}, {}, "config.adversary.start_step must be above 1, the last step .*, got 1"),
+        (
+            {"start_step": 4},
+            {"codebook.revive_every_steps": 2, "codebook.revive_until_step": 4},
+            "config.adversary.start_step must be above 4, the last step at which codes may be redrawn, got 4",
+        ),
         (
             {"layers": 3},
             {},

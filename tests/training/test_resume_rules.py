@@ -139,6 +139,7 @@ def test_an_average_that_the_checkpoints_hold_stays(workdir):
             "optimizer.base_learing_rate",
             "unknown key config.optimizer.base_learing_rate. Did you mean ",
         ),
+        ("codebook.simvq", r"--allow_change must name .*, got codebook.simvq, which cannot change in a run; "),
     ],
 )
 def test_key_that_may_not_change_is_refused_by_name(key, message):

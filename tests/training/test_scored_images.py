@@ -12,8 +12,12 @@ from mvar_jax.data.sources import SyntheticSource
 from mvar_jax.data.transforms import PhotoTransform
 from mvar_jax.errors import InputError
 from mvar_jax.models.networks import Networks
+from mvar_jax.ops.metrics import psnr, ssim
+from mvar_jax.ops.pixels import from_levels
 from mvar_jax.processes import group
 from mvar_jax.sharding import make_mesh
+from mvar_jax.training import tokenizer_task
+from mvar_jax.training.adversary import FixedWeights
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.scoring import Scorer, score_together
 from mvar_jax.training.task import RunOptions, TaskData
@@ -88,8 +92,8 @@ def test_few_samples_are_spread_over_the_classes(monkeypatch):
 def test_reconstructions_come_with_their_originals():
     """The first 3 of 4 validation images, whose batch is filled up."""
     task = TokenizerTask(options(3), TOKENIZER, CodebookOptions(), task_data(4), Listener())
-    sums = 1.0, 1.0, 1.0, np.ones((len(TOKENIZER.sides), TOKENIZER.vocab_size)), 1.0
-    task.evaluate_batch = lambda params, batch: sums  # takes as long to compile as the reconstructions
+    sums = {"loss": 1.0, "psnr_db": 1.0}, np.ones((len(TOKENIZER.sides), TOKENIZER.vocab_size)), 1.0
+    task.evaluate_batch = lambda params, batch, fixed: sums  # takes as long to compile as the reconstructions
     assert task.metrics[-1] == "mean_level" and "loss" in task.metrics
     metrics = task.evaluate(state_of(PARAMS["tokenizer"]))
     reconstructions, originals = task.scorer.drawn
@@ -97,6 +101,35 @@ def test_reconstructions_come_with_their_originals():
     source, transform = task.data["val"], task.transform
     np.testing.assert_array_equal(originals, [transform(source[i]["image"], None) for i in range(3)])
     assert reconstructions.shape == originals.shape and (reconstructions != originals).any()
+
+
+class MeanDifference:
+    """Stands in for LPIPS, whose network takes seconds to compile."""
+
+    def apply(self, variables, a_BYX3, b_BYX3):
+        return abs(a_BYX3 - b_BYX3).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("side", [16, 8])
+def test_an_evaluation_sums_what_it_measures_over_real_images(monkeypatch, side):
+    """Two real images and one that fills the batch. Below 11 pixels there is no SSIM, without weights no LPIPS."""
+    monkeypatch.setattr(tokenizer_task, "Lpips", MeanDifference)
+    task = TokenizerTask(options(0), TOKENIZER, CodebookOptions(), task_data(2))
+    pixels, others = np.random.default_rng(0).integers(0, 256, (2, 3, side, side, 3)).astype(np.uint8)
+    ids_BL = np.zeros((3, sum(side**2 for side in TOKENIZER.sides)), np.int32)
+    outputs = 1.5 * from_levels(others), 0.0, types.SimpleNamespace(ids_BL=ids_BL)  # clipped before it is measured
+    fake = {"apply": lambda params, images: outputs, "sides": TOKENIZER.sides, "vocab_size": TOKENIZER.vocab_size}
+    task.tokenizer = types.SimpleNamespace(**fake)
+    batch = {"image": pixels, "mask": np.float32([1, 1, 0])}
+    sums, hits_SV, rows = task._eval_step({}, batch, FixedWeights(perceptual={}))
+    assert rows == 2 and hits_SV.sum() == 2 * ids_BL.shape[1]
+    pair = np.clip(1.5 * from_levels(others), -1, 1)[:2], from_levels(pixels)[:2]
+    expected = {"loss": np.square(pair[0] - pair[1]).mean((1, 2, 3)), "psnr_db": psnr(*pair, 2)}
+    expected |= {"lpips": abs(pair[0] - pair[1]).mean((1, 2, 3))} | ({"ssim": ssim(*pair, 2)} if side == 16 else {})
+    assert sums.keys() == expected.keys()
+    for name, values_B in expected.items():
+        assert float(sums[name]) == pytest.approx(values_B.sum(), rel=1e-4, abs=1e-5), name
+    assert "lpips" not in task._eval_step({}, batch, FixedWeights())[0]
 
 
 def test_more_reconstructions_than_good_images_are_refused():
