@@ -30,10 +30,10 @@ from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import MESH_AXES, make_mesh
 from mvar_jax.training.adversary import AdversaryOptions
+from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.settings import LoopSettings
 from mvar_jax.training.task import RunOptions
-from mvar_jax.training.tokenizer_step import CodebookOptions
 from mvar_jax.training.transformer_step import PhaseOptions
 
 CONFIG_FILE = "config.json"

@@ -26,6 +26,7 @@ from mvar_jax.sampling.sampler import decode_in_chunks
 from mvar_jax.sharding import spec_of, use_mesh
 from mvar_jax.training import tokenizer_step
 from mvar_jax.training.adversary import Adversary, FixedWeights
+from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.initial import Initial
 from mvar_jax.training.saving import say
 from mvar_jax.training.scoring import Scorer
@@ -35,7 +36,7 @@ from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 NUM_ROWS = 8  # most images shown from the first 1, 2, ... scales
 
 
-def check_train_parts(train_parts: str, options: tokenizer_step.CodebookOptions) -> None:
+def check_train_parts(train_parts: str, options: CodebookOptions) -> None:
     """Raise InputError unless the parts are known and no option moves what they freeze."""
     known = tuple(tokenizer_step.TRAIN_PARTS)
     if train_parts not in known:
@@ -75,7 +76,7 @@ class TokenizerTask(DataTask):
         self,
         run: RunOptions,
         tokenizer: Tokenizer,
-        options: tokenizer_step.CodebookOptions,
+        options: CodebookOptions,
         data: TaskData,
         scorer: Scorer | None = None,
         adversary: Adversary | None = None,

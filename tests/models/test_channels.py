@@ -19,7 +19,7 @@ from mvar_jax.evaluation.features import check_pixels
 from mvar_jax.files.images import save_png, side_by_side, tile_columns
 from mvar_jax.models.lpips import Lpips, lpips_loss, shapes
 from mvar_jax.ops.pixels import MODES, check_scored
-from mvar_jax.training.tokenizer_step import CodebookOptions
+from mvar_jax.training.codebook_options import CodebookOptions
 
 MODEL = TINY_MODULES["tokenizer"]
 PHOTO = np.random.default_rng(0).integers(0, 256, (12, 9, 4), np.uint8)  # RGBA

@@ -34,6 +34,7 @@ from mvar_jax.ops.pixels import from_levels
 from mvar_jax.tokens.cache_reader import TokenCache
 from mvar_jax.tokens.cache_writer import UNFINISHED
 from mvar_jax.tokens.encode import Encoder, encode_range, write_cache
+from mvar_jax.tokens.opening import open_tokens
 from mvar_jax.training.transformer_task import with_input
 
 FLIPS = PhotoTransform(TOKENIZER.image_size, flip=True)
@@ -368,7 +369,7 @@ def _older(cache, folder, tokenizer):
 
 
 def _open(**data):
-    networks, sources, transform = build.open_tokens(build.build_data(_config(**data)), MODEL)
+    networks, sources, transform = open_tokens(build.build_data(_config(**data)), MODEL)
     assert transform is None and len(sources["train"]) == 15
     return networks
 

@@ -17,9 +17,10 @@ from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import decoder_params, ids_params
 from mvar_jax.tokens.cache_reader import has_ids_of
 from mvar_jax.training import resume_rules
+from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
-from mvar_jax.training.tokenizer_step import CodebookOptions, TokenizerRecipe, train_step
+from mvar_jax.training.tokenizer_step import TokenizerRecipe, train_step
 
 MODEL = TINY_MODULES["tokenizer"]
 PARAMS = tiny_params()["tokenizer"]
