@@ -21,7 +21,7 @@ from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import Tokenizer, factor_codebook, fold_codebook, ids_params, multiply_codebook
 from mvar_jax.ops.losses import sum_rows
 from mvar_jax.ops.metrics import SSIM_WINDOW, perplexity, psnr_of_error, similarity, usage_percent
-from mvar_jax.ops.pixels import as_images, from_levels
+from mvar_jax.ops.pixels import as_images, from_levels, repeat_grey
 from mvar_jax.sampling.sampler import decode_in_chunks
 from mvar_jax.sharding import spec_of, use_mesh
 from mvar_jax.training import tokenizer_step
@@ -228,7 +228,7 @@ class TokenizerTask(DataTask):
         if min(images.shape[1:3]) >= SSIM_WINDOW:
             measures["ssim"] = similarity(rec, images, 2)
         if fixed is not None and fixed.perceptual is not None:
-            measures["lpips"] = Lpips().apply({"params": fixed.perceptual}, rec, images)
+            measures["lpips"] = Lpips().apply({"params": fixed.perceptual}, *map(repeat_grey, (rec, images)))
         mask = batch["mask"]
         V = self.tokenizer.vocab_size
         # a padding row's ids fall outside the codebook and are not counted
@@ -277,25 +277,25 @@ class TokenizerTask(DataTask):
         words = f"config.eval_samples must be {expected}, got {self.run.eval_samples}"
         raise InputError(words, field="config.eval_samples", given=self.run.eval_samples, expected=expected)
 
-    def _encode_maps(self, params, pixels_NYX3: jax.Array) -> tuple[jax.Array, ...]:
+    def _encode_maps(self, params, pixels_NYXC: jax.Array) -> tuple[jax.Array, ...]:
         """Return the latent maps after each scale; rows are repeated until they divide over the devices."""
         networks = Networks(self.tokenizer, params)
-        images = as_images(pixels_NYX3[self.picture_rows(len(pixels_NYX3))])
+        images = as_images(pixels_NYXC[self.picture_rows(len(pixels_NYXC))])
         ids_BL = networks.apply_tokenizer(images, method="encode")
         return networks.apply_tokenizer(ids_BL, method="f_hats")
 
     def _decode_maps(self, params, f_hat_BYXc: jax.Array) -> jax.Array:
         return decode_in_chunks(Networks(self.tokenizer, params), f_hat_BYXc)
 
-    def reconstruct(self, params, pixels_NYX3: np.ndarray) -> np.ndarray:
+    def reconstruct(self, params, pixels_NYXC: np.ndarray) -> np.ndarray:
         """Return the reconstructions of pixels, uint8."""
-        decoded = self.decode_maps(params, self.encode_maps(params, pixels_NYX3)[-1])
-        return to_uint8(decoded)[: len(pixels_NYX3)]
+        decoded = self.decode_maps(params, self.encode_maps(params, pixels_NYXC)[-1])
+        return to_uint8(decoded)[: len(pixels_NYXC)]
 
     def _shown(self, state) -> tuple[np.ndarray, np.ndarray]:
         """Return a few held-out images, or training images if none are held out, and what each scale makes of them.
 
-        Pixels `[N, Y, X, 3] uint8`, and the reconstructions from the first 1, 2, ... S scales, `[S, N, Y, X, 3]` in
+        Pixels `[N, Y, X, C] uint8`, and the reconstructions from the first 1, 2, ... S scales, `[S, N, Y, X, C]` in
         [-1, 1].
         """
         data = self.data["val" if "val" in self.data else "train"]

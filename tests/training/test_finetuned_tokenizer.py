@@ -114,21 +114,33 @@ def line(source, workdir, *overrides: str) -> list[str]:
     own = [f"init_from={source}", "train_parts=decoder", "batch_size=2", "num_steps=2", "picture_every_steps=-1"]
     own += ["eval_every_steps=0", "save_every_steps=1", "data.source=synthetic", "data.image_size=6", "data.size=4"]
     own += ["data.flip=False", "data.val_fraction=0.2", "model.sides=(1,3)", "optimizer.warmup_steps=1"]
-    own += ["codebook.perceptual_weight=0.0", "adversary.kind=none"]
+    own += ["codebook.perceptual_weight=0.0", "adversary.layers=1", "adversary.width=4", "log_every_steps=1"]
     options = [f"--config.{override}" for override in [*own, *overrides]]
     return ["train", "--config", "tokenizer_finetune", "--workdir", str(workdir), *options]
 
 
-def test_a_run_takes_its_model_from_a_directory_and_resumes_without_it(source, tmp_path):
+@pytest.fixture(scope="module")
+def workdir(source, tmp_path_factory):
+    """A complete run that trained the decoder alone, against a discriminator."""
+    folder = tmp_path_factory.mktemp("run")
+    assert main(line(source, folder)) == 0
+    return folder
+
+
+def test_a_decoder_alone_trains_against_a_discriminator(workdir):
+    lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert sum("discriminator_loss" in str(metrics) for metrics in lines) == 2
+    params = load_model(workdir)[1]["tokenizer"]
+    assert ids_fingerprint(MODEL, params) == ids_fingerprint(MODEL, PARAMS)
+    assert fingerprint(MODEL, params) != fingerprint(MODEL, PARAMS)
+
+
+def test_a_run_takes_its_model_from_a_directory_and_resumes_without_it(workdir, tmp_path):
     from mvar_jax.cli.configuration import read_config
 
-    assert main(line(source, tmp_path / "run")) == 0
-    modules, params = load_model(tmp_path / "run")
-    assert modules["tokenizer"] == MODEL
-    assert ids_fingerprint(MODEL, params["tokenizer"]) == ids_fingerprint(MODEL, PARAMS)
-    assert fingerprint(MODEL, params["tokenizer"]) != fingerprint(MODEL, PARAMS)
+    assert load_model(workdir)[0]["tokenizer"] == MODEL
     options = [text for text in line(tmp_path / "gone", "") if text.startswith("--config.")]
-    config, initial = build.with_initial_model(read_config("tokenizer_finetune", options), tmp_path / "run")
+    config, initial = build.with_initial_model(read_config("tokenizer_finetune", options), workdir)
     assert initial is None and build.build_module(config) == MODEL
 
 
