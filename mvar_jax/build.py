@@ -205,7 +205,7 @@ def with_initial_model(config: dict, workdir: Path | None = None) -> tuple[dict,
 
 
 def build_task(config: dict, initial: Any = None):
-    """Return (task, modules of model.json, weights of those that are not trained, by kind).
+    """Return (task, modules of model.json, weights of the frozen modules), the last two by kind.
 
     initial: weights of `with_initial_model`.
     """

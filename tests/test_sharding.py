@@ -118,7 +118,8 @@ def test_five_steps_of_every_phase_and_of_the_tokenizer_are_equal_on_every_kind_
     assert len(mesh_runs) == 6
     for name, run in mesh_runs.items():
         assert run["worst"] < 1e-5 and len(run["losses"]) == 5, (name, run)
-        assert run["losses"][-1] < run["losses"][0], name
+        is_contest = name.startswith("adversarial")  # what one network gains the other may lose
+        assert is_contest or run["losses"][-1] < run["losses"][0], name
 
 
 def test_gradients_of_bfloat16_computation_are_summed_over_devices_in_float32(mesh_report):

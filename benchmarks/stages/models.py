@@ -109,7 +109,7 @@ def training_programs(args, batches: list[int]) -> dict[str, Program]:
 
 
 def measure_programs(table: str, programs: dict[str, Program], rounds: int, report: Report) -> dict[str, list[float]]:
-    """Compile all programs, time each and add its row. Return the milliseconds of those that ran.
+    """Compile all programs, time each and add its row. Return the milliseconds of the programs that ran.
 
     From the smallest to the largest, so that the peak of the process so far is that of the program just run.
     """

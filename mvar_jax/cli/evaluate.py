@@ -34,7 +34,7 @@ DOORS_OF = {
 
 
 def add_arguments(parser) -> None:
-    """Add the command's arguments; the default is None for those that only some doors take."""
+    """Add the command's arguments; an argument of some doors only defaults to None."""
     doors = parser.add_mutually_exclusive_group()
     doors.add_argument(
         "--samples",

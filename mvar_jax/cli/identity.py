@@ -6,7 +6,7 @@ _NOT_OF_THE_FILES = {"command", "run", "overrides", "out", "distributed", "compi
 
 
 def options_of(args, *others: str) -> dict[str, Any]:
-    """Return the parsed options by name, without `others` and without those that do not affect the files.
+    """Return the parsed options that affect a command's files, by name, without `others`.
 
     A slash at the end of a path is no difference.
     """

@@ -28,7 +28,7 @@ def find_photos() -> dict[str, Path]:
 
 
 class CropSource(ImageSource):
-    """Square crops of photographs, pixel for pixel; the label says of which.
+    """Square crops of photographs, not resized; a crop's label is the number of its photograph.
 
     The right `val_fraction` of each photograph is held out, tile beside tile. The training items are the crops at
     every position left of it, so no pixel is in both splits.

@@ -1,6 +1,7 @@
 """Worker processes that prepare items in turn. They end with the process that started them, however it ends."""
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -88,13 +89,14 @@ def _work(channel: socket.socket, worker: int, num_workers: int) -> None:
     room = threading.Semaphore(_ITEMS_AHEAD)
     items_of = receive(channel)
     threading.Thread(target=_watch, args=(channel, room), daemon=True).start()
-    try:
-        for item in items_of(worker, num_workers):
-            room.acquire()
-            Message(("item", item)).send(channel)
-        Message(("end", None)).send(channel)
-    except Exception as error:
-        Message(("error", error)).send(channel)
+    with contextlib.suppress(ConnectionError):  # the parent has died: `_watch` ends this process
+        try:
+            for item in items_of(worker, num_workers):
+                room.acquire()
+                Message(("item", item)).send(channel)
+            Message(("end", None)).send(channel)
+        except Exception as error:
+            Message(("error", error)).send(channel)
     threading.Event().wait()  # for the parent, which ends this process
 
 

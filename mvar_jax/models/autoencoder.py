@@ -119,6 +119,7 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BYXC):
         y = conv(self.features, 3, self.dtype, "conv1")(nn.silu(GroupNorm(**self.norm, name="norm1")(x_BYXC)))
+        y = constrain(y, "batch", None, None, None)
         y = conv(self.features, 3, self.dtype, "conv2")(nn.silu(GroupNorm(**self.norm, name="norm2")(y)))
         if x_BYXC.shape[-1] != self.features:
             x_BYXC = conv(self.features, 1, self.dtype, "shortcut")(x_BYXC)
@@ -138,7 +139,8 @@ class AttentionBlock(nn.Module):
         q, k, v = jnp.split(conv(3 * C, 1, self.dtype, "qkv")(y).reshape(B, Y * X, 3 * C), 3, axis=-1)
         logits = jnp.einsum("bnc,bmc->bnm", q, k, preferred_element_type=jnp.float32) * C**-0.5
         y = jnp.einsum("bnm,bmc->bnc", jax.nn.softmax(logits, axis=-1).astype(self.dtype), v)
-        return x_BYXC + conv(C, 1, self.dtype, "proj")(y.reshape(B, Y, X, C))
+        y = conv(C, 1, self.dtype, "proj")(y.reshape(B, Y, X, C))
+        return constrain(x_BYXC + y, "batch", None, None, None)
 
 
 def blocks(remat: bool) -> tuple[type[nn.Module], type[nn.Module]]:

@@ -56,7 +56,7 @@ class PatchDiscriminator(nn.Module):
             x = self._conv(self._width_of(i), 2 if i < self.layers else 1, f"conv{i}")(x)
             if i > 0:
                 x = GroupNorm(math.gcd(MAX_GROUPS, self.width), None, self.dtype, name=f"norm{i}")(x)
-            x = nn.leaky_relu(x, SLOPE)
+            x = constrain(nn.leaky_relu(x, SLOPE), "batch", None, None, None)
         x = self._conv(1, 1, "conv_out")(x)
         return x.reshape(len(x), -1).astype(jnp.float32)
 

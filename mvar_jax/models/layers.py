@@ -87,6 +87,7 @@ def query_key_value(module: nn.Module, x_BND: jax.Array) -> tuple[jax.Array, jax
     return q, k, add_bias(v, v_bias)
 
 
+@jax.named_scope("project")
 def project(x_BND: jax.Array, kernel_D3HK: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:
     """Return the products with the three parts of a kernel, `[B, N, H, K]` each."""
     precision, axes = precision_of("blocks", dtype), ("batch", "tokens", "heads", "head_width")

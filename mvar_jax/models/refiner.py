@@ -187,7 +187,7 @@ class Refiner(nn.Module):
         Args:
           hidden_BnD: the transformer's hidden states of the places, float32; with guidance two rows for each of ids.
           places_n: int32; N, one past the last, is a dummy.
-          ids_BP: ids of the map so far, P = N + 1; those that are not drawn are not read.
+          ids_BP: ids of the map so far, P = N + 1; places not yet drawn may hold anything.
           caches: see `empty_caches`.
           codebook_Vc: the tokenizer's.
           guidance: as in `__call__`.

@@ -44,7 +44,6 @@ def ssim(a_BYX3, b_BYX3, data_range: float) -> np.ndarray:
 
     Raises InputError for images smaller than 11 x 11.
     """
-
     a_BYX3, b_BYX3 = _image_pair(a_BYX3, b_BYX3)
     if min(a_BYX3.shape[1:3]) < SSIM_WINDOW:
         message = f"images must have at least 11 x 11 pixels for SSIM, got shape {list(a_BYX3.shape)}"
@@ -100,8 +99,8 @@ def perplexity(counts_V) -> float:
 def usage_percent(hits_SV, num_tokens):
     """Return the percentage of codes with at least MARGIN * num_tokens / V hits, `[S]` of numpy or jax arrays.
 
-    num_tokens: tokens of all scales' margin; or `[S]`, those that gave the hits, for each scale's own margin. By
-    another one, hits of n tokens give at most n / (MARGIN * num_tokens) of the codes.
+    num_tokens: a number, for one margin of all scales, or `[S]`, the tokens of each scale, for its own margin. A
+    scale of n tokens cannot reach more than n / (MARGIN * num_tokens) of the codes.
     """
     xp = hits_SV.__array_namespace__()
     margin_S = xp.asarray(MARGIN * num_tokens / hits_SV.shape[-1], dtype=xp.float32)

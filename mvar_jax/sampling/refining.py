@@ -37,7 +37,7 @@ def draw_refined(
     noise=gumbel_noise,
     known: Known | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draw the tokens of one map, each given those that are drawn before it.
+    """Draw the tokens of one map, each given the tokens drawn before it.
 
     Args:
       networks: with the refiner.

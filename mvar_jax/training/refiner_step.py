@@ -78,7 +78,7 @@ def train_step(
 def eval_step(networks: Networks, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return sums over the batch's real rows: (nll [S], hits [S], rows), see `transformer_step.eval_step`.
 
-    Of all scales: those that are not refined have the transformer's logits.
+    Scales that are not refined count with the transformer's logits.
     """
     pyramid, parts = networks.transformer.pyramid, []
     for phase in networks.transformer.phases():

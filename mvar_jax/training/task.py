@@ -193,7 +193,7 @@ class DataTask(Task):
         return state.replace(params=self._start_params(state.params, abstract.params), ema=ema)
 
     def _start_params(self, own: dict, abstract_params: dict):
-        """Return the run's own weights with those that fine-tuning starts from, but with fresh class rows."""
+        """Return the run's own weights, replaced by the given ones except in fresh class rows."""
         initial = self.initial
         assert initial is not None
         place = lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding)

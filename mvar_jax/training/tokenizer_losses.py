@@ -18,6 +18,7 @@ from mvar_jax.ops.adversarial import (
 )
 from mvar_jax.ops.augment import Pass, augment, draw_augmentations
 from mvar_jax.ops.precision import computing
+from mvar_jax.sharding import constrain
 from mvar_jax.training.accumulate import split_parts
 from mvar_jax.training.adversary import Adversary, FixedWeights, train_state
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
@@ -33,8 +34,10 @@ class PixelWeights(NamedTuple):
 
 def apply_training(model: Tokenizer, params: Any, *args):
     """Return (outputs of the tokenizer's training pass, input of the decoder's last convolution)."""
-    outputs, found = model.apply({"params": params}, *args, mutable=[LAST_FEATURES])
-    return outputs, found[LAST_FEATURES]["decoder"]["x"][0]
+    images_BYXC, *rest = args
+    by_rows = lambda x: constrain(x, "batch", None, None, None)  # its gradient too
+    (rec_BYXC, *more), found = model.apply({"params": params}, by_rows(images_BYXC), *rest, mutable=[LAST_FEATURES])
+    return (by_rows(rec_BYXC), *more), found[LAST_FEATURES]["decoder"]["x"][0]
 
 
 def pixel_loss(weights: PixelWeights, fixed: FixedWeights, rec_BYXC: jax.Array, images_BYXC: jax.Array):
@@ -158,7 +161,9 @@ class Judge(NamedTuple):
 
         (_, (told, spectral)), grads = jax.value_and_grad(discriminate, has_aux=True)(state["params"])
         parts |= told | {"adversarial_loss": adversarial_loss}
-        return Judged(loss, parts, kernels, grads, spectral), (pixel_grads, adversarial_grads)
+        by_rows = lambda x: constrain(x, "batch", None, None, None)
+        pixels = by_rows(pixel_grads), by_rows(adversarial_grads)
+        return Judged(loss, parts, kernels, grads, spectral), pixels
 
 
 def draw_passes(seed: int, index_B: jax.Array, step: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from mvar_jax.errors import InputError
 GONE = object()
 
 
-def refuse(directory, *words: str) -> None:
+def assert_refused(directory, *words: str) -> None:
     with pytest.raises(InputError) as refusal:
         mvar_jax.load(directory)
     text = str(refusal.value)
@@ -65,20 +65,20 @@ def broken(tiny_model, tmp_path):
     ],
 )
 def test_a_model_json_that_cannot_be_a_model_is_refused(broken, kind, name, value, words):
-    refuse(broken(kind, **{name: value}), words)
+    assert_refused(broken(kind, **{name: value}), words)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", "null", "{", "[" * 100_000])
 def test_a_model_json_that_is_no_object_is_refused(tmp_path, content):
     (tmp_path / "model.json").write_text(content)
-    refuse(tmp_path, "has no readable model.json: ")
+    assert_refused(tmp_path, "has no readable model.json: ")
 
 
 def test_class_names_that_do_not_fit_the_model_are_refused(tiny_model, tmp_path):
     directory = shutil.copytree(tiny_model, tmp_path / "model")
     for content, words in ((["ant", "bee"], "3 names"), ({"0": "ant"}, "a list"), ([1, 2, 3], "classes.json[0]")):
         (directory / "classes.json").write_text(json.dumps(content))
-        refuse(directory, words)
+        assert_refused(directory, words)
     (directory / "classes.json").write_text(json.dumps(["ant", "bee", "cat"]))
     assert mvar_jax.load(directory).classes.names == ("ant", "bee", "cat")
 
@@ -98,4 +98,4 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
         {"tokenizer": small_case.TOKENIZER},
         {"tokenizer": params | {"codebook": params["codebook"] * jnp.nan}},
     )
-    refuse(tmp_path, "NaN or infinite, in tokenizer codebook")
+    assert_refused(tmp_path, "NaN or infinite, in tokenizer codebook")

@@ -49,7 +49,7 @@ def test_every_command_that_runs_a_model_runs_it_in_the_precision_that_is_asked_
 ):
     asked = []
 
-    def load(path, which="last", tokenizer=None, precision=None):
+    def load(path, which="last", tokenizer=None, precision=None, refiner="on", refine_scales=None):
         asked.append(precision)
         raise InputError("seen", field="checkpoint")
 
