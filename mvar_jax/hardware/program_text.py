@@ -70,6 +70,11 @@ class Instruction:
         name = self.attribute(r'custom_call_target="([^"]+)"') or self.attribute(r'op_name="([^"]+)"') or self.op
         return self.attribute(r'op_name="([^"]+)"') or name if name.endswith("triton") else name
 
+    @property
+    def custom_name(self) -> str:
+        """Return the name that a custom kernel was given, "" if it has none."""
+        return self.attribute(r'\bname = "([^"]+)"') or self.attribute(r"kernel_name[^\w]+(\w+)") or ""
+
 
 Computation = dict[str, Instruction]
 

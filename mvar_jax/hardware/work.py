@@ -133,7 +133,7 @@ def _flops(program: Text, it: Instruction, around: Computation, kernel_flops: Ke
         return _product_flops(it, operands[0], r'lhs_contracting_dimensions":\[([\d,"]*)\]'), dtype
     if "cudnn$conv" in target:
         return _cudnn_flops(target, it, operands), dtype
-    return kernel_flops(it.line, operands), dtype
+    return kernel_flops(it.custom_name, operands), dtype
 
 
 def _product_flops(it: Instruction, lhs: Array, pattern: str) -> float:

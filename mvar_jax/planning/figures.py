@@ -137,11 +137,11 @@ def compile_figures(task: DataTask, program: Program, target: str) -> Figures:
     )
 
 
-def _kernel_flops(task: DataTask, line: str, operands: list[Array]) -> float:
+def _kernel_flops(task: DataTask, name: str, operands: list[Array]) -> float:
     """Return the FLOPs of an attention kernel by ops/cost; 0 for other kernels, which have no products."""
     transformer = getattr(task, "transformer", None)
     is_attention = operands and len(operands[0].sides) == 4
-    return attention_kernel_flops(transformer.pyramid, line, operands[0].sides) if transformer and is_attention else 0
+    return attention_kernel_flops(transformer.pyramid, name, operands[0].sides) if transformer and is_attention else 0
 
 
 def _merged(items: list) -> Iterator[Any]:

@@ -16,14 +16,15 @@ from mvar_jax.models.lpips import shapes as lpips_shapes
 from mvar_jax.models.networks import Networks, check_fit
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
+from mvar_jax.scales import KNOWN_SIDES
 from mvar_jax.sharding import batch_like, make_mesh, num_shards_of, place, replicated
 from mvar_jax.tokens.cache_reader import TOKENIZER_FOLDER
 from mvar_jax.tokens.encode import encode_pixels
 from mvar_jax.training.adversary import DINO, FixedWeights
+from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.programs import CACHE, Program
 from mvar_jax.training.refiner_task import RefinerTask
 from mvar_jax.training.task import DataTask, RunOptions, TaskData
-from mvar_jax.training.tokenizer_step import CodebookOptions
 from mvar_jax.training.tokenizer_task import TokenizerTask
 from mvar_jax.training.transformer_step import PhaseOptions
 from mvar_jax.training.transformer_task import TransformerTask
@@ -45,16 +46,18 @@ def make_task(config: dict, devices: tuple, num_images: int | None = None, token
 
     Raises InputError if the config is no config, its mesh, batch and sizes do not fit, or epochs need `num_images`.
     """
-    data, module = build.build_data(config), build.build_module(config)
+    data, config = build.build_data(config), with_sides(config)
+    module = build.build_module(config)
     run = with_steps(build.build_run(config, list(devices)), data, num_images)
-    of_images = TaskData({}, data.transform(), data.loading())
+    of_images = TaskData({}, data.transform(getattr(module, "channels", 3)), data.loading())
     if config["task"] == "tokenizer":
         options = from_dict(CodebookOptions, config["codebook"], "config.codebook")
         adversary = build.build_adversary(config, module)
         fixed = FixedWeights(lpips_shapes() if options.perceptual_weight else None)
         if adversary is not None and adversary.options.kind == DINO:
             fixed = fixed.replace(discriminator={"vit": dino_shapes()})
-        return TokenizerTask(run, module, options, of_images, None, adversary, fixed)
+        train_parts = config.get("train_parts", "all")
+        return TokenizerTask(run, module, options, of_images, None, adversary, fixed, train_parts=train_parts)
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer = tokenizer or tokenizer_of(config, data)
     networks = Networks(tokenizer, params_like(tokenizer)).with_precision(module.precision)
@@ -70,6 +73,14 @@ def make_task(config: dict, devices: tuple, num_images: int | None = None, token
         )
         raise InputError(words, field="config.model.num_classes", given=0, expected="the number of classes")
     return TransformerTask(run, module, options, networks, of_tokens)
+
+
+def with_sides(config: dict) -> dict:
+    """Return the config; a tokenizer's that starts from other weights may leave its sides to them."""
+    sides = KNOWN_SIDES.get(config["data"]["image_size"])
+    if config["task"] != "tokenizer" or not config.get("init_from") or "sides" in config["model"] or sides is None:
+        return config
+    return config | {"model": {"sides": sides} | config["model"]}
 
 
 def with_steps(run: RunOptions, data: DataOptions, num_images: int | None) -> RunOptions:
@@ -132,7 +143,7 @@ def programs_of(task: DataTask, num_samples: int, num_encoded: int = NUM_ENCODED
     tokenizer = task.module if isinstance(task, TokenizerTask) else task.tokenizer.tokenizer
     spread = make_mesh(devices=devices)  # as `Encoder`, which has those of one process alone
     networks = Networks(tokenizer, place(params_like(tokenizer), replicated(spread)))
-    images = batch_like(spread, image=((num, *[tokenizer.image_size] * 2, 3), "uint8"))
+    images = batch_like(spread, image=((num, *tokenizer.image_shape), "uint8"))
     return [*found, Program(CACHE, f"cache tokens of {num}", encode_pixels, (networks, images["image"]), 0, num)]
 
 

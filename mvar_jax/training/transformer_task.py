@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mvar_jax.checkpoints.model_directory import fingerprint
+from mvar_jax.checkpoints.model_directory import fingerprint, ids_fingerprint
 from mvar_jax.files.images import min_zoom, tile_grid, to_uint8
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import Transformer
@@ -59,7 +59,8 @@ class TokenTask(DataTask):
         super().__init__(run, module, data, dict, scorer)
         self.initial = initial
         if not is_abstract(tokenizer):
-            self.data_identity["tokenizer"] = fingerprint(tokenizer.tokenizer, tokenizer.tokenizer_params)
+            parts = tokenizer.tokenizer, tokenizer.tokenizer_params
+            self.data_identity |= {"tokenizer": fingerprint(*parts), "tokenizer_ids": ids_fingerprint(*parts)}
             tokenizer = jax.tree.map(np.asarray, tokenizer)
         self.transformer, self.options = transformer, options
         self.tokenizer = place_networks(tokenizer, run.mesh)
@@ -107,7 +108,7 @@ class TokenTask(DataTask):
         if self.transform is None:
             arrays["ids"] = (B, self.transformer.pyramid.num_tokens), "int32"
         else:
-            arrays["image"] = (B, *[self.tokenizer.tokenizer.image_size] * 2, 3), "uint8"
+            arrays["image"] = (B, *self.tokenizer.tokenizer.image_shape), "uint8"
         batch, rates = batch_like(run.mesh, **arrays), run.rates(0)
         dues = [self.phases_of_step(step) for step in range(self.options.cycle(len(self.phases)))]
         found = []
