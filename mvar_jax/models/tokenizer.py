@@ -153,11 +153,6 @@ class Tokenizer(nn.Module):
         return 2 ** (len(self.ch_mult) - 1)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Return the shape of an image, `[Y, X, C]`."""
-        return self.image_size, self.image_size, self.channels
-
-    @property
     def image_size(self) -> int:
         return self.sides[-1] * self.downsampling
 

@@ -143,7 +143,7 @@ def programs_of(task: DataTask, num_samples: int, num_encoded: int = NUM_ENCODED
     tokenizer = task.module if isinstance(task, TokenizerTask) else task.tokenizer.tokenizer
     spread = make_mesh(devices=devices)  # as `Encoder`, which has those of one process alone
     networks = Networks(tokenizer, place(params_like(tokenizer), replicated(spread)))
-    images = batch_like(spread, image=((num, *tokenizer.image_shape), "uint8"))
+    images = batch_like(spread, image=((num, *[tokenizer.image_size] * 2, tokenizer.channels), "uint8"))
     return [*found, Program(CACHE, f"cache tokens of {num}", encode_pixels, (networks, images["image"]), 0, num)]
 
 

@@ -90,7 +90,7 @@ class TokenizerTask(DataTask):
             words = "config.codebook.simvq must be False with config.init_from, whose codebook is not E W, got True"
             raise InputError(words, field="config.codebook.simvq", given=True, expected="False")
         self.tokenizer, self.options, self.adversary = tokenizer, options, adversary
-        self._image_shape = tokenizer.image_shape
+        self._image_shape = (tokenizer.image_size, tokenizer.image_size, tokenizer.channels)
         self._has_frozen = train_parts != "all"
         options.check_scales(len(tokenizer.sides))
         options.check_images(self._image_shape)
@@ -212,7 +212,8 @@ class TokenizerTask(DataTask):
         state = self.abstract_state()
         params = jax.eval_shape(multiply_codebook, state.params)
 
-        def count(forward, *args):
+        def count(forward, *args):  # of no device: those of the mesh may not be here
+            args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
             return (jax.jit(forward).lower(*args).cost_analysis() or {}).get("flops", 0.0)
 
         def count_tokenizer(method, x):

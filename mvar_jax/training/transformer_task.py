@@ -108,7 +108,8 @@ class TokenTask(DataTask):
         if self.transform is None:
             arrays["ids"] = (B, self.transformer.pyramid.num_tokens), "int32"
         else:
-            arrays["image"] = (B, *self.tokenizer.tokenizer.image_shape), "uint8"
+            tokenizer = self.tokenizer.tokenizer
+            arrays["image"] = (B, *[tokenizer.image_size] * 2, tokenizer.channels), "uint8"
         batch, rates = batch_like(run.mesh, **arrays), run.rates(0)
         dues = [self.phases_of_step(step) for step in range(self.options.cycle(len(self.phases)))]
         found = []
