@@ -37,14 +37,15 @@ def add_arguments(parser) -> None:
     parser.add_argument("--tokenizer", metavar="FILE", help=words)
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
     parser.add_argument("--chart", metavar="FILE", help="write a bar chart of memory and time as PNG")
-    parser.add_argument(
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
         "--search",
         type=int,
         metavar="SECONDS",
         help="try meshes, remat and accumulate_steps for so long, and report the fastest that fits",
     )
     words = "report VAR too, the same model with full conditioning, and its memory and time over MVAR's"
-    parser.add_argument("--compare", choices=("var",), help=words)
+    modes.add_argument("--compare", choices=("var",), help=words)
 
 
 def run(args) -> int:
@@ -67,7 +68,11 @@ def run(args) -> int:
         raise InputError(f"--parts must be {expected}, got {unknown[0]}", field="parts", given=args.parts)
     tokenizer = None
     if args.tokenizer is not None:
-        tokenizer = build.build_module(read_config(args.tokenizer, []))
+        of_tokenizer = read_config(args.tokenizer, [])
+        if of_tokenizer.get("task") != "tokenizer":
+            words = f"--tokenizer must be the config of a tokenizer, got one with task {of_tokenizer.get('task')}"
+            raise InputError(words, field="tokenizer", given=args.tokenizer, expected="a tokenizer's config")
+        tokenizer = build.build_module(of_tokenizer)
     build.check_config(config)
     devices_of(args.topology)  # an unknown one, or a missing compiler, is said before anything is compiled
     folder = plans_folder(args.compilation_cache)

@@ -111,6 +111,9 @@ def parse_target(target: str) -> tuple[str, str]:
         hint = f". Did you mean {near[0]}{target[len(name) :]}?" if near else ""
         message = f"target must be {expected}, got {target!r}{hint}"
         raise InputError(message, field="target", given=target, expected=expected)
+    if name == HERE and shape:
+        message = f"target here has no shape: it is all devices of this machine, got {target!r}"
+        raise InputError(message, field="target", given=target, expected=HERE)
     if shape and not all(part.isdecimal() and int(part) for part in shape.split("x")):
         expected = "a machine and a shape such as h100:8, h100:2x8 (hosts x cards) or v5e:4x4"
         message = f"target must be {expected}, got {target!r}"

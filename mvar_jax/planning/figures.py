@@ -19,12 +19,11 @@ from mvar_jax.errors import InputError
 from mvar_jax.fields import from_dict
 from mvar_jax.files.atomic import write_json
 from mvar_jax.files.json_files import parse_json
-from mvar_jax.hardware.compiling import OutOfMemory, compile_jitted
+from mvar_jax.hardware.compiling import OutOfMemory
 from mvar_jax.hardware.program_text import Array
 from mvar_jax.hardware.work import Collective, Work, work_of
 from mvar_jax.ops.cost import attention_kernel_flops
-from mvar_jax.planning.tasks import bytes_on_device
-from mvar_jax.sharding import use_mesh
+from mvar_jax.planning.tasks import bytes_on_device, compile_program
 from mvar_jax.training.programs import Program
 from mvar_jax.training.task import DataTask
 
@@ -115,8 +114,7 @@ def compile_figures(task: DataTask, program: Program, target: str) -> Figures:
     work, collectives, is_refused = [], [], False
     hosts = tuple(device.process_index for device in task.run.mesh.devices.flat)
     try:
-        with use_mesh(task.run.mesh):
-            compiled = compile_jitted(target, program.jitted, *program.arguments)
+        compiled = compile_program(task, program, target)
         work, collectives = work_of(compiled.text, hosts, functools.partial(_kernel_flops, task))
         argument_bytes, activation_bytes = compiled.argument_bytes, compiled.total_bytes - compiled.argument_bytes
     except OutOfMemory as error:

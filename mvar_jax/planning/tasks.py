@@ -10,6 +10,7 @@ from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError
 from mvar_jax.fields import from_dict, put_below
 from mvar_jax.files.paths import as_path
+from mvar_jax.hardware.compiling import Compiled, compile_jitted
 from mvar_jax.models.dino import shapes as dino_shapes
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.lpips import shapes as lpips_shapes
@@ -17,7 +18,7 @@ from mvar_jax.models.networks import Networks, check_fit
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.scales import KNOWN_SIDES
-from mvar_jax.sharding import batch_like, make_mesh, num_shards_of, place, replicated
+from mvar_jax.sharding import batch_like, make_mesh, num_shards_of, place, replicated, use_mesh
 from mvar_jax.tokens.cache_reader import TOKENIZER_FOLDER
 from mvar_jax.tokens.encode import encode_pixels
 from mvar_jax.training.adversary import DINO, FixedWeights
@@ -145,6 +146,12 @@ def programs_of(task: DataTask, num_samples: int, num_encoded: int = NUM_ENCODED
     networks = Networks(tokenizer, place(params_like(tokenizer), replicated(spread)))
     images = batch_like(spread, image=((num, *[tokenizer.image_size] * 2, tokenizer.channels), "uint8"))
     return [*found, Program(CACHE, f"cache tokens of {num}", encode_pixels, (networks, images["image"]), 0, num)]
+
+
+def compile_program(task: DataTask, program: Program, target: str) -> Compiled:
+    """Compile a program of a task for the target of the task. Raises OutOfMemory if it is too large."""
+    with use_mesh(task.run.mesh):
+        return compile_jitted(target, program.jitted, *program.arguments)
 
 
 def bytes_on_device(tree) -> int:
