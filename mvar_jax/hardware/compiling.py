@@ -7,6 +7,7 @@ CUDA targets need jax's CUDA plugin (`pip install "jax[cuda12]"`), TPU targets l
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import os
 import re
 
@@ -15,7 +16,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, shorten
 from mvar_jax.hardware.machines import HERE, gpu_description, machine_of, parse_target, platform_of
 from mvar_jax.ops.platform import compiling_for
 
@@ -61,9 +62,13 @@ def devices_of(target: str) -> tuple:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=slice_name, **options)
         return tuple(topology.devices) if shape else tuple(topology.devices[:1])
     except Exception as error:  # jax raises errors of many types if a plugin is missing
+        reason = shorten(error)
+        if machine.platform == "tpu" and importlib.util.find_spec("libtpu"):
+            expected = f"a slice that libtpu knows, such as {name}:{machine.smallest}"
+            message = f"target must be {expected}, got {target!r}: {reason}"
+            raise InputError(message, field="target", given=target, expected=expected) from error
         extra = "cuda12" if machine.platform == "gpu" else "tpu"
-        reason = " ".join(str(error).split())[:200]
-        expected = f'its compiler installed by `pip install "jax[{extra}]"` ({reason})'
+        expected = f'its compiler installed by `pip install "mvar_jax[{extra}]"` ({reason})'
         message = f"target {target} needs {expected}"
         raise InputError(message, field="target", given=target, expected=expected) from error
 

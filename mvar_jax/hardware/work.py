@@ -11,6 +11,7 @@ import numpy as np
 from mvar_jax.hardware.program_text import Array, Computation, Instruction, Step, Text, parse
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+CHAINED, STARTS = "chain_id=", '"AsyncCollectiveStart"'  # marks of a TPU's exchanges that several fusions share
 _WIDE = ("f32", "f64", "s32", "u32")
 
 # (name of a custom kernel, its operands) -> FLOPs, 0 if it is no kernel of ours
@@ -80,14 +81,17 @@ def work_of(
         if (kind := it.op.removesuffix("-start")) in COLLECTIVES:
             collectives.append(_collective(kind, it, step, hosts))
             continue
-        inside = [(part, program.fused(it)) for part in program.fused(it).values() if part.op in COLLECTIVES]
-        for part, around in inside:  # a TPU's reduce-scatter is a fusion of an all-reduce and a slice
+        fused = program.fused(it)
+        inside = [part for part in fused.values() if part.op in COLLECTIVES]
+        for part in inside:
+            if CHAINED in part.line and not any(STARTS in other.line for other in fused.values()):
+                continue  # a later part of an exchange that goes on beside products
+            # a TPU's reduce-scatter is a fusion of an all-reduce and a slice
             kind = "reduce-scatter" if "all-reduce-scatter" in (it.called or "") else part.op
-            collectives.append(_collective(kind, part, Step(part, step.times, around), hosts))
-        if inside:
-            continue
+            collectives.append(_collective(kind, part, Step(part, step.times, fused), hosts))
         flops, dtype = _flops(program, it, step.around, kernel_flops)
-        works.append(Work(step.times, flops, program.traffic(step), dtype))
+        if flops or not inside:
+            works.append(Work(step.times, flops, program.traffic(step), dtype))
     return works, collectives
 
 
@@ -110,6 +114,14 @@ def _groups(it: Instruction, num_devices: int) -> list[list[int]]:
         if found[4]:
             ids = ids.transpose([int(axis) for axis in found[4].split(",")])
         return ids.reshape(int(found[1]), int(found[2])).tolist()
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", it.line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        names = list(sizes)
+        own = [names.index(name) for name in re.findall(r"'(\w+)'", found[2])]
+        ids = np.moveaxis(
+            np.arange(math.prod(sizes.values())).reshape(list(sizes.values())), own, range(-len(own), 0)
+        )
+        return ids.reshape(-1, math.prod(sizes[names[i]] for i in own)).tolist()
     found = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", it.line)
     groups = [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", found[1])] if found else []
     return groups or [list(range(num_devices))]

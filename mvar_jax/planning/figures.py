@@ -153,7 +153,7 @@ def _merged(items: list) -> Iterator[Any]:
 
 def _digest(config: dict, target: str, program: Program) -> str:
     """Return a name for what decides on a program's figures."""
-    arguments = jax.tree.map(lambda x: str(getattr(x, "sharding", None)), program.arguments)
+    arguments = jax.tree.map(str, program.arguments)
     versions = {name: _version(name) for name in COMPILERS}
     parts = [config, target, program.name, str(arguments), versions, _code_digest()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

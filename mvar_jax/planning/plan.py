@@ -68,12 +68,11 @@ def make_plan(config: dict, request: Request, machine: Machine, num_largest: int
 
 @dataclasses.dataclass(frozen=True)
 class Try:
-    """A setting that a search tried. plan: None if the config does not allow it or time was up."""
+    """A setting that a search tried. images_per_s: of its largest step, 0 if it does not fit."""
 
     changes: dict
-    plan: Plan | None
+    plan: Plan
     images_per_s: float
-    note: str
 
 
 def search(config: dict, request: Request, limit_s: float) -> list[Try]:
@@ -99,7 +98,7 @@ def search(config: dict, request: Request, limit_s: float) -> list[Try]:
         (step,) = plan.figures
         seconds = estimate(step, machine).total_s
         rate = step.images / seconds if seconds and plan.is_fitting else 0.0
-        tries.append(Try(changes, plan, rate, "fits" if plan.is_fitting else "does not fit"))
+        tries.append(Try(changes, plan, rate))
     return sorted(tries, key=lambda one: -one.images_per_s)
 
 
@@ -141,11 +140,12 @@ def describe_tries(tries: list[Try]) -> str:
     """Return a search's table, and its best."""
     rows = [("setting", "peak", "step", "images/s", "")]
     for one in tries:
-        assert one.plan is not None
         (step,) = one.plan.figures
         time_s = estimate(step, one.plan.machine).total_s
         times = ("", "") if step.is_refused else (show_time(time_s), f"{step.images / time_s:,.0f}" if time_s else "")
-        rows.append((_words(one.changes), show_bytes(step.peak_bytes), *times, one.note))
+        rows.append(
+            (_words(one.changes), show_bytes(step.peak_bytes), *times, "fits" if one.images_per_s else "does not fit")
+        )
     best = tries[0] if tries and tries[0].images_per_s else None
     found = f"best of {len(tries)}: {_words(best.changes)}" if best else f"none of {len(tries)} fits"
     return "\n".join([*table(rows), found])

@@ -49,6 +49,7 @@ def test_products_with_padding_do_not_count():
         ("all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add", "all-reduce", 4000, 4, 6000, True),
         ("all-reduce(%x), replica_groups=[2,2]<=[4], to_apply=%add", "all-reduce", 4000, 2, 4000, False),
         ("all-reduce(%x), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add", "all-reduce", 4000, 2, 4000, True),
+        ("all-reduce(%x), replica_groups=mesh['a'=2,'b'=2] {'a'}, to_apply=%add", "all-reduce", 4000, 2, 4000, True),
         ("all-gather-start(%x), replica_groups={{0,1},{2,3}}", "all-gather", 8000, 2, 4000, False),
         ("reduce-scatter(%x), replica_groups={{0,2},{1,3}}", "reduce-scatter", 4000, 2, 2000, True),
         ("collective-permute(%x), source_target_pairs={{0,1},{1,0}}", "collective-permute", 4000, 2, 4000, False),
