@@ -59,7 +59,6 @@ def run(args) -> int:
     from mvar_jax.planning import plan as plans
     from mvar_jax.planning.compare import compare_views, describe_comparison
     from mvar_jax.planning.report import describe, draw_chart, to_json
-    from mvar_jax.planning.roofline import machine_for
     from mvar_jax.training.programs import PARTS
 
     parts = tuple(args.parts.split(","))
@@ -77,9 +76,8 @@ def run(args) -> int:
     devices_of(args.topology)  # an unknown one, or a missing compiler, is said before anything is compiled
     folder = plans_folder(args.compilation_cache)
     request = plans.Request(args.config, args.topology, parts, args.samples, args.images, tokenizer, folder)
-    machine = machine_for(args.topology)
     if args.compare:
-        found = compare_views(config, request, machine)
+        found = compare_views(config, request)
         print(describe_comparison(*found))
         plan = found[0]
     elif args.search is not None:
@@ -87,7 +85,7 @@ def run(args) -> int:
         print(plans.describe_tries(tries))
         plan = tries[0].plan
     else:
-        plan = plans.make_plan(config, request, machine)
+        plan = plans.make_plan(config, request)
         print(describe(plan))
     if "json" in files:
         from mvar_jax.files.atomic import write_json

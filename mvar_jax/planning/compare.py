@@ -37,15 +37,13 @@ class Row:
     published_mb: tuple[int | None, int | None]
 
 
-def compare_views(config: dict, request: Request, machine: Machine) -> tuple[Plan, Plan, list[Row]]:
+def compare_views(config: dict, request: Request) -> tuple[Plan, Plan, list[Row]]:
     """Return (plan of MVAR, plan of VAR, rows). Raises InputError unless the config trains a transformer."""
     if config["task"] != "transformer":
         words = f"--compare needs a config of a transformer, got config.task={config['task']}"
         raise InputError(words, field="config.task", given=config["task"], expected="transformer")
     views = ("markov", "full")
-    plans = [
-        make_plan(config | {"model": config["model"] | {"conditioning": view}}, request, machine) for view in views
-    ]
+    plans = [make_plan(config | {"model": config["model"] | {"conditioning": view}}, request) for view in views]
     rows = []
     for part in request.parts:
         batch = plans[0].batch_size if part == TRAIN else request.num_samples
@@ -59,7 +57,7 @@ def compare_views(config: dict, request: Request, machine: Machine) -> tuple[Pla
                 part,
                 batch,
                 tuple(max(one.peak_bytes for one in each) for each in own),
-                tuple(_seconds(each, machine) for each in own),
+                tuple(_seconds(each, plans[0].machine) for each in own),
                 tuple(published) if batch == PUBLISHED_BATCH else (None, None),
             )
         )

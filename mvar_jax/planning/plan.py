@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mvar_jax.errors import InputError
 from mvar_jax.hardware.compiling import devices_of
-from mvar_jax.hardware.machines import Machine
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.planning.advice import first_change
 from mvar_jax.planning.figures import measure
@@ -46,13 +45,14 @@ class Request:
     folder: Path | None = None
 
 
-def make_plan(config: dict, request: Request, machine: Machine, num_largest: int | None = None) -> Plan:
+def make_plan(config: dict, request: Request, num_largest: int | None = None) -> Plan:
     """Return the plan of a config. num_largest: compile only so many training steps, those with most tokens."""
     task = make_task(config, devices_of(request.target), request.num_images, request.tokenizer)
     programs = [one for one in programs_of(task, request.num_samples) if one.part in request.parts]
     if num_largest is not None:
         programs = sorted(programs, key=lambda one: -one.flops)[:num_largest]
     figures = measure(task, programs, request.target, config, request.folder)
+    machine = machine_for(request.target)
     return Plan(
         config=request.name,
         target=request.target,
@@ -81,14 +81,14 @@ def search(config: dict, request: Request, limit_s: float) -> list[Try]:
     Meshes, rematerialisation and micro-batches are tried from the config's own on, nearest first, until the time is
     up. A try is judged by its training step with most products alone.
     """
-    machine, begin, longest_s, tries = machine_for(request.target), time.monotonic(), 0.0, []
+    begin, longest_s, tries = time.monotonic(), 0.0, []
     request = dataclasses.replace(request, parts=(TRAIN,))
     for changes in _candidates(config, len(devices_of(request.target))):
         begin_s = time.monotonic()
         if tries and begin_s - begin + longest_s > limit_s:
             break
         try:
-            plan = make_plan(_changed(config, changes), request, machine, num_largest=1)
+            plan = make_plan(_changed(config, changes), request, num_largest=1)
         except InputError as error:
             if not tries:
                 raise
@@ -96,7 +96,7 @@ def search(config: dict, request: Request, limit_s: float) -> list[Try]:
             continue
         longest_s = max(longest_s, time.monotonic() - begin_s)
         (step,) = plan.figures
-        seconds = estimate(step, machine).total_s
+        seconds = estimate(step, plan.machine).total_s
         rate = step.images / seconds if seconds and plan.is_fitting else 0.0
         tries.append(Try(changes, plan, rate))
     return sorted(tries, key=lambda one: -one.images_per_s)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import os
 import time
 
@@ -79,6 +80,7 @@ def machine_for(target: str) -> Machine:
     )
 
 
+@functools.cache
 def _measure_rates() -> tuple[dict[str, float], float]:
     """Return (FLOP/s by dtype, bytes/s of memory) of the first device here."""
     multiply, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
