@@ -108,8 +108,8 @@ def parse_target(target: str) -> tuple[str, str]:
     if name not in known:
         expected = f"one of {', '.join(known)}, with an optional shape such as h100:8"
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-        hint = f". Did you mean {near[0]}{target[len(name) :]}?" if near else ""
-        message = f"target must be {expected}, got {target!r}{hint}"
+        hint = f"; did you mean {near[0]}{target[len(name) :]}" if near else ""
+        message = f"target must be {expected}{hint}, got {target!r}"
         raise InputError(message, field="target", given=target, expected=expected)
     if name == HERE and shape:
         message = f"target here has no shape: it is all devices of this machine, got {target!r}"

@@ -84,6 +84,8 @@ def search(config: dict, request: Request, limit_s: float) -> list[Try]:
     begin, longest_s, tries = time.monotonic(), 0.0, []
     request = dataclasses.replace(request, parts=(TRAIN,))
     for changes in _candidates(config, len(devices_of(request.target))):
+        if tries and changes.get("mesh") == tries[0].plan.mesh:
+            continue  # the config's own
         begin_s = time.monotonic()
         if tries and begin_s - begin + longest_s > limit_s:
             break

@@ -28,14 +28,14 @@ def plan(capfd, *arguments: str) -> tuple[int, str, str]:
     return status, out, err
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fixed_rates(monkeypatch):
     """Rates of the machine here that need no measurement."""
     rates = {"float32": 1e9, "bfloat16": 1e9}, 1e9
     monkeypatch.setattr("mvar_jax.planning.roofline._measure_rates", lambda: rates)
 
 
-def test_every_program_of_a_transformers_run_is_planned_once(capfd, tmp_path, kept, fixed_rates, monkeypatch):
+def test_every_program_of_a_transformers_run_is_planned_once(capfd, tmp_path, kept, monkeypatch):
     """One row for each phase, the sampler and cache_tokens; a second call compiles nothing and reports the same."""
     files = ["--json", str(tmp_path / "plan.json"), "--chart", str(tmp_path / "plan.png")]
     command = ["--config", "debug_transformer", "--topology", "here", *TOKENIZER, "--samples", "2", *files]
@@ -72,7 +72,7 @@ REFUSED = {
     "an unknown machine": (
         ["--topology", "v5x:4x4"],
         "target must be one of here, a100-80, ",
-        "Did you mean v5e:4x4?",
+        "did you mean v5",
     ),
     "a shape of this machine": (["--topology", "here:8"], "here has no shape", "got 'here:8'"),
     "a damaged shape": (["--topology", "h100:8x"], "target must be a machine and a shape", "got 'h100:8x'"),
@@ -113,8 +113,8 @@ def test_a_config_that_trains_no_transformer_has_no_var(capfd):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("{", "is damaged"),
-        ("[1]", "is damaged"),
+        ("{", "Expecting property name"),
+        ("[1]", "cannot convert"),
         ('{"platform": "tpu"}', "v9.name is missing"),
         ('{"flops": {"bfloat16": "fast"}}', "is missing"),
     ],
