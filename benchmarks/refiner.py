@@ -38,7 +38,7 @@ NUM_EACH, SEEDS, TIMED = 100, (0, 1, 2), 25  # samples of a class, sampling seed
 WINDOWS, MOST_MEMORY = (None, 3, 5), 0.15  # of the refiners whose cost is compared; bound over the base's memory
 WORST = ("judge_sample_accuracy", "nearest_ratio", "within_class_spread", "num_distinct_pyramids")
 # (cfg, temperature)
-SETTINGS = ((0.0, 1.0), (0.0, 1.1), (0.0, 1.2), (1.0, 1.0))
+SETTINGS = ((0.0, 1.0), (0.0, 1.2), (1.5, 1.0))
 
 
 def print_row(*cells) -> None:

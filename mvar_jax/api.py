@@ -14,7 +14,7 @@ from mvar_jax.files.paths import as_path
 from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
-from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
+from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy, token_entropy
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling import analysis, editing
 from mvar_jax.sampling.inputs import check_cfgs, check_features, check_ids, check_images, check_index, check_rows
@@ -109,6 +109,14 @@ class Model:
         """
         nll = token_cross_entropy(self.logits(ids_BL, labels_B), self._check_ids(ids_BL))
         return sum_per_scale(nll, self._transformer().pyramid.areas)
+
+    def entropy(self, ids_BL, labels_B) -> jax.Array:
+        """Return the entropy of each map's tokens in nats, given the true earlier ones and summed, `[B, S] float32`.
+
+        A model that is as sure as it is right has the mean of `score` on images that it has not seen; a lower one is
+        over-confident.
+        """
+        return sum_per_scale(token_entropy(self.logits(ids_BL, labels_B)), self._transformer().pyramid.areas)
 
     def sample(self, labels_B, seed=0, cfg=1.5, top_k=0, top_p=0.0, smooth=False, index=None, temperature=1.0):
         """Sample one image for each label; a function of (weights, label, seed, index, options).

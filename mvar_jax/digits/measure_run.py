@@ -19,6 +19,7 @@ from mvar_jax.files.images import save_png, side_by_side, tile_grid, to_uint8
 from mvar_jax.files.json_files import read_json
 from mvar_jax.files.lines import read_lines
 from mvar_jax.files.npz import load_npz, save_npz
+from mvar_jax.scales import areas_of
 from mvar_jax.training.tokenizer_step import count_hits
 
 GRID_CFG = 1.0  # guidance of samples.png
@@ -87,11 +88,12 @@ class Drawn(NamedTuple):
         images, tokens = (load_npz(self.samples / name) for name in ("samples.npz", "tokens.npz"))
         return Samples(images["arr_0"], images["arr_1"], tokens["ids"])
 
-    def read_validation(self) -> Validation:
-        """Return the validation curve."""
-        lines = read_metrics(self.workdir, "eval")
+    def validate(self, ids_NL, labels_N) -> Validation:
+        """Return the validation curve, and the entropy of the run's model on the held-out images."""
+        lines, model = read_metrics(self.workdir, "eval"), load(self.workdir)
         (steps, per_scale), (_, whole) = (column(lines, name) for name in ("loss_per_scale", "loss"))
-        return Validation(steps, per_scale, whole)
+        entropy_NS = np.asarray(model.entropy(ids_NL, labels_N))
+        return Validation(steps, per_scale, whole, entropy_NS.mean(0) / areas_of(model.tokenizer.sides))
 
 
 def report_digits(tokenizer_dir: Path, base: Drawn, refined: Drawn | None, stages: dict, out: Path) -> bool:
@@ -116,7 +118,8 @@ def report_digits(tokenizer_dir: Path, base: Drawn, refined: Drawn | None, stage
     both, ids_NL = reconstruct(model, np.concatenate([heldout, train]), batch_size=64)
     reconstructions = both[: len(heldout)]
     hits_SV = np.asarray(count_hits(ids_NL, model.tokenizer.sides, model.tokenizer.vocab_size))
-    validation = base.read_validation()
+    of_heldout = ids_NL[: len(heldout)], real.heldout_labels
+    validation = base.validate(*of_heldout)
     tokenizer_lines = read_metrics(tokenizer_dir, "eval")
     # without the untrained tokenizer, whose PSNR would dominate the axis
     tokenizer_lines = [line for line in tokenizer_lines if line["step"]]
@@ -149,7 +152,7 @@ def report_digits(tokenizer_dir: Path, base: Drawn, refined: Drawn | None, stage
         code_counts_SV=hits_SV,
         validation=validation,
         stages={**stages, "report": own},
-        refined=None if refined is None else (samples, refined.read_validation()),
+        refined=None if refined is None else (samples, refined.validate(*of_heldout)),
     )
     figures["num_heldout_images"], figures["jax_version"] = len(heldout), jax.__version__
     return write_report(out, figures)

@@ -85,15 +85,22 @@ def measure_bounds(judges: Judges, reconstructions) -> dict:
 
 
 class Validation(NamedTuple):
-    """The validation curve of a run: steps, and nats a token of each scale and of all tokens at these steps."""
+    """The validation of a run: its curve, and how sure the model is at the end, in nats a token.
+
+    Attributes:
+      steps_K: steps of the curve.
+      loss_KS, loss_K: of each scale, and of all tokens.
+      entropy_S: of the model's own distributions on the same images; below the loss, it is over-confident.
+    """
 
     steps_K: Sequence[int]
     loss_KS: Sequence[Sequence[float]]
     loss_K: Sequence[float]
+    entropy_S: Sequence[float]
 
 
 def measure_validation(curve: Validation, log_v: float) -> dict:
-    """Return the first and last row of a validation curve, in nats a token."""
+    """Return the first and last row of a validation curve and the entropy, in nats a token."""
     loss_KS = np.asarray(curve.loss_KS, np.float64)
     over_log_v_S = loss_KS[-1] / log_v
     return {
@@ -102,6 +109,7 @@ def measure_validation(curve: Validation, log_v: float) -> dict:
         "val_loss_start_per_scale": loss_KS[0].tolist(),
         "val_loss_end_per_scale": loss_KS[-1].tolist(),
         "val_loss_end_over_log_v_per_scale": over_log_v_S.tolist(),
+        "val_entropy_per_scale": np.asarray(curve.entropy_S, np.float64).tolist(),
         "val_loss_worst_over_log_v": float(over_log_v_S.max()),
     }
 
@@ -223,13 +231,16 @@ def _scales(figures: Mapping) -> str:
         "perplexity": figures["perplexity_per_scale"],
         "loss at start": transformer["val_loss_start_per_scale"],
         "loss at end": transformer["val_loss_end_per_scale"],
+        "own entropy": transformer["val_entropy_per_scale"],
         "end / log V": transformer["val_loss_end_over_log_v_per_scale"],
     }
     if "base" in figures:
         columns["refined loss"] = figures["val_loss_end_per_scale"]
+        columns["own entropy, refined"] = figures["val_entropy_per_scale"]
     rows = [(str(scale), *row) for scale, row in enumerate(zip(*columns.values(), strict=True))]
     start, end = transformer["val_steps"]
     words = f"## Scales\n\nValidation loss of the transformer in nats a token, at steps {start} and {end}.\n"
+    words += "An entropy below the loss shows a model that is surer than it is right.\n"
     return f"{words}\n{_table(('scale', *columns), rows)}"
 
 

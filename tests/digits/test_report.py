@@ -29,7 +29,7 @@ def good_run() -> dict:
         reconstructions=np.clip(heldout + 0.02 * rng.normal(size=heldout.shape), -1, 1),
         samples=Samples(as_uint8(samples), sample_labels, np.arange(200 * 5).reshape(200, 5)),
         code_counts_SV=np.array([[1] * 8 + [0] * 8, [3] * 15 + [0]]),
-        validation=Validation([0, 100], [[2.8, 2.7], [1.0, 1.5]], [2.72, 1.4]),
+        validation=Validation([0, 100], [[2.8, 2.7], [1.0, 1.5]], [2.72, 1.4], [0.9, 1.4]),
         stages={
             "install": {"wall_s": 60.0, "cpu_s": 40.0, "peak_rss_mib": 200.0, "finished": True},
             "tokenizer": {"wall_s": 150.0, "cpu_s": 220.0, "peak_rss_mib": 1600.0, "finished": True},
@@ -100,7 +100,7 @@ def test_a_refiner_is_shown_beside_its_transformer(tmp_path):
     """The figures are those of the refiner; the transformer's are kept and stand in the same table."""
     run = good_run()
     worse = run["samples"]._replace(images=-run["real"].train[:200])
-    refined = run["samples"], Validation([0, 50], [[1.0, 1.5], [0.9, 1.25]], [1.4, 1.2])
+    refined = run["samples"], Validation([0, 50], [[1.0, 1.5], [0.9, 1.25]], [1.4, 1.2], [0.8, 1.2])
     figures = report.measure(**run | {"samples": worse, "refined": refined})
     assert failed(figures) == set() and figures["val_loss_end"] == 1.2
     base = report.measure(**run | {"samples": worse})
@@ -109,7 +109,7 @@ def test_a_refiner_is_shown_beside_its_transformer(tmp_path):
     report.write_report(tmp_path, figures)
     lines = (tmp_path / "report.md").read_text().splitlines()
     assert "| figure | transformer alone | with the refiner |" in lines and "| val_loss_end | 1.4 | 1.2 |" in lines
-    assert "| 1 | 0.9375 | 15 | 2.7 | 1.5 | 0.541 | 1.25 |" in lines
+    assert "| 1 | 0.9375 | 15 | 2.7 | 1.5 | 1.4 | 0.541 | 1.25 | 1.2 |" in lines
 
 
 def test_requirement_fails_alone_just_beyond_its_bound():
