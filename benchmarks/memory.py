@@ -33,6 +33,7 @@ from mvar_jax.sampling.sampler import SampleOptions, decode_features, sample
 from mvar_jax.scales import KNOWN_SIDES
 from mvar_jax.training import tokenizer_step
 from mvar_jax.training.adversary import Adversary, AdversaryOptions, FixedWeights
+from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
 from mvar_jax.training.transformer_step import PhaseOptions, TransformerRecipe, train_step
@@ -139,7 +140,7 @@ def compile_tokenizer_step(target: str, tokenizer: Tokenizer, batch: int, kind: 
     kind: of the discriminator, patch or none.
     """
     options = OptimizerOptions(ema_decay=0.9999)
-    losses = tokenizer_step.CodebookOptions(l1_weight=0.2, perceptual_weight=1.0, scale_dropout=0.1)
+    losses = CodebookOptions(l1_weight=0.2, perceptual_weight=1.0, scale_dropout=0.1)
     adversary = Adversary(AdversaryOptions(kind="patch"), PatchDiscriminator(dtype=tokenizer.dtype))
     recipe = tokenizer_step.TokenizerRecipe(
         tokenizer, options, losses, adversary=None if kind == "none" else adversary

@@ -88,6 +88,7 @@ def make_config(*, image_size: int, batch_size: int, num_steps: int) -> ml_colle
         beta2=0.95,
         clip_norm=1.0,
         ema_decay=0.9999,
+        ema_ramp=True,
     )
     c.mesh = dict(data=-1, fsdp=1, tensor=1)
     return c

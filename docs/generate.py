@@ -123,8 +123,8 @@ def config_sections() -> dict[str, list[Row]]:
     from mvar_jax.models.transformer import Transformer
     from mvar_jax.sharding import make_mesh
     from mvar_jax.training.adversary import AdversaryOptions
+    from mvar_jax.training.codebook_options import CodebookOptions
     from mvar_jax.training.optimizer import OptimizerOptions
-    from mvar_jax.training.tokenizer_step import CodebookOptions
     from mvar_jax.training.transformer_step import PhaseOptions
 
     linen = ("parent", "name")

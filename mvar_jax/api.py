@@ -73,6 +73,14 @@ class Model:
         """Return L, the number of tokens of a pyramid."""
         return sum(areas_of(self.tokenizer.sides))
 
+    def for_images(self, height: int, width: int, sides: tuple[int, ...] | None = None) -> "Model":
+        """Return the tokenizer alone, for images of another size; see `Tokenizer.for_images`.
+
+        It encodes and decodes with the same weights; the transformer samples square images of its own size alone.
+        """
+        tokenizer = self.tokenizer.for_images(as_integer(height, "height", 1), as_integer(width, "width", 1), sides)
+        return Model(Networks(tokenizer, self.tokenizer_params))
+
     def labels(self, labels_B) -> np.ndarray:
         """Return class numbers or names as `[B] int32`; see `ClassNames`. Raises InputError for an unknown one."""
         return np.asarray(self._check_labels(labels_B))
@@ -171,7 +179,7 @@ class Model:
         Returns (images `[B, Y, X, 3] float32` in [-1, 1], ids `[B, L] int32`).
         """
         options = SampleOptions(cfg, top_k, top_p, smooth, temperature)
-        labels, images = self._check_labels(labels_B), check_images(images_BYX3)
+        labels, images = self._check_labels(labels_B), check_images(images_BYX3, channels=self.tokenizer.channels)
         mask_BYX = check_mask(mask, *images.shape[1:3], invert)
         num = max(len(images), len(mask_BYX))
         if not {len(images), len(mask_BYX)} <= {1, num} or num not in (1, len(labels)):
@@ -280,7 +288,7 @@ class Model:
         return self.transformer
 
     def _check_images(self, images_BYX3) -> np.ndarray:
-        return check_images(images_BYX3, self.tokenizer.image_size)
+        return check_images(images_BYX3, self.tokenizer.image_shape, self.tokenizer.channels)
 
     def _check_ids(self, ids_BL) -> jax.Array:
         return jnp.asarray(check_ids(ids_BL, self.tokenizer))

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError
 from mvar_jax.fields import check_keys, check_values, from_dict, put_below
-from mvar_jax.files.paths import as_path
 
 # key -> whether it is a section; every config has exactly these
 COMMON_KEYS = {
@@ -42,9 +42,13 @@ OPTIONAL_KEYS = (
     "eval_temperature",
 )
 _TOKEN_KEYS = {"phases": True, "init_from": False}
-# sections that a config may leave out, each key then having its default
-OPTIONAL_SECTIONS = {"tokenizer": ("adversary",), "transformer": (), "refiner": ()}
 TASK_KEYS = {"tokenizer": {"codebook": True}, "transformer": _TOKEN_KEYS, "refiner": _TOKEN_KEYS}
+# the same of keys that one task may leave out, a section's keys then having their defaults
+TASK_OPTIONS: dict[str, dict[str, bool]] = {
+    "tokenizer": {"init_from": False, "train_parts": False, "adversary": True},
+    "transformer": {},
+    "refiner": {},
+}
 
 
 def check_config(config: dict) -> None:
@@ -54,8 +58,11 @@ def check_config(config: dict) -> None:
 
     Keys that no options class holds:
       task: what is trained: tokenizer, transformer or refiner.
-      init_from: initial weights of the transformer: a model directory, a workdir or a published file; "" for none. Of
-        a refiner: the model directory or workdir of the transformer that it refines.
+      init_from: initial weights: a model directory, a workdir or a published file; "" for none. The model section of
+        a tokenizer then gives only what differs from that model. Of a refiner: the model directory or workdir of the
+        transformer that it refines.
+      train_parts: of a tokenizer that starts from `init_from`: all, or decoder. The latter freezes encoder, quant
+        convolution, codebook and phi, so that ids, token caches and transformers stay valid.
     """
     task = config.get("task")
     if task not in TASK_KEYS:
@@ -67,7 +74,7 @@ def check_config(config: dict) -> None:
     from mvar_jax.training.task import RunOptions
 
     known = COMMON_KEYS | TASK_KEYS[task]
-    optional = dict.fromkeys(OPTIONAL_KEYS, False) | dict.fromkeys(OPTIONAL_SECTIONS[task], True)
+    optional = dict.fromkeys(OPTIONAL_KEYS, False) | TASK_OPTIONS[task]
     check_keys(config, (*known, *optional), "config")
     for name, is_section in (known | optional).items():
         field = f"config.{name}"
@@ -172,13 +179,42 @@ def _given_fields(cls: type, config: dict) -> dict[str, Any]:
     return {field.name: config[field.name] for field in dataclasses.fields(cls) if field.name in config}
 
 
-def build_task(config: dict):
-    """Return (task, modules of model.json, weights of the frozen modules), the last two by kind."""
+def with_initial_model(config: dict, workdir: Path | None = None) -> tuple[dict, Any]:
+    """Return (config, initial weights of a tokenizer or None): with `init_from` its model section becomes whole.
+
+    workdir: a run that has a checkpoint there takes its own model instead, and needs no initial weights.
+    """
+    from mvar_jax.checkpoints.manager import has_checkpoint
+    from mvar_jax.training.initial import load_initial_tokenizer
+    from mvar_jax.training.resume_rules import model_of_run
+
+    data, parts = build_data(config), config.get("train_parts", "all")
+    path = config.get("init_from", "")
+    if config["task"] != "tokenizer":
+        return config, None
+    if workdir is not None and has_checkpoint(workdir):
+        own = model_of_run(workdir) if path or parts != "all" else {}
+        return {**config, "model": own | config["model"]}, None
+    if parts == "decoder" and not path:
+        words = "config.train_parts=decoder needs config.init_from: a model directory, a workdir or a published file"
+        raise InputError(words, field="config.init_from", given=path, expected="the weights to start from")
+    if not path:
+        return config, None
+    fields, initial = load_initial_tokenizer(path, config["model"], data.image_size, parts)
+    return {**config, "model": fields}, initial
+
+
+def build_task(config: dict, initial: Any = None):
+    """Return (task, modules of model.json, weights of the frozen modules), the last two by kind.
+
+    initial: weights of `with_initial_model`.
+    """
     from mvar_jax.scorers import make_scorer
+    from mvar_jax.tokens.opening import open_tokens
+    from mvar_jax.training.codebook_options import CodebookOptions
     from mvar_jax.training.initial import load_base, load_initial
     from mvar_jax.training.refiner_task import RefinerTask
     from mvar_jax.training.task import TaskData
-    from mvar_jax.training.tokenizer_step import CodebookOptions
     from mvar_jax.training.tokenizer_task import TokenizerTask
     from mvar_jax.training.transformer_step import PhaseOptions
     from mvar_jax.training.transformer_task import TransformerTask
@@ -187,18 +223,21 @@ def build_task(config: dict):
     if config["task"] == "tokenizer":
         options = from_dict(CodebookOptions, config["codebook"], "config.codebook")
         sources = data.open_all()
-        task_data = TaskData(sources, data.transform(), data.loading())
+        task_data = TaskData(sources, data.transform(module.channels), data.loading())
         run = run.with_images(len(sources["train"]))
-        scorer = make_scorer("tokenizer", run, data, module.image_size, len(sources.get("val", ())))
-        adversary = build_adversary(config, module)
+        of_images = len(sources.get("val", ())), module.channels
+        scorer = make_scorer("tokenizer", run, data, module.image_size, *of_images)
+        adversary, parts = build_adversary(config, module), config.get("train_parts", "all")
         fixed = load_fixed(options, adversary)
-        return TokenizerTask(run, module, options, task_data, scorer, adversary, fixed), {"tokenizer": module}, {}
+        task = TokenizerTask(run, module, options, task_data, scorer, adversary, fixed, initial, parts)
+        return task, {"tokenizer": module}, {}
 
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
     names = sources["train"].label_names
     run = run.with_images(len(sources["train"]))
-    scorer = make_scorer("transformer", run, data, tokenizer.tokenizer.image_size, len(sources.get("val", ())))
+    of_images = len(sources.get("val", ())), tokenizer.tokenizer.channels
+    scorer = make_scorer("transformer", run, data, tokenizer.tokenizer.image_size, *of_images)
     task_data = TaskData(sources, transform, data.loading())
     modules, frozen = {"tokenizer": tokenizer.tokenizer}, {"tokenizer": tokenizer.tokenizer_params}
     if config["task"] == "refiner":
@@ -245,77 +284,6 @@ def load_fixed(options, adversary):
     return fixed
 
 
-def open_tokens(data: DataOptions, transformer: Any):
-    """Return (tokenizer with its weights, sources by split, transform or None) of a token cache or of images.
-
-    The tokenizer computes in the precision of `transformer`, which may be a refiner.
-    Raises InputError if the config names neither, or unless tokenizer, transformer and data fit together.
-    """
-    from mvar_jax.tokens.cache_reader import TokenCache, read_meta
-
-    if not (data.cache or data.tokenizer):
-        raise InputError(
-            "config.data must name a token cache or a tokenizer that encodes images, got cache='' and tokenizer=''",
-            field="config.data",
-            given="cache='' and tokenizer=''",
-            expected="cache or tokenizer",
-        )
-    if not data.cache:
-        networks = load_tokenizer(data.tokenizer).with_precision(transformer.precision)
-        check_transformer_fits(transformer, networks.tokenizer)
-        networks.tokenizer.check(data.image_size)
-        return networks, data.open_all(), data.transform()
-    networks = load_tokenizer_of_cache(data).with_precision(transformer.precision)
-    check_transformer_fits(transformer, networks.tokenizer)
-    expected = {
-        "expect_sides": networks.tokenizer.sides,
-        "expect_vocab_size": networks.tokenizer.vocab_size,
-        "max_memory_bytes": data.cache_memory_mib * 2**20,
-        "disk_folder": data.cache_folder or None,
-        "max_disk_bytes": data.cache_disk_mib * 2**20,
-    }
-    splits = ("train", "val") if "val" in read_meta(data.cache)["splits"] else ("train",)
-    return networks, {split: TokenCache(data.cache, split, **expected) for split in splits}, None
-
-
-def load_tokenizer_of_cache(data: DataOptions):
-    """Load the tokenizer that made a cache: `data.tokenizer` if given, else the cache's own.
-
-    An older cache has none and names a path instead. Raises InputError if the tokenizer cannot be read or did not
-    make the cache.
-    """
-    from mvar_jax.checkpoints.model_directory import fingerprint
-    from mvar_jax.tokens.cache_reader import read_meta
-
-    meta = read_meta(data.cache)
-    inside = meta.get("tokenizer")
-    path = data.tokenizer or (
-        str(as_path(data.cache, "config.data.cache") / inside) if inside else meta["tokenizer_path"]
-    )
-    advice = "pass config.data.tokenizer=DIR with the tokenizer that made it, or encode again with cache_tokens"
-    try:
-        networks = load_tokenizer(path)
-    except InputError as error:
-        if data.tokenizer:
-            raise
-        words = f"the tokenizer of token cache {data.cache} cannot be read: {error}; {advice}"
-        raise InputError(
-            words, field="config.data.cache", given=data.cache, expected="a readable tokenizer"
-        ) from None
-    found, expected = fingerprint(networks.tokenizer, networks.tokenizer_params), meta["tokenizer_fingerprint"]
-    if found == expected:
-        return networks
-    if data.tokenizer:
-        what = f"config.data.tokenizer={path} is not the tokenizer that made token cache {data.cache}"
-    elif inside:
-        what = f"token cache {data.cache} holds another tokenizer than the one that made it"
-    else:
-        what = f"the tokenizer {path} has changed since it made token cache {data.cache}, perhaps by more training"
-    words = f"{what}: its fingerprint is {found}, not {expected}; {advice}"
-    field = "config.data.tokenizer" if data.tokenizer else "config.data.cache"
-    raise InputError(words, field=field, given=found, expected=expected)
-
-
 def with_classes_of(transformer, source, name: str):
     """Return the transformer with the number of classes of its data, if it has 0 classes.
 
@@ -333,26 +301,3 @@ def with_classes_of(transformer, source, name: str):
             expected=str(expected),
         )
     return transformer
-
-
-def load_tokenizer(directory: str):
-    """Load the tokenizer of a model directory or a workdir, as `Networks` without a transformer."""
-    from mvar_jax.checkpoints.model_directory import load_model
-    from mvar_jax.models.networks import Networks
-
-    path = as_path(directory, "tokenizer")
-    modules, params = load_model(path)
-    if "tokenizer" not in modules:
-        words = f"{path} holds no tokenizer"
-        raise InputError(words, field="tokenizer", given=str(path), expected="a directory with a tokenizer")
-    return Networks(modules["tokenizer"], params["tokenizer"])
-
-
-def check_transformer_fits(transformer, tokenizer) -> None:
-    """Raise InputError unless both have the same scales and codebook sizes."""
-    from mvar_jax.models.networks import check_fit
-
-    try:
-        check_fit(tokenizer, transformer)
-    except InputError as error:
-        raise put_below(error, "config.model") from None

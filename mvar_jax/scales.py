@@ -123,9 +123,26 @@ class Pyramid:
         return (coarse, *(self.scale_phase(l) for l in range(self.refine_step, self.num_scales)))
 
 
-def areas_of(sides: Sequence[int]) -> tuple[int, ...]:
+Side = int | tuple[int, int]  # of a square map, or (height, width)
+
+
+def shape_of(side: Side) -> tuple[int, int]:
+    """Return (height, width) of a map."""
+    return (side, side) if isinstance(side, int) else side
+
+
+def areas_of(sides: Sequence[Side]) -> tuple[int, ...]:
     """Return the number of tokens of each map."""
-    return tuple(side * side for side in sides)
+    return tuple(height * width for height, width in map(shape_of, sides))
+
+
+def extend_sides(sides: Sequence[int], last: int) -> tuple[int, ...]:
+    """Return the sides below `last`, then `last`; beyond the list they grow like 16, 24, 32, 48, 64."""
+    found, side = list(sides), sides[-1]
+    while side < last:
+        found += [side + side // 2] * (side > 1) + [2 * side]
+        side *= 2
+    return (*(side for side in found if side < last), last)
 
 
 def offsets_of(areas: Sequence[int]) -> tuple[int, ...]:

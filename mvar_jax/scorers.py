@@ -5,6 +5,7 @@ import dataclasses
 from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError
 from mvar_jax.fields import put_below
+from mvar_jax.ops.pixels import check_scored
 from mvar_jax.training.scoring import Scorer
 from mvar_jax.training.task import RunOptions
 
@@ -12,7 +13,9 @@ from mvar_jax.training.task import RunOptions
 OF_SAMPLES = ("eval_reference", "eval_cfg", "eval_top_k", "eval_top_p", "eval_temperature")
 
 
-def make_scorer(kind: str, run: RunOptions, data: DataOptions, image_size: int, num_val: int) -> Scorer | None:
+def make_scorer(
+    kind: str, run: RunOptions, data: DataOptions, image_size: int, num_val: int, channels: int = 3
+) -> Scorer | None:
     """Return the scorer of a run, None if it scores no images.
 
     Args:
@@ -20,11 +23,14 @@ def make_scorer(kind: str, run: RunOptions, data: DataOptions, image_size: int, 
       run, data: options of the run.
       image_size: side of the model's images.
       num_val: validation images.
+      channels: of the model's images.
 
     Raises InputError if a file is missing, damaged or of other images, or a key means nothing for this run.
     """
     if not run.eval_samples:
         return None
+    if run.eval_inception:
+        check_scored(channels, "config.eval_inception")
     if kind == "tokenizer":
         return _scorer_of_reconstructions(run, num_val)
     if data.source == "digits" and not (run.eval_inception or run.eval_reference):

@@ -25,6 +25,7 @@ from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import make_mesh, put_batch, replicated, use_mesh
 from mvar_jax.training import refiner_step, tokenizer_step
 from mvar_jax.training.adversary import Adversary, AdversaryOptions
+from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import abstract_sharded, make_state
 from mvar_jax.training.transformer_step import PhaseOptions, TransformerRecipe, phase_loss, train_step
@@ -43,7 +44,7 @@ TRANSFORMER = MODEL.clone(sides=(3, 6), refine_step=1, num_heads=8, width=40, vo
 AUTOENCODER = TOKENIZER.clone(sides=(3, 6), ch_mult=(1,), num_phi=1, vocab_size=24)
 REFINER = Refiner((3, 6), vocab_size=24, code_width=4, width=40, num_heads=8, depth=1)
 OPTIMIZER, PHASES = OptimizerOptions(), PhaseOptions()
-CODEBOOK = tokenizer_step.CodebookOptions(
+CODEBOOK = CodebookOptions(
     entropy_weight=0.1, entropy_until_step=100, entropy_temperature=0.5, scale_dropout=0.5, scale_dropout_first=1
 )
 ADVERSARY = Adversary(AdversaryOptions(kind="patch"), PatchDiscriminator(layers=1, width=8))

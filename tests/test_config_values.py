@@ -9,7 +9,7 @@ from mvar_jax import build
 from mvar_jax.cli.configuration import read_config
 from mvar_jax.errors import InputError
 from mvar_jax.fields import from_dict
-from mvar_jax.training.tokenizer_step import CodebookOptions
+from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.transformer_step import PhaseOptions
 
 TOKENIZER = "debug"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mvar_jax.checkpoints.model_directory import load_model
+from mvar_jax.checkpoints.model_directory import ids_fingerprint, load_model
 from mvar_jax.errors import InputError
 from mvar_jax.models.networks import check_fit
 
@@ -40,4 +40,10 @@ def load_both(directory: Path, which: str, tokenizer: Path | None) -> tuple[dict
     except InputError as error:
         message = f"tokenizer={tokenizer} does not fit the transformer in {directory}: {error}; name its own"
         raise InputError(message, field="tokenizer", given=str(tokenizer), expected="the transformer's") from None
+    if "tokenizer" in modules:
+        own: Any = modules["tokenizer"]
+        if ids_fingerprint(own, params["tokenizer"]) != ids_fingerprint(both["tokenizer"], other_params["tokenizer"]):
+            message = f"tokenizer={tokenizer} gives other ids than the tokenizer in {directory}, which its "
+            message += "transformer was trained with; name that one, or one that differs in its decoder alone"
+            raise InputError(message, field="tokenizer", given=str(tokenizer), expected="the transformer's")
     return both, {**params, "tokenizer": other_params["tokenizer"]}

@@ -1,8 +1,9 @@
-"""Model directories: `model.json`, which describes the modules, and Orbax weights; a tokenizer's fingerprint."""
+"""Model directories: `model.json`, which describes the modules, and Orbax weights; fingerprints of modules."""
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -21,7 +22,7 @@ from mvar_jax.files.json_files import read_json
 from mvar_jax.models.init import LINEN_FIELDS, abstract_params
 from mvar_jax.models.networks import check_fit
 from mvar_jax.models.refiner import Refiner, check_base
-from mvar_jax.models.tokenizer import Tokenizer, fold_codebook
+from mvar_jax.models.tokenizer import Tokenizer, fold_codebook, ids_params
 from mvar_jax.models.transformer import Transformer
 
 MODEL_FILE = "model.json"
@@ -29,6 +30,13 @@ CLASSES_FILE = "classes.json"  # class names in the order of the labels, as trai
 FORMATS = (1, 2)  # 2: with a refiner, which earlier versions would leave out
 MODULES = {"tokenizer": Tokenizer, "transformer": Transformer, "refiner": Refiner}
 WHICH = ("last", "best")
+# fields that a module's fingerprint leaves out
+UNTOLD: dict[type, tuple[str, ...]] = {
+    Tokenizer: ("precision", "remat", "channels"),
+    Transformer: ("precision",),
+    Refiner: ("precision",),
+}
+IDS_FREE = (*UNTOLD[Tokenizer], "beta")  # fields of a tokenizer that no id depends on, but for rounding
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -139,6 +147,20 @@ def load_model(directory: Path, which: str = "last") -> tuple[dict[str, nn.Modul
     return modules, params
 
 
+def load_part(directory: Path, kind: str) -> tuple[Any, dict]:
+    """Load the module and the parameters of `kind` that a directory holds beside its checkpoints.
+
+    Raises InputError if it has none, or they are damaged.
+    """
+    fields = read_model_file(directory).get(kind)
+    if fields is None:
+        raise _refuse(directory, f"holds no {kind}")
+    module = module_from_dict(kind, fields)
+    tree = load_tree(directory / kind)
+    check_shapes(directory, kind, module, tree)
+    return module, tree
+
+
 def check_refiner(directory: Path, modules: dict[str, Any], transformer_params: Any, base: str | None) -> None:
     """Raise InputError unless a refiner was trained on this transformer; base: the fingerprint of the one it was."""
     try:
@@ -203,12 +225,24 @@ def check_finite(directory: Path, kind: str, tree) -> None:
 
 
 def fingerprint(module: nn.Module, params) -> str:
-    """Return a hex digest of a module's structure and weights: tokenizers share ids only if theirs are equal.
+    """Return a hex digest of a module's structure and weights: equal ones compute the same images and numbers.
 
-    Its precision and remat are not part of it: they decide on rounding alone.
+    Fields that decide on rounding alone are not part of it, but those of a transformer that older samples name. Nor
+    are `channels`, which the kernels tell.
     """
-    free = {field.name for field in dataclasses.fields(module) if field.metadata.get("is_free")}
-    structure = {name: value for name, value in module_to_dict(module).items() if name not in free}
+    return _digest(module, UNTOLD[type(module)], params)
+
+
+def ids_fingerprint(tokenizer: Tokenizer, params) -> str:
+    """Return a hex digest of what a tokenizer's ids and f_hat depend on, which leaves the decoder out.
+
+    Token caches and transformers belong to all tokenizers with the same digest.
+    """
+    return _digest(tokenizer, IDS_FREE, ids_params(params))
+
+
+def _digest(module: nn.Module, without: Collection[str], params) -> str:
+    structure = {name: value for name, value in module_to_dict(module).items() if name not in without}
     digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
     for path, leaf in sorted((jax.tree_util.keystr(p), x) for p, x in jax.tree_util.tree_leaves_with_path(params)):
         digest.update(path.encode())

@@ -49,7 +49,6 @@ def run(args) -> int:
     import jax
 
     from mvar_jax.api import load
-    from mvar_jax.checkpoints.model_directory import fingerprint
     from mvar_jax.processes.holding import owned_folder
     from mvar_jax.stopping import StopFlag
     from mvar_jax.tokens.cache_reader import read_meta
@@ -69,9 +68,8 @@ def run(args) -> int:
             out,
             tokenizer.absolute(),
             model.networks,
-            fingerprint(model.tokenizer, model.tokenizer_params),
             sources,
-            data.transform(),
+            data.transform(model.tokenizer.channels),
             data.describe(),
             num_views=data.num_views,
             seed=config["seed"],

@@ -34,7 +34,7 @@ def run(args) -> int:
             given=args.num_pictures,
             expected="0 to 10000",
         )
-    transform, loading = data.transform(), data.loading()
+    transform, loading = data.transform(config["model"].get("channels", 3)), data.loading()
     sources = data.open_all()
 
     from mvar_jax.processes.holding import owned_folder

@@ -45,8 +45,11 @@ def add_arguments(parser) -> None:
     parser.add_argument("--batch_size", type=int, default=16, metavar="B", help="results per batch (default 16)")
 
 
-def read_square(args, side: int):
-    """Return the `Square` to edit. Raises InputError if an image cannot be read, or mask and image do not fit."""
+def read_square(args, side: int, channels: int):
+    """Return the `Square` to edit, of images of this side and these channels.
+
+    Raises InputError if an image cannot be read, or mask and image do not fit.
+    """
     from mvar_jax.data.decoding import BadImage, read_image, read_values
     from mvar_jax.data.transforms import PhotoTransform
     from mvar_jax.errors import InputError
@@ -55,10 +58,11 @@ def read_square(args, side: int):
     from mvar_jax.sampling.masks import check_mask
     from mvar_jax.sampling.squares import Square
 
-    image_YX3 = read_image(args.image, "image")
+    image_YX3 = read_image(args.image, "image", channels)
     if args.expand is not None:
         try:
-            image_YX3, mask = shrink_onto_canvas(PhotoTransform(side, flip=False)(image_YX3), args.expand)
+            transform = PhotoTransform(side, flip=False, channels=channels)
+            image_YX3, mask = shrink_onto_canvas(transform(image_YX3), args.expand)
         except BadImage as error:
             message = f"--image={args.image} cannot be used: {error}; choose an image nearer to a square"
             raise InputError(message, field="image", given=args.image, expected="nearer to a square") from None
@@ -108,7 +112,8 @@ def write_edits(square, results: Iterator, num: int, border_px: int | None, out:
 
     columns = min(num + 2, GRID_IMAGES)
     before_YX3 = to_uint8(square.view(square.image_YX3))
-    mask_YX3 = np.repeat(square.known()[1][..., None].astype(np.uint8) * 255, 3, axis=-1)
+    mask_YX3 = np.repeat(square.known()[1][..., None].astype(np.uint8) * 255, before_YX3.shape[2], axis=-1)
+    mask_YX3[..., 3:] = 255  # alpha
     cells: list[np.ndarray] = []
     for number, result_YX3 in enumerate(results):
         after_YX3 = square.paste(result_YX3, border_px)
@@ -141,7 +146,7 @@ def run(args) -> int:
     use_compilation_cache(AUTO)
     model = load_as_asked(args)
     labels = model.labels(labels)
-    square = read_square(args, model.tokenizer.image_size)
+    square = read_square(args, model.tokenizer.image_size, model.tokenizer.channels)
     check_border(args.border, args.softness, square.side)
     unset = [name for name in ("refiner", "refine_scales") if getattr(args, name) in ("on", None)]  # as before them
     with owned_folder("out", out, "edit", options_of(args, "batch_size", *unset)):

@@ -32,8 +32,8 @@ def prepare(args):
     weights = {name: read(path) for name, (path, read) in weights.items() if path is not None}
     curves, batch_size = args.curves or "pixels", args.batch_size or BATCH_SIZE
     scorer = TokenizerScorer(networks, weights.get("inception"), weights.get("lpips"), batch_size, curves)
-    size = networks.tokenizer.image_size
-    images = open_images(args.images, size, out, not args.ignore_orientation, directory)
+    size, channels = networks.tokenizer.image_size, networks.tokenizer.channels
+    images = open_images(args.images, size, out, not args.ignore_orientation, directory, channels=channels)
     require_usable(images)
     computing = {"dtype": args.dtype or "float32", "precision": networks.tokenizer.precision, "curves": curves}
     about |= {"images": json.dumps(images.about)} | computing

@@ -7,9 +7,12 @@ written. Resumable: rerunning the command continues. `evaluate --tokenizer` comp
 images: rFID, LPIPS and codebook usage too.
 """
 
+from typing import Any
+
 from mvar_jax.cli.identity import options_of
 from mvar_jax.cli.models import add_model_arguments, load_as_asked
 from mvar_jax.cli.sampling import check_positive
+from mvar_jax.errors import InputError
 
 SUMMARY = "encode and decode images, side by side"
 MAX_SHOWN = 20  # names and scores on the screen
@@ -23,13 +26,27 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results; one run's alone")
     parser.add_argument("--batch_size", type=int, default=16, metavar="B", help="images at a time (default 16)")
+    parser.add_argument(
+        "--size",
+        metavar="HxW",
+        help="height and width to which images are cut, such as 256x384: multiples of the tokenizer's reduction; "
+        "larger ones take more scales (default: the tokenizer's own square)",
+    )
     parser.add_argument("--save_tokens", action="store_true", help="also write tokens.npz: ids int32 [N, L]")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return (height, width) of a text such as 256x384. Raises InputError for another text."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        expected = "HEIGHTxWIDTH in pixels, such as 256x384"
+        raise InputError(f"--size must be {expected}, got {text!r}", field="size", given=text, expected=expected)
+    return int(height), int(width)
 
 
 def run(args) -> int:
     """Check the model and every image, then write the results."""
     from mvar_jax.data.image_files import find_images, read_file
-    from mvar_jax.errors import InputError
     from mvar_jax.files.paths import as_path
 
     check_positive(args, "batch_size")
@@ -38,12 +55,16 @@ def run(args) -> int:
     print(*(f"{note}\n" for note in notes), sep="", end="")
 
     from mvar_jax.checkpoints.model_directory import fingerprint
-    from mvar_jax.data.transforms import PhotoTransform
+    from mvar_jax.data.transforms import CoverTransform, PhotoTransform
     from mvar_jax.evaluation.reconstruction import TABLE_FILE, Images, readable, write_reconstructions
     from mvar_jax.processes.holding import owned_folder
 
     model = load_as_asked(args)
-    transform = PhotoTransform(model.tokenizer.image_size, flip=False)
+    channels = model.tokenizer.channels
+    transform: Any = PhotoTransform(model.tokenizer.image_size, flip=False, channels=channels)
+    if args.size is not None:
+        model = model.for_images(*parse_size(args.size))
+        transform = CoverTransform(*model.tokenizer.image_shape, channels=channels)
     images = Images.check(names, lambda name: transform(read_file(folder / name)))
     bad = [f"{readable(name)}: {reason}" for name, reason in images.bad.items()]
     if not images.names:

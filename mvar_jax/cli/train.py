@@ -57,7 +57,8 @@ def run(args) -> int:
     check_allowed(allowed, config["task"])
     kept = read_classes(workdir, "workdir") if has_checkpoint(workdir) else ()
     config = build.with_class_order(config, kept)
-    task, modules, frozen = build.build_task(config)
+    config, initial = build.with_initial_model(config, workdir)
+    task, modules, frozen = build.build_task(config, initial)
     check_same_in_all(config, task)
     print_machine(task.run.mesh)
     for note in notes_on(task):

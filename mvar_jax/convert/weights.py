@@ -138,6 +138,16 @@ def load_published(
         return fields, read_module("transformer", state, fields | whole)[1]
 
 
+def load_published_tokenizer(path: str | os.PathLike, sides: tuple[int, ...]) -> tuple[nn.Module, dict]:
+    """Load the tokenizer of a published VAR file, for a run that starts from its weights.
+
+    Returns (module, parameters as float32 numpy). Raises InputError if the file cannot be converted.
+    """
+    with open_weights("tokenizer", path) as file:
+        state = find_state_dict("tokenizer", file)
+        return read_module("tokenizer", state, tokenizer_fields(state, sides))
+
+
 def read_module(kind: str, state: StateDict, fields: dict) -> tuple[nn.Module, dict]:
     """Return the module of these fields and its parameters.
 

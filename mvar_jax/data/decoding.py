@@ -8,6 +8,7 @@ from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin  # noqa: F401 
 
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.paths import as_path
+from mvar_jax.ops.pixels import MODES
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -50,12 +51,13 @@ def open_image(data: bytes, *, upright: bool = True) -> Image.Image:
         raise BadImage(f"{type(error).__name__}: {error}") from None
 
 
-def open_rgb(data: bytes, *, upright: bool = True) -> Image.Image:
-    """Decode the bytes of an image file to an RGB image; see `open_image`.
+def open_rgb(data: bytes, *, upright: bool = True, channels: int = 3) -> Image.Image:
+    """Decode the bytes of an image file to an RGB image, or one of other `channels`; see `open_image`.
 
-    Grey, palette and CMYK pixels become RGB, transparency is dropped, 16 bits are scaled to 8.
+    Grey, palette and CMYK pixels become RGB, transparency is dropped unless there are 4 channels, 16 bits are scaled
+    to 8.
     """
-    return _to_rgb(open_image(data, upright=upright))
+    return _to_mode(open_image(data, upright=upright), MODES[channels])
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
@@ -76,26 +78,33 @@ def _is_negative(image: Image.Image) -> bool:
     return tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode in _SIXTEEN_BITS:  # Pillow's own conversion clips at 255
         pixels_YX = np.asarray(image).astype(np.int64)
         grey_YX = ((pixels_YX * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(grey_YX).convert("RGB")
+        return Image.fromarray(grey_YX).convert(mode)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours, without a warning
-    return image.convert("RGB")
+    return image.convert(mode)
 
 
-def read_image(path: str | os.PathLike, field: str = "images") -> np.ndarray:
-    """Return an image file as uint8 [Y, X, 3], upright.
+def read_image(path: str | os.PathLike, field: str = "images", channels: int = 3) -> np.ndarray:
+    """Return an image file as uint8 [Y, X, channels], upright.
 
     Args:
       field: name of the option that gave the path, for the error.
+      channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 
     Raises:
       InputError: the file is missing, is not an image or exceeds MAX_PIXELS.
     """
-    return np.asarray(_to_rgb(_read(path, field)))
+    return pixels_of(_to_mode(_read(path, field), MODES[channels]))
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """Return the pixels of a grey, RGB or RGBA image, `[Y, X, C] uint8`."""
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def read_values(path: str | os.PathLike, field: str) -> np.ndarray:

@@ -135,13 +135,13 @@ class DataOptions:
         of_folder = () if self.source == "folder" else ("class_order", "val_labels")
         return of_digits + of_folder + others.get(self.source, ())
 
-    def transform(self) -> Transform:
-        """Return the transform of the source's images."""
+    def transform(self, channels: int = 3) -> Transform:
+        """Return the transform of the source's images. channels: 1 (grey), 3 (RGB) or 4 (RGBA)."""
         from mvar_jax.data.transforms import DigitTransform, PhotoTransform
 
         if self.source == "digits":
-            return DigitTransform(self.image_size, self.degrees, self.shift_px, self.scale, self.shear)
-        return PhotoTransform(self.image_size, self.flip, self.crop, self.min_crop, self.upright)
+            return DigitTransform(self.image_size, self.degrees, self.shift_px, self.scale, self.shear, channels)
+        return PhotoTransform(self.image_size, self.flip, self.crop, self.min_crop, self.upright, channels)
 
     def open(self, split: str) -> ImageSource:
         """Return the source of a split. Raises InputError if it cannot be opened."""

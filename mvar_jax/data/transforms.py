@@ -7,8 +7,10 @@ import math
 import numpy as np
 from PIL import Image
 
-from mvar_jax.data.decoding import MAX_PIXELS, BadImage, open_rgb
+from mvar_jax.data.decoding import MAX_PIXELS, BadImage, open_rgb, pixels_of
 from mvar_jax.errors import InputError
+from mvar_jax.files.images import to_picture
+from mvar_jax.ops.pixels import MODES
 
 _PAD_PX = 4  # of background around a digit: keeps the spline's border effects and every warp inside the array
 
@@ -22,7 +24,7 @@ def _centred_grid(out_side: int, in_side: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class DigitTransform:
-    """Warps a small grey image in [0, 1] to uint8 [image_size, image_size, 3].
+    """Warps a small grey image in [0, 1] to uint8 [image_size, image_size, channels]; alpha is opaque.
 
     One resampling by cubic splines with half-pixel centres; the background is 0. With an rng: rotation up
     to +-`degrees`, shift up to +-`shift_px` input pixels per axis, magnification 1 +- `scale`,
@@ -34,6 +36,7 @@ class DigitTransform:
     shift_px: float = 0.15
     scale: float = 0.03
     shear: float = 0.04
+    channels: int = 3
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """Return the warped image. Raises InputError unless `image` is square and grey."""
@@ -58,7 +61,10 @@ class DigitTransform:
             np.pad(image, _PAD_PX), coordinates + ((side - 1) / 2 + _PAD_PX), order=3, output=np.float32
         )
         levels_YX1 = np.rint(255 * np.clip(warped, 0, 1)).reshape(self.image_size, self.image_size, 1)
-        return np.repeat(levels_YX1.astype(np.uint8), 3, axis=-1)
+        pixels = np.repeat(levels_YX1.astype(np.uint8), self.channels, axis=-1)
+        if self.channels == 4:
+            pixels[..., 3] = 255
+        return pixels
 
     def describe(self) -> str:
         """Return in words what is done to an image without an rng."""
@@ -84,7 +90,7 @@ CROPS = ("centre", "random", "resized")
 
 @dataclasses.dataclass(frozen=True)
 class PhotoTransform:
-    """Cuts a photograph, encoded bytes or uint8 pixels, to uint8 [image_size, image_size, 3].
+    """Cuts a photograph, encoded bytes or uint8 pixels, to uint8 [image_size, image_size, channels].
 
     crop "centre": as in ADM (arXiv 2105.05233), bit for bit: box halving while the shorter side is at least
     twice `image_size`, bicubic resize of the shorter side, centre crop. With an rng, "random" is ADM's other crop:
@@ -98,6 +104,7 @@ class PhotoTransform:
       crop: one of CROPS.
       min_crop: smallest share of the side ("random") or of the area ("resized") that a crop keeps.
       upright: obey the camera's orientation tag.
+      channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 
     Raises:
       InputError: a field is out of range.
@@ -108,6 +115,7 @@ class PhotoTransform:
     crop: str = "centre"
     min_crop: float = 0.8
     upright: bool = True
+    channels: int = 3
 
     def __post_init__(self):
         if self.crop not in CROPS:
@@ -157,14 +165,7 @@ class PhotoTransform:
             )
 
     def _cut(self, image, rng: np.random.Generator | None, is_mirrored: bool) -> np.ndarray:
-        if isinstance(image, bytes):
-            photo = open_rgb(image, upright=self.upright)
-        elif image.dtype != np.uint8:
-            raise InputError(
-                f"image must have dtype uint8, got {image.dtype}", field="image", given=image.dtype, expected="uint8"
-            )
-        else:
-            photo = Image.fromarray(image).convert("RGB")
+        photo = _as_photo(image, self.upright, self.channels)
         if rng is None or self.crop == "centre":
             photo = _cut_square(*_shrink(photo, self.image_size), self.image_size)
         elif self.crop == "random":
@@ -172,8 +173,49 @@ class PhotoTransform:
             photo = _cut_square(*_shrink(photo, int(short_side)), self.image_size, rng)
         else:
             photo = _cut_resized(photo, self.image_size, self.min_crop, rng)
-        pixels_YX3 = np.asarray(photo)
-        return np.ascontiguousarray(pixels_YX3[:, ::-1]) if is_mirrored else pixels_YX3
+        pixels_YXC = pixels_of(photo)
+        return np.ascontiguousarray(pixels_YXC[:, ::-1]) if is_mirrored else pixels_YXC
+
+
+@dataclasses.dataclass(frozen=True)
+class CoverTransform:
+    """Cuts a photograph, encoded bytes or uint8 pixels, to uint8 [height, width, channels].
+
+    The image is made as small as still covers this size, as `PhotoTransform` does for squares, and cut at its centre.
+
+    upright: obey the camera's orientation tag. channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+    """
+
+    height: int
+    width: int
+    upright: bool = True
+    channels: int = 3
+
+    def __call__(self, image: np.ndarray | bytes) -> np.ndarray:
+        """Return the cropped image. Raises BadImage if the bytes hold no usable image."""
+        photo = _as_photo(image, self.upright, self.channels)
+        while photo.width >= 2 * self.width and photo.height >= 2 * self.height:
+            photo = photo.resize((photo.width // 2, photo.height // 2), Image.Resampling.BOX)
+        ratio = max(self.width / photo.width, self.height / photo.height)
+        size = max(self.width, round(photo.width * ratio)), max(self.height, round(photo.height * ratio))
+        if size[0] * size[1] > MAX_PIXELS:
+            raise BadImage(f"{photo.width} x {photo.height} pixels: too long and thin to cut the size from")
+        left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
+        photo = photo.resize(size, Image.Resampling.BICUBIC)
+        return pixels_of(photo.crop((left, top, left + self.width, top + self.height)))
+
+
+def _as_photo(image: np.ndarray | bytes, upright: bool, channels: int) -> Image.Image:
+    """Return a grey, RGB or RGBA image of bytes or pixels.
+
+    Raises BadImage, or InputError if the pixels are not uint8.
+    """
+    if isinstance(image, bytes):
+        return open_rgb(image, upright=upright, channels=channels)
+    if image.dtype != np.uint8:
+        words = f"image must have dtype uint8, got {image.dtype}"
+        raise InputError(words, field="image", given=image.dtype, expected="uint8")
+    return to_picture(image).convert(MODES[channels])
 
 
 def _shrink(photo: Image.Image, short_side: int) -> tuple[Image.Image, tuple[int, int]]:

@@ -39,7 +39,7 @@ def reduce_to_grid(images_BYX3) -> np.ndarray:
 
     Accepts the images of `to_unit`. Raises InputError unless the sides are multiples of 8.
     """
-    grey_BYX = to_unit(images_BYX3).mean(3)
+    grey_BYX = to_unit(images_BYX3)[..., :3].mean(3)
     batch, height, width = grey_BYX.shape
     if height % GRID_SIDE or width % GRID_SIDE:
         given, expected = f"{height} x {width} pixels", f"multiples of {GRID_SIDE}"

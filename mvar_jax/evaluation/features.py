@@ -13,6 +13,7 @@ from mvar_jax.errors import InputError
 from mvar_jax.evaluation.inception import Features, Inception
 from mvar_jax.evaluation.inception_weights import load_inception
 from mvar_jax.evaluation.network_files import NetworkWeights
+from mvar_jax.ops.pixels import repeat_grey
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.sharding import make_mesh, num_shards_of, replicated, spec_of
 from mvar_jax.values import as_array, as_integer
@@ -55,9 +56,9 @@ def default_batch_size() -> int:
 
 
 def check_pixels(images) -> np.ndarray:
-    """Return images as an array. Raises InputError unless they are `[N, Y, X, 3] uint8` with at least one image."""
+    """Return images as `[N, Y, X, 3] uint8`, grey ones `[N, Y, X, 1]` three times. Raises InputError for others."""
     expected = "uint8 [N, Y, X, 3] with at least one image"
-    pixels = as_array(images, "images", expected)
+    pixels = repeat_grey(as_array(images, "images", expected))
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
         given = f"{pixels.dtype} {list(pixels.shape)}"
         message = f"images must be {expected}, got {given}; mvar_jax.files.images.to_uint8 converts floats in [-1, 1]"

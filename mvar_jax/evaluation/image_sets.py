@@ -103,7 +103,13 @@ class NpzImages(ImageSet):
 
 
 def open_images(
-    text: str, image_size: int, out: Path, upright: bool = True, tokenizer: Path | None = None, field: str = FIELD
+    text: str,
+    image_size: int,
+    out: Path,
+    upright: bool = True,
+    tokenizer: Path | None = None,
+    field: str = FIELD,
+    channels: int = 3,
 ) -> ImageSet:
     """Return the images that a user names.
 
@@ -114,6 +120,7 @@ def open_images(
       upright: obey the camera's orientation tag.
       tokenizer: the workdir whose config config:SPLIT means; None without one.
       field: name of the option, for errors.
+      channels: of the images.
 
     Raises InputError if there are no such images.
     """
@@ -130,8 +137,8 @@ def open_images(
             options: dict[str, Any] = {PLACES[kind]: where} if where else {}
             data = DataOptions(source=kind, image_size=image_size, **options)
         data = data if upright else dataclasses.replace(data, upright=False)
-        return SourceImages(data.open(split), data.transform(), about)
-    path, transform = as_path(text, field), PhotoTransform(image_size, flip=False, upright=upright)
+        return SourceImages(data.open(split), data.transform(channels), about)
+    path, transform = as_path(text, field), PhotoTransform(image_size, flip=False, upright=upright, channels=channels)
     if path.suffix == ".npz":
         return NpzImages(ImageFile.open(field, path), transform, about)
     return SourceImages(ImageFiles(path, out, field), transform, about)

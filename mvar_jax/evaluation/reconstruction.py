@@ -121,13 +121,15 @@ class _Batches:
       names: of the images.
       out: folder of the files.
       size: images in a batch; the last may have fewer.
-      side: height and width of the images.
+      shape: height and width of the images.
+      channels: of the images.
     """
 
     names: list[str]
     out: Path
     size: int
-    side: int
+    shape: tuple[int, int]
+    channels: int
 
     @property
     def firsts(self) -> range:
@@ -170,13 +172,15 @@ class _Batches:
     def _write_one(self, row: int, before_YX3: np.ndarray, after_YX3: np.ndarray) -> tuple[float, float]:
         pair = before_YX3[None], after_YX3[None]
         similarity = ssim(*pair, 255.0)[0]  # before anything is written: it refuses images that are too small
-        save_png(self.png(row), side_by_side(*pair, 1, zoom=min_zoom(self.side)))
+        save_png(self.png(row), side_by_side(*pair, 1, zoom=min_zoom(min(self.shape))))
         return psnr(*pair, 255.0)[0], similarity
 
     def join(self, num_tokens: int, saves_tokens: bool) -> np.ndarray:
         """Write the arrays and the grid of all batches; return the scores `[N, 2]`."""
-        grid, scores = Grid(self.num_shown, 4, self.side, 2 * self.side, zoom=min_zoom(self.side)), []
-        arrays = {"reconstructions.npz": ("arr_0", "after", (self.side, self.side, 3), np.uint8)}
+        height, width = self.shape
+        shown = height, 2 * width, self.channels
+        grid, scores = Grid(self.num_shown, 4, shown, zoom=min_zoom(min(self.shape))), []
+        arrays = {"reconstructions.npz": ("arr_0", "after", (*self.shape, self.channels), np.uint8)}
         if saves_tokens:
             arrays["tokens.npz"] = ("ids", "ids", (num_tokens,), np.int32)
         with contextlib.ExitStack() as stack:
@@ -191,7 +195,7 @@ class _Batches:
                 scores.append(batch["scores"])
                 for number, pair in enumerate(zip(batch["before"], batch["after"], strict=False), first):
                     grid.put(number, np.concatenate(pair, axis=1))
-        save_png(self.out / "reconstructions.png", grid.image_YX3)
+        save_png(self.out / "reconstructions.png", grid.image_YXC)
         return np.concatenate(scores)
 
 
@@ -203,7 +207,7 @@ def write_reconstructions(model: Model, images: Images, out: Path, batch_size: i
     bad images. saves_tokens: also write tokens.npz, ids `[N, L] int32`.
     """
     N = len(images.names)
-    batches = _Batches(images.names, out, min(batch_size, N), model.tokenizer.image_size)
+    batches = _Batches(images.names, out, min(batch_size, N), model.tokenizer.image_shape, model.tokenizer.channels)
     missing = batches.find_missing()
     names = [images.names[row] for first in missing for row in batches.rows(first)]
     shown = Progress("reconstruct", N, "image", done=N - len(names))

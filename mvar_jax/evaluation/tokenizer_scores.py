@@ -21,7 +21,7 @@ from mvar_jax.evaluation.network_files import NetworkWeights
 from mvar_jax.evaluation.statistics import frechet_distance_of_moments
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.metrics import SSIM_WINDOW, perplexity, psnr_of_error, similarity, usage_percent
-from mvar_jax.ops.pixels import as_images, to_levels
+from mvar_jax.ops.pixels import as_images, check_scored, repeat_grey, to_levels
 from mvar_jax.sampling.sampler import decode_in_chunks
 from mvar_jax.scales import areas_of, offsets_of
 from mvar_jax.sharding import make_mesh, num_shards_of, replicated, spec_of, use_mesh
@@ -62,7 +62,7 @@ def compare_pixels(a_BYX3: jax.Array, b_BYX3: jax.Array) -> tuple[jax.Array, jax
 @jax.jit
 def compare_perceptually(params: dict, a_BYX3: jax.Array, b_BYX3: jax.Array) -> jax.Array:
     """Return the LPIPS distances of uint8 images, `[B] float32`."""
-    return compute_lpips(params, as_images(a_BYX3), as_images(b_BYX3))
+    return compute_lpips(params, *(repeat_grey(as_images(x)) for x in (a_BYX3, b_BYX3)))
 
 
 class TokenizerScorer:
@@ -100,6 +100,9 @@ class TokenizerScorer:
             expected = f"a tokenizer of images of {MIN_SIDE} x {MIN_SIDE} pixels or more"
             message = f"LPIPS needs {expected}, got {self.tokenizer.image_size}; leave --lpips out"
             raise InputError(message, field="lpips", given=self.tokenizer.image_size, expected=expected)
+        for network, field in ((lpips, "lpips"), (inception, "inception")):
+            if network is not None:
+                check_scored(self.tokenizer.channels, f"--{field}")
         self._mesh = make_mesh(devices=jax.local_devices())
         self.batch_size = batch_size * num_shards_of("batch", self._mesh)
         self.scales = (S - 1,) if curves == "off" else tuple(range(S))
@@ -158,7 +161,7 @@ class TokenizerScorer:
         with use_mesh(self._mesh):
             found["ids"], f_hats = encode_scales(self._networks, pixels)
             if self._extractor is not None:
-                found["features"][ORIGINAL] = self._extractor.compute(pixels)
+                found["features"][ORIGINAL] = self._extractor.compute(repeat_grey(pixels))
             for scale in self.scales:
                 rebuilt = decode_pixels(self._networks, f_hats[scale])
                 errors_BY, ssim_B = compare_pixels(pixels, rebuilt)
@@ -167,13 +170,13 @@ class TokenizerScorer:
                 if self._lpips is not None:
                     found["lpips"].append(compare_perceptually(self._lpips, pixels, rebuilt))
                 if self._extractor is not None and scale in self.featured:
-                    found["features"][self.scale_names()[scale]] = self._extractor.compute(rebuilt)
+                    found["features"][self.scale_names()[scale]] = self._extractor.compute(repeat_grey(rebuilt))
         return found
 
     def _fetch(self, num: int, found: dict[str, Any]) -> dict[str, np.ndarray]:
         """Return the arrays of a batch's first `num` images, on the host."""
         ids_BL = np.asarray(found["ids"])[:num]
-        size = 3 * self.tokenizer.image_size**2
+        size = self.tokenizer.channels * self.tokenizer.image_size**2
         on_host = lambda arrays: np.stack([np.asarray(x)[:num] for x in arrays])
         arrays = {HITS: count_hits(ids_BL, self.tokenizer.sides, self.tokenizer.vocab_size)}
         arrays["mse"] = on_host(found["errors"]).sum(2, dtype=np.int64) / size

@@ -152,7 +152,7 @@ def blocks(remat: bool) -> tuple[type[nn.Module], type[nn.Module]]:
 
 
 class Encoder(nn.Module):
-    """Image `[B, Y, X, 3]` -> latent map `[B, y, x, c]`, with attention in the last level and the middle."""
+    """Image `[B, Y, X, C]` -> latent map `[B, y, x, c]`, with attention in the last level and the middle."""
 
     ch: int
     ch_mult: tuple[int, ...]
@@ -181,7 +181,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent map `[B, y, x, c]` -> image `[B, Y, X, 3]`, not clipped.
+    """Latent map `[B, y, x, c]` -> image `[B, Y, X, channels]`, not clipped.
 
     Its stages are the levels, coarse to fine, each from the map of the stage before it.
     """
@@ -192,6 +192,7 @@ class Decoder(nn.Module):
     norm: dict
     dtype: Any
     remat: bool = False
+    channels: int = 3
 
     @nn.compact
     def __call__(self, x, stages: range):
@@ -211,7 +212,7 @@ class Decoder(nn.Module):
             if level == 0:
                 x = nn.silu(GroupNorm(**self.norm, name="norm_out")(x))
                 self.sow(LAST_FEATURES, "x", x)
-                x = conv(3, 3, dtype, "conv_out")(x)
+                x = conv(self.channels, 3, dtype, "conv_out")(x)
         return x
 
 

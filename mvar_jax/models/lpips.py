@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mvar_jax.ops.pixels import repeat_grey
 from mvar_jax.ops.precision import precision_of
 
 # widths of each stage's convolutions, with their numbers in torchvision's file
@@ -52,10 +53,11 @@ def shapes() -> dict:
     return jax.eval_shape(Lpips().init, jax.random.key(0), images, images)["params"]
 
 
-def lpips_loss(params: dict, reconstructions_BYX3: jax.Array, images_BYX3: jax.Array) -> jax.Array:
+def lpips_loss(params: dict, reconstructions_BYXC: jax.Array, images_BYXC: jax.Array) -> jax.Array:
     """Return the mean distance over rows, for training: its gradient reaches the reconstructions alone.
 
-    params: of `Lpips`, which are constants. Images as for `Lpips`.
+    params: of `Lpips`, which are constants. Images as for `Lpips`, or grey ones of one channel.
     """
     stop = jax.lax.stop_gradient
-    return Lpips().apply({"params": stop(params)}, reconstructions_BYX3, stop(images_BYX3)).mean()
+    pair = repeat_grey(reconstructions_BYXC), repeat_grey(stop(images_BYXC))
+    return Lpips().apply({"params": stop(params)}, *pair).mean()

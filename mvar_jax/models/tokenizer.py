@@ -14,8 +14,9 @@ from mvar_jax.models.autoencoder import Decoder, Encoder, conv
 from mvar_jax.models.init import LINEN_FIELDS
 from mvar_jax.ops import quantize
 from mvar_jax.ops.losses import commitment_loss
+from mvar_jax.ops.pixels import MODES
 from mvar_jax.ops.precision import EXACT, PRECISIONS, STANDARD, in_own_precision, precision_of
-from mvar_jax.scales import check_sides
+from mvar_jax.scales import areas_of, check_sides, extend_sides, shape_of
 from mvar_jax.schema import Choice, Count, NotNegative, Share
 from mvar_jax.sharding import constrain, named_axes
 
@@ -23,6 +24,19 @@ from mvar_jax.sharding import constrain, named_axes
 def quantizer_params(params: dict) -> dict:
     """Return the weights that map token ids to f_hat: the codebook and phi, without encoder and decoder."""
     return {name: leaf for name, leaf in params.items() if name == "codebook" or name.startswith("phi_convs")}
+
+
+DECODER_PARTS = ("decoder", "post_quant_conv")  # all other parameters decide on the ids
+
+
+def ids_params(params: dict) -> dict:
+    """Return the weights that token ids and f_hat depend on: encoder, quant convolution, codebook and phi."""
+    return {name: leaf for name, leaf in params.items() if name not in DECODER_PARTS}
+
+
+def decoder_params(params: dict) -> dict:
+    """Return the other weights: those of the post-quant convolution and the decoder."""
+    return {name: leaf for name, leaf in params.items() if name in DECODER_PARTS}
 
 
 BASIS, MAP = "codebook_basis", "codebook_map"  # E and W of a codebook E W (SimVQ) in training
@@ -84,6 +98,7 @@ class Tokenizer(nn.Module):
       dtype: computation of the encoder and decoder; the quantizer is always float32, the decoder too if exact.
       precision: of float32 products on accelerators: standard (exact if listed in ops/precision.py) or exact (all).
       remat: recompute the inside of residual and attention blocks in the backward pass, to save memory.
+      channels: of the images: 1 (grey), 3 (RGB) or 4 (RGBA).
     """
 
     sides: tuple[int, ...]
@@ -101,6 +116,7 @@ class Tokenizer(nn.Module):
     dtype: Any = jnp.float32
     precision: Annotated[str, Choice(PRECISIONS)] = dataclasses.field(default=STANDARD, metadata=FREE)
     remat: bool = dataclasses.field(default=False, metadata=FREE)
+    channels: Count = 3
 
     def setup(self):
         norm = {"num_groups": self.num_groups, "group_size": self.group_size, "dtype": self.dtype}
@@ -109,7 +125,7 @@ class Tokenizer(nn.Module):
         dtype = self.decoder_dtype
         if dtype == jnp.float16:  # SiLU too before rounding, which halves the error
             norm |= {"dtype": jnp.float32, "one_pass": True}
-        self.decoder = Decoder(*sizes, norm, dtype, self.remat)
+        self.decoder = Decoder(*sizes, norm, dtype, self.remat, self.channels)
         self.quant_conv = conv(self.code_width, 3, self.dtype, part="quantizer")
         self.post_quant_conv = conv(self.code_width, 3, jnp.float32, part="quantizer")
         self.phi_convs = [conv(self.code_width, 3, jnp.float32, part="quantizer") for _ in range(self.num_phi)]
@@ -130,8 +146,7 @@ class Tokenizer(nn.Module):
         """Return the bytes of the largest map in one of the decoder's stages, for one image."""
         level = self.num_stages - 1 - stage
         width = self.ch * max(self.ch_mult[level : level + 2])  # the upsampled map is as wide as the coarser level
-        side = self.sides[-1] * 2**stage
-        return side * side * width * jnp.dtype(self.decoder_dtype).itemsize
+        return areas_of(self.sides)[-1] * 4**stage * width * jnp.dtype(self.decoder_dtype).itemsize
 
     @property
     def downsampling(self) -> int:
@@ -140,6 +155,41 @@ class Tokenizer(nn.Module):
     @property
     def image_size(self) -> int:
         return self.sides[-1] * self.downsampling
+
+    def for_images(self, height: int, width: int, sides: tuple[int, ...] | None = None) -> "Tokenizer":
+        """Return the tokenizer of images of another size, for the same weights; it cannot be trained.
+
+        If they are not square, its `sides` are (height, width) of each map: a side counts along the images' shorter
+        edge, and the other edge follows their shape.
+
+        Args:
+          height, width: of the images, multiples of `downsampling`.
+          sides: along the shorter edge; None: the tokenizer's own, cut or extended as in 16, 24, 32, 48, 64.
+
+        Raises InputError if the images have no such size, or the sides do not end at their shorter edge.
+        """
+        for name, size in (("height", height), ("width", width)):
+            if size < self.downsampling or size % self.downsampling:
+                expected = f"a multiple of {self.downsampling} pixels, by which the tokenizer reduces images"
+                words = f"{name} must be {expected}, got {size}"
+                raise InputError(words, field=name, given=size, expected=expected)
+        rows, columns = height // self.downsampling, width // self.downsampling
+        short = min(rows, columns)
+        sides = extend_sides(self.sides, short) if sides is None else tuple(sides)
+        check_sides(sides)
+        if sides[-1] != short:
+            expected = f"a list that ends at {short}, the shorter edge of {height} x {width} images"
+            raise InputError(f"sides must be {expected}, got {sides}", field="sides", given=sides, expected=expected)
+        if rows == columns:
+            return self.clone(sides=sides)
+        along = lambda side, edge: max(1, round(side * edge / short))
+        return self.clone(sides=tuple((along(side, rows), along(side, columns)) for side in sides))
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Return (height, width) of the images."""
+        rows, columns = shape_of(self.sides[-1])
+        return rows * self.downsampling, columns * self.downsampling
 
     def check(self, image_size: int | None = None) -> None:
         """Raise InputError if the fields contradict each other or the side of the images."""
@@ -155,6 +205,7 @@ class Tokenizer(nn.Module):
             ("ch_mult", bool(widths), "a tuple of one number for each level"),
             ("num_groups", has_one, f"set if and only if group_size={self.group_size} is None"),
             (norm, not has_one or all(width % getattr(self, norm) == 0 for width in widths), divisor),
+            ("channels", self.channels in MODES, "1 (grey), 3 (RGB) or 4 (RGBA)"),
             ("num_phi", 1 <= self.num_phi <= S, f"from 1 to {S}, the number of scales"),
             ("sides", size == self.image_size, f"a list with a last side of {latent}"),
         )
@@ -166,7 +217,7 @@ class Tokenizer(nn.Module):
 
     def init_params(self, key: jax.Array):
         """Return the parameter tree, each leaf boxed with its logical axes. Call under jit or eval_shape."""
-        return self.init(key, jnp.zeros((1, self.image_size, self.image_size, 3)))["params"]
+        return self.init(key, jnp.zeros((1, self.image_size, self.image_size, self.channels)))["params"]
 
     def mesh_sizes(self) -> dict[str, tuple[str, int]]:
         """Return config key -> (logical axis, size) of the dimensions that a mesh cuts and must divide."""

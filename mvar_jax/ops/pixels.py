@@ -7,6 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mvar_jax.errors import InputError
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # number of channels -> Pillow's name of such images
+
 
 def to_levels(images: jax.Array | np.ndarray, truncate: bool = False) -> jax.Array | np.ndarray:
     """Return float32 images as uint8 of the same kind of array, on the host or in a program.
@@ -18,6 +22,19 @@ def to_levels(images: jax.Array | np.ndarray, truncate: bool = False) -> jax.Arr
     xp = images.__array_namespace__()
     levels = (xp.clip(images, -1, 1) + 1) * 127.5
     return (levels if truncate else xp.rint(levels)).astype(xp.uint8)
+
+
+def repeat_grey(images):
+    """Return `[..., 3]` of `[..., 1]`, for networks that know colours alone; others as they are."""
+    xp = images.__array_namespace__()
+    return xp.concatenate([images] * 3, axis=-1) if images.shape[-1] == 1 else images
+
+
+def check_scored(channels: int, field: str) -> None:
+    """Raise InputError if images have alpha, which LPIPS and Inception do not know. field: what asks for a score."""
+    if channels == 4:
+        words = f"{field} needs a tokenizer of images of 1 or 3 channels, got 4; leave it out"
+        raise InputError(words, field=field, given=4, expected="1 or 3 channels")
 
 
 def from_levels(pixels: np.ndarray) -> np.ndarray:

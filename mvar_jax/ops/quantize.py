@@ -15,7 +15,7 @@ import numpy as np
 
 from mvar_jax.ops.precision import precision_of
 from mvar_jax.ops.resize import resize_area, resize_bicubic
-from mvar_jax.scales import areas_of, offsets_of
+from mvar_jax.scales import Side, areas_of, offsets_of, shape_of
 
 Phi = Callable[[int, jax.Array], jax.Array]
 
@@ -66,31 +66,30 @@ def _unit(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def upsample_codes(codes_Bnc: jax.Array, scale: int, sides: tuple[int, ...], phi: Phi) -> jax.Array:
+def upsample_codes(codes_Bnc: jax.Array, scale: int, sides: tuple[Side, ...], phi: Phi) -> jax.Array:
     """Return what a scale adds to f_hat: its codewords `[B, n_l, c]`, upsampled and passed through phi."""
-    side = sides[scale]
-    codes_BYXc = codes_Bnc.reshape(codes_Bnc.shape[0], side, side, -1)
+    codes_BYXc = codes_Bnc.reshape(codes_Bnc.shape[0], *shape_of(sides[scale]), -1)
     return phi(scale, resize_bicubic(codes_BYXc, sides[-1]))
 
 
-def next_input(f_hat_BYXc: jax.Array, scale: int, sides: tuple[int, ...]) -> jax.Array:
+def next_input(f_hat_BYXc: jax.Array, scale: int, sides: tuple[Side, ...]) -> jax.Array:
     """Return the transformer's input at scale + 1: f_hat area-averaged to that scale, `[B, n_{l+1}, c]`."""
     pooled = resize_area(f_hat_BYXc, sides[scale + 1])
     return pooled.reshape(pooled.shape[0], -1, pooled.shape[-1])
 
 
 def encode_residual(
-    f_BYXc: jax.Array, codebook_Vc: jax.Array, phi: Phi, sides: tuple[int, ...], znorm: bool = False
+    f_BYXc: jax.Array, codebook_Vc: jax.Array, phi: Phi, sides: tuple[Side, ...], znorm: bool = False
 ) -> Encoded:
     """Quantize a latent map scale by scale; differentiable in codebook and phi, not through the ids.
 
-    f_BYXc: `[B, Y, X, c] float32` with Y = X = sides[-1]; it receives no gradient from f_hat.
+    f_BYXc: `[B, Y, X, c] float32` of the shape sides[-1]; it receives no gradient from f_hat.
     """
     B = f_BYXc.shape[0]
     rest, f_hat = f_BYXc, jnp.zeros_like(f_BYXc)
     ids, f_hats, rests = [], [], []
     for scale, side in enumerate(sides):
-        pooled = resize_area(rest, side).reshape(B, side * side, -1)
+        pooled = resize_area(rest, side).reshape(B, -1, f_BYXc.shape[-1])
         # no gradient passes through the choice of ids
         ids_Bn = nearest_code(jax.lax.stop_gradient(pooled), codebook_Vc, znorm)
         update = upsample_codes(codebook_Vc[ids_Bn], scale, sides, phi)
@@ -110,7 +109,7 @@ def pick_f_hat(f_hats: tuple[jax.Array, ...], num_scales_B: jax.Array) -> jax.Ar
     return picked
 
 
-def decode_ids(ids_BL: jax.Array, codebook_Vc: jax.Array, phi: Phi, sides: tuple[int, ...]) -> tuple:
+def decode_ids(ids_BL: jax.Array, codebook_Vc: jax.Array, phi: Phi, sides: tuple[Side, ...]) -> tuple:
     """Return f_hat after each of the S scales, a tuple of `[B, Y, X, c] float32`, from token ids alone."""
     f_hat: jax.Array | float = 0.0
     f_hats = []
@@ -120,7 +119,7 @@ def decode_ids(ids_BL: jax.Array, codebook_Vc: jax.Array, phi: Phi, sides: tuple
     return tuple(f_hats)
 
 
-def teacher_forcing_input(f_hats: tuple, sides: tuple[int, ...]) -> jax.Array:
+def teacher_forcing_input(f_hats: tuple, sides: tuple[Side, ...]) -> jax.Array:
     """Return f_hat after each scale but the last, averaged to the next scale's side: `[B, L - n_0, c] float32`."""
     inputs = [next_input(f_hat, scale, sides) for scale, f_hat in enumerate(f_hats[:-1])]
     return jnp.concatenate(inputs, axis=1)

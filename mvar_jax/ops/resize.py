@@ -1,12 +1,14 @@
 """Area, bicubic (docs/method.md, Tokenizer) and TensorFlow 1's bilinear resizing by one constant matrix per axis."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.ops.precision import precision_of
+from mvar_jax.scales import Side, shape_of
 
 KEYS_A = -0.75  # as PyTorch; jax.image.resize uses -0.5
 
@@ -72,16 +74,22 @@ def _apply(matrix_iy: np.ndarray, x_BYXc: jax.Array, matrix_jx: np.ndarray | Non
     return jnp.einsum("jx,bixc->bijc", columns, x, precision=precision)
 
 
-def resize_area(x_BYXc: jax.Array, side: int) -> jax.Array:
-    """Resize `[B, y, x, c]` to `[B, side, side, c] float32` by area averaging; the identity at equal sizes."""
-    y, x = x_BYXc.shape[1:3]
-    return x_BYXc if y == x == side else _apply(area_matrix(y, side), x_BYXc, area_matrix(x, side))
+def resize_area(x_BYXc: jax.Array, side: Side) -> jax.Array:
+    """Resize `[B, y, x, c]` to a side or (height, width), float32, by area averaging; the identity at equal sizes."""
+    return _resize(area_matrix, x_BYXc, side)
 
 
-def resize_bicubic(x_BYXc: jax.Array, side: int) -> jax.Array:
-    """Resize `[B, y, x, c]` to `[B, side, side, c] float32` by bicubic interpolation; the identity at equal sizes."""
-    y, x = x_BYXc.shape[1:3]
-    return x_BYXc if y == x == side else _apply(bicubic_matrix(y, side), x_BYXc, bicubic_matrix(x, side))
+def resize_bicubic(x_BYXc: jax.Array, side: Side) -> jax.Array:
+    """Resize `[B, y, x, c]` to a side or (height, width), float32, bicubically; the identity at equal sizes."""
+    return _resize(bicubic_matrix, x_BYXc, side)
+
+
+def _resize(matrix: Callable[[int, int], np.ndarray], x_BYXc: jax.Array, side: Side) -> jax.Array:
+    before, after = x_BYXc.shape[1:3], shape_of(side)
+    if before == after:
+        return x_BYXc
+    rows, columns = (matrix(source, target) for source, target in zip(before, after, strict=True))
+    return _apply(rows, x_BYXc, columns)
 
 
 def resize_tf1(x_BYXc: jax.Array, side: int) -> jax.Array:

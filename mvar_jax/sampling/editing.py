@@ -35,17 +35,19 @@ def shrink_onto_canvas(image_YX3: np.ndarray, expand: float) -> tuple[np.ndarray
     """
     from PIL import Image
 
+    from mvar_jax.files.images import to_picture
+
     height, width = image_YX3.shape[:2]
     if not 1 < expand < float("inf"):
         message = f"expand must be a finite factor above 1, such as 1.5, got {expand}"
         raise InputError(message, field="expand", given=expand, expected="finite and above 1")
     small = max(1, round(height / expand)), max(1, round(width / expand))
     top, left = (height - small[0]) // 2, (width - small[1]) // 2
-    shrunk = Image.fromarray(image_YX3).resize(small[::-1], Image.Resampling.LANCZOS)
+    shrunk = to_picture(image_YX3).resize(small[::-1], Image.Resampling.LANCZOS)
     mask_YX = np.ones((height, width), bool)
     mask_YX[top : top + small[0], left : left + small[1]] = False
     canvas = np.zeros_like(image_YX3)
-    canvas[~mask_YX] = np.asarray(shrunk).reshape(-1, 3)
+    canvas[~mask_YX] = np.asarray(shrunk).reshape(-1, image_YX3.shape[2])
     return canvas, mask_YX
 
 

@@ -10,26 +10,28 @@ from mvar_jax.errors import InputError, show
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.ops.pixels import from_levels
 from mvar_jax.sampling.sampler import SampleOptions
-from mvar_jax.scales import areas_of
+from mvar_jax.scales import Side, areas_of, shape_of
 from mvar_jax.values import INDEX_RANGE, MAX_INDEX, as_array
 
 ROUNDING = 1e-3  # by which a float image may leave [-1, 1]
 
 
-def check_images(images_BYX3: Any, side: int | None = None) -> np.ndarray:
-    """Return images as `[B, Y, X, 3] float32` in [-1, 1].
+def check_images(images_BYXC: Any, side: Side | None = None, channels: int = 3) -> np.ndarray:
+    """Return images as `[B, Y, X, C] float32` in [-1, 1].
 
     Args:
-      images_BYX3: uint8, converted as the training data are, or float in [-1, 1].
-      side: height and width that they must have; None: any.
+      images_BYXC: uint8, converted as the training data are, or float in [-1, 1].
+      side: height and width that they must have, one number if equal; None: any.
+      channels: that they must have.
 
-    Raises InputError for another shape
-    or dtype, no image, or values that are not finite or out of range by more than rounding.
+    Raises InputError for another shape or dtype, no image, or values that are not finite or out of range by more than
+    rounding.
     """
-    expected = f"an array [B, {side or 'Y'}, {side or 'X'}, 3]"
-    images = as_array(images_BYX3, "images", expected)
-    size = (side, side) if side else images.shape[1:3]
-    _check_form("images", images, expected, images.size > 0 and images.shape[1:] == (*size, 3))
+    height, width = ("Y", "X") if side is None else shape_of(side)
+    expected = f"an array [B, {height}, {width}, {channels}]"
+    images = as_array(images_BYXC, "images", expected)
+    size = images.shape[1:3] if side is None else shape_of(side)
+    _check_form("images", images, expected, images.size > 0 and images.shape[1:] == (*size, channels))
     if images.dtype == np.uint8:
         return from_levels(images)
     if not jnp.issubdtype(images.dtype, jnp.floating):  # bfloat16 too
@@ -48,10 +50,10 @@ def check_images(images_BYX3: Any, side: int | None = None) -> np.ndarray:
 
 def check_features(f_hat_BYXc: Any, tokenizer: Tokenizer) -> jax.Array:
     """Return latent maps as an array. Raises InputError unless they are float `[B, y, x, c]` with B of 1 or more."""
-    side, width = tokenizer.sides[-1], tokenizer.code_width
-    expected = f"float [B, {side}, {side}, {width}]"
+    shape = (*shape_of(tokenizer.sides[-1]), tokenizer.code_width)
+    expected = f"float {['B', *shape]}".replace("'", "")
     f_hat = f_hat_BYXc if isinstance(f_hat_BYXc, jax.Array) else as_array(f_hat_BYXc, "f_hat", expected)
-    is_right = f_hat.shape[1:] == (side, side, width) and jnp.issubdtype(f_hat.dtype, jnp.floating)
+    is_right = f_hat.shape[1:] == shape and jnp.issubdtype(f_hat.dtype, jnp.floating)
     _check_form("f_hat", f_hat, expected, is_right)
     return jnp.asarray(f_hat)
 

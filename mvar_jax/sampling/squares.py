@@ -101,6 +101,6 @@ def _resize(image_YX3: np.ndarray, side: int) -> np.ndarray:
     """Resize a square image in [-1, 1] by a cubic kernel, antialiased if it shrinks; float32, unchanged if equal."""
     if len(image_YX3) == side:
         return image_YX3
-    planes = [Image.fromarray(np.ascontiguousarray(image_YX3[..., channel], np.float32)) for channel in range(3)]
+    planes = [Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in np.moveaxis(image_YX3, -1, 0)]
     resized = [np.asarray(plane.resize((side, side), Image.Resampling.BICUBIC)) for plane in planes]
     return np.stack(resized, axis=-1).clip(-1, 1)

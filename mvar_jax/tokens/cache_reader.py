@@ -14,12 +14,13 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 
-from mvar_jax.checkpoints.model_directory import MODEL_FILE
+from mvar_jax.checkpoints.model_directory import MODEL_FILE, fingerprint, ids_fingerprint, load_model
 from mvar_jax.data.protocols import TokenSource
 from mvar_jax.data.shared_memory import SharedArray
 from mvar_jax.errors import InputError, RunError, shorten
 from mvar_jax.files.json_files import read_json
 from mvar_jax.files.paths import as_path, is_store
+from mvar_jax.models.networks import Networks
 from mvar_jax.scales import areas_of
 from mvar_jax.tokens.copies import Copies, default_folder
 from mvar_jax.tokens.philox import first_draws_below
@@ -53,6 +54,7 @@ class Meta(TypedDict):
 
     format: Literal[1]
     tokenizer_fingerprint: str
+    tokenizer_ids: NotRequired[str]  # `ids_fingerprint` of the tokenizer; older caches have none
     tokenizer_path: str
     tokenizer: NotRequired[str | None]
     sides: list[int]
@@ -89,6 +91,29 @@ def find_missing(path: str | os.PathLike) -> str:
                 return shard["name"]
     description = f"{meta['tokenizer']}/{MODEL_FILE}" if meta.get("tokenizer") else ""
     return "" if not description or (folder / description).is_file() else description
+
+
+def has_ids_of(path: str | os.PathLike, networks: Networks) -> bool:
+    """Return whether a tokenizer gives the ids of a finished cache: the one that made it, with whatever decoder."""
+    meta, ids = read_meta(path), ids_fingerprint(networks.tokenizer, networks.tokenizer_params)
+    if "tokenizer_ids" in meta:
+        return meta["tokenizer_ids"] == ids
+    made_by = meta["tokenizer_fingerprint"]
+    if fingerprint(networks.tokenizer, networks.tokenizer_params) == made_by:
+        return True
+    if not meta.get("tokenizer"):
+        return False
+    # an older cache knows the fingerprint of a whole tokenizer, of which it has a copy
+    modules, params = load_model(as_path(path, "cache") / meta["tokenizer"])
+    own = modules["tokenizer"], params["tokenizer"]
+    return fingerprint(*own) == made_by and ids_fingerprint(*own) == ids
+
+
+def describe_tokenizer(meta: dict[str, Any], networks: Networks) -> str:
+    """Return "OURS, not THEIRS": how a tokenizer's fingerprint differs from that of a cache's tokenizer."""
+    digest = ids_fingerprint if "tokenizer_ids" in meta else fingerprint
+    there = meta.get("tokenizer_ids", meta["tokenizer_fingerprint"])
+    return f"{digest(networks.tokenizer, networks.tokenizer_params)}, not {there}"
 
 
 class TokenCache(TokenSource):
@@ -181,6 +206,8 @@ class TokenCache(TokenSource):
         # `path` is where the images lay
         transform = {name: value for name, value in self._transform.items() if name != "path"}
         made_of = {"transform": transform, "tokenizer": self.meta["tokenizer_fingerprint"]}
+        if "tokenizer_ids" in self.meta:
+            made_of["tokenizer_ids"] = self.meta["tokenizer_ids"]
         return {**super().identity(), "num_views": self._shape[0], **made_of}
 
     def read(self, numbers_B: np.ndarray, seed: int, index_B: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

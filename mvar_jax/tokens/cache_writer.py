@@ -26,7 +26,7 @@ UNFINISHED = "unfinished"  # folder inside the cache's that holds the shards unt
 _IDENTITY_NAME = "identity.json"
 _NUM_UPLOADS = 2  # at once, each of a shard that lies on a disk of this machine
 _NUM_MOVES = 16  # at once, inside a store
-_NO_IDENTITY = ("splits", "tokenizer_path", "tokenizer")  # keys that say nothing about the ids of a split
+_NO_IDENTITY = ("splits", "tokenizer_path", "tokenizer", "tokenizer_ids")  # no part of a split's identity
 
 Record = tuple[np.ndarray, int]
 # (begin, end, skipped) -> the records of images begin to end; bad ones are appended to `skipped` instead
@@ -64,6 +64,7 @@ class CacheWriter:
       out_dir: directory of the cache, on this machine or in an object store.
       sides, vocab_size: of the tokenizer.
       tokenizer_fingerprint, tokenizer_path: stored for the reader.
+      tokenizer_ids: `ids_fingerprint` of the tokenizer, which tokenizers with other decoders share; "" if unknown.
       label_names: display name of each class, in the order of the labels.
       save_tokenizer: writes the tokenizer into a folder of the cache, so that the cache works where it is copied to.
         If None, the cache has no tokenizer of its own.
@@ -80,6 +81,7 @@ class CacheWriter:
         tokenizer_fingerprint: str,
         tokenizer_path: str,
         label_names: Iterable[str],
+        tokenizer_ids: str = "",
         save_tokenizer: Callable[[Path], None] | None = None,
         process_index: int = 0,
         process_count: int = 1,
@@ -91,6 +93,7 @@ class CacheWriter:
         self._meta: dict[str, Any] = {
             "format": FORMAT,
             "tokenizer_fingerprint": tokenizer_fingerprint,
+            **({"tokenizer_ids": tokenizer_ids} if tokenizer_ids else {}),
             "tokenizer_path": str(tokenizer_path),
             "tokenizer": save_tokenizer and TOKENIZER_FOLDER,
             "sides": [int(side) for side in sides],

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mvar_jax.checkpoints.model_directory import save_model
+from mvar_jax.checkpoints.model_directory import fingerprint, ids_fingerprint, save_model
 from mvar_jax.data.decoding import BadImage
 from mvar_jax.data.options import LoadOptions
 from mvar_jax.data.pipeline import DEFAULT_LOADING
@@ -164,7 +164,6 @@ def write_cache(
     out: str | Path,
     tokenizer_path: str | Path,
     networks: Networks,
-    tokenizer_fingerprint: str,
     sources: dict[str, ImageSource],
     transform: Transform,
     description: dict,
@@ -187,7 +186,6 @@ def write_cache(
       out: directory of the cache, on this machine or in an object store.
       tokenizer_path: where the tokenizer was loaded from; stored with the cache.
       networks: the tokenizer and its weights, which are written into the cache.
-      tokenizer_fingerprint: of the tokenizer; stored with the cache.
       sources: image source of each split; there may be no "val".
       transform: makes the views of an image.
       description: what decides on the pixels; stored with the cache.
@@ -207,7 +205,7 @@ def write_cache(
     out, views = as_path(out, "out"), {"train": num_views, "val": 1}
     descriptions = {split: {**description, "num_views": views[split], "seed": seed} for split in sources}
     if (out / META_NAME).exists():
-        check_same_cache(out, tokenizer_fingerprint, descriptions, sources)
+        check_same_cache(out, networks, descriptions, sources)
         if not (missing := find_missing(out)):
             return False
         if process_index == 0:
@@ -217,7 +215,8 @@ def write_cache(
         out,
         sides=networks.tokenizer.sides,
         vocab_size=networks.tokenizer.vocab_size,
-        tokenizer_fingerprint=tokenizer_fingerprint,
+        tokenizer_fingerprint=fingerprint(networks.tokenizer, networks.tokenizer_params),
+        tokenizer_ids=ids_fingerprint(networks.tokenizer, networks.tokenizer_params),
         tokenizer_path=str(tokenizer_path),
         label_names=sources["train"].label_names,
         save_tokenizer=partial(_save_tokenizer, networks),

@@ -13,26 +13,27 @@ from mvar_jax.data.options import DataOptions
 from mvar_jax.data.protocols import ImageSource
 from mvar_jax.errors import InputError
 from mvar_jax.files.paths import as_path, is_store
-from mvar_jax.tokens.cache_reader import read_meta
+from mvar_jax.models.networks import Networks
+from mvar_jax.tokens.cache_reader import describe_tokenizer, has_ids_of, read_meta
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(DataOptions)}
 
 
 def check_same_cache(
-    out: Path, tokenizer_fingerprint: str, descriptions: dict[str, dict], sources: dict[str, ImageSource]
+    out: Path, networks: Networks, descriptions: dict[str, dict], sources: dict[str, ImageSource]
 ) -> None:
     """Raise InputError unless the cache in `out` was made of these images by this tokenizer.
 
     Args:
       out: directory of a finished cache.
-      tokenizer_fingerprint: of the tokenizer.
+      networks: the tokenizer and its weights.
       descriptions: by split, what decides on the pixels.
       sources: the images of each split.
     """
     meta = read_meta(out)
     change = None
-    if tokenizer_fingerprint != meta["tokenizer_fingerprint"]:
-        change = f"of another tokenizer ({meta['tokenizer_fingerprint']}, not {tokenizer_fingerprint})"
+    if not has_ids_of(out, networks):
+        change = f"of another tokenizer ({describe_tokenizer(meta, networks)})"
     change = change or _changed_data(meta, sources) or _changed_options(meta, descriptions)
     if change:
         message = f"--out {out} holds a token cache {change}: use another folder or delete it"

@@ -88,7 +88,7 @@ class AdversaryOptions:
 
     def optimizer(self, options: OptimizerOptions) -> OptimizerOptions:
         """Return the discriminator's AdamW: the tokenizer's with its own betas, without an average."""
-        return dataclasses.replace(options, beta1=self.beta1, beta2=self.beta2, ema_decay=0.0)
+        return dataclasses.replace(options, beta1=self.beta1, beta2=self.beta2, ema_decay=0.0, ema_ramp=False)
 
 
 @dataclasses.dataclass(frozen=True)

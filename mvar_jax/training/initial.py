@@ -13,14 +13,22 @@ from mvar_jax.checkpoints.class_names import (
     imagenet_spellings,
     read_classes,
 )
-from mvar_jax.checkpoints.model_directory import check_shapes, fingerprint, load_model
-from mvar_jax.convert.weights import load_published
+from mvar_jax.checkpoints.model_directory import (
+    IDS_FREE,
+    check_shapes,
+    ids_fingerprint,
+    load_model,
+    module_from_dict,
+    module_to_dict,
+)
+from mvar_jax.convert.weights import load_published, load_published_tokenizer
 from mvar_jax.errors import InputError
 from mvar_jax.fields import put_below
 from mvar_jax.files.paths import as_path
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.refiner import Refiner, check_base
 from mvar_jax.models.transformer import Transformer
+from mvar_jax.scales import KNOWN_SIDES
 
 CLASS_TABLE = "class_embed"
 
@@ -79,6 +87,50 @@ def load_initial(path: str, transformer: Transformer, label_names: Sequence[str]
     return Initial(params)
 
 
+def load_initial_tokenizer(
+    path: str, given: dict[str, Any], image_size: int, train_parts: str
+) -> tuple[dict[str, Any], Initial]:
+    """Load the tokenizer to start from: a model directory, a workdir or a published file (VAR).
+
+    Args:
+      path: of the weights.
+      given: the fields that the config's model section gives; the others are those of the tokenizer.
+      image_size: side of the images, which tells the sides of a published file if they are not given.
+      train_parts: "decoder" must keep all fields that the ids depend on, but `sides`.
+
+    Returns (all fields of the model section, initial weights). Raises InputError if there is no tokenizer, or its
+    weights have other shapes than the model.
+    """
+    directory = as_path(path, "config.init_from")
+    sides = given.get("sides") or KNOWN_SIDES.get(image_size)
+    if directory.is_dir():
+        modules, trees = load_model(directory)
+        if "tokenizer" not in modules:
+            words = f"config.init_from={path} holds no tokenizer"
+            raise InputError(words, field="config.init_from", given=path, expected="a directory with a tokenizer")
+        found, params = modules["tokenizer"], trees["tokenizer"]
+    elif sides is None:
+        words = f"config.model.sides must be given for {image_size} px: they do not follow from "
+        words += f"config.init_from={path}"
+        raise InputError(words, field="config.model.sides", given=None, expected="the side of each token map")
+    else:
+        found, params = load_published_tokenizer(path, tuple(sides))
+    fields = module_to_dict(found) | given
+    module = module_from_dict("tokenizer", fields, "config.model")
+    check_shapes(directory, "tokenizer", module, params)
+    if train_parts != "decoder":
+        words = f"config.init_from={path} is trained further with config.train_parts=all, which changes its ids: "
+        return fields, Initial(params, note=f"{words}token caches and transformers of it do not fit the result")
+    ids_of = lambda module: ids_fingerprint(module.clone(sides=found.sides), params)
+    if ids_of(module) != ids_of(found):
+        before, now = module_to_dict(found), module_to_dict(module)
+        name = next(n for n in given if n not in ("sides", *IDS_FREE) and before[n] != now[n])
+        words = f"config.model.{name} must be {before[name]!r} as in config.init_from={path} with "
+        words += f"config.train_parts=decoder, which keeps the ids, got {now[name]!r}"
+        raise InputError(words, field=f"config.model.{name}", given=now[name], expected=repr(before[name]))
+    return fields, Initial(params)
+
+
 def load_base(path: str, refiner: Refiner, tokenizer: Networks, label_names: Sequence[str]) -> Networks:
     """Load the transformer that a refiner refines; return it with the tokenizer of the data.
 
@@ -105,10 +157,10 @@ def load_base(path: str, refiner: Refiner, tokenizer: Networks, label_names: Seq
     except InputError as error:
         raise put_below(error, "config.model") from None
     if "tokenizer" in modules:
-        there = fingerprint(modules["tokenizer"], params["tokenizer"])
-        if there != (ours := fingerprint(tokenizer.tokenizer, tokenizer.tokenizer_params)):
-            words = f"{field}={path} was trained with another tokenizer than the data's: their fingerprints are "
-            words += f"{there} and {ours}; name the transformer of these data"
+        there = ids_fingerprint(modules["tokenizer"], params["tokenizer"])
+        if there != (ours := ids_fingerprint(tokenizer.tokenizer, tokenizer.tokenizer_params)):
+            words = f"{field}={path} was trained with a tokenizer of other ids than the data's: their fingerprints "
+            words += f"are {there} and {ours}; name the transformer of these data"
             raise InputError(words, field=field, given=there, expected=ours)
     num_classes, own = transformer.num_classes, read_classes(directory, field)
     if num_classes != len(label_names) or own not in ((), tuple(label_names)):

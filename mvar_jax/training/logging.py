@@ -18,6 +18,7 @@ import numpy as np
 from mvar_jax.errors import RunError, shorten
 from mvar_jax.files.atomic import write_atomically
 from mvar_jax.files.directories import local_folder, upload_folder
+from mvar_jax.files.images import to_picture
 from mvar_jax.files.lines import open_lines, read_lines
 from mvar_jax.files.paths import as_path, is_store
 from mvar_jax.progress import Progress
@@ -61,13 +62,13 @@ class MetricLog:
         self._tensorboard.add("write_scalars", step, _name_scalars(kind, values))
 
     def write_pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
-        """Write images, uint8 [Y, X, 3] each, as workdir/pictures/NAME_STEP.png and to TensorBoard."""
+        """Write images, uint8 [Y, X, C] each, as workdir/pictures/NAME_STEP.png and to TensorBoard."""
         if not self._is_writing or not pictures:
             return
         folder = self._workdir / PICTURE_FOLDER
         folder.mkdir(exist_ok=True)
-        for name, picture_YX3 in pictures.items():
-            write_atomically(folder / f"{name}_{step:06d}.png", _encode_png(picture_YX3))
+        for name, picture_YXC in pictures.items():
+            write_atomically(folder / f"{name}_{step:06d}.png", _encode_png(picture_YXC))
         self._tensorboard.add("write_images", step, {k: v[None] for k, v in pictures.items()})
 
     def write_histograms(self, step: int, values: dict[str, np.ndarray]) -> None:
@@ -198,9 +199,7 @@ def _name_scalars(kind: str, values: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in scalars.items() if value is not None}
 
 
-def _encode_png(picture_YX3: np.ndarray) -> bytes:
-    from PIL import Image
-
+def _encode_png(picture_YXC: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture_YX3).save(buffer, "PNG")
+    to_picture(picture_YXC).save(buffer, "PNG")
     return buffer.getvalue()

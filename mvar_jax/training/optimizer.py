@@ -34,6 +34,8 @@ class OptimizerOptions:
       eps: added to the root of the second moment.
       clip_norm: largest global norm of a gradient; 0 does not clip.
       ema_decay: decay of the moving average of the weights, which evaluation and sampling then use; 0 keeps none.
+      ema_ramp: whether the decay of step i is at most (i / 2 + 1) / (i / 2 + 10), so that a long average forgets the
+        initial weights early.
 
     Raises InputError for values out of range.
     """
@@ -51,10 +53,14 @@ class OptimizerOptions:
     eps: Positive = 1e-8
     clip_norm: NotNegative = 2.0
     ema_decay: Decay = 0.0
+    ema_ramp: bool = False
 
     def __post_init__(self):
         check_fields(self, "config.optimizer")
         check_schedule(self.schedule)
+        if self.ema_ramp and not self.ema_decay:
+            words = "config.optimizer.ema_ramp must be False with config.optimizer.ema_decay=0, got True"
+            raise InputError(words, field="config.optimizer.ema_ramp", given=True, expected="False")
         if self.warmup_steps and self.warmup_epochs:
             both = f"{self.warmup_steps} and {self.warmup_epochs}"
             words = "only one of config.optimizer.warmup_steps and config.optimizer.warmup_epochs may be above 0, "
@@ -68,6 +74,10 @@ class OptimizerOptions:
         if not self.warmup_epochs:
             return self
         return dataclasses.replace(self, warmup_steps=round(self.warmup_epochs * steps_per_epoch), warmup_epochs=0.0)
+
+    def ema_decay_at(self, step: jax.Array | int) -> jax.Array | float:
+        """Return the decay of the average of the weights in iteration `step`."""
+        return jnp.minimum(self.ema_decay, (step / 2 + 1) / (step / 2 + 10)) if self.ema_ramp else self.ema_decay
 
     def at(self, step: int, num_steps: int, batch_size: int) -> tuple[float, float]:
         """Return (learning rate, weight decay) of iteration `step`."""
@@ -137,7 +147,8 @@ def apply_gradients(
     params = jax.tree_util.tree_map_with_path(move, state.params, updates, decay_mask(state.params))
     ema = state.ema
     if ema is not None:
-        average = lambda e, p: options.ema_decay * e + (1 - options.ema_decay) * p
+        decay = options.ema_decay_at(state.step)
+        average = lambda e, p: decay * e + (1 - decay) * p
         keep_or_average = lambda path, e, p: e if path_name(path) in FIXED else average(e, p)
         ema = jax.tree_util.tree_map_with_path(keep_or_average, ema, params)
     is_good = jnp.isfinite(norm) & jnp.isfinite(loss)

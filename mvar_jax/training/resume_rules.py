@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mvar_jax.checkpoints.manager import has_checkpoint
+from mvar_jax.checkpoints.model_directory import fingerprint, ids_fingerprint, load_part
 from mvar_jax.checkpoints.steps import checkpoint_folder, list_steps
 from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError, shorten
@@ -29,10 +30,10 @@ from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import MESH_AXES, make_mesh
 from mvar_jax.training.adversary import AdversaryOptions
+from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.settings import LoopSettings
 from mvar_jax.training.task import RunOptions
-from mvar_jax.training.tokenizer_step import CodebookOptions
 from mvar_jax.training.transformer_step import PhaseOptions
 
 CONFIG_FILE = "config.json"
@@ -74,7 +75,7 @@ class Rule:
 def rules_of(task: str | None) -> dict[str, Rule]:
     """Return the rule of every config key by its name, such as "optimizer.beta1". task: of the config."""
     # the initial weights are used up when the first checkpoint is written; those under a refiner are compared as data
-    rules = {"task": Rule(False), "init_from": Rule(True, "")}
+    rules = {"task": Rule(False), "init_from": Rule(True, ""), "train_parts": Rule(False, "all")}
     for cls in (RunOptions, LoopSettings):
         rules |= _rules_of_fields(cls, "")
     for section, cls in _SECTIONS.items():
@@ -140,6 +141,12 @@ def check_resumable(
     free, changes = ([], []) if stored is None else _check_config(workdir, stored, _as_json(config), allowed)
     _check_data(workdir, stored_data, data_identity, [key for key in free if key in PLACE_KEYS])
     return changes
+
+
+def model_of_run(workdir: Path) -> dict[str, Any]:
+    """Return the model section of the run in a workdir, {} if it is unknown."""
+    stored = _read(workdir, CONFIG_FILE) or {}
+    return stored.get("model", {})
 
 
 def _as_json(content: dict) -> dict:
@@ -210,13 +217,26 @@ def _check_data(workdir: Path, stored: dict | None, data_identity: dict, moved: 
         words += "resume it once with the old value, which notes it, or choose another workdir"
         raise InputError(words, field=key, expected="the value of the run")
     before, now = dict(flatten(stored)), dict(flatten(_as_json(data_identity)))
+    if any(before.get(key, now[key]) != now[key] for key in now if key.endswith("tokenizer")):
+        before = _ids_of_own_tokenizer(workdir, before) | before
     # what one side does not know is compared by the config; a validation split may come and go
-    for key in sorted(before.keys() & now.keys(), key=lambda key: (not key.endswith(".num_items"), key)):
-        if before[key] != now[key]:
+    both = before.keys() & now.keys()
+    for key in sorted(both, key=lambda key: (not key.endswith(".num_items"), key)):
+        if before[key] != now[key] and f"{key}_ids" not in both:  # a tokenizer's decoder may change
             difference = _describe_difference(key, before[key], now[key])
             words = f"config.data must name the data of the run in {workdir}, {difference}; "
             words += "name the same data, or choose another workdir"
             raise InputError(words, field="config.data", given=now[key], expected=repr(before[key]))
+
+
+def _ids_of_own_tokenizer(workdir: Path, identity: dict[str, Any]) -> dict[str, str]:
+    """Return the fingerprint of ids for each whole tokenizer's fingerprint in an identity that the workdir's has."""
+    try:
+        tokenizer, params = load_part(workdir, "tokenizer")
+    except InputError:
+        return {}
+    whole, ids = fingerprint(tokenizer, params), ids_fingerprint(tokenizer, params)
+    return {f"{key}_ids": ids for key, value in identity.items() if key.endswith("tokenizer") and value == whole}
 
 
 def _describe_difference(key: str, before: Any, now: Any) -> str:

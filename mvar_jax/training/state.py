@@ -1,5 +1,6 @@
 """The state of a run. It has no random key: randomness is a function of (seed, sample index)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -23,12 +24,18 @@ class TrainState:
     extra: Any
 
 
-def make_state(init_boxed, options: OptimizerOptions, extra: dict | None = None) -> TrainState:
-    """Return a boxed state at step 0, in which moments and EMA carry the parameters' logical axes."""
+def make_state(
+    init_boxed, options: OptimizerOptions, extra: dict | None = None, trained: Callable[[dict], dict] = lambda x: x
+) -> TrainState:
+    """Return a boxed state at step 0, in which moments and EMA carry the parameters' logical axes.
+
+    trained: takes the parameters that the optimizer trains out of all of them; the others have no moments.
+    """
     params = init_boxed()
     # a copy: two leaves must not share a buffer once the step donates its state
     ema = jax.tree.map(jnp.copy, params) if options.ema_decay else None
-    opt_state = make_adam(options, nn.meta.unbox(params)).init(nn.meta.unbox(params))
+    moving = trained(nn.meta.unbox(params))
+    opt_state = make_adam(options, moving).init(moving)
     axes = jax.tree.map(
         lambda leaf: leaf.names if isinstance(leaf, Named) else None,
         params,

@@ -143,6 +143,7 @@ class DataTask(Task):
       data: the data.
       extra: makes what a step keeps in the state beside the weights, boxed with logical axes. Called under jit.
       scorer: of the images that an evaluation draws; None draws none.
+      trained: see `make_state`.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class DataTask(Task):
         data: TaskData,
         extra: Callable[[], dict[str, Any]],
         scorer: Scorer | None = None,
+        trained: Callable[[dict], dict] = lambda params: params,
     ):
         check_sizes(module.mesh_sizes(), run.mesh)
         self.run, self.module = run, module
@@ -167,7 +169,7 @@ class DataTask(Task):
         self.examples_per_step = run.batch_size
         # rbg: compiling many threefry draws takes most of a small model's start
         init = functools.partial(self._init_params, jax.random.key(run.seed, impl="rbg"))
-        self._make_state = lambda: make_state(init, run.optimizer, extra())
+        self._make_state = lambda: make_state(init, run.optimizer, extra(), trained)
         self.initial: Initial | None = None
         self.base: str | None = None  # fingerprint of the transformer that a refiner refines
         # outputs are placed as the state: left to itself the compiler may place them differently

@@ -5,30 +5,56 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
 from mvar_jax.data.pipeline import eval_batches
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, RunError
 from mvar_jax.files.images import min_zoom, side_by_side, tile_columns, to_uint8
+from mvar_jax.models.init import abstract_params
 from mvar_jax.models.lpips import Lpips, lpips_loss
 from mvar_jax.models.lpips import shapes as lpips_shapes
 from mvar_jax.models.networks import Networks
-from mvar_jax.models.tokenizer import Tokenizer, factor_codebook, fold_codebook, multiply_codebook
+from mvar_jax.models.tokenizer import Tokenizer, factor_codebook, fold_codebook, ids_params, multiply_codebook
 from mvar_jax.ops.losses import sum_rows
 from mvar_jax.ops.metrics import SSIM_WINDOW, perplexity, psnr_of_error, similarity, usage_percent
-from mvar_jax.ops.pixels import as_images, from_levels
+from mvar_jax.ops.pixels import as_images, from_levels, repeat_grey
 from mvar_jax.sampling.sampler import decode_in_chunks
 from mvar_jax.sharding import spec_of, use_mesh
 from mvar_jax.training import tokenizer_step
 from mvar_jax.training.adversary import Adversary, FixedWeights
+from mvar_jax.training.codebook_options import CodebookOptions
+from mvar_jax.training.initial import Initial
 from mvar_jax.training.saving import say
 from mvar_jax.training.scoring import Scorer
+from mvar_jax.training.state import TrainState
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 
 NUM_ROWS = 8  # most images shown from the first 1, 2, ... scales
+
+
+def check_train_parts(train_parts: str, options: CodebookOptions) -> None:
+    """Raise InputError unless the parts are known and no option moves what they freeze."""
+    known = tuple(tokenizer_step.TRAIN_PARTS)
+    if train_parts not in known:
+        expected = " or ".join(known)
+        words = f"config.train_parts must be {expected}, got {train_parts!r}"
+        raise InputError(words, field="config.train_parts", given=train_parts, expected=expected)
+    # options of the codebook, and one that would change the ids' f_hat that the decoder gets
+    for name in ("warmup_steps", "revive_every_steps", "simvq", "entropy_weight", "scale_dropout"):
+        if train_parts == "decoder" and (given := getattr(options, name)):
+            field, off = f"config.codebook.{name}", type(given)(0)
+            words = f"{field} must be {off} with config.train_parts=decoder, which keeps the ids, got {given}"
+            raise InputError(words, field=field, given=given, expected=str(off))
+
+
+def bit_sums(params: dict) -> jax.Array:
+    """Return the sum of each leaf's bits as integers, modulo 2^32, uint32 [leaves]: equal on any mesh."""
+    as_bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.stack([jnp.sum(as_bits(x), dtype=jnp.uint32) for x in jax.tree.leaves(params)])
 
 
 class TokenizerTask(DataTask):
@@ -40,6 +66,8 @@ class TokenizerTask(DataTask):
       scorer: of reconstructions of validation images, None scores none.
       adversary: None for a run without.
       fixed: weights that the losses need.
+      initial: weights to start from, None for random ones.
+      train_parts: see `TokenizerRecipe`.
     """
 
     metrics = ("loss", "psnr_db", "codebook_used_percent")
@@ -48,21 +76,31 @@ class TokenizerTask(DataTask):
         self,
         run: RunOptions,
         tokenizer: Tokenizer,
-        options: tokenizer_step.CodebookOptions,
+        options: CodebookOptions,
         data: TaskData,
         scorer: Scorer | None = None,
         adversary: Adversary | None = None,
         fixed: FixedWeights | None = None,
+        initial: Initial | None = None,
+        train_parts: str = "all",
     ):
+        check_train_parts(train_parts, options)
+        if initial is not None and options.simvq:
+            words = "config.codebook.simvq must be False with config.init_from, whose codebook is not E W, got True"
+            raise InputError(words, field="config.codebook.simvq", given=True, expected="False")
         self.tokenizer, self.options, self.adversary = tokenizer, options, adversary
-        self._image_shape = (tokenizer.image_size, tokenizer.image_size, 3)
+        self._image_shape = (tokenizer.image_size, tokenizer.image_size, tokenizer.channels)
+        self._has_frozen = train_parts != "all"
         options.check_scales(len(tokenizer.sides))
         options.check_images(self._image_shape)
         if adversary is not None:
             adversary.check(run, self._image_shape, options.last_redraw)
-        super().__init__(run, tokenizer, data, self._make_extra, scorer)
+        recipe = tokenizer_step.TokenizerRecipe(
+            tokenizer, run.optimizer, options, run.accumulate_steps, run.seed, train_parts=train_parts
+        )
+        super().__init__(run, tokenizer, data, self._make_extra, scorer, recipe.trained)
+        self.initial = initial
         self.fixed = jax.device_put(fixed or FixedWeights(), self._whole)
-        recipe = tokenizer_step.TokenizerRecipe(tokenizer, run.optimizer, options, run.accumulate_steps, run.seed)
         placed = {"donate_argnums": 0, "out_shardings": (self.shardings, self._whole)}
         # a program of its own before the discriminator starts
         self._step, self._adversarial_step = (
@@ -93,13 +131,30 @@ class TokenizerTask(DataTask):
         if self.adversary is not None:
             key = jax.random.fold_in(jax.random.key(self.run.seed, impl="rbg"), 1)  # 0 would be another run's
             extra["adversary"] = self.adversary.init_state(self.run.optimizer, key, self._image_shape)
+        if self._has_frozen:
+            shapes = nn.meta.unbox(abstract_params(self.tokenizer))
+            extra["frozen_sums"] = jnp.zeros(len(jax.tree.leaves(ids_params(shapes))), jnp.uint32)
         return extra
 
-    def init_state(self):
-        """Return the state of step 0; say once if an adversary judges without LPIPS."""
+    def init_state(self) -> TrainState:
+        """Return the state of step 0, with sums of the bits of what is frozen; say if an adversary has no LPIPS."""
         if self.adversary is not None and not self.options.perceptual_weight:
             say("config.codebook.perceptual_weight is 0: the adversary is balanced against L1 and L2 alone")
-        return super().init_state()
+        state = super().init_state()
+        if self._has_frozen:
+            with use_mesh(self.run.mesh):
+                sums = jax.jit(bit_sums, out_shardings=self._whole)(ids_params(state.params))
+            state = state.replace(extra={**state.extra, "frozen_sums": sums})
+        return state
+
+    def _check_frozen(self, state: TrainState) -> None:
+        """Raise RunError unless frozen weights, and so the ids of every image, are those that the run began with."""
+        with use_mesh(self.run.mesh):
+            for params in (state.params, self.averaged(state)):
+                sums = jax.jit(bit_sums, out_shardings=self._whole)(ids_params(params))
+                if not np.array_equal(sums, state.extra["frozen_sums"]):
+                    words = f"frozen weights changed by step {int(state.step)}, so its ids would be others"
+                    raise RunError(f"{words}; resume from an earlier checkpoint")
 
     def train_step(self, state, batch, step: int):
         """Take one step; redraw unused codes first, if due."""
@@ -122,10 +177,11 @@ class TokenizerTask(DataTask):
     def flops_of_step(self, step: int) -> float:
         """Return the FLOPs of all networks, from their forward passes as XLA counts them before optimising.
 
-        The autoencoder: a forward pass and two for the gradients. LPIPS: two images, and back to one of them. The
-        discriminator: two images with all gradients, and once more for the generator, back to the image.
+        The autoencoder: a forward pass and two for the gradients of what is trained. LPIPS: two images, and back to
+        one of them. The discriminator: two images with all gradients, and once more for the generator, back to the
+        image.
         """
-        flops = 3 * self._flops["tokenizer"] + 3 * self._flops["perceptual"]
+        flops = self._flops["tokenizer"] + 2 * self._flops["trained"] + 3 * self._flops["perceptual"]
         if self.adversary is not None and step >= self.adversary.options.start_step:
             flops += 8 * self._flops["discriminator"]
         return flops * self.run.batch_size
@@ -140,8 +196,15 @@ class TokenizerTask(DataTask):
         def count(forward, *args):
             return (jax.jit(forward).lower(*args).cost_analysis() or {}).get("flops", 0.0)
 
+        def count_tokenizer(method, x):
+            return count(lambda p, x: self.tokenizer.apply({"params": p}, x, method=method), params, x)
+
         flops = {"perceptual": 0.0, "discriminator": 0.0}
-        flops["tokenizer"] = count(lambda p, x: self.tokenizer.apply({"params": p}, x)[0], params, image)
+        flops["tokenizer"] = flops["trained"] = count_tokenizer(lambda module, x: module(x)[0], image)
+        if self._has_frozen:
+            side, width = self.tokenizer.sides[-1], self.tokenizer.code_width
+            latent = jax.ShapeDtypeStruct((1, side, side, width), jnp.float32)
+            flops["trained"] = count_tokenizer("decode_raw", latent)
         if self.options.perceptual_weight:
             flops["perceptual"] = count(lambda p, x: lpips_loss(p, x, x), lpips_shapes(), image) / 2
         if self.adversary is not None:
@@ -165,7 +228,7 @@ class TokenizerTask(DataTask):
         if min(images.shape[1:3]) >= SSIM_WINDOW:
             measures["ssim"] = similarity(rec, images, 2)
         if fixed is not None and fixed.perceptual is not None:
-            measures["lpips"] = Lpips().apply({"params": fixed.perceptual}, rec, images)
+            measures["lpips"] = Lpips().apply({"params": fixed.perceptual}, *map(repeat_grey, (rec, images)))
         mask = batch["mask"]
         V = self.tokenizer.vocab_size
         # a padding row's ids fall outside the codebook and are not counted
@@ -178,6 +241,8 @@ class TokenizerTask(DataTask):
 
         Of the averaged weights. And the scores of reconstructions, if there is a scorer.
         """
+        if self._has_frozen:
+            self._check_frozen(state)
         if not self.has_evaluation:
             return {}
         with use_mesh(self.run.mesh):
@@ -212,25 +277,25 @@ class TokenizerTask(DataTask):
         words = f"config.eval_samples must be {expected}, got {self.run.eval_samples}"
         raise InputError(words, field="config.eval_samples", given=self.run.eval_samples, expected=expected)
 
-    def _encode_maps(self, params, pixels_NYX3: jax.Array) -> tuple[jax.Array, ...]:
+    def _encode_maps(self, params, pixels_NYXC: jax.Array) -> tuple[jax.Array, ...]:
         """Return the latent maps after each scale; rows are repeated until they divide over the devices."""
         networks = Networks(self.tokenizer, params)
-        images = as_images(pixels_NYX3[self.picture_rows(len(pixels_NYX3))])
+        images = as_images(pixels_NYXC[self.picture_rows(len(pixels_NYXC))])
         ids_BL = networks.apply_tokenizer(images, method="encode")
         return networks.apply_tokenizer(ids_BL, method="f_hats")
 
     def _decode_maps(self, params, f_hat_BYXc: jax.Array) -> jax.Array:
         return decode_in_chunks(Networks(self.tokenizer, params), f_hat_BYXc)
 
-    def reconstruct(self, params, pixels_NYX3: np.ndarray) -> np.ndarray:
+    def reconstruct(self, params, pixels_NYXC: np.ndarray) -> np.ndarray:
         """Return the reconstructions of pixels, uint8."""
-        decoded = self.decode_maps(params, self.encode_maps(params, pixels_NYX3)[-1])
-        return to_uint8(decoded)[: len(pixels_NYX3)]
+        decoded = self.decode_maps(params, self.encode_maps(params, pixels_NYXC)[-1])
+        return to_uint8(decoded)[: len(pixels_NYXC)]
 
     def _shown(self, state) -> tuple[np.ndarray, np.ndarray]:
         """Return a few held-out images, or training images if none are held out, and what each scale makes of them.
 
-        Pixels `[N, Y, X, 3] uint8`, and the reconstructions from the first 1, 2, ... S scales, `[S, N, Y, X, 3]` in
+        Pixels `[N, Y, X, C] uint8`, and the reconstructions from the first 1, 2, ... S scales, `[S, N, Y, X, C]` in
         [-1, 1].
         """
         data = self.data["val" if "val" in self.data else "train"]

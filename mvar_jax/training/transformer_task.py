@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mvar_jax.checkpoints.model_directory import fingerprint
+from mvar_jax.checkpoints.model_directory import fingerprint, ids_fingerprint
 from mvar_jax.files.images import min_zoom, tile_grid, to_uint8
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.transformer import Transformer
@@ -57,7 +57,8 @@ class TokenTask(DataTask):
     ):
         super().__init__(run, module, data, dict, scorer)
         self.initial = initial
-        self.data_identity["tokenizer"] = fingerprint(tokenizer.tokenizer, tokenizer.tokenizer_params)
+        parts = tokenizer.tokenizer, tokenizer.tokenizer_params
+        self.data_identity |= {"tokenizer": fingerprint(*parts), "tokenizer_ids": ids_fingerprint(*parts)}
         self.transformer, self.options = transformer, options
         self.tokenizer = place_networks(jax.tree.map(np.asarray, tokenizer), run.mesh)
         self._step = jax.jit(

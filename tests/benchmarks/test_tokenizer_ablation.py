@@ -6,7 +6,7 @@ import pytest
 from mvar_jax import build
 from mvar_jax.cli.configuration import read_config
 from mvar_jax.fields import from_dict
-from mvar_jax.training.tokenizer_step import CodebookOptions
+from mvar_jax.training.codebook_options import CodebookOptions
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tokenizer_ablation.py"
 spec = importlib.util.spec_from_file_location("tokenizer_ablation", SCRIPT)

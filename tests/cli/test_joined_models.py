@@ -32,12 +32,16 @@ def test_a_joined_model_is_the_whole_one(parts, tiny_model, quick_programs):
 
 
 def test_a_tokenizer_takes_the_place_of_the_models_own(parts, tiny_model, tmp_path):
-    other = small_case.TINY_MODULES["tokenizer"]
-    save_model(tmp_path / "other", {"tokenizer": other}, {"tokenizer": small_case.seeded_params(other, seed=9)})
-    codebook = lambda model: np.asarray(model.tokenizer_params["codebook"])
-    joined = codebook(mvar_jax.load(tiny_model, tokenizer=tmp_path / "other"))
-    np.testing.assert_array_equal(joined, codebook(mvar_jax.load(tmp_path / "other")))
-    assert (joined != codebook(mvar_jax.load(tiny_model))).any()
+    other, own = small_case.TINY_MODULES["tokenizer"], small_case.tiny_params()["tokenizer"]
+    seeded = small_case.seeded_params(other, seed=9)
+    for name, params in (("decoder", own | {"decoder": seeded["decoder"]}), ("other", seeded)):
+        save_model(tmp_path / name, {"tokenizer": other}, {"tokenizer": params})
+    kernel = lambda model: np.asarray(model.tokenizer_params["decoder"]["conv_in"]["kernel"])
+    joined = kernel(mvar_jax.load(tiny_model, tokenizer=tmp_path / "decoder"))
+    np.testing.assert_array_equal(joined, kernel(mvar_jax.load(tmp_path / "decoder")))
+    assert (joined != kernel(mvar_jax.load(tiny_model))).any()
+    with pytest.raises(InputError, match="gives other ids than the tokenizer in .*tiny_model"):
+        mvar_jax.load(tiny_model, tokenizer=tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch_files
 from golden_case import assert_close, assert_gradients_close, quick_jit
 from loss_case import DISCRIMINATOR, MEANS, WEIGHTS
 
+from mvar_jax.__main__ import main
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation.dino_weights import convert_dino, load_dino
 from mvar_jax.evaluation.lpips import params_of_torch
@@ -83,7 +84,7 @@ def dino(tmp_path_factory):
     """(variables with weights by the formula, logits, moved vectors, gradient at the pixels)."""
     folder, module = tmp_path_factory.mktemp("dino"), DinoDiscriminator()
     torch_files.save(folder / "dino.pth", loss_case.dino_state())
-    convert_dino(folder / "dino.pth", folder / "dino.npz")
+    assert main(["convert", "--dino", str(folder / "dino.pth"), "--out", str(folder / "dino.npz")]) == 0
     frozen = dict(load_dino(folder / "dino.npz").params)
     state = loss_case.head_state(loss_case.head_shapes(module))
     flat = {tuple(name.split("/")): x for name, x in state.items()}

@@ -34,6 +34,7 @@ from mvar_jax.ops.pixels import from_levels
 from mvar_jax.tokens.cache_reader import TokenCache
 from mvar_jax.tokens.cache_writer import UNFINISHED
 from mvar_jax.tokens.encode import Encoder, encode_range, write_cache
+from mvar_jax.tokens.opening import open_tokens
 from mvar_jax.training.transformer_task import with_input
 
 FLIPS = PhotoTransform(TOKENIZER.image_size, flip=True)
@@ -57,8 +58,8 @@ def _write(parts, out, tree, source_of=lambda source: source, **options):
     sources = {split: source_of(open_source("folder", split, path=str(tree))) for split in ("train", "val")}
     options = {"num_views": 2, "seed": 0, "batch_size": 8, "images_per_shard": 4, **options}
     options.setdefault("loading", LoadOptions(max_bad_share=0.1))
-    description, fingerprint = options.pop("description", {}), options.pop("fingerprint", "abc")
-    write_cache(out, parts.tokenizer, parts.networks, fingerprint, sources, FLIPS, description, **options)
+    description, networks = options.pop("description", {}), options.pop("networks", parts.networks)
+    write_cache(out, parts.tokenizer, networks, sources, FLIPS, description, **options)
     return sources
 
 
@@ -207,8 +208,9 @@ def test_finished_cache_is_the_same_by_any_spelling_of_its_folder_and_names_othe
             _write(parts, tmp_path, parts.whole, description=options, seed=1)
     with pytest.raises(InputError, match="made with data.path='.*whole', but it is '.*tree' now"):
         _write(parts, tmp_path, parts.whole, description=options | {"path": str(parts.tree)})
-    with pytest.raises(InputError, match=r"of another tokenizer \(abc, not def\): use another folder"):
-        _write(parts, tmp_path, parts.whole, description=options, fingerprint="def")
+    other = parts.networks.replace(tokenizer_params=seeded_params(TOKENIZER, seed=1))
+    with pytest.raises(InputError, match=r"of another tokenizer \(\w{32}, not \w{32}\): use another folder"):
+        _write(parts, tmp_path, parts.whole, description=options, networks=other)
 
 
 def test_unfinished_shards_of_files_that_have_changed_are_made_again(parts, tmp_path):
@@ -367,7 +369,7 @@ def _older(cache, folder, tokenizer):
 
 
 def _open(**data):
-    networks, sources, transform = build.open_tokens(build.build_data(_config(**data)), MODEL)
+    networks, sources, transform = open_tokens(build.build_data(_config(**data)), MODEL)
     assert transform is None and len(sources["train"]) == 15
     return networks
 
@@ -412,7 +414,7 @@ def test_data_without_a_validation_split_train_without_evaluation(parts, tmp_pat
     images = {"path": str(tmp_path / "tree"), "tokenizer": str(parts.tokenizer), "val_fraction": 0.0}
     sources = build.build_data(_config(**images)).open_all()
     options = {"num_views": 2, "seed": 0, "batch_size": 8}
-    write_cache(tmp_path / "cache", parts.tokenizer, parts.networks, "abc", sources, FLIPS, {}, **options)
+    write_cache(tmp_path / "cache", parts.tokenizer, parts.networks, sources, FLIPS, {}, **options)
     meta = json.loads((tmp_path / "cache/cache.json").read_text())
     fingerprint = build.build_task(_config(**images))[0].data_identity["tokenizer"]
     (tmp_path / "cache/cache.json").write_text(json.dumps(meta | {"tokenizer_fingerprint": fingerprint}))

@@ -18,9 +18,9 @@ from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.sharding import make_mesh, use_mesh
+from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.task import NUM_PICTURES, RunOptions, TaskData
-from mvar_jax.training.tokenizer_step import CodebookOptions
 from mvar_jax.training.tokenizer_task import TokenizerTask
 from mvar_jax.training.transformer_step import PhaseOptions
 from mvar_jax.training.transformer_task import TransformerTask

@@ -9,6 +9,7 @@ from small_case import MODEL, TOKENIZER, seeded_batch, seeded_params
 
 from mvar_jax.training import tokenizer_step
 from mvar_jax.training.accumulate import split_parts, value_and_grad_over_parts
+from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
 from mvar_jax.training.transformer_step import PhaseOptions, TransformerRecipe, train_step
@@ -53,7 +54,7 @@ def tokenizer_case():
     batch = {"image": jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 2, 2, 3), np.uint8))}
 
     def step(state, batch, *rates, num_parts):
-        recipe = tokenizer_step.TokenizerRecipe(model, OPTIMIZER, tokenizer_step.CodebookOptions(), num_parts)
+        recipe = tokenizer_step.TokenizerRecipe(model, OPTIMIZER, CodebookOptions(), num_parts)
         return tokenizer_step.train_step(recipe, state, batch, *rates)
 
     return model, batch, step, {"hits": jnp.zeros((1, model.vocab_size))}

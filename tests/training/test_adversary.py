@@ -24,10 +24,11 @@ from mvar_jax.ops.augment import Pass, augment, draw_augmentations
 from mvar_jax.ops.pixels import from_levels
 from mvar_jax.sharding import make_mesh
 from mvar_jax.training.adversary import Adversary, AdversaryOptions, FixedWeights
+from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import init_sharded, make_state
 from mvar_jax.training.tokenizer_losses import Judge, LogitMeans, PixelWeights, adversarial_gradients, draw_passes
-from mvar_jax.training.tokenizer_step import CodebookOptions, forward
+from mvar_jax.training.tokenizer_step import forward
 
 SIZE, B = 6, 4
 MODEL = TOKENIZER.clone(sides=(2, 6), ch=4, ch_mult=(1,), num_phi=1)
@@ -268,10 +269,10 @@ def test_adversary_that_does_not_fit_is_refused(section, changes, words):
         make_task(SECTION | section, **changes)
 
 
-def test_lpips_refuses_small_images_and_those_without_three_channels():
+def test_lpips_refuses_small_images_and_those_with_alpha():
     options = CodebookOptions(perceptual_weight=1.0)
     options.check_images((48, 64, 3))
-    for shape in ((47, 64, 3), (64, 64, 1)):
+    for shape in ((47, 64, 3), (64, 64, 4)):
         with pytest.raises(InputError, match=r"^config.codebook.perceptual_weight must be 0 unless images have at "):
             options.check_images(shape)
 

@@ -23,10 +23,10 @@ from mvar_jax.ops.metrics import perplexities, perplexity, usage_percent
 from mvar_jax.ops.quantize import assignment_entropy, nearest_code
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sharding import make_mesh
+from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.task import RunOptions, TaskData
 from mvar_jax.training.tokenizer_step import (
-    CodebookOptions,
     EntropyTerm,
     TokenizerRecipe,
     describe_usage,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from golden_case import TRANSFORMER_ENTRIES, load
 
+from mvar_jax.errors import InputError
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients, clip_by_norm, decay_mask
 from mvar_jax.training.state import make_state
 
@@ -117,3 +118,15 @@ def test_no_moving_average_is_kept_where_it_is_off():
     options = OptimizerOptions()
     state, _ = step(new_state(options), GRADS, options=options)
     assert state.ema is None
+
+
+def test_a_ramped_average_forgets_the_initial_weights_early():
+    options = OptimizerOptions(ema_decay=0.3, ema_ramp=True)
+    state = new_state(options)
+    average = np.asarray(state.params["pos_start"], np.float64)
+    for decay in (0.1, 1.5 / 10.5, 2 / 11, 2.5 / 11.5, 3 / 12, 3.5 / 12.5, 0.3):  # 4 / 13 is above 0.3
+        state, _ = step(state, GRADS, options=options)
+        average = decay * average + (1 - decay) * np.asarray(state.params["pos_start"])
+    np.testing.assert_allclose(state.ema["pos_start"], average, rtol=1e-5)
+    with pytest.raises(InputError, match="config.optimizer.ema_ramp must be False with config.optimizer.ema_decay=0"):
+        OptimizerOptions(ema_ramp=True)

@@ -18,10 +18,10 @@ from mvar_jax.processes import group
 from mvar_jax.sharding import make_mesh
 from mvar_jax.training import tokenizer_task
 from mvar_jax.training.adversary import FixedWeights
+from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.scoring import Scorer, score_together
 from mvar_jax.training.task import RunOptions, TaskData
-from mvar_jax.training.tokenizer_step import CodebookOptions
 from mvar_jax.training.tokenizer_task import TokenizerTask
 from mvar_jax.training.transformer_step import PhaseOptions
 from mvar_jax.training.transformer_task import TransformerTask

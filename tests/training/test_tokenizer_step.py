@@ -10,10 +10,10 @@ from small_case import TOKENIZER, seeded_params
 from mvar_jax.errors import InputError
 from mvar_jax.ops.metrics import usage_percent
 from mvar_jax.ops.pixels import from_levels
+from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
 from mvar_jax.training.tokenizer_step import (
-    CodebookOptions,
     TokenizerRecipe,
     count_hits,
     redraw_codes,
