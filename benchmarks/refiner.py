@@ -4,8 +4,8 @@
     python benchmarks/refiner.py --target h100    # no device needed, but jax[cuda12]
 
 --runs: workdirs of the task refiner. 1,000 samples of each of three seeds, scored as report.md does, and nats a token
-of the held-out digits; a line has the mean Frechet distance and the worst of the other figures. Then the seconds to
-draw 250 digits. --target: sequential steps, work and compiled memory of the sampler, d16 at 256 px with guidance.
+of the held-out digits; a cell has the mean and, in brackets, the worst of the seeds. Then the seconds to draw 250
+digits. --target: sequential steps, work and compiled memory of the sampler, d16 at 256 px with guidance.
 Prints tables; the exit status is 1 if the sampler's memory exceeds its bound.
 """
 
@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 import mvar_jax
 from benchmarks.memory import compile_sampler, make_modules, params_of
+from mvar_jax.checkpoints.model_directory import fingerprint
 from mvar_jax.digits.measure_run import load_digits
 from mvar_jax.digits.quality import Judges, Real, Samples
 from mvar_jax.errors import InputError
@@ -36,7 +37,8 @@ from mvar_jax.ops.cost import forward_macs
 
 NUM_EACH, SEEDS, TIMED = 100, (0, 1, 2), 25  # samples of a class, sampling seeds, samples of a class that are timed
 WINDOWS, MOST_MEMORY = (None, 3, 5), 0.15  # of the refiners whose cost is compared; bound over the base's memory
-WORST = ("judge_sample_accuracy", "nearest_ratio", "within_class_spread", "num_distinct_pyramids")
+# figure -> which of several is the worst
+FIGURES = {"fd_samples": max, "judge_sample_accuracy": min, "nearest_ratio": min, "within_class_spread": min}
 # (cfg, temperature)
 SETTINGS = ((0.0, 1.0), (0.0, 1.2), (1.5, 1.0))
 
@@ -79,18 +81,23 @@ def drawing_seconds(model) -> float:
 
 
 def measure_digits(runs: list[Path], which: str) -> None:
-    """Print the table of samples and that of times."""
+    """Print the table of samples, a transformer's figures once for all its refiners, and that of times."""
     print_head("workdir", "cfg", "T", "drawn by", "nats a token", "Frechet", "judge", "nearest", "spread", "distinct")
-    splits = load_digits(runs[0])
+    splits, seen = load_digits(runs[0]), set()
     judges = Judges(Real(*splits["train"], *splits["val"]))
     for run in runs:
         models = {name: mvar_jax.load(run, which, refiner=name == "refiner") for name in ("base", "refiner")}
-        for (cfg, temperature), (name, model) in itertools.product(SETTINGS, models.items()):
+        base = fingerprint(models["base"].transformer, models["base"].params)
+        shown = [item for item in models.items() if item[0] != "base" or base not in seen]
+        seen.add(base)
+        for (cfg, temperature), (name, model) in itertools.product(SETTINGS, shown):
             found = [judges.measure(draw(model, seed, cfg, temperature)) for seed in SEEDS]
-            distances = [figures["fd_samples"] for figures in found]
-            fd = f"{statistics.mean(distances):.3f} ({min(distances):.3f} to {max(distances):.3f})"
-            worst = [f"{min(figures[key] for figures in found):.4g}" for key in WORST]
-            print_row(run.name, cfg, temperature, name, f"{nats(model, judges.real):.3f}", fd, *worst)
+            cells = []
+            for figure, worst in FIGURES.items():
+                values = [figures[figure] for figures in found]
+                cells.append(f"{statistics.mean(values):.3f} ({worst(values):.3f})")
+            distinct = min(figures["num_distinct_pyramids"] for figures in found)
+            print_row(run.name, cfg, temperature, name, f"{nats(model, judges.real):.3f}", *cells, distinct)
     print()
     print_head("drawing 250 digits", "CPU s")
     seconds = {name: drawing_seconds(model) for name, model in models.items()}

@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
         code_width=base.code_width,
         width=base.width,
         num_heads=base.num_heads,
-        depth=2,
+        depth=1,  # a second block lowers the loss by 0.02 and is no better for samples
         window=3,
     )
     c.optimizer.ema_decay = 0.98
