@@ -197,6 +197,10 @@ def build_task(config: dict):
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
     names = sources["train"].label_names
+    try:
+        run.eval_sampling.check_scales(len(tokenizer.tokenizer.sides))
+    except InputError as error:
+        raise put_below(error, "config.eval", "_") from None
     run = run.with_images(len(sources["train"]))
     scorer = make_scorer("transformer", run, data, tokenizer.tokenizer.image_size, len(sources.get("val", ())))
     task_data = TaskData(sources, transform, data.loading())

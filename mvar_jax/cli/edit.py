@@ -141,6 +141,7 @@ def run(args) -> int:
     use_compilation_cache(AUTO)
     model = load_as_asked(args)
     labels = model.labels(labels)
+    options.check_scales(len(model.tokenizer.sides))
     square = read_square(args, model.tokenizer.image_size)
     check_border(args.border, args.softness, square.side)
     unset = [name for name in ("refiner", "refine_scales") if getattr(args, name) in ("on", None)]  # as before them

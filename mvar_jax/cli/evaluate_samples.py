@@ -102,6 +102,7 @@ def draw_samples(args, preset) -> tuple[Any, Any]:
     labels = None if args.labels is None else names.numbers_of(args.labels)
     model, networks, mesh = load_for_sampling(args)
     labels = model.labels(range(model.num_classes) if labels is None else labels)
+    options.check_scales(len(model.tokenizer.sides))
     each = -(-num // len(labels))
     order = Order(tuple(labels.tolist()), each, options, args.seed, args.batch_size, truncates=args.truncate_uint8)
     side, about = model.tokenizer.image_size, order.identity(networks) | {"num_samples": num}

@@ -1,5 +1,7 @@
 """The sampling options that all commands share."""
 
+from argparse import ArgumentTypeError
+
 from mvar_jax.errors import InputError
 
 
@@ -12,12 +14,23 @@ def add_sampling_arguments(parser) -> None:
     )
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=numbers_of,
         default=1.0,
-        help="above 1: more varied samples, below 1: more likely ones (default 1)",
+        metavar="T[,T]",
+        help="above 1: more varied samples, below 1: more likely ones (default 1); or a number for each scale, "
+        'coarse to fine, as "1.2,1.2,1,1,1"',
     )
     parser.add_argument("--smooth", action="store_true", help="Gumbel-average mode: smoother images, for display")
     add_refiner_arguments(parser)
+
+
+def numbers_of(text: str) -> float | tuple[float, ...]:
+    """Return one number or several, separated by commas, as argparse's types do."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f'must be a number, or numbers such as "1.2,1.2,1,1,1", got {text!r}') from None
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def add_refiner_arguments(parser) -> None:

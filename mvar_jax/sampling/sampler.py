@@ -64,13 +64,13 @@ def sample_pyramid(
     for scale in range(len(sides)):
         found, carry = logits_fn(scale, previous, carry)
         scale_keys = jax.vmap(functools.partial(jax.random.fold_in, data=scale))(keys_B)
-        known_here = None if known is None else known(scale)
+        known_here, here = None if known is None else known(scale), options.at(scale, len(sides))
         if networks.refines(scale):
-            arguments = networks, scale, found, scale_keys, options, noise, known_here
+            arguments = networks, scale, found, scale_keys, here, noise, known_here
             ids_BN, codes, logits_BNV = draw_refined(*arguments)
         else:
             logits_BNV = found
-            ids_BN, codes = draw_scale(logits_BNV, scale_keys, codebook, options, scale, len(sides), noise)
+            ids_BN, codes = draw_scale(logits_BNV, scale_keys, codebook, here, scale, len(sides), noise)
         all_logits.append(logits_BNV)
         if known_here is not None:
             ids_BN, codes = known_here.keep(ids_BN), known_here.mix(codes, codebook)
@@ -83,6 +83,8 @@ def sample_pyramid(
 
 def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int, num_scales: int, noise):
     """Filter and draw one scale; return (ids `[B, N]`, codes `[B, N, c]`).
+
+    options: of this scale, with one temperature.
 
     By a kernel on a GPU, otherwise by XLA; in chunks of samples if arrays `[B, N, V]` are made.
     """
