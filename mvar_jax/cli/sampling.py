@@ -6,7 +6,7 @@ from mvar_jax.errors import InputError
 
 
 def add_sampling_arguments(parser) -> None:
-    """Add --cfg, --top_k, --top_p, --temperature, --smooth, --refiner and --refine_scales."""
+    """Add --cfg, --top_k, --top_p, --temperature, --smooth, --refiner, --refine_scales and --switch."""
     parser.add_argument("--cfg", type=float, default=1.5, help="guidance (default 1.5)")
     parser.add_argument("--top_k", type=int, default=0, help="keep the k most likely codes; 0: all (default)")
     parser.add_argument(
@@ -22,6 +22,7 @@ def add_sampling_arguments(parser) -> None:
     )
     parser.add_argument("--smooth", action="store_true", help="Gumbel-average mode: smoother images, for display")
     add_refiner_arguments(parser)
+    add_switch_argument(parser)
 
 
 def numbers_of(text: str) -> float | tuple[float, ...]:
@@ -48,17 +49,30 @@ def add_refiner_arguments(parser) -> None:
     )
 
 
+def add_switch_argument(parser) -> None:
+    """Add --switch."""
+    parser.add_argument(
+        "--switch",
+        metavar="S:DIR",
+        help="draw the first S scales with the model of --checkpoint and the rest with that of DIR, which shares the "
+        'tokenizer, as "8:models/mvar-d16"',
+    )
+
+
 def refined_scales(args) -> tuple[int, ...] | None:
     """Return the numbers of --refine_scales, None if it is not given. Raises InputError unless they are numbers."""
-    if args.refine_scales is None:
-        return None
+    return None if args.refine_scales is None else scales_of(args.refine_scales)
+
+
+def scales_of(text: str) -> tuple[int, ...]:
+    """Return the numbers of a value of --refine_scales. Raises InputError unless they are numbers or ranges."""
     try:
-        ends = [[int(end) for end in part.split("-")] for part in args.refine_scales.split(",")]
+        ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
         return tuple(scale for first, *last in ends for scale in range(first, (last or [first])[0] + 1))
     except ValueError:
-        given, expected = args.refine_scales, 'numbers or ranges of scales, such as "0-3,5"'
-        message = f"--refine_scales must be {expected}, got {given!r}"
-        raise InputError(message, field="refine_scales", given=given, expected=expected) from None
+        expected = 'numbers or ranges of scales, such as "0-3,5"'
+        message = f"--refine_scales must be {expected}, got {text!r}"
+        raise InputError(message, field="refine_scales", given=text, expected=expected) from None
 
 
 def add_drawing_arguments(parser) -> None:
