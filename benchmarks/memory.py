@@ -82,13 +82,22 @@ def keys_like(num: int) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num))
 
 
-def compile_sampler(target: str, modules, batch: int, dtype, outputs=("ids", "f_hat")):
-    """Compile sampling from labels to `outputs`: all scales, guidance, filters, draws, decoding if it is needed."""
+def compile_sampler(
+    target: str, modules, batch: int, dtype, outputs=("ids", "f_hat"), refiner=None, later=None, switch: int = 0
+):
+    """Compile sampling from labels to `outputs`: all scales, guidance, filters, draws, decoding if it is needed.
+
+    refiner: of the transformer. later: a transformer that draws the scales from number `switch` on.
+    """
     tokenizer, transformer = modules
     run = lambda networks, labels, keys: sample(networks, labels, keys, OPTIONS, outputs)
     weights = params_of(tokenizer)
     weights = weights if set(outputs) - {"ids", "f_hat"} else quantizer_params(weights)
     networks = Networks(tokenizer, weights, transformer, params_of(transformer, dtype))
+    if refiner is not None:
+        networks = networks.replace(refiner=refiner, refiner_params=params_of(refiner, dtype))
+    if later is not None:
+        networks = networks.switched(Networks(tokenizer, None, later, params_of(later, dtype)), switch)
     return compile_for(target, run, networks, array(batch), keys_like(batch))
 
 

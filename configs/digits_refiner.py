@@ -2,8 +2,9 @@
 
 Needs:    the quickstart's transformer and token cache.
 Command:  python -m mvar_jax train --config configs/digits_refiner.py --workdir runs/quickstart/refiner
-Hardware: 2 CPU cores; its minutes are not yet measured.
-Score:    not yet measured.
+Hardware: 2 CPU cores, about 2 minutes (190 to 215 s of CPU time, compilation included).
+Score:    held-out nats a token 1.92 -> 1.60; Frechet distance of samples at temperature 1 0.59 -> 0.46, at 1.2
+          0.48 -> 0.38; three training seeds, three sampling seeds each.
 """
 
 import ml_collections
@@ -27,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
         code_width=base.code_width,
         width=base.width,
         num_heads=base.num_heads,
-        depth=2,
+        depth=1,  # a second block lowers the loss by 0.02 and is no better for samples
         window=3,
     )
     c.optimizer.ema_decay = 0.98

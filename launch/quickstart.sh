@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to images: tokenizer, token cache, transformer, samples, report, in runs/quickstart.
+# From nothing to images: tokenizer, token cache, transformer, its refiner, samples, report, in runs/quickstart.
 # Resumable: rerunning continues; finished stages are not repeated.
 #   SEED=1 RUN=runs/seed1 bash launch/quickstart.sh    another seed, in a folder of its own
 #   EXTRAS=cuda12 bash launch/quickstart.sh            on CUDA cards; cuda13 and tpu likewise
@@ -41,11 +41,16 @@ stage tokens "$RUN/tokens/cache.json" -- \
   "${mvar[@]}" cache_tokens --config configs/digits.py --tokenizer "$RUN/tokenizer" --out "$RUN/tokens" "${cached[@]}"
 stage transformer "$RUN/transformer/model.json" -- \
   "${mvar[@]}" train --config configs/digits.py --workdir "$RUN/transformer" "${cached[@]}"
-# tokens of one map are sampled independently, which costs variety; the temperature restores some of it
+stage refiner "$RUN/refiner/model.json" -- \
+  "${mvar[@]}" train --config configs/digits_refiner.py --workdir "$RUN/refiner" "${cached[@]}" \
+  "--config.init_from=$RUN/transformer"
+# the model is too sure of itself; the temperature restores some of the variety that this costs
+drawn=(--labels 0-9 --num 100 --cfg 0 --temperature 1.2 --seed "$SEED" --batch_size 100 --save_tokens)
+stage base_samples "$RUN/base_samples/samples.npz" -- \
+  "${mvar[@]}" sample --checkpoint "$RUN/transformer" "${drawn[@]}" --out "$RUN/base_samples"
 stage samples "$RUN/samples/samples.npz" -- \
-  "${mvar[@]}" sample --checkpoint "$RUN/transformer" --labels 0-9 --num 100 --cfg 0 --temperature 1.2 --seed "$SEED" \
-  --batch_size 100 --save_tokens --out "$RUN/samples"
+  "${mvar[@]}" sample --checkpoint "$RUN/refiner" "${drawn[@]}" --out "$RUN/samples"
 stage report "$RUN/report.json" "$RUN/samples.png" "$RUN/samples.npz" -- \
-  "${mvar[@]}" report --tokenizer "$RUN/tokenizer" --transformer "$RUN/transformer" --samples "$RUN/samples" \
-  --stages "$RUN/stages.json" --out "$RUN"
+  "${mvar[@]}" report --tokenizer "$RUN/tokenizer" --transformer "$RUN/transformer" --samples "$RUN/base_samples" \
+  --refiner "$RUN/refiner" --refined_samples "$RUN/samples" --stages "$RUN/stages.json" --out "$RUN"
 echo "images: $RUN/samples.png, $RUN/reconstructions.png, $RUN/curves.png; figures: $RUN/report.md"

@@ -12,7 +12,8 @@ from mvar_jax.processes.join import OFF
 from mvar_jax.processes.together import run_together
 from mvar_jax.stopping import STOPPED_STATUS, end_on_signals, raise_on_signals
 
-COMMANDS = ("train", "plan", "data", "cache_tokens", "sample", "edit", "reconstruct", "evaluate", "convert", "report")
+COMMANDS = ("train", "plan", "data", "cache_tokens", "sample", "edit", "reconstruct", "evaluate", "sweep", "convert")
+COMMANDS += ("report",)
 EXIT_STATUSES = (
     "Exit status: 0 complete; 1 failed; 2 bad input, nothing changed; 130 stopped by Ctrl-C; "
     f"{STOPPED_STATUS} stopped early by SIGTERM or SIGHUP (time limit, preemption, maintenance, lost terminal): the "

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.checkpoints.class_names import ClassNames, check_labels, class_names_of
-from mvar_jax.checkpoints.joining import load_both
+from mvar_jax.checkpoints.joining import load_both, load_switched
 from mvar_jax.errors import InputError
 from mvar_jax.files.paths import as_path
 from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
-from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy
+from mvar_jax.ops.losses import sum_per_scale, token_cross_entropy, token_entropy
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling import analysis, editing
 from mvar_jax.sampling.inputs import check_cfgs, check_features, check_ids, check_images, check_index, check_rows
@@ -117,6 +117,14 @@ class Model:
         """
         nll = token_cross_entropy(self.logits(ids_BL, labels_B), self._check_ids(ids_BL))
         return sum_per_scale(nll, self._transformer().pyramid.areas)
+
+    def entropy(self, ids_BL, labels_B) -> jax.Array:
+        """Return the entropy of each map's tokens in nats, given the true earlier ones and summed, `[B, S] float32`.
+
+        A model that is as sure as it is right has the mean of `score` on images that it has not seen; a lower one is
+        over-confident.
+        """
+        return sum_per_scale(token_entropy(self.logits(ids_BL, labels_B)), self._transformer().pyramid.areas)
 
     def sample(self, labels_B, seed=0, cfg=1.5, top_k=0, top_p=0.0, smooth=False, index=None, temperature=1.0):
         """Sample one image for each label; a function of (weights, label, seed, index, options).
@@ -301,6 +309,7 @@ def load(
     precision: str | None = None,
     refiner: bool = True,
     refine_scales: Sequence[int] | None = None,
+    switch: tuple[int, str | Path] | None = None,
 ) -> Model:
     """Load a `Model` from a model directory or from the "last" or "best" checkpoint of a training workdir.
 
@@ -309,12 +318,18 @@ def load(
     precision: standard or exact, see `ops.precision`; None for the model's own.
     refiner: use the refiner that `path` holds, if any.
     refine_scales: scales that it refines, by number from 0, rising; None for all for which it was trained.
+    switch: (8, DIR): the first 8 scales are drawn, and scored, by the model of `path`, the rest by that of DIR, which
+      shares the tokenizer; 0 to the number of scales. Each part uses its own refiner.
 
     Raises InputError if a path is neither, or holds no such checkpoint, or if there is no tokenizer, or one that does
-    not fit the transformer.
+    not fit the transformer, or if the two models of a switch differ in scales, tokenizer or classes.
     """
     path = as_path(path, "checkpoint")
-    modules, params = load_both(path, which, None if tokenizer is None else as_path(tokenizer, "tokenizer"))
+    source = path, which, None if tokenizer is None else as_path(tokenizer, "tokenizer")
+    if switch is None:
+        networks = Networks.of(*load_both(*source))
+    else:
+        number, directory = switch
+        networks = load_switched(*source, number, as_path(directory, "switch"))
     scales = None if refine_scales is None else tuple(refine_scales)
-    networks = Networks.of(modules, params).with_refiner(refiner, scales).with_precision(precision)
-    return Model(networks, class_names_of(path))
+    return Model(networks.with_refiner(refiner, scales).with_precision(precision), class_names_of(path))

@@ -238,6 +238,10 @@ def build_task(config: dict, initial: Any = None):
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
     names = sources["train"].label_names
+    try:
+        run.eval_sampling.check_scales(len(tokenizer.tokenizer.sides))
+    except InputError as error:
+        raise put_below(error, "config.eval", "_") from None
     run = run.with_images(len(sources["train"]))
     of_images = len(sources.get("val", ())), tokenizer.tokenizer.channels
     scorer = make_scorer("transformer", run, data, tokenizer.tokenizer.image_size, *of_images)

@@ -84,6 +84,16 @@ def test_classes_are_ranked_by_bayes_rule_in_padded_batches(model):
     np.testing.assert_allclose(turned[::-1, ::-1], probability, rtol=1e-4)
 
 
+def test_entropy_is_that_of_the_logits_summed_over_each_map(model):
+    """And for ids drawn from these distributions it would be the mean of `score`."""
+    logits_BLV = np.asarray(model.logits(IDS[:2], [0, 1]), np.float64)
+    p = np.exp(logits_BLV) / np.exp(logits_BLV).sum(-1, keepdims=True)
+    found, cuts = model.entropy(IDS[:2], [0, 1]), model.transformer.pyramid.offsets
+    for scale, (begin, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        expected = -(p * np.log(p))[:, begin:end].sum((1, 2))
+        np.testing.assert_allclose(found[:, scale], expected, rtol=1e-4)
+
+
 def test_an_unknown_name_is_refused_with_the_nearest(model):
     with pytest.raises(InputError, match="^labels: unknown class 'bea'. Did you mean bee .1.?"):
         model.sample(["bea"])

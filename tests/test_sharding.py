@@ -122,6 +122,15 @@ def test_five_steps_of_every_phase_and_of_the_tokenizer_are_equal_on_every_kind_
         assert is_contest or run["losses"][-1] < run["losses"][0], name
 
 
+def test_a_refiner_trains_and_draws_the_same_on_a_mesh_as_on_one_device(mesh_report):
+    """Its weights, those of its transformer and the batch are split; the refined samples are guided and filtered."""
+    one, mesh = mesh_report["refiner"]["one"], mesh_report["refiner"]["mesh"]
+    np.testing.assert_allclose(mesh["losses"], one["losses"], rtol=1e-5)
+    assert one["losses"][-1] < one["losses"][0]
+    assert mesh["ids"] == one["ids"] and np.unique(one["ids"]).size > 10
+    assert one["shard_shapes"] == [[40, 160], [8, 45]] and mesh["shard_shapes"] == [[20, 80], [2, 45]]
+
+
 def test_gradients_of_bfloat16_computation_are_summed_over_devices_in_float32(mesh_report):
     """Sums in bfloat16 differ by up to 1.3e-2 from those of one device, and sums in float32 by 7.1e-4, since here and
     there another activation is rounded up instead of down."""

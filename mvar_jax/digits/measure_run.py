@@ -3,14 +3,15 @@
 import resource
 import time
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import jax
 import numpy as np
 
 from mvar_jax.api import load
 from mvar_jax.digits.curves import Curves, plot_curves
-from mvar_jax.digits.report import measure, write_report
+from mvar_jax.digits.quality import Real, Samples
+from mvar_jax.digits.report import Validation, measure, write_report
 from mvar_jax.digits.splits import load_splits
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.evaluation.reconstruction import reconstruct
@@ -18,6 +19,7 @@ from mvar_jax.files.images import save_png, side_by_side, tile_grid, to_uint8
 from mvar_jax.files.json_files import read_json
 from mvar_jax.files.lines import read_lines
 from mvar_jax.files.npz import load_npz, save_npz
+from mvar_jax.scales import areas_of
 from mvar_jax.training.tokenizer_step import count_hits
 
 GRID_CFG = 1.0  # guidance of samples.png
@@ -72,22 +74,52 @@ def sample_grid(model, seed: int) -> np.ndarray:
     return tile_grid(to_uint8(images), IMAGES_PER_CLASS, zoom=2)
 
 
-def report_digits(tokenizer_dir: Path, transformer_dir: Path, samples_dir: Path, stages: dict, out: Path) -> bool:
+class Drawn(NamedTuple):
+    """A run that predicts token ids, and samples of it.
+
+    workdir: of the transformer or its refiner. samples: output of `sample --save_tokens`.
+    """
+
+    workdir: Path
+    samples: Path
+
+    def read_samples(self) -> Samples:
+        """Return the samples."""
+        images, tokens = (load_npz(self.samples / name) for name in ("samples.npz", "tokens.npz"))
+        return Samples(images["arr_0"], images["arr_1"], tokens["ids"])
+
+    def validate(self, ids_NL, labels_N) -> Validation:
+        """Return the validation curve, and the entropy of the run's model on the held-out images."""
+        lines, model = read_metrics(self.workdir, "eval"), load(self.workdir)
+        (steps, per_scale), (_, whole) = (column(lines, name) for name in ("loss_per_scale", "loss"))
+        entropy_NS = np.asarray(model.entropy(ids_NL, labels_N))
+        return Validation(steps, per_scale, whole, entropy_NS.mean(0) / areas_of(model.tokenizer.sides))
+
+
+def report_digits(tokenizer_dir: Path, base: Drawn, refined: Drawn | None, stages: dict, out: Path) -> bool:
     """Measure a run and write its report; return whether every requirement is met.
 
-    Writes report.md, report.json, samples.png, reconstructions.png, curves.png and samples.npz into `out`.
-    stages: the log of launch/stage.py.
+    Writes report.md, report.json, samples.png, reconstructions.png, curves.png and samples.npz into `out`. The
+    samples are those of the refiner if there is one.
+
+    Args:
+      base: of the transformer.
+      refined: of its refiner, None if there is none.
+      stages: the log of launch/stage.py.
     """
     began_s = time.monotonic()
-    model = load(transformer_dir)
-    splits = load_digits(transformer_dir)
-    (train, train_labels), (heldout, heldout_labels) = splits["train"], splits["val"]
-    samples, tokens = (load_npz(samples_dir / name) for name in ("samples.npz", "tokens.npz"))
+    best = refined or base
+    model = load(best.workdir)
+    splits = load_digits(base.workdir)
+    real = Real(*splits["train"], *splits["val"])
+    train, heldout = real.train, real.heldout
+    samples = best.read_samples()
 
     both, ids_NL = reconstruct(model, np.concatenate([heldout, train]), batch_size=64)
     reconstructions = both[: len(heldout)]
     hits_SV = np.asarray(count_hits(ids_NL, model.tokenizer.sides, model.tokenizer.vocab_size))
-    validation, training = (read_metrics(transformer_dir, kind) for kind in ("eval", "train"))
+    of_heldout = ids_NL[: len(heldout)], real.heldout_labels
+    validation = base.validate(*of_heldout)
     tokenizer_lines = read_metrics(tokenizer_dir, "eval")
     # without the untrained tokenizer, whose PSNR would dominate the axis
     tokenizer_lines = [line for line in tokenizer_lines if line["step"]]
@@ -98,15 +130,15 @@ def report_digits(tokenizer_dir: Path, transformer_dir: Path, samples_dir: Path,
         side_by_side(heldout[:40], to_uint8(reconstructions[:40]), 8, zoom=2),
     )
     curves = Curves(
-        validation_loss=column(validation, "loss_per_scale"),
-        training_loss=column(training, "loss"),
+        validation_loss=(validation.steps_K, validation.loss_KS),
+        training_loss=column(read_metrics(base.workdir, "train"), "loss"),
         tokenizer_psnr_db=column(tokenizer_lines, "psnr_db"),
         tokenizer_usage_percent=column(tokenizer_lines, "codebook_used_percent"),
         patch_nums=model.tokenizer.sides,
         num_codes=model.tokenizer.vocab_size,
     )
     plot_curves(out / "curves.png", curves)
-    save_npz(out / "samples.npz", **samples)
+    save_npz(out / "samples.npz", arr_0=samples.images, arr_1=samples.labels)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     own = {
         "wall_s": time.monotonic() - began_s,
@@ -114,18 +146,13 @@ def report_digits(tokenizer_dir: Path, transformer_dir: Path, samples_dir: Path,
         "peak_rss_mib": usage.ru_maxrss / 1024,
     }
     figures = measure(
-        train_images=train,
-        train_labels=train_labels,
-        heldout_images=heldout,
-        heldout_labels=heldout_labels,
+        real=real,
         reconstructions=reconstructions,
-        samples=samples["arr_0"],
-        sample_labels=samples["arr_1"],
-        sample_ids_NL=tokens["ids"],
+        samples=samples if refined is None else base.read_samples(),
         code_counts_SV=hits_SV,
-        validation_steps_K=column(validation, "loss_per_scale")[0],
-        validation_loss_KS=column(validation, "loss_per_scale")[1],
+        validation=validation,
         stages={**stages, "report": own},
+        refined=None if refined is None else (samples, refined.validate(*of_heldout)),
     )
     figures["num_heldout_images"], figures["jax_version"] = len(heldout), jax.__version__
     return write_report(out, figures)

@@ -1,4 +1,4 @@
-"""Cross-entropy over token ids and the quantizer's commitment loss."""
+"""Cross-entropy over token ids, entropy, and the quantizer's commitment loss."""
 
 import itertools
 
@@ -18,6 +18,12 @@ def token_cross_entropy(logits_BNV: jax.Array, ids_BN: jax.Array, label_smoothin
     if label_smoothing == 0:
         return nll
     return (1 - label_smoothing) * nll - label_smoothing * jnp.mean(log_p, axis=-1)
+
+
+def token_entropy(logits_BNV: jax.Array) -> jax.Array:
+    """Return the entropy of each token's distribution in nats, `[B, N] float32`."""
+    log_p = jax.nn.log_softmax(logits_BNV.astype(jnp.float32), axis=-1)
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
 def sum_per_scale(x_BN: jax.Array, areas: tuple[int, ...]) -> jax.Array:

@@ -40,6 +40,9 @@ def place_networks(networks: Networks, mesh: Mesh, dtype: str | None = None) -> 
 
     dtype: see `Networks.with_dtype`. Weights may be shapes, see `sharding.place`.
     """
+    if networks.later is not None:
+        first, later = (place_networks(part, mesh, dtype) for part in networks.parts())
+        return first.switched(later, networks.switch)
     networks = networks.with_dtype(dtype)
 
     def place_params(params, module):

@@ -62,7 +62,7 @@ class RunOptions:
       eval_cfg: guidance of the scored samples.
       eval_top_k: of them; keeps the k most likely codes, 0 all.
       eval_top_p: of them; keeps the most likely codes of mass p, 0 all.
-      eval_temperature: of them.
+      eval_temperature: of them; one number, or one for each scale.
 
     Raises InputError for values out of range.
     """
@@ -80,7 +80,7 @@ class RunOptions:
     eval_cfg: float = dataclasses.field(default=1.5, metadata=FREE)
     eval_top_k: int = dataclasses.field(default=0, metadata=FREE)
     eval_top_p: float = dataclasses.field(default=0.0, metadata=FREE)
-    eval_temperature: float = dataclasses.field(default=1.0, metadata=FREE)
+    eval_temperature: float | tuple[float, ...] = dataclasses.field(default=1.0, metadata=FREE)
 
     def __post_init__(self):
         check_fields(self, "config")

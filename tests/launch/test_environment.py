@@ -124,7 +124,8 @@ def test_quickstart_uses_the_accelerator_that_is_there_else_the_cpu(machine, pla
     result = machine.run("bash", "launch/quickstart.sh", PYTHON=sys.executable, VENV=".venv", PLATFORM=platform)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = (machine.folder / "log").read_text().splitlines()
-    assert [line.split()[-1] for line in lines] == ["train", "cache_tokens", "train", "sample", "report"]
+    stages = ["train", "cache_tokens", "train", "train", "sample", "sample", "report"]
+    assert [line.split()[-1] for line in lines] == stages
     cpu = "cpu --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1"
     expected = cpu if platform == "cpu" else "unset unset"
     assert all(line.startswith(expected) for line in lines), lines
