@@ -35,7 +35,7 @@ from mvar_jax.evaluation.moments import Moments
 from mvar_jax.evaluation.network_files import NetworkWeights
 from mvar_jax.evaluation.statistics import frechet_distance_of_moments
 from mvar_jax.hardware.compiling import MIB, compile_for
-from mvar_jax.hardware.machines import MACHINES
+from mvar_jax.hardware.machines import machine_of
 from mvar_jax.models.networks import Networks
 from mvar_jax.ops.cost import forward_macs
 from mvar_jax.sampling.sampler import decode_features
@@ -47,7 +47,7 @@ BOUNDS = {  # part -> seconds and MiB of the real job
     "manifolds": (480, 2000),
     "frechet": (60, 2000),
 }
-FLOAT32_FLOPS = {"a100": 19.5e12, "h100": 67e12, "h200": 67e12}  # data sheets, outside the tensor cores
+FLOAT32_FLOPS = {"a100-80": 19.5e12, "h100": 67e12, "h200": 67e12}  # data sheets, outside the tensor cores
 SIZES = argparse.Namespace(depth=16, size=256, dtype="bfloat16", backend="auto")
 PARTS = ("features", *BOUNDS, "compiled", "bfloat16")
 print_row = lambda *cells: print(f"| {' | '.join(map(str, cells))} |", flush=True)
@@ -204,7 +204,7 @@ def measure_compiled(target: str, batch: int, side: int = 256) -> bool:
     title = f"compiled for {target}, batch {batch}, {side} px"
     print_row(title, "required", "MiB", "GFLOP an image", "roofline images/s")
     print_row("---", "---", "---", "---", "---")
-    is_kept, peaks = True, {"float32": FLOAT32_FLOPS.get(name), "bfloat16": MACHINES[name].flops}
+    is_kept, peaks = True, {"float32": FLOAT32_FLOPS.get(name), "bfloat16": machine_of(name).peak("bfloat16")}
     rate = lambda flops, dtype: f"{peaks[dtype] / flops:,.0f}" if peaks[dtype] else "no float32 rate known"
     for dtype in peaks:
         run = lambda params, pixels, dtype=dtype: compute_features(params, pixels, dtype)

@@ -10,8 +10,11 @@ memory.png.
 
 import argparse
 import csv
+import functools
+import itertools
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import flax.linen as nn
@@ -21,38 +24,20 @@ import jax.numpy as jnp
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
+from mvar_jax.cli.configuration import read_config
 from mvar_jax.errors import InputError
-from mvar_jax.hardware.compiling import MIB, compile_for
-from mvar_jax.models.discriminator import PatchDiscriminator
-from mvar_jax.models.lpips import shapes as lpips_shapes
+from mvar_jax.hardware.compiling import MIB, Compiled, compile_for, devices_of
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import Tokenizer, quantizer_params
 from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.cost import attention_macs, forward_macs, kv_cache_bytes
+from mvar_jax.planning.compare import PUBLISHED_MB
+from mvar_jax.planning.tasks import compile_program, make_task, programs_of
 from mvar_jax.sampling.sampler import SampleOptions, decode_features, sample
 from mvar_jax.scales import KNOWN_SIDES
-from mvar_jax.training import tokenizer_step
-from mvar_jax.training.adversary import Adversary, AdversaryOptions, FixedWeights
-from mvar_jax.training.codebook_options import CodebookOptions
-from mvar_jax.training.optimizer import OptimizerOptions
-from mvar_jax.training.state import make_state
-from mvar_jax.training.transformer_step import PhaseOptions, TransformerRecipe, train_step
-from mvar_jax.training.transformer_task import with_input
+from mvar_jax.training.programs import SAMPLE, TRAIN, Program
 
-# (view, depth, what) -> peak MB that the paper prints for its PyTorch programs, batch 32
-PUBLISHED_MB = {
-    ("markov", 16, "sampling"): 3846,
-    ("full", 16, "sampling"): 10882,
-    ("markov", 20, "sampling"): 5432,
-    ("full", 20, "sampling"): 16244,
-    ("markov", 24, "sampling"): 7216,
-    ("full", 24, "sampling"): 23056,
-    ("markov", 16, "training"): 20676,
-    ("full", 16, "training"): 34319,
-    ("markov", 20, "training"): 27665,
-    ("full", 20, "training"): 48173,
-    ("markov", 24, "training"): 38579,
-}
+PARTS = {"sampling": SAMPLE, "training": TRAIN}
 OPTIONS = SampleOptions(cfg=2.7, top_k=1200, top_p=0.99)
 FIELDS = ("what", "view", "setting", "total_mib", "argument_mib", "temp_mib", "compile_s", "published_mb")
 
@@ -97,8 +82,13 @@ def keys_like(num: int) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num))
 
 
-def compile_sampler(target: str, modules, batch: int, dtype, outputs=("ids", "f_hat"), refiner=None):
-    """Compile sampling from labels to `outputs`: all scales, guidance, filters, draws, decoding if it is needed."""
+def compile_sampler(
+    target: str, modules, batch: int, dtype, outputs=("ids", "f_hat"), refiner=None, later=None, switch: int = 0
+):
+    """Compile sampling from labels to `outputs`: all scales, guidance, filters, draws, decoding if it is needed.
+
+    refiner: of the transformer. later: a transformer that draws the scales from number `switch` on.
+    """
     tokenizer, transformer = modules
     run = lambda networks, labels, keys: sample(networks, labels, keys, OPTIONS, outputs)
     weights = params_of(tokenizer)
@@ -106,6 +96,8 @@ def compile_sampler(target: str, modules, batch: int, dtype, outputs=("ids", "f_
     networks = Networks(tokenizer, weights, transformer, params_of(transformer, dtype))
     if refiner is not None:
         networks = networks.replace(refiner=refiner, refiner_params=params_of(refiner, dtype))
+    if later is not None:
+        networks = networks.switched(Networks(tokenizer, None, later, params_of(later, dtype)), switch)
     return compile_for(target, run, networks, array(batch), keys_like(batch))
 
 
@@ -116,50 +108,27 @@ def compile_decoder(target: str, modules, batch: int, dtype):
     return compile_for(target, decode_features, networks, array(batch, side, side, 32, dtype=jnp.float32))
 
 
-def compile_step(target: str, modules, batch: int, phase, remat: str):
-    """Compile one optimizer step of one phase: float32 weights and AdamW state, no moving average."""
-    tokenizer, transformer = modules
-    transformer = transformer.clone(remat=remat)
-    options = OptimizerOptions(ema_decay=0.0)
-    state = shapes_like(lambda: make_state(lambda: transformer.init_params(jax.random.key(0)), options))
-
-    recipe = TransformerRecipe(transformer, options, PhaseOptions())
-
-    def step(state, batch, networks, learning_rate, weight_decay):
-        return train_step(recipe, (phase,), state, with_input(networks, batch), learning_rate, weight_decay)
-
-    rows = {"ids": array(batch, transformer.pyramid.num_tokens), "label": array(batch), "index": array(batch)}
-    rate = array(dtype=jnp.float32)
-    networks = Networks(tokenizer, quantizer_params(params_of(tokenizer)))
-    return compile_for(target, step, state, rows, networks, rate, rate, donate=(0,))
+def compile_steps(target: str, config: dict) -> Iterator[tuple[Program, Callable[[], Compiled]]]:
+    """Yield (program, what compiles it) of a config's training steps, on one device of a target."""
+    task = make_task(config, devices_of(target)[:1], num_images=1)
+    for program in programs_of(task, 1):
+        if program.part == TRAIN and program.images:
+            yield program, functools.partial(compile_program, task, program, target)
 
 
-def compile_tokenizer_step(target: str, tokenizer: Tokenizer, batch: int, kind: str):
-    """Compile one optimizer step of the tokenizer with L1, L2, LPIPS, scale dropout and a moving average.
+def transformer_config(args, view: str, remat: str) -> dict:
+    """Return the config of a published size at an image side, with the batch of the arguments."""
+    model = {"depth": args.depth, "width": 64 * args.depth, "num_heads": args.depth, "dtype": args.dtype}
+    model |= {"conditioning": view, "remat": remat, "window_backend": args.backend, "drop_path_rate": 0.0}
+    keys = {f"model.{name}": value for name, value in model.items()} | {"batch_size": args.batch}
+    name = f"imagenet{args.size}_d16"
+    return read_config(name, [f"--config.{key}={value}" for key, value in keys.items()])
 
-    kind: of the discriminator, patch or none.
-    """
-    options = OptimizerOptions(ema_decay=0.9999)
-    losses = CodebookOptions(l1_weight=0.2, perceptual_weight=1.0, scale_dropout=0.1)
-    adversary = Adversary(AdversaryOptions(kind="patch"), PatchDiscriminator(dtype=tokenizer.dtype))
-    recipe = tokenizer_step.TokenizerRecipe(
-        tokenizer, options, losses, adversary=None if kind == "none" else adversary
-    )
-    size = tokenizer.image_size
 
-    def start():
-        key = jax.random.key(0)
-        extra = {"hits": jnp.zeros((len(tokenizer.sides), tokenizer.vocab_size))}
-        extra["adversary"] = adversary.init_state(options, key, (size, size, 3))
-        return make_state(lambda: tokenizer.init_params(key), options, extra)
-
-    def step(state, batch, fixed, *rates):
-        return tokenizer_step.train_step(recipe, state, batch, *rates, fixed)
-
-    rows = {"image": array(batch, size, size, 3, dtype=jnp.uint8), "index": array(batch, dtype=jnp.uint32)}
-    rate = array(dtype=jnp.float32)
-    fixed = FixedWeights(lpips_shapes())
-    return compile_for(target, step, shapes_like(start), rows, fixed, rate, rate, rate, donate=(0,))
+def tokenizer_config(args, kind: str, remat: bool) -> dict:
+    """Return the config of the published tokenizer's training. kind: of the discriminator, patch or none."""
+    keys = {"model.dtype": args.dtype, "model.remat": remat, "batch_size": args.batch, "adversary.kind": kind}
+    return read_config("tokenizer_imagenet256", [f"--config.{key}={value}" for key, value in keys.items()])
 
 
 def make_row(what: str, view: str, setting: str, depth: int, batch: int, compiling) -> dict:
@@ -168,7 +137,7 @@ def make_row(what: str, view: str, setting: str, depth: int, batch: int, compili
     row = {"what": what, "view": view, "setting": setting, "compile_s": time.perf_counter() - begin}
     row["total_mib"] = compiled.total_bytes / MIB
     row["argument_mib"], row["temp_mib"] = compiled.argument_bytes / MIB, compiled.temp_bytes / MIB
-    row["published_mb"] = PUBLISHED_MB.get((view, depth, what)) if batch == 32 else None
+    row["published_mb"] = PUBLISHED_MB.get((view, depth, PARTS.get(what))) if batch == 32 else None
     cells = [what, view, setting, *(f"{row[name]:.0f}" for name in FIELDS[3:7]), row["published_mb"] or ""]
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
     return row
@@ -190,28 +159,19 @@ def sampling_rows(args) -> list[dict]:
 
 def training_rows(args) -> list[dict]:
     rows = []
-    for view in args.views.split(","):
-        modules = make_modules(args, view)
-        for phase in modules[1].phases():
-            for remat in args.remats.split(","):
-                setting = f"{phase.num_tokens} tokens, remat {remat}"
-                compiling = lambda modules=modules, phase=phase, remat=remat: compile_step(
-                    args.target, modules, args.batch, phase, remat
-                )
-                rows.append(make_row("training", view, setting, args.depth, args.batch, compiling))
+    for view, remat in itertools.product(args.views.split(","), args.remats.split(",")):
+        for program, compiling in compile_steps(args.target, transformer_config(args, view, remat)):
+            setting = f"{program.name.removeprefix('step, ')}, remat {remat}"
+            rows.append(make_row("training", view, setting, args.depth, args.batch, compiling))
     return rows
 
 
 def tokenizer_rows(args) -> list[dict]:
     rows = []
-    tokenizer = make_modules(args, "markov")[0]
-    for kind in ("none", "patch"):
-        for remat in (False, True):
-            setting = f"batch {args.batch}, discriminator {kind}, remat {remat}"
-            compiling = lambda kind=kind, remat=remat: compile_tokenizer_step(
-                args.target, tokenizer.clone(remat=remat), args.batch, kind
-            )
-            rows.append(make_row("tokenizer", "both", setting, args.depth, args.batch, compiling))
+    for kind, remat in itertools.product(("none", "patch"), (False, True)):
+        setting = f"batch {args.batch}, discriminator {kind}, remat {remat}"
+        *_, (_, compiling) = compile_steps(args.target, tokenizer_config(args, kind, remat))
+        rows.append(make_row("tokenizer", "both", setting, args.depth, args.batch, compiling))
     return rows
 
 

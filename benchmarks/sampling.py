@@ -1,10 +1,12 @@
 """Memory, compile time and speed of sampling, against the project's own bounds.
 
     python benchmarks/sampling.py --parts memory --target h100      # no device needed, but jax[cuda12]
+    python benchmarks/sampling.py --parts switch --depths 24,16     # the same: d24 for coarse scales, then d16
     python benchmarks/sampling.py --parts compile                   # d16 on this CPU, cold and from the cache
     python benchmarks/sampling.py --parts rate --published DIR      # DIR: a checkout of CVL-UESTC/MVAR; needs torch
 
-memory: XLA's own figures of the whole program, weights included. rate: images/s of both programs from labels to
+memory: XLA's own figures of the whole program, weights included. switch: the same, with arithmetic, for each scale at
+which the second model takes over. rate: images/s of both programs from labels to
 pixels, run alternately, random weights of the published sizes, float32. Prints tables; the exit status is 1 if a
 bound is missed.
 """
@@ -25,11 +27,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
+from benchmarks.launches import kernels_of
 from benchmarks.memory import OPTIONS, array, compile_sampler, keys_like, make_modules, params_of
 from benchmarks.published import make_published
 from mvar_jax.errors import InputError
 from mvar_jax.hardware.compiling import MIB
+from mvar_jax.hardware.machines import MACHINES
 from mvar_jax.models.networks import Networks
+from mvar_jax.ops.cost import phase_macs
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.sampler import sample
 
@@ -88,6 +93,40 @@ def measure_memory(target: str, rows: str) -> bool:
         is_kept &= measured <= bound
         print_row(what, f"<= {bound:,}", f"{measured:,.2f}" if bound < 10 else f"{measured:,.0f}")
     return is_kept
+
+
+def flops_of(transformer, scales) -> float:
+    """Return the arithmetic of some scales of one guided image: two rows after the first scale, one head, MAC = 2.
+
+    Without the adaptive vectors, which are computed once an image: 0.4% of d16.
+    """
+    pyramid, depth, width = transformer.pyramid, transformer.depth, transformer.width
+    total = 0
+    for scale in scales:
+        phase = pyramid.scale_phase(scale)
+        head = phase.num_tokens * width * transformer.vocab_size
+        sizes = depth, width, transformer.vocab_size, transformer.code_width
+        body = phase_macs(pyramid, phase, *sizes) - (6 * depth + 2) * width**2 - head
+        total += 2 * (head + body * (2 if scale else 1))
+    return total
+
+
+def measure_switch(target: str, depths: str, batch: int, switches: str) -> None:
+    """Print memory, work and roofline of sampling with two models, for each number of scales that the first draws."""
+    machine = MACHINES[target]
+    (tokenizer, first), (_, later) = (modules_of(int(depth)) for depth in depths.split(","))
+    num_scales = len(tokenizer.sides)
+    print_row(f"scales by d{first.depth}, the rest by d{later.depth}", "MiB", "GFLOP an image", "GB", "images/s")
+    print_row(*["---"] * 5)
+    for switch in map(int, switches.split(",") if switches else range(num_scales + 1)):
+        one = {0: later, num_scales: first}.get(switch)  # alone, without the other's weights
+        pair = {} if one else {"later": later, "switch": switch}
+        program = compile_sampler(target, (tokenizer, one or first), batch, BFLOAT16, TOKENS, **pair)
+        flops = flops_of(first, range(switch)) + flops_of(later, range(switch, num_scales))
+        num_bytes = sum(kernel.num_bytes for kernel in kernels_of(program.text))
+        seconds = max(batch * flops / machine.flops, num_bytes / machine.bandwidth)
+        cells = f"{program.total_bytes / MIB:,.0f}", f"{flops / 1e9:,.0f}", f"{num_bytes / 1e9:.1f}"
+        print_row(switch, *cells, f"{batch / seconds:,.0f}")
 
 
 def compile_once(folder: str) -> None:
@@ -167,8 +206,11 @@ def measure_rate(folder: Path, depth: int, rounds: int) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="memory", help="any of memory,compile,rate")
-    parser.add_argument("--target", default="h100", help="target of the memory figures")
+    parser.add_argument("--parts", default="memory", help="any of memory,switch,compile,rate")
+    parser.add_argument("--target", default="h100", help="target of memory and switch")
+    parser.add_argument("--depths", default="24,16", help="for switch: of the first model and of the second")
+    parser.add_argument("--switches", default="", help="for switch: scales of the first model (default each number)")
+    parser.add_argument("--batch", type=int, default=32, help="for switch")
     parser.add_argument("--rows", default=",".join(MEMORY_ROWS), help="rows of the memory figures (default all)")
     parser.add_argument("--published", type=Path, metavar="DIR", help="checkout of CVL-UESTC/MVAR, for rate")
     parser.add_argument("--depth", type=int, default=16, help="for rate")
@@ -191,6 +233,8 @@ def main(argv: list[str] | None = None) -> int:
         is_kept = True
         if "memory" in args.parts:
             is_kept &= measure_memory(args.target, args.rows)
+        if "switch" in args.parts:
+            measure_switch(args.target, args.depths, args.batch, args.switches)
         if "compile" in args.parts:
             is_kept &= measure_compilation()
         if "rate" in args.parts:

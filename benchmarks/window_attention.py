@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 from benchmarks.window_cases import BENCHMARK_SIDES, Case, benchmark_case
 from mvar_jax.errors import InputError
 from mvar_jax.hardware.compiling import MIB, compile_for
-from mvar_jax.hardware.machines import HERE, MACHINES, platform_of
+from mvar_jax.hardware.machines import HERE, machine_of, platform_of
 from mvar_jax.ops.platform import compiling_for
 from mvar_jax.ops.window import BACKENDS, choose_backend, local_window_attention, why_not
 
@@ -85,8 +85,8 @@ def bound_ms(target: str, compiled) -> float | None:
     """Return the least milliseconds by the target's FLOP/s and bandwidth for the work that XLA counts."""
     if compiled.flops is None or not compiled.bytes_accessed:
         return None
-    machine = MACHINES[target]
-    return 1e3 * max(compiled.flops / machine.flops, compiled.bytes_accessed / machine.bandwidth)
+    machine = machine_of(target)
+    return 1e3 * max(compiled.flops / machine.peak("bfloat16"), compiled.bytes_accessed / machine.memory_bandwidth)
 
 
 def rows_of(case: Case, target: str, backends: list[str], seconds: float | None) -> list[dict]:

@@ -12,7 +12,8 @@ from mvar_jax.processes.join import OFF
 from mvar_jax.processes.together import run_together
 from mvar_jax.stopping import STOPPED_STATUS, end_on_signals, raise_on_signals
 
-COMMANDS = ("train", "data", "cache_tokens", "sample", "edit", "reconstruct", "evaluate", "convert", "report")
+COMMANDS = ("train", "plan", "data", "cache_tokens", "sample", "edit", "reconstruct", "evaluate", "sweep", "convert")
+COMMANDS += ("report",)
 EXIT_STATUSES = (
     "Exit status: 0 complete; 1 failed; 2 bad input, nothing changed; 130 stopped by Ctrl-C; "
     f"{STOPPED_STATUS} stopped early by SIGTERM or SIGHUP (time limit, preemption, maintenance, lost terminal): the "
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     args, rest = parser.parse_known_args(argv)
-    takes_overrides = args.command in ("train", "data", "cache_tokens")
+    takes_overrides = args.command in ("train", "plan", "data", "cache_tokens")
     unknown = [a for a in rest if not (takes_overrides and a.startswith("--config."))]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

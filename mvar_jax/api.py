@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.checkpoints.class_names import ClassNames, check_labels, class_names_of
-from mvar_jax.checkpoints.joining import load_both
+from mvar_jax.checkpoints.joining import load_both, load_switched
 from mvar_jax.errors import InputError
 from mvar_jax.files.paths import as_path
 from mvar_jax.models.networks import Networks, apply_tokenizer
@@ -309,6 +309,7 @@ def load(
     precision: str | None = None,
     refiner: bool = True,
     refine_scales: Sequence[int] | None = None,
+    switch: tuple[int, str | Path] | None = None,
 ) -> Model:
     """Load a `Model` from a model directory or from the "last" or "best" checkpoint of a training workdir.
 
@@ -317,12 +318,18 @@ def load(
     precision: standard or exact, see `ops.precision`; None for the model's own.
     refiner: use the refiner that `path` holds, if any.
     refine_scales: scales that it refines, by number from 0, rising; None for all for which it was trained.
+    switch: (8, DIR): the first 8 scales are drawn, and scored, by the model of `path`, the rest by that of DIR, which
+      shares the tokenizer; 0 to the number of scales. Each part uses its own refiner.
 
     Raises InputError if a path is neither, or holds no such checkpoint, or if there is no tokenizer, or one that does
-    not fit the transformer.
+    not fit the transformer, or if the two models of a switch differ in scales, tokenizer or classes.
     """
     path = as_path(path, "checkpoint")
-    modules, params = load_both(path, which, None if tokenizer is None else as_path(tokenizer, "tokenizer"))
+    source = path, which, None if tokenizer is None else as_path(tokenizer, "tokenizer")
+    if switch is None:
+        networks = Networks.of(*load_both(*source))
+    else:
+        number, directory = switch
+        networks = load_switched(*source, number, as_path(directory, "switch"))
     scales = None if refine_scales is None else tuple(refine_scales)
-    networks = Networks.of(modules, params).with_refiner(refiner, scales).with_precision(precision)
-    return Model(networks, class_names_of(path))
+    return Model(networks.with_refiner(refiner, scales).with_precision(precision), class_names_of(path))

@@ -139,8 +139,11 @@ def build_settings(config: dict):
     return LoopSettings(**_given_fields(LoopSettings, {"num_steps": 0} | config))
 
 
-def build_run(config: dict):
-    """Return the `RunOptions` of a config: seed, steps or epochs, batch, optimizer, and a mesh for the model."""
+def build_run(config: dict, devices: list | None = None):
+    """Return the `RunOptions` of a config: seed, steps or epochs, batch, optimizer, and a mesh for the model.
+
+    devices: those of the mesh; None: all that are here.
+    """
     from mvar_jax.sharding import MESH_AXES, make_mesh
     from mvar_jax.training.optimizer import OptimizerOptions
     from mvar_jax.training.task import RunOptions
@@ -148,7 +151,7 @@ def build_run(config: dict):
     check_keys(config["mesh"], MESH_AXES, "config.mesh")
     check_values(make_mesh, config["mesh"], "config.mesh")
     try:
-        mesh = make_mesh(**config["mesh"], dimensions=build_module(config).mesh_sizes())
+        mesh = make_mesh(**config["mesh"], devices=devices, dimensions=build_module(config).mesh_sizes())
     except InputError as error:
         raise put_below(error, "config") from None
     sections = {"optimizer": from_dict(OptimizerOptions, config["optimizer"], "config.optimizer"), "mesh": mesh}
@@ -235,6 +238,10 @@ def build_task(config: dict, initial: Any = None):
     options = from_dict(PhaseOptions, config["phases"], "config.phases")
     tokenizer, sources, transform = open_tokens(data, module)
     names = sources["train"].label_names
+    try:
+        run.eval_sampling.check_scales(len(tokenizer.tokenizer.sides))
+    except InputError as error:
+        raise put_below(error, "config.eval", "_") from None
     run = run.with_images(len(sources["train"]))
     of_images = len(sources.get("val", ())), tokenizer.tokenizer.channels
     scorer = make_scorer("transformer", run, data, tokenizer.tokenizer.image_size, *of_images)

@@ -78,6 +78,24 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def mesh_shapes(num_devices: int, most_tensor: int = 1) -> list[dict[str, int]]:
+    """Return the sizes of all meshes of so many devices, as for `make_mesh`: fsdp rises, then tensor."""
+    sizes = range(1, num_devices + 1)
+    return [
+        dict(zip(MESH_AXES, (num_devices // (fsdp * tensor), fsdp, tensor), strict=True))
+        for tensor in sizes[:most_tensor]
+        for fsdp in sizes
+        if num_devices % (fsdp * tensor) == 0
+    ]
+
+
+def wider_meshes(mesh: Mesh) -> list[Mesh]:
+    """Return the meshes of the same devices and tensor axis whose fsdp axis is larger, smallest first."""
+    data, fsdp, tensor = mesh.shape.values()
+    shapes = [shape for shape in mesh_shapes(data * fsdp) if shape["fsdp"] > fsdp]
+    return [make_mesh(**(shape | {"tensor": tensor}), devices=list(mesh.devices.flat)) for shape in shapes]
+
+
 def spec_of(logical_axes: tuple[str | None, ...]) -> PartitionSpec:
     """Return the mesh axes of each dimension.
 
@@ -148,15 +166,24 @@ def _not_divided(leaf: Named, mesh: Mesh) -> list[int]:
 
 
 def whole_dimensions(abstract_boxed_params, mesh: Mesh) -> list[str]:
-    """Return what stays whole on every device since the mesh does not divide it, such as "channels_in=3, 2 times"."""
+    """Return what stays whole on every device since the mesh does not divide it, and what that costs.
+
+    Such as "channels_in=3, 2 times, 15 KiB more on each device": of the parameters, once.
+    """
     leaves = jax.tree.leaves(abstract_boxed_params, is_leaf=lambda x: isinstance(x, Named))
-    found = collections.Counter(
-        (leaf.names[i], leaf.value.shape[i])
-        for leaf in leaves
-        if isinstance(leaf, Named)
-        for i in _not_divided(leaf, mesh)
-    )
-    return [f"{name}={size}, {count} times" for (name, size), count in sorted(found.items())]
+    found: dict[tuple[str, int], list[float]] = collections.defaultdict(list)
+    for leaf in leaves:
+        whole = _not_divided(leaf, mesh) if isinstance(leaf, Named) else []
+        for i in whole:
+            others = [name for j, name in enumerate(leaf.names) if name is not None and j not in whole]
+            held_bytes = math.prod(leaf.value.shape) * leaf.value.dtype.itemsize
+            held_bytes /= math.prod(num_shards_of(name, mesh) for name in others)
+            saved_share = 1 - 1 / num_shards_of(leaf.names[i], mesh)
+            found[leaf.names[i], leaf.value.shape[i]].append(held_bytes * saved_share)
+    return [
+        f"{name}={size}, {len(costs)} times, {sum(costs) / 2**10:,.1f} KiB more on each device"
+        for (name, size), costs in sorted(found.items())
+    ]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -248,6 +275,29 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Return this process's rows as global arrays sharded over the batch axes."""
     sharding = NamedSharding(mesh, spec_of(("batch",)))
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+
+def batch_like(mesh: Mesh, **arrays: tuple[tuple[int, ...], str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return a batch of `put_batch` as shapes. arrays: (shape over all processes, dtype) by name."""
+    sharding = NamedSharding(mesh, spec_of(("batch",)))
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in arrays.items()}
+
+
+def place(tree, shardings):
+    """Return a tree of arrays on the devices of their shardings; a tree of shapes gets the shardings alone.
+
+    shardings: a tree like it, or one for all leaves.
+    """
+    if not is_abstract(tree):
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def is_abstract(tree) -> bool:
+    """Return whether a tree has shapes instead of arrays, as to compile without weights."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
 def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:

@@ -31,6 +31,7 @@ FLOORS = [
     "digits",
     "scorers",
     "build",
+    "planning",
     "cli",
     "__main__",
 ]

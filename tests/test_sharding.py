@@ -186,10 +186,15 @@ def test_data_and_fsdp_left_open_split_the_state_over_as_many_devices_as_divide_
     sharding.check_sizes({"width": ("width", width)}, mesh)
 
 
-def test_dimensions_that_stay_whole_are_listed():
+def test_dimensions_that_stay_whole_are_listed_with_what_they_cost():
     box = lambda *shape: sharding.Named(jax.ShapeDtypeStruct(shape, jnp.float32), ("width", "heads"))
-    tree = {"even": box(6, 4), "odd": box(7, 4), "twice": box(7, 3), "plain": jax.ShapeDtypeStruct((5,), jnp.float32)}
-    assert sharding.whole_dimensions(tree, FakeMesh) == ["heads=3, 1 times", "width=7, 2 times"]
+    tree = {"even": box(6, 4), "odd": box(7000, 4), "twice": box(7000, 3)}
+    tree |= {"plain": jax.ShapeDtypeStruct((5,), jnp.float32)}
+    # a third of 56,000 (heads are split) and 84,000 bytes would do; half of 84,000
+    assert sharding.whole_dimensions(tree, FakeMesh) == [
+        "heads=3, 1 times, 41.0 KiB more on each device",
+        "width=7000, 2 times, 91.1 KiB more on each device",
+    ]
     assert sharding.whole_dimensions({"even": box(6, 4)}, FakeMesh) == []
 
 

@@ -146,10 +146,13 @@ def run(args) -> int:
     use_compilation_cache(AUTO)
     model = load_as_asked(args)
     labels = model.labels(labels)
+    options.check_scales(len(model.tokenizer.sides))
     square = read_square(args, model.tokenizer.image_size, model.tokenizer.channels)
     check_border(args.border, args.softness, square.side)
-    unset = [name for name in ("refiner", "refine_scales") if getattr(args, name) in ("on", None)]  # as before them
-    with owned_folder("out", out, "edit", options_of(args, "batch_size", *unset)):
+    identity = options_of(args, "batch_size")
+    if args.refiner == "on":
+        identity["refiner"] = None  # as in folders that were written before there were refiners
+    with owned_folder("out", out, "edit", identity):
         results = draw_results(model, square, labels.repeat(args.num), options, args)
         write_edits(square, results, args.num, args.border, out)
     print(f"{out}: {len(labels) * args.num} results, {square.mask_YX.mean():.1%} of the image sampled")

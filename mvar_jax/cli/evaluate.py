@@ -28,7 +28,8 @@ DOORS_OF = {
     "image_size": (REFERENCE,),
     **dict.fromkeys(("which", "dtype", "precision", "tokenizer", "batch_size"), (CHECKPOINT, TOKENIZER)),
     **dict.fromkeys(("labels", "num_samples", "truncate_uint8", "weight_shards", "seed"), (CHECKPOINT,)),
-    **dict.fromkeys(("cfg", "top_k", "top_p", "temperature", "smooth", "refiner", "refine_scales"), (CHECKPOINT,)),
+    **dict.fromkeys(("cfg", "top_k", "top_p", "temperature", "smooth"), (CHECKPOINT,)),
+    **dict.fromkeys(("refiner", "refine_scales", "switch"), (CHECKPOINT,)),
     **dict.fromkeys(("images", "lpips", "curves", "ignore_orientation"), (TOKENIZER,)),
 }
 

@@ -10,14 +10,12 @@ from mvar_jax.processes import group
 SHOWN_CHANGE = 1e-5  # of the inception score by the order, relative
 # options of `sample` that --checkpoint takes too, with the same defaults
 SAMPLE_OPTIONS = ("which", "weight_shards", "seed", "batch_size", "truncate_uint8")
-SAMPLE_OPTIONS += ("cfg", "top_k", "top_p", "temperature", "smooth", "refiner", "refine_scales")
+SAMPLE_OPTIONS += ("cfg", "top_k", "top_p", "temperature", "smooth", "refiner", "refine_scales", "switch")
 
 
 def prepare(args, stack: contextlib.ExitStack):
     """Check samples, reference and networks; return the `Job`. Files that it opens close with the stack."""
     from mvar_jax.cli.sampling import check_positive
-    from mvar_jax.evaluation.inception_weights import COMMAND as INCEPTION_COMMAND
-    from mvar_jax.evaluation.inception_weights import DOWNLOAD, load_inception
     from mvar_jax.evaluation.published import PRESETS
     from mvar_jax.evaluation.report import Evaluation, Job, common_settings
     from mvar_jax.evaluation.scoring import Comparison, check_sets, find_warnings
@@ -28,11 +26,7 @@ def prepare(args, stack: contextlib.ExitStack):
         check_positive(args, "inception_batch")
     preset = PRESETS.get(args.preset)
     asked, dtype = () if is_reference_alone else scores_of(args.scores), args.inception_dtype or "float32"
-    if args.inception is None:
-        files = f"{DOWNLOAD.name} (SHA-256 {DOWNLOAD.sha256}...) from {DOWNLOAD.url}"
-        message = f"give --inception: download {files}, then run `{INCEPTION_COMMAND}`"
-        raise InputError(message, field="inception", given=None, expected="a file")
-    weights = load_inception(args.inception)
+    weights = open_network(args)
     samples, sampler = open_samples(args, preset, stack)
     reference = open_reference(args, samples, stack)
     check_network(reference, weights)
@@ -57,6 +51,17 @@ def prepare(args, stack: contextlib.ExitStack):
         return Evaluation(scores, settings | findings, published, args.preset or "", warnings, notes)
 
     return Job(identity, warnings, run)
+
+
+def open_network(args) -> Any:
+    """Return the weights of --inception. Raises InputError if it is not given, or the file is of another network."""
+    from mvar_jax.evaluation.inception_weights import COMMAND, DOWNLOAD, load_inception
+
+    if args.inception is None:
+        files = f"{DOWNLOAD.name} (SHA-256 {DOWNLOAD.sha256}...) from {DOWNLOAD.url}"
+        message = f"give --inception: download {files}, then run `{COMMAND}`"
+        raise InputError(message, field="inception", given=None, expected="a file")
+    return load_inception(args.inception)
 
 
 def scores_of(text: str | None) -> tuple[str, ...]:
@@ -102,6 +107,7 @@ def draw_samples(args, preset) -> tuple[Any, Any]:
     labels = None if args.labels is None else names.numbers_of(args.labels)
     model, networks, mesh = load_for_sampling(args)
     labels = model.labels(range(model.num_classes) if labels is None else labels)
+    options.check_scales(len(model.tokenizer.sides))
     each = -(-num // len(labels))
     order = Order(tuple(labels.tolist()), each, options, args.seed, args.batch_size, truncates=args.truncate_uint8)
     side, about = model.tokenizer.image_size, order.identity(networks) | {"num_samples": num}
@@ -185,7 +191,7 @@ def find_misfits(name: str, preset, samples, transformer) -> list[str]:
         found["num_classes"], wanted["num_classes"] = balance["num_classes"], NUM_CLASSES
     if samples.sampling:
         found |= samples.sampling
-        wanted |= {"smooth": False, "temperature": 1.0, **preset.options}
+        wanted |= {"smooth": False, "temperature": 1.0, "refiner": None, "switch": None, **preset.options}
     if transformer is not None:
         found |= {"depth": transformer.depth, "conditioning": transformer.conditioning}
         wanted |= {"depth": preset.depth, "conditioning": preset.conditioning}

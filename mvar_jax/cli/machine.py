@@ -18,6 +18,11 @@ def add_machine_arguments(parser) -> None:
         help="join the other processes of the run: by Slurm, a TPU slice, Open MPI or the variables "
         "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (auto), or as given; off: alone (default)",
     )
+    add_cache_argument(parser)
+
+
+def add_cache_argument(parser) -> None:
+    """Add --compilation_cache."""
     parser.add_argument(
         "--compilation_cache",
         default=AUTO,
@@ -49,6 +54,14 @@ def use_compilation_cache(option: str) -> None:
         as_path(named, "JAX_COMPILATION_CACHE_DIR")  # a store is reached, or refused
     else:
         jax.config.update("jax_compilation_cache_dir", str(default_cache_folder(os.environ)))
+
+
+def plans_folder(option: str) -> Path | None:
+    """Return the folder that keeps what `plan` compiled, beside the compiled programs; None for "off"."""
+    if option == OFF:
+        return None
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR") if option == AUTO else option
+    return (Path(named).absolute() if named else default_cache_folder(os.environ).parent) / "plans"
 
 
 def default_cache_folder(environment) -> Path:

@@ -1,5 +1,7 @@
 """The model that a command uses: its directory, checkpoint, tokenizer, dtype and precision."""
 
+from mvar_jax.errors import InputError
+
 
 def add_model_arguments(parser) -> None:
     """Add --checkpoint, --which, --dtype and --precision."""
@@ -48,7 +50,6 @@ def load_for_sampling(args):
     import jax
 
     from mvar_jax.api import load
-    from mvar_jax.errors import InputError
     from mvar_jax.sampling.bulk import place_networks
     from mvar_jax.sharding import make_mesh
 
@@ -58,7 +59,7 @@ def load_for_sampling(args):
         message = f"--weight_shards must be {expected}, got {args.weight_shards}"
         raise InputError(message, field="weight_shards", given=args.weight_shards, expected=expected)
     mesh = make_mesh(fsdp=args.weight_shards, devices=devices)
-    model = load(args.checkpoint, args.which, args.tokenizer, args.precision, *refiner_of(args))
+    model = load(args.checkpoint, args.which, args.tokenizer, args.precision, *refiner_of(args), switch_of(args))
     return model, place_networks(model.networks, mesh, args.dtype), mesh
 
 
@@ -66,7 +67,8 @@ def load_as_asked(args):
     """Return the `Model` that the arguments name, in their dtype and precision; see `mvar_jax.load`."""
     from mvar_jax.api import Model, load
 
-    model = load(args.checkpoint, args.which, getattr(args, "tokenizer", None), args.precision, *refiner_of(args))
+    tokenizer = getattr(args, "tokenizer", None)
+    model = load(args.checkpoint, args.which, tokenizer, args.precision, *refiner_of(args), switch_of(args))
     return Model(model.networks.with_dtype(args.dtype), model.classes)
 
 
@@ -75,3 +77,16 @@ def refiner_of(args) -> tuple[bool, tuple[int, ...] | None]:
     from mvar_jax.cli.sampling import refined_scales
 
     return ("refiner" in args and args.refiner == "on"), (refined_scales(args) if "refiner" in args else None)
+
+
+def switch_of(args) -> tuple[int, str] | None:
+    """Return scale and directory of --switch, None if it is not given. Raises InputError unless it is both."""
+    given = getattr(args, "switch", None)
+    if given is None:
+        return None
+    scale, _, directory = given.partition(":")
+    if not scale.isdecimal() or not directory:
+        expected = "SCALE:DIR, such as 8:models/mvar-d16"
+        message = f"--switch must be {expected}, got {given!r}"
+        raise InputError(message, field="switch", given=given, expected=expected)
+    return int(scale), directory

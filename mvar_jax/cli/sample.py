@@ -56,6 +56,7 @@ def run(args) -> int:
     labels = class_names_of(checkpoint).numbers_of(args.labels)
     model, networks, mesh = load_for_sampling(args)
     labels = model.labels(labels)
+    options.check_scales(len(model.tokenizer.sides))
     order = Order(
         tuple(labels.tolist()),
         args.num,

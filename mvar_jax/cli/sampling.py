@@ -1,10 +1,12 @@
 """The sampling options that all commands share."""
 
+from argparse import ArgumentTypeError
+
 from mvar_jax.errors import InputError
 
 
 def add_sampling_arguments(parser) -> None:
-    """Add --cfg, --top_k, --top_p, --temperature, --smooth, --refiner and --refine_scales."""
+    """Add --cfg, --top_k, --top_p, --temperature, --smooth, --refiner, --refine_scales and --switch."""
     parser.add_argument("--cfg", type=float, default=1.5, help="guidance (default 1.5)")
     parser.add_argument("--top_k", type=int, default=0, help="keep the k most likely codes; 0: all (default)")
     parser.add_argument(
@@ -12,12 +14,24 @@ def add_sampling_arguments(parser) -> None:
     )
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=numbers_of,
         default=1.0,
-        help="above 1: more varied samples, below 1: more likely ones (default 1)",
+        metavar="T[,T]",
+        help="above 1: more varied samples, below 1: more likely ones (default 1); or a number for each scale, "
+        'coarse to fine, as "1.2,1.2,1,1,1"',
     )
     parser.add_argument("--smooth", action="store_true", help="Gumbel-average mode: smoother images, for display")
     add_refiner_arguments(parser)
+    add_switch_argument(parser)
+
+
+def numbers_of(text: str) -> float | tuple[float, ...]:
+    """Return one number or several, separated by commas, as argparse's types do."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f'must be a number, or numbers such as "1.2,1.2,1,1,1", got {text!r}') from None
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def add_refiner_arguments(parser) -> None:
@@ -35,17 +49,30 @@ def add_refiner_arguments(parser) -> None:
     )
 
 
+def add_switch_argument(parser) -> None:
+    """Add --switch."""
+    parser.add_argument(
+        "--switch",
+        metavar="S:DIR",
+        help="draw the first S scales with the model of --checkpoint and the rest with that of DIR, which shares the "
+        'tokenizer, as "8:models/mvar-d16"',
+    )
+
+
 def refined_scales(args) -> tuple[int, ...] | None:
     """Return the numbers of --refine_scales, None if it is not given. Raises InputError unless they are numbers."""
-    if args.refine_scales is None:
-        return None
+    return None if args.refine_scales is None else scales_of(args.refine_scales)
+
+
+def scales_of(text: str) -> tuple[int, ...]:
+    """Return the numbers of a value of --refine_scales. Raises InputError unless they are numbers or ranges."""
     try:
-        ends = [[int(end) for end in part.split("-")] for part in args.refine_scales.split(",")]
+        ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
         return tuple(scale for first, *last in ends for scale in range(first, (last or [first])[0] + 1))
     except ValueError:
-        given, expected = args.refine_scales, 'numbers or ranges of scales, such as "0-3,5"'
-        message = f"--refine_scales must be {expected}, got {given!r}"
-        raise InputError(message, field="refine_scales", given=given, expected=expected) from None
+        expected = 'numbers or ranges of scales, such as "0-3,5"'
+        message = f"--refine_scales must be {expected}, got {text!r}"
+        raise InputError(message, field="refine_scales", given=text, expected=expected) from None
 
 
 def add_drawing_arguments(parser) -> None:

@@ -7,16 +7,17 @@ CUDA targets need jax's CUDA plugin (`pip install "jax[cuda12]"`), TPU targets l
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import os
-from importlib import resources
+import re
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from mvar_jax.errors import InputError
-from mvar_jax.hardware.machines import HERE, MACHINES, parse_target, platform_of
+from mvar_jax.errors import InputError, shorten
+from mvar_jax.hardware.machines import HERE, gpu_description, machine_of, parse_target, platform_of
 from mvar_jax.ops.platform import compiling_for
 
 MIB = 2**20
@@ -52,17 +53,22 @@ def devices_of(target: str) -> tuple:
     name, shape = parse_target(target)
     if name == HERE:
         return tuple(jax.devices())
-    machine = MACHINES[name]
+    machine = machine_of(name)
     try:
         if machine.platform == "gpu":
             return _cuda_devices(name, shape or machine.smallest)
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape or machine.smallest}")
+        slice_name, options = f"{name}:{shape or machine.smallest}", machine.topology or {}
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=slice_name, **options)
         return tuple(topology.devices) if shape else tuple(topology.devices[:1])
     except Exception as error:  # jax raises errors of many types if a plugin is missing
+        reason = shorten(error)
+        if machine.platform == "tpu" and importlib.util.find_spec("libtpu"):
+            expected = f"a slice that libtpu knows, such as {name}:{machine.smallest}"
+            message = f"target must be {expected}, got {target!r}: {reason}"
+            raise InputError(message, field="target", given=target, expected=expected) from error
         extra = "cuda12" if machine.platform == "gpu" else "tpu"
-        reason = " ".join(str(error).split())[:200]
-        expected = f'its compiler installed by `pip install "jax[{extra}]"` ({reason})'
+        expected = f'its compiler installed by `pip install "mvar_jax[{extra}]"` ({reason})'
         message = f"target {target} needs {expected}"
         raise InputError(message, field="target", given=target, expected=expected) from error
 
@@ -71,9 +77,8 @@ def _cuda_devices(name: str, shape: str) -> tuple:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no driver here
     jax.devices()  # a backend must be initialized before the plugin is used
     hosts, _, cards = shape.rpartition("x")
-    text = resources.files("mvar_jax.hardware").joinpath("targets", f"{name}.txtpb").read_text()
     topology = topologies.get_topology_desc(
-        topology_name="", platform="cuda", target_config=text, topology=f"1x{hosts or 1}x{cards}"
+        topology_name="", platform="cuda", target_config=gpu_description(name), topology=f"1x{hosts or 1}x{cards}"
     )
     return tuple(topology.devices)
 
@@ -89,18 +94,32 @@ def compile_for(target: str, fn, *shapes, shardings=None, donate=(), options: di
 
     Raises InputError if the target is unknown or its compiler is missing.
     """
-    devices = devices_of(target)
-    whole = NamedSharding(Mesh(np.asarray(devices), ("all",)), PartitionSpec())
+    whole = NamedSharding(Mesh(np.asarray(devices_of(target)), ("all",)), PartitionSpec())
+    jitted = jax.jit(fn, in_shardings=whole if shardings is None else shardings, donate_argnums=donate)
+    return compile_jitted(target, jitted, *shapes, options=options)
+
+
+def compile_jitted(target: str, jitted, *arguments, options: dict | None = None) -> Compiled:
+    """Compile a jitted function for a target, as `compile_for`.
+
+    arguments: those of the function; shapes carry shardings over a mesh of `devices_of(target)`.
+
+    Raises OutOfMemory if the compiler refuses a program that is larger than the device.
+    """
     named = contextlib.nullcontext()
     if platform_of(target) == "gpu" and target != HERE:
         # without a device, XLA cannot tune Triton's matrix products and fails on some shapes
         options = {"xla_gpu_enable_triton_gemm": False, **(options or {})}
         if jax.sharding.get_abstract_mesh().empty:
             # jax 0.11's Triton needs the kind of GPU: a mesh without axes names it; `constrain` ignores that mesh
-            named = use_abstract_mesh(AbstractMesh((), (), abstract_device=whole.mesh.abstract_mesh.abstract_device))
+            mesh = Mesh(np.asarray(devices_of(target)), ("all",)).abstract_mesh
+            named = use_abstract_mesh(AbstractMesh((), (), abstract_device=mesh.abstract_device))
     with compiling_for(platform_of(target)), named:
-        jitted = jax.jit(fn, in_shardings=whole if shardings is None else shardings, donate_argnums=donate)
-        program = jitted.lower(*shapes).compile(compiler_options=options)
+        lowered = jitted.lower(*arguments)
+        try:
+            program = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            raise _out_of_memory(error) or error from None
     memory, cost = program.memory_analysis(), _cost(program)
     return Compiled(
         memory.argument_size_in_bytes,
@@ -111,6 +130,22 @@ def compile_for(target: str, fn, *shapes, shardings=None, donate=(), options: di
         cost.get("bytes accessed"),
         program.as_text(),
     )
+
+
+class OutOfMemory(Exception):
+    """A program that the compiler refuses. needed_bytes: what it needs beside its arguments, if that is known."""
+
+    def __init__(self, needed_bytes: int):
+        self.needed_bytes = needed_bytes
+        super().__init__(f"needs {needed_bytes} bytes")
+
+
+def _out_of_memory(error: Exception) -> OutOfMemory | None:
+    """Return the compiler's error as OutOfMemory, None if it is another one."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    found = re.search(r"(?:\(|Used )([\d.]+)([KMG])\)? (?:exceeds|of)", str(error))
+    return OutOfMemory(int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]) if found else 0)
 
 
 def _cost(program) -> dict:

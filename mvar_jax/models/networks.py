@@ -1,4 +1,4 @@
-"""A tokenizer, a transformer and a refiner together with their weights."""
+"""A tokenizer, a transformer and a refiner together with their weights, and those that take over at a scale."""
 
 import functools
 from typing import Any
@@ -14,6 +14,7 @@ from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.precision import check_precision
 from mvar_jax.scales import Phase
+from mvar_jax.values import as_integer
 
 
 @flax.struct.dataclass
@@ -26,6 +27,9 @@ class Networks:
     Attributes:
       tokenizer, transformer, refiner: linen modules; the transformer is None for a tokenizer alone.
       tokenizer_params, params, refiner_params: their parameters.
+      later: the transformer and maybe refiner that draw the scales from number `switch` on, without a tokenizer of
+        their own; None: all scales are drawn by these.
+      switch: number of the first scale that `later` draws.
     """
 
     tokenizer: Tokenizer = flax.struct.field(pytree_node=False)
@@ -34,12 +38,36 @@ class Networks:
     params: Any = None
     refiner: Refiner | None = flax.struct.field(pytree_node=False, default=None)
     refiner_params: Any = None
+    later: "Networks | None" = None
+    switch: int = flax.struct.field(pytree_node=False, default=0)
 
     @classmethod
     def of(cls, modules: dict, params: dict) -> "Networks":
         """Pair modules with parameters, both by "tokenizer", "transformer" and "refiner"."""
         both = (found.get(kind) for kind in ("transformer", "refiner") for found in (modules, params))
         return cls(modules["tokenizer"], params["tokenizer"], *both)
+
+    def switched(self, later: "Networks", switch: int) -> "Networks":
+        """Return the networks of which `later` draw the scales from number `switch` on; both share a tokenizer.
+
+        Raises InputError unless `switch` is from 0 to the number of scales, and later ones need f_hat alone: VAR
+        needs keys and values of all coarser scales.
+        """
+        num_scales = len(self.tokenizer.sides)
+        as_integer(switch, "switch", 0, num_scales, f"a number of scales from 0 to {num_scales}")
+        if switch and later.transformer.conditioning == "full":
+            words = "switch must be to an MVAR model: VAR needs keys and values of coarser scales; let VAR come first"
+            raise InputError(words, field="switch", given="a VAR model", expected="an MVAR model")
+        return self.replace(later=later.replace(tokenizer_params=None), switch=switch)
+
+    def parts(self) -> tuple["Networks", "Networks"]:
+        """Return the networks that draw the scales before the switch, and those that draw the rest."""
+        first = self.replace(later=None, switch=0)
+        return first, self.later.replace(tokenizer=self.tokenizer, tokenizer_params=self.tokenizer_params)
+
+    def at(self, scale: int) -> "Networks":
+        """Return the networks that draw a scale."""
+        return self if self.later is None else self.parts()[scale >= self.switch]
 
     def refined_scales(self, phase: Phase) -> tuple[int, ...]:
         """Return the scales of a phase whose tokens the refiner draws."""
@@ -53,8 +81,16 @@ class Networks:
     def with_refiner(self, is_used: bool = True, scales: tuple[int, ...] | None = None) -> "Networks":
         """Return the networks without their refiner, or with it at some of its scales alone; None for all.
 
+        At a switch each part keeps its own refiner, at those of the scales that it draws.
+
         Raises InputError if scales are given and there is no refiner, or it was not trained for them.
         """
+        if self.later is not None:
+            parts = []
+            for part, is_later in zip(self.parts(), (False, True), strict=True):
+                own = None if scales is None else tuple(s for s in scales if (s >= self.switch) == is_later)
+                parts.append(part.with_refiner(is_used and own != (), own or None))
+            return parts[0].switched(parts[1], self.switch)
         if scales is None:
             return self if is_used else self.replace(refiner=None, refiner_params=None)
         if not is_used or self.refiner is None:
@@ -81,6 +117,7 @@ class Networks:
             params=jax.tree.map(lambda x: x.astype(kind), self.params),
             refiner=self.refiner and self.refiner.clone(dtype=kind),
             refiner_params=jax.tree.map(lambda x: x.astype(kind), self.refiner_params),
+            later=self.later and self.later.with_dtype(dtype),
         )
 
     def with_precision(self, precision: str | None) -> "Networks":
@@ -90,7 +127,7 @@ class Networks:
         check_precision(precision)
         exact = lambda module: module and module.clone(precision=precision)
         modules = {kind: exact(getattr(self, kind)) for kind in ("tokenizer", "transformer", "refiner")}
-        return self.replace(**modules)
+        return self.replace(**modules, later=self.later and self.later.with_precision(precision))
 
     def for_decoding(self) -> "Networks":
         """Return the networks whose tokenizer decodes latent maps, inside a program.

@@ -55,3 +55,31 @@ def phase_macs(pyramid: Pyramid, phase: Phase, depth: int, width: int, vocab_siz
     a_token = depth * 12 * width**2 + width * (code_width + vocab_size)
     an_image = (6 * depth + 2) * width**2
     return a_token * phase.num_tokens + depth * 2 * width * keys + an_image
+
+
+# products of queries by keys in an attention kernel, by a part of its name: 2 forward; backward they are made again
+_KERNEL_PRODUCTS = {"backward_kv": 4, "backward_q": 3, "dkv": 4, "dq": 3, "forward": 2, "fwd": 2, "splash": 2}
+
+
+def attention_kernel_flops(pyramid: Pyramid, name: str, sides: tuple[int, ...]) -> float:
+    """Return the FLOPs of an attention kernel, 0 if its name is none's or it sees no whole scales.
+
+    Args:
+      pyramid: of the transformer, which knows who sees whom.
+      name: text that holds the kernel's name.
+      sides: of its first operand, queries `[B, N, H, K]` or `[B, H, N, K]`.
+    """
+    num_products = next((num for part, num in _KERNEL_PRODUCTS.items() if part in name), 0)
+    keys = next((keys for N in sides[1:3] if (keys := _keys_within(pyramid, N))), 0)
+    num_tokens = next((N for N in sides[1:3] if _keys_within(pyramid, N)), 1)
+    return 2.0 * num_products * keys * sides[0] * sides[1] * sides[2] * sides[3] / num_tokens
+
+
+def _keys_within(pyramid: Pyramid, num_tokens: int) -> int:
+    """Return the query-key pairs of a scale of so many tokens, or of the first scales together; 0 for another."""
+    if num_tokens in pyramid.areas:
+        window = pyramid.window(pyramid.areas.index(num_tokens))
+        return num_tokens * min(window**2 if window else num_tokens, num_tokens)
+    if num_tokens in pyramid.offsets[1:]:
+        return sum(area**2 for area in pyramid.areas[: pyramid.offsets.index(num_tokens)])
+    return 0

@@ -40,7 +40,7 @@ class Output(NamedTuple):
 
 
 _NUMBER = "[0-9]" * 6
-UNFINISHED = "unfinished"  # of `evaluate`
+UNFINISHED = "unfinished"  # of `evaluate` and `sweep`
 OUTPUTS = {
     "sample": Output(
         "samples",
@@ -60,6 +60,12 @@ OUTPUTS = {
         "evaluation_options.json",
         ("evaluation.json", "evaluation.txt", "curves.csv", "curves.png", UNFINISHED),
         "the finished features are kept: run the command again",
+    ),
+    "sweep": Output(
+        "sweep",
+        "sweep.json",
+        ("sweep.csv", "sweep.png", UNFINISHED),
+        "the finished points are kept: run the command again",
     ),
     "data": Output("survey", "data.json", ("train.png", "val.png")),
     "cache_tokens": Output(

@@ -22,6 +22,9 @@ def sample_swept(networks: Networks, labels_B, cfg_B, keys_B, options: SampleOpt
 
 def mix_classes(networks: Networks, weights_MC: jax.Array) -> Networks:
     """Return networks whose classes 0 .. M-1 have embeddings weights @ class table; "no class" is unchanged."""
+    if networks.later is not None:
+        first, later = (mix_classes(part, weights_MC) for part in networks.parts())
+        return first.switched(later, networks.switch)
     table = networks.params["class_embed"]
     mixed = jnp.einsum("mc,cd->md", weights_MC, table[:-1], precision=precision_of("mixtures", jnp.float32))
     mixed_table = jnp.concatenate([mixed.astype(table.dtype), table[-1:]])
@@ -35,6 +38,10 @@ def teacher_forced_logits(networks: Networks, ids_BL, labels_B):
 
     In a refined scale also given the true tokens that the refiner draws earlier and sees.
     """
+    if networks.later is not None:
+        both, begin = networks.parts(), networks.transformer.pyramid.offsets[networks.switch]
+        first, later = (teacher_forced_logits(part, ids_BL, labels_B) for part in both)
+        return jnp.concatenate([first[:, :begin], later[:, begin:]], axis=1)
     phases = networks.transformer.phases()
     previous = networks.apply_tokenizer(ids_BL, method="teacher_forcing")
     parts = [phase_logits(networks, previous, ids_BL, labels_B, phase) for phase in phases]
@@ -47,6 +54,9 @@ def score_classes(networks: Networks, ids_BL, classes_C):
 
     Computes one class and one phase at a time, so that only the logits of one phase are in memory.
     """
+    if networks.later is not None:
+        first, later = (score_classes(part, ids_BL, classes_C) for part in networks.parts())
+        return jnp.concatenate([first[..., : networks.switch], later[..., networks.switch :]], axis=2)
     previous = networks.apply_tokenizer(ids_BL, method="teacher_forcing")
     model = networks.transformer
     areas = model.pyramid.areas

@@ -27,7 +27,7 @@ from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.progress import Progress
 from mvar_jax.sampling.order import Order
 from mvar_jax.sampling.sampler import sample
-from mvar_jax.sharding import num_shards_of, replicated, shardings_of, spec_of, use_mesh
+from mvar_jax.sharding import num_shards_of, place, replicated, shardings_of, spec_of, use_mesh
 
 SAMPLES_FILE = "samples.npz"
 TOKENS_FILE = "tokens.npz"
@@ -38,17 +38,20 @@ NUM_WRITERS = 8
 def place_networks(networks: Networks, mesh: Mesh, dtype: str | None = None) -> Networks:
     """Return the networks with their weights on a mesh, all but the tokenizer's sharded by `sharding.RULES`.
 
-    dtype: see `Networks.with_dtype`.
+    dtype: see `Networks.with_dtype`. Weights may be shapes, see `sharding.place`.
     """
+    if networks.later is not None:
+        first, later = (place_networks(part, mesh, dtype) for part in networks.parts())
+        return first.switched(later, networks.switch)
     networks = networks.with_dtype(dtype)
 
-    def place(params, module):
-        return None if params is None else jax.device_put(params, shardings_of(abstract_params(module), mesh))
+    def place_params(params, module):
+        return None if params is None else place(params, shardings_of(abstract_params(module), mesh))
 
     return networks.replace(
-        tokenizer_params=jax.device_put(networks.tokenizer_params, replicated(mesh)),
-        params=place(networks.params, networks.transformer),
-        refiner_params=place(networks.refiner_params, networks.refiner),
+        tokenizer_params=place(networks.tokenizer_params, replicated(mesh)),
+        params=place_params(networks.params, networks.transformer),
+        refiner_params=place_params(networks.refiner_params, networks.refiner),
     )
 
 

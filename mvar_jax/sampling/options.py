@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from mvar_jax.errors import InputError
 from mvar_jax.ops.sampling import filter_logits
 from mvar_jax.values import as_flag, as_integer, as_real
 
@@ -20,7 +22,8 @@ class SampleOptions:
       cfg: guidance, 0 (none) to 1e6.
       top_k, top_p: filters; 0 switches one off, top_k 1 is greedy.
       smooth: Gumbel average of codes instead of drawn ones.
-      temperature: divides the guided logits before the filters, 1e-6 to 1e6; 1 in the published programs.
+      temperature: divides the guided logits before the filters, 1e-6 to 1e6; 1 in the published programs. One number,
+        or one for each scale, coarse to fine.
 
     Numbers of numpy and jax become Python's. Raises InputError if a value is of another type or out of range, beyond
     which float32 would overflow.
@@ -30,7 +33,7 @@ class SampleOptions:
     top_k: int = 0
     top_p: float = 0.0
     smooth: bool = False
-    temperature: float = 1.0
+    temperature: float | tuple[float, ...] = 1.0
 
     def __post_init__(self):
         checked = {
@@ -38,15 +41,38 @@ class SampleOptions:
             "top_k": as_integer(self.top_k, "top_k", 0, expected="0 or more (0: off)"),
             "top_p": as_real(self.top_p, "top_p", 0, 1, "from 0 to 1 (0: off)"),
             "smooth": as_flag(self.smooth, "smooth"),
-            "temperature": as_real(self.temperature, "temperature", 1e-6, 1e6, "from 1e-6 to 1e6 (1: no change)"),
+            "temperature": _as_temperature(self.temperature),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+    def check_scales(self, num_scales: int) -> None:
+        """Raise InputError unless `temperature` is one number, or one for each scale."""
+        given = self.temperature
+        if isinstance(given, tuple) and len(given) != num_scales:
+            expected = f"one number or {num_scales}, one for each scale"
+            words = f"temperature must be {expected}, got {len(given)}"
+            raise InputError(words, field="temperature", given=given, expected=expected)
+
+    def at(self, scale: int, num_scales: int) -> "SampleOptions":
+        """Return the options of one scale, with its temperature alone. Raises InputError as `check_scales`."""
+        self.check_scales(num_scales)
+        if not isinstance(self.temperature, tuple):
+            return self
+        return dataclasses.replace(self, temperature=self.temperature[scale])
+
     def apply(self, logits: jax.Array) -> jax.Array:
-        """Return guided logits divided by the temperature and then filtered."""
+        """Return guided logits divided by the temperature, which is one number, and then filtered."""
         logits = logits if self.temperature == 1 else logits / self.temperature
         return filter_logits(logits, self.top_k, self.top_p)
+
+
+def _as_temperature(given: Any) -> float | tuple[float, ...]:
+    """Return one temperature, or several as a tuple. Raises InputError if one is not a number in range."""
+    is_list = isinstance(given, list | tuple | np.ndarray | jax.Array) and np.ndim(given) == 1
+    parts = list(given) if is_list else [given]
+    checked = tuple(as_real(one, "temperature", 1e-6, 1e6, "from 1e-6 to 1e6 (1: no change)") for one in parts)
+    return checked[0] if len(checked) == 1 else checked
 
 
 class Known(NamedTuple):

@@ -58,9 +58,14 @@ class Order:
 
     def identity(self, networks: Networks) -> dict:
         """Return everything that the files' bytes depend on, by the names of the command's options."""
-        model, refiner = networks.transformer, {}
+        model = networks.transformer
+        others: dict[str, str | None] = {"refiner": None, "switch": None}  # older folders have neither
         if networks.refiner is not None:
-            refiner["refiner"] = "weights " + fingerprint(networks.refiner, networks.refiner_params)[:16]
+            others["refiner"] = "weights " + fingerprint(networks.refiner, networks.refiner_params)[:16]
+        if networks.later is not None:
+            later = self.identity(networks.parts()[1])
+            weights = [later["checkpoint"], later["refiner"]]
+            others["switch"] = f"{networks.switch}: {', refiner '.join(filter(None, weights))}"
         return {
             # the precision is part of it; folders of 0.1.0 do not name one
             "dtype": jnp.dtype(model.dtype).name + ", exact" * (model.precision == EXACT),
@@ -75,7 +80,7 @@ class Order:
             "save_tokens": self.saves_tokens,
             "truncate_uint8": self.truncates,
             **({} if self.is_by_label else {ORDER_KEY: "round-robin"}),
-            **refiner,
+            **others,
         }
 
 

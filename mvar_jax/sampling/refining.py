@@ -44,7 +44,7 @@ def draw_refined(
       scale: the map.
       unrefined: of the transformer at this scale.
       keys_B: one random key per sample, of this scale.
-      options: applied to the refined logits.
+      options: of this scale, applied to the refined logits.
       noise: see `sample_pyramid`.
       known: tokens that are not drawn; the refiner sees them in their places.
 

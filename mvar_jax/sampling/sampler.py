@@ -47,6 +47,7 @@ def sample_pyramid(
     """Draw every scale from the logits of `logits_fn`.
 
     Args:
+      networks: of each scale those that draw it, see `Networks.at`.
       keys_B: one random key per sample.
       noise: (logits_BNV, keys_B) -> Gumbel noise of the smooth mode.
       known: returns the known tokens of a scale, as editing does; None: there are none.
@@ -64,13 +65,13 @@ def sample_pyramid(
     for scale in range(len(sides)):
         found, carry = logits_fn(scale, previous, carry)
         scale_keys = jax.vmap(functools.partial(jax.random.fold_in, data=scale))(keys_B)
-        known_here = None if known is None else known(scale)
-        if networks.refines(scale):
-            arguments = networks, scale, found, scale_keys, options, noise, known_here
+        known_here, here = None if known is None else known(scale), options.at(scale, len(sides))
+        if (drawing := networks.at(scale)).refines(scale):
+            arguments = drawing, scale, found, scale_keys, here, noise, known_here
             ids_BN, codes, logits_BNV = draw_refined(*arguments)
         else:
             logits_BNV = found
-            ids_BN, codes = draw_scale(logits_BNV, scale_keys, codebook, options, scale, len(sides), noise)
+            ids_BN, codes = draw_scale(logits_BNV, scale_keys, codebook, here, scale, len(sides), noise)
         all_logits.append(logits_BNV)
         if known_here is not None:
             ids_BN, codes = known_here.keep(ids_BN), known_here.mix(codes, codebook)
@@ -83,6 +84,8 @@ def sample_pyramid(
 
 def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int, num_scales: int, noise):
     """Filter and draw one scale; return (ids `[B, N]`, codes `[B, N, c]`).
+
+    options: of this scale, with one temperature.
 
     By a kernel on a GPU, otherwise by XLA; in chunks of samples if arrays `[B, N, V]` are made.
     """
@@ -121,9 +124,18 @@ def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float | jax.Arra
     Markov: cfg of exactly 1 means conditional logits only, as in the published program, and a scale with t = 0 needs
     no unconditional rows. VAR is guided at cfg 1 too and carries the keys and values of the coarser scales.
     For a scale that the refiner draws, it returns the hidden states of both rows and t instead, as `Unrefined`.
+    At a switch the later networks take over without a cache.
 
     cfg: a number, or an array `[B]` of which all values share one program.
     """
+    if networks.later is not None:
+        both = [guided_logits(part, labels_B, cfg) for part in networks.parts()]
+
+        def of_both(scale, previous_BNc, cache):
+            cache = None if scale == networks.switch else cache
+            return both[scale >= networks.switch](scale, previous_BNc, cache)
+
+        return of_both
     model, params = networks.transformer, networks.params
     pyramid, is_var = model.pyramid, model.conditioning == "full"
     is_array = isinstance(cfg, jax.Array)

@@ -6,6 +6,7 @@ from mvar_jax.checkpoints.model_directory import fingerprint
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.refiner import start_weights
 from mvar_jax.scales import Phase
+from mvar_jax.sharding import is_abstract
 from mvar_jax.training import refiner_step
 from mvar_jax.training.initial import Initial
 from mvar_jax.training.scoring import Scorer
@@ -24,14 +25,18 @@ class RefinerTask(TokenTask):
         self, run: RunOptions, options: PhaseOptions, base: Networks, data: TaskData, scorer: Scorer | None = None
     ):
         self._recipe = refiner_step.RefinerRecipe(run.optimizer, options, run.seed, run.accumulate_steps)
-        initial = Initial(start_weights(base.params, np.asarray(base.tokenizer_params["codebook"])))
+        initial = None
+        if not is_abstract(base):
+            initial = Initial(start_weights(base.params, np.asarray(base.tokenizer_params["codebook"])))
         super().__init__(run, base.refiner, base.transformer, options, base, data, initial, scorer)
-        self.base = fingerprint(base.transformer, base.params)
-        self.data_identity["transformer"] = self.base
+        if not is_abstract(base):
+            self.base = fingerprint(base.transformer, base.params)
+            self.data_identity["transformer"] = self.base
 
-    def phases_of_step(self, step: int) -> tuple[Phase, ...]:
-        """Return the phases with a refined scale that are due by the schedule."""
-        return self.options.due(refiner_step.refined_phases(self.tokenizer), step)
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Return the phases with a refined scale."""
+        return refiner_step.refined_phases(self.tokenizer)
 
     def networks_of(self, params, tokenizer: Networks) -> Networks:
         """Return the frozen networks with the refiner."""

@@ -1,5 +1,6 @@
 """What the tasks share: options of a run, state, batches and evaluation data."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from mvar_jax.sharding import (
 )
 from mvar_jax.training.initial import CLASS_TABLE, Initial
 from mvar_jax.training.optimizer import OptimizerOptions
+from mvar_jax.training.programs import Program
 from mvar_jax.training.protocol import Task
 from mvar_jax.training.saving import say
 from mvar_jax.training.scoring import IMAGES_PER_SHARD, Scored, Scorer, score_together
@@ -60,7 +62,7 @@ class RunOptions:
       eval_cfg: guidance of the scored samples.
       eval_top_k: of them; keeps the k most likely codes, 0 all.
       eval_top_p: of them; keeps the most likely codes of mass p, 0 all.
-      eval_temperature: of them.
+      eval_temperature: of them; one number, or one for each scale.
 
     Raises InputError for values out of range.
     """
@@ -78,7 +80,7 @@ class RunOptions:
     eval_cfg: float = dataclasses.field(default=1.5, metadata=FREE)
     eval_top_k: int = dataclasses.field(default=0, metadata=FREE)
     eval_top_p: float = dataclasses.field(default=0.0, metadata=FREE)
-    eval_temperature: float = dataclasses.field(default=1.0, metadata=FREE)
+    eval_temperature: float | tuple[float, ...] = dataclasses.field(default=1.0, metadata=FREE)
 
     def __post_init__(self):
         check_fields(self, "config")
@@ -261,6 +263,10 @@ class DataTask(Task):
         num_shards = num_shards_of("batch", self.run.mesh)
         rows = jnp.minimum(jnp.arange(-(-num // num_shards) * num_shards), num - 1)
         return constrain(rows, "batch")
+
+    @abc.abstractmethod
+    def programs(self, num_samples: int) -> list[Program]:
+        """Return the programs of a run, its steps first. num_samples: that the sampler draws at once."""
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Return the batch on the mesh, with sample numbers as uint32 for random keys."""

@@ -23,11 +23,12 @@ from mvar_jax.ops.losses import sum_rows
 from mvar_jax.ops.metrics import SSIM_WINDOW, perplexity, psnr_of_error, similarity, usage_percent
 from mvar_jax.ops.pixels import as_images, from_levels, repeat_grey
 from mvar_jax.sampling.sampler import decode_in_chunks
-from mvar_jax.sharding import spec_of, use_mesh
+from mvar_jax.sharding import batch_like, place, spec_of, use_mesh
 from mvar_jax.training import tokenizer_step
 from mvar_jax.training.adversary import Adversary, FixedWeights
 from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.initial import Initial
+from mvar_jax.training.programs import TRAIN, Program
 from mvar_jax.training.saving import say
 from mvar_jax.training.scoring import Scorer
 from mvar_jax.training.state import TrainState
@@ -100,7 +101,7 @@ class TokenizerTask(DataTask):
         )
         super().__init__(run, tokenizer, data, self._make_extra, scorer, recipe.trained)
         self.initial = initial
-        self.fixed = jax.device_put(fixed or FixedWeights(), self._whole)
+        self.fixed = place(fixed or FixedWeights(), self._whole)
         placed = {"donate_argnums": 0, "out_shardings": (self.shardings, self._whole)}
         # a program of its own before the discriminator starts
         self._step, self._adversarial_step = (
@@ -186,6 +187,24 @@ class TokenizerTask(DataTask):
             flops += 8 * self._flops["discriminator"]
         return flops * self.run.batch_size
 
+    def programs(self, num_samples: int) -> list[Program]:
+        """Return the steps before and with the discriminator, and the redrawing of codes."""
+        run, state, B = self.run, self.abstract_state(), self.run.batch_size
+        batch = batch_like(run.mesh, image=((B, *self._image_shape), "uint8"), index=((B,), "uint32"))
+        start = run.num_steps if self.adversary is None else min(self.adversary.options.start_step, run.num_steps)
+        rates, found = run.rates(0), []
+        for name, step, rate, first, end in (
+            ("step", self._step, 0.0, 0, start),
+            ("step with discriminator", self._adversarial_step, rates[0], start, run.num_steps),
+        ):
+            if end > first:
+                arguments = state, batch, *rates, rate, self.fixed
+                found.append(Program(TRAIN, name, step, arguments, end - first, B, self.flops_of_step(first), state))
+        if redraws := sum(map(self.options.is_redraw_due, range(self.options.last_redraw + 1))):
+            arguments = state, batch, jax.eval_shape(lambda: jax.random.key(0))
+            found.append(Program(TRAIN, "redraw of codes", self._redraw, arguments, redraws, 0, 0.0, state))
+        return found
+
     @functools.cached_property
     def _flops(self) -> dict[str, float]:
         """Return the FLOPs of each network's forward pass for one image."""
@@ -193,7 +212,8 @@ class TokenizerTask(DataTask):
         state = self.abstract_state()
         params = jax.eval_shape(multiply_codebook, state.params)
 
-        def count(forward, *args):
+        def count(forward, *args):  # of no device: those of the mesh may not be here
+            args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
             return (jax.jit(forward).lower(*args).cost_analysis() or {}).get("flops", 0.0)
 
         def count_tokenizer(method, x):

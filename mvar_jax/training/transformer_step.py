@@ -42,6 +42,10 @@ class PhaseOptions:
         """Return the phases that iteration `step` trains."""
         return self.due(model.phases(), step)
 
+    def cycle(self, num_phases: int) -> int:
+        """Return the number of steps after which the phases repeat."""
+        return 1 if self.schedule == "joint" else self.ratio + num_phases - 1
+
     def due(self, phases: tuple[Phase, ...], step: int) -> tuple[Phase, ...]:
         """Return those of the phases that iteration `step` trains."""
         return phases if self.schedule == "joint" else (phases[phase_of(step, len(phases), self.ratio)],)

@@ -17,9 +17,10 @@ from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.bulk import place_networks
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.scales import Phase
-from mvar_jax.sharding import constrain, use_mesh
+from mvar_jax.sharding import batch_like, constrain, is_abstract, use_mesh
 from mvar_jax.training import transformer_step
 from mvar_jax.training.initial import Initial
+from mvar_jax.training.programs import SAMPLE, TRAIN, Program
 from mvar_jax.training.scoring import Scorer
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 
@@ -57,10 +58,12 @@ class TokenTask(DataTask):
     ):
         super().__init__(run, module, data, dict, scorer)
         self.initial = initial
-        parts = tokenizer.tokenizer, tokenizer.tokenizer_params
-        self.data_identity |= {"tokenizer": fingerprint(*parts), "tokenizer_ids": ids_fingerprint(*parts)}
+        if not is_abstract(tokenizer):
+            parts = tokenizer.tokenizer, tokenizer.tokenizer_params
+            self.data_identity |= {"tokenizer": fingerprint(*parts), "tokenizer_ids": ids_fingerprint(*parts)}
+            tokenizer = jax.tree.map(np.asarray, tokenizer)
         self.transformer, self.options = transformer, options
-        self.tokenizer = place_networks(jax.tree.map(np.asarray, tokenizer), run.mesh)
+        self.tokenizer = place_networks(tokenizer, run.mesh)
         self._step = jax.jit(
             self._take_step, static_argnums=0, donate_argnums=1, out_shardings=(self.shardings, self._whole)
         )
@@ -68,9 +71,14 @@ class TokenTask(DataTask):
         self.draw_pictures = jax.jit(self._draw_pictures, out_shardings=self._whole)
         self.draw_samples = jax.jit(self._draw_samples, out_shardings=self._whole)
 
+    @property
     @abc.abstractmethod
+    def phases(self) -> tuple[Phase, ...]:
+        """Return all phases that are trained."""
+
     def phases_of_step(self, step: int) -> tuple[Phase, ...]:
-        """Return the phases that iteration `step` trains."""
+        """Return the phases that iteration `step` trains by the schedule."""
+        return self.options.due(self.phases, step)
 
     @abc.abstractmethod
     def networks_of(self, params, tokenizer: Networks) -> Networks:
@@ -92,6 +100,27 @@ class TokenTask(DataTask):
             batch = self.put(batch)
             state, metrics = self._step(phases, state, batch, learning_rate, weight_decay, self.tokenizer)
         return state, {**metrics, "learning_rate": learning_rate, "weight_decay": weight_decay}
+
+    def programs(self, num_samples: int) -> list[Program]:
+        """Return the steps of every phase and the sampler."""
+        B, state, run = self.run.batch_size, self.abstract_state(), self.run
+        arrays: dict[str, tuple[tuple[int, ...], str]] = {"label": ((B,), "int32"), "index": ((B,), "uint32")}
+        if self.transform is None:
+            arrays["ids"] = (B, self.transformer.pyramid.num_tokens), "int32"
+        else:
+            tokenizer = self.tokenizer.tokenizer
+            arrays["image"] = (B, *[tokenizer.image_size] * 2, tokenizer.channels), "uint8"
+        batch, rates = batch_like(run.mesh, **arrays), run.rates(0)
+        dues = [self.phases_of_step(step) for step in range(self.options.cycle(len(self.phases)))]
+        found = []
+        for phases in dict.fromkeys(dues):
+            name = f"step, {sum(phase.num_tokens for phase in phases)} tokens"
+            runs, flops = run.num_steps * dues.count(phases) / len(dues), self.flops_of_step(dues.index(phases))
+            arguments = phases, state, batch, *rates, self.tokenizer
+            found.append(Program(TRAIN, name, self._step, arguments, runs, B, flops, state))
+        index = batch_like(run.mesh, index=((num_samples,), "int32"))["index"]
+        arguments = self.averaged(state), self.tokenizer, index, index
+        return [*found, Program(SAMPLE, f"sample {num_samples}", self.draw_samples, arguments, 0, num_samples)]
 
     def _macs(self, phases: tuple[Phase, ...]) -> int:
         """Return the multiply-accumulates of one forward pass of the transformer, for one image."""
@@ -171,9 +200,10 @@ class TransformerTask(TokenTask):
         )
         super().__init__(run, transformer, transformer, options, tokenizer, data, initial, scorer)
 
-    def phases_of_step(self, step: int) -> tuple[Phase, ...]:
-        """Return the phases that are due by the schedule."""
-        return self.options.phases_of_step(self.transformer, step)
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Return the transformer's phases."""
+        return self.transformer.phases()
 
     def networks_of(self, params, tokenizer: Networks) -> Networks:
         """Return the tokenizer with the transformer."""

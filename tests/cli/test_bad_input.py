@@ -42,6 +42,9 @@ def refuse(capfd, arguments: list[str], *words: str) -> str:
         (["--cfg", "1e39"], ["cfg must be", "got 1e+39"]),
         (["--cfg", "nan"], ["cfg must be", "got nan"]),
         (["--temperature", "0"], ["temperature must be from 1e-6", "got 0.0"]),
+        (["--temperature", "1,nan"], ["temperature must be from 1e-6", "got nan"]),
+        (["--temperature", "1.2,1"], ["temperature must be one number or 4, one for each scale, got 2"]),
+        (["--temperature", "1;2"], ["--temperature", "must be a number, or numbers such as", "'1;2'"]),
         (["--num", "0"], ["--num must be 1 or more, got 0"]),
         (["--batch_size", "0"], ["--batch_size must be 1 or more, got 0"]),
         (["--seed", "-1"], ["seed must be from 0 to 2**32 - 1, got -1"]),
@@ -76,6 +79,7 @@ def test_unknown_command_is_refused(capfd):
         ("--config.optimizer.schedule=linear", ["config.optimizer.schedule must be", "lin0", "got 'linear'"]),
         ("--config.phases.schedule=both", ["config.phases.schedule must be paper or joint, got 'both'"]),
         ("--config.init_from=/nowhere", ["/nowhere"]),
+        ("--config.eval_temperature=1.2,1", ["config.eval_temperature must be one number or 4", "got 2"]),
         ("--config.mesh.data=3", ["mesh", "3", "1, the number of devices"]),
     ],
 )

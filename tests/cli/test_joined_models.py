@@ -1,5 +1,8 @@
 """A tokenizer and a transformer in two directories, and the options of the model that commands share."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +74,79 @@ def test_sample_and_edit_take_a_tokenizer_beside_the_checkpoint(parts, quick_pro
         assert not (tmp_path / command[0]).exists()
         assert main([*command, "--tokenizer", str(parts / "tokenizer")]) == 0
         assert (tmp_path / command[0] / "000000.png").exists()
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Folders of models to switch to: one that shares the tiny model's tokenizer, and some that do not fit."""
+    root, params = tmp_path_factory.mktemp("others"), small_case.tiny_params()
+    tokenizer, transformer = small_case.TINY_MODULES["tokenizer"], small_case.TINY_MODULES["transformer"]
+    small, scales = transformer.clone(depth=1), {"sides": (1, 2, 3)}
+    changes = {
+        "small": (tokenizer, small, 0.5),
+        "retrained": (tokenizer, small, 0.6),
+        "scales": (tokenizer.clone(**scales), small.clone(**scales), 0.5),
+        "classes": (tokenizer, small.clone(num_classes=4), 0.5),
+    }
+    for name, (*both, std) in changes.items():
+        modules = dict(zip(("tokenizer", "transformer"), both, strict=True))
+        save_model(root / name, modules, {kind: small_case.seeded_params(x, std=std) for kind, x in modules.items()})
+    shutil.copytree(root / "small", root / "named")
+    (root / "named" / "classes.json").write_text('["ant", "bee", "fly"]')
+    save_model(root / "alone", {"tokenizer": tokenizer}, {"tokenizer": params["tokenizer"]})
+    return root
+
+
+def test_a_switched_model_draws_with_both(tiny_model, others, quick_programs):
+    first, other, both = (
+        mvar_jax.load(path, switch=switch)
+        for path, switch in ((tiny_model, None), (others / "small", None), (tiny_model, (1, others / "small")))
+    )
+    ids = [model.sample([0, 2], cfg=1.0)[1] for model in (first, other, both)]
+    np.testing.assert_array_equal(ids[2][:, :1], ids[0][:, :1])
+    assert (ids[2][:, 1:] != ids[0][:, 1:]).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "words"),
+    [
+        ("small", 3, "switch must be .*a number of scales from 0 to 2, got 3"),
+        ("scales", 1, r"must have the scales of .*, \(1, 3\), got \(1, 2, 3\); switch between"),
+        ("retrained", 1, "must have the tokenizer of .*, fingerprint [0-9a-f]{32}, got fingerprint [0-9a-f]{32};"),
+        ("classes", 1, "must have the number of classes of .*, 3, got 4"),
+        ("alone", 1, "is between two transformers, but .*alone holds none; name"),
+        ("none", 1, "switch=.*none cannot be loaded: "),
+    ],
+)
+def test_models_that_do_not_fit_are_not_switched(tiny_model, others, name, scale, words):
+    with pytest.raises(InputError, match=words) as caught:
+        mvar_jax.load(tiny_model, switch=(scale, others / name))
+    assert caught.value.field == "switch" and "\n" not in str(caught.value)
+
+
+def test_classes_of_other_names_are_not_switched(others):
+    mvar_jax.load(others / "small", switch=(1, others / "named"))  # names that one of both lacks
+    shutil.copytree(others / "named", others / "renamed")
+    (others / "renamed" / "classes.json").write_text('["ant", "bug", "fly"]')
+    with pytest.raises(InputError, match="must have the class names of .*, class 1 'bee', got 'bug'"):
+        mvar_jax.load(others / "named", switch=(1, others / "renamed"))
+
+
+def test_sample_notes_the_switch_and_edit_takes_it(tiny_model, others, quick_programs, tmp_path, capfd):
+    Image.new("RGB", (6, 6)).save(tmp_path / "image.png")
+    sample = ["sample", "--labels", "1", "--num", "1"]
+    edit = ["edit", "--label", "1", "--num", "1", "--image", str(tmp_path / "image.png"), "--expand", "2"]
+    for command in (sample, edit):
+        command += ["--checkpoint", str(tiny_model), "--out", str(tmp_path / command[0])]
+        for wrong in ("small", f"x:{others}", "1:"):
+            refuse(capfd, [*command, "--switch", wrong], "--switch must be SCALE:DIR, such as 8:models/mvar-d16")
+        refuse(capfd, [*command, "--switch", f"1:{others / 'retrained'}"], "must have the tokenizer of")
+        assert not (tmp_path / command[0]).exists()
+        assert main([*command, "--switch", f"1:{others / 'small'}"]) == 0
+        refuse(capfd, command, "switch=None", "used for")
+    noted = json.loads((tmp_path / "sample" / "samples.json").read_text())
+    assert noted["switch"].startswith("1: weights ")
+    refuse(capfd, [*sample, "--switch", f"0:{others / 'small'}"], "switch='0: weights", "'1: weights")
 
 
 @pytest.mark.parametrize("command", ["edit", "reconstruct"])

@@ -39,6 +39,7 @@ COMMANDS = {
     "sample": ["--checkpoint={model}", "--labels=0"],
     "edit": ["--checkpoint={model}", "--image={image}", "--mask={image}", "--label=0"],
     "reconstruct": ["--checkpoint={model}", "--images={image}"],
+    "sweep": ["--checkpoint={model}"],
     "cache_tokens": ["--tokenizer={model}", "--config=digits"],
 }
 
@@ -49,7 +50,7 @@ def test_every_command_that_runs_a_model_runs_it_in_the_precision_that_is_asked_
 ):
     asked = []
 
-    def load(path, which="last", tokenizer=None, precision=None, refiner="on", refine_scales=None):
+    def load(path, which="last", tokenizer=None, precision=None, refiner="on", refine_scales=None, switch=None):
         asked.append(precision)
         raise InputError("seen", field="checkpoint")
 

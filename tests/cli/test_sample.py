@@ -193,6 +193,7 @@ def test_processes_share_the_batches(run, whole, tmp_path):
         (["--dtype", "bfloat16"], ["dtype='bfloat16'", "'float32'"]),
         (["--smooth"], ["smooth=True", "False"]),
         (["--temperature", "2"], ["temperature=2.0", "1.0"]),
+        (["--temperature", "2,1,1,1"], ["temperature=[2.0, 1.0, 1.0, 1.0]", "1.0"]),
     ],
     ids=lambda x: x[0],
 )

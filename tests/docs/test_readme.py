@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OVERRIDE = "--config."
-WITH_OVERRIDES = ("train", "data", "cache_tokens")
+WITH_OVERRIDES = ("train", "plan", "data", "cache_tokens")
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -14,7 +14,7 @@ from mvar_jax.errors import InputError
 from mvar_jax.hardware.compiling import MIB, devices_of
 
 pytestmark = pytest.mark.deviceless
-D16 = Namespace(depth=16, size=256, dtype="bfloat16", backend="auto")
+D16 = {"depth": 16, "size": 256, "dtype": "bfloat16", "backend": "auto"}
 
 
 def load(name: str):
@@ -42,9 +42,9 @@ def target(request):
 
 def test_d16_training_step_compiles_within_memory(memory, target):
     """169 tokens of 13x13: the window phase whose map is not a multiple of any block."""
-    modules = memory.make_modules(D16, "markov")
     batch, bound_mib = {"h100": (32, 7_000), "v5e": (8, 8_000)}[target]
-    compiled = memory.compile_step(target, modules, batch, modules[1].phases()[1], "dots")
+    steps = memory.compile_steps(target, memory.transformer_config(Namespace(**D16, batch=batch), "markov", "dots"))
+    (compiled,) = (compiling() for program, compiling in steps if program.name == "step, 169 tokens")
     assert compiled.total_bytes / MIB <= bound_mib
     if target == "h100":
         assert all(f"attention_{name}" in compiled.text for name in ("forward", "backward_q", "backward_kv"))
@@ -53,7 +53,7 @@ def test_d16_training_step_compiles_within_memory(memory, target):
 @pytest.mark.parametrize("target", ["h100"], indirect=True)
 def test_d16_sampler_compiles_within_memory(memory, target):
     """Batch 32 with guidance, top-k and top-p, bfloat16 weights; the published program's peak is 3846 MB."""
-    modules = memory.make_modules(D16, "markov")
+    modules = memory.make_modules(Namespace(**D16), "markov")
     compiled = memory.compile_sampler(target, modules, 32, jnp.bfloat16)
     assert compiled.total_bytes / MIB <= 1_150
     assert "attention_forward" in compiled.text

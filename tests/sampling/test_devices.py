@@ -19,27 +19,30 @@ import numpy as np
 from jax.sharding import NamedSharding
 import small_case
 from mvar_jax.sampling import sampler
+from mvar_jax.sampling.bulk import place_networks
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.sampler import SampleOptions, sample
-from mvar_jax.sharding import make_mesh, replicated, shardings_of, spec_of, use_mesh
-from mvar_jax.models.init import abstract_params
+from mvar_jax.sharding import make_mesh, spec_of, use_mesh
 from mvar_jax.models.networks import Networks
 
 labels, index, meshes = json.loads(sys.argv[1])
 assert jax.device_count() == 4
 sampler.DRAW_ELEMENTS["cpu"] = 3 * 16 * 16  # so that every device works in chunks, as in decoding
 MODEL, TOKENIZER = (x.clone(sides=(1, 2, 4)) for x in (small_case.MODEL, small_case.TOKENIZER))
-params, tokenizer_params = small_case.seeded_params(MODEL), small_case.seeded_params(TOKENIZER, std=1.0)
+LATER = MODEL.clone(depth=1)  # draws the last scale, so that the switch is on the mesh too
+tokenizer_params = small_case.seeded_params(TOKENIZER, std=1.0)
+networks = Networks(TOKENIZER, tokenizer_params, MODEL, small_case.seeded_params(MODEL))
+networks = networks.switched(networks.replace(transformer=LATER, params=small_case.seeded_params(LATER)), 2)
 options = SampleOptions(cfg=1.5, top_k=12, top_p=0.95)
 
 
 def draw(axes):
     mesh = make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())])
     by_batch = NamedSharding(mesh, spec_of(("batch",)))
-    placed = jax.device_put(params, shardings_of(abstract_params(MODEL), mesh))
+    placed = place_networks(networks, mesh)
     with use_mesh(mesh):
         arrays = (
-            Networks(TOKENIZER, jax.device_put(tokenizer_params, replicated(mesh)), MODEL, placed),
+            placed,
             jax.device_put(jnp.asarray(labels), by_batch),
             jax.device_put(keys_of_samples(0, index), by_batch),
         )
@@ -50,7 +53,10 @@ def draw(axes):
         "images": np.asarray(images).tolist(),
         "ids": np.asarray(ids).tolist(),
         "num_shards": len({str(shard.index) for shard in ids.addressable_shards}),
-        "are_weights_whole": placed["blocks"]["attention"]["qkv"].sharding.is_fully_replicated,
+        "are_weights_whole": all(
+            params["blocks"]["attention"]["qkv"].sharding.is_fully_replicated
+            for params in (placed.params, placed.later.params)
+        ),
     }
 
 

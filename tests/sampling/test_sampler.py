@@ -248,6 +248,33 @@ def test_temperature_divides_the_logits_before_the_filters(smooth):
     assert all((a != b).any() for a, b in zip(warm, draw(logits, 1.0), strict=True))
 
 
+def test_each_scale_has_its_own_temperature():
+    """Ids are those of each scale's logits over its temperature, with the noise that the scale has anyway."""
+    rng, temperatures = np.random.default_rng(0), (3.0, 0.5, 1.5)
+    logits = [jnp.asarray(rng.normal(size=(2, side**2, 16)), jnp.float32) for side in SMALL_SIDES]
+
+    @functools.partial(quick_jit, static_argnums=1)
+    def run(logits, temperature):
+        stub = lambda scale, previous, carry: (logits[scale], None)
+        keys_B = keys_of_samples(0, np.arange(2))
+        return sample_pyramid(stub, NETWORKS, keys_B, SampleOptions(temperature=temperature))[0]
+
+    ids = run(logits, temperatures)
+    divided = [x / temperature for x, temperature in zip(logits, temperatures, strict=True)]
+    np.testing.assert_array_equal(ids, run(divided, 1.0))
+    assert (ids != run(logits, 1.0)).any()
+    with pytest.raises(InputError, match="^temperature must be one number or 3, one for each scale, got 2"):
+        run(logits, (1.0, 2.0))
+
+
+def test_temperatures_are_numbers_of_any_library():
+    assert SampleOptions(temperature=np.array([1.5])) == SampleOptions(temperature=1.5)
+    assert SampleOptions(temperature=jnp.array([2, 1])).temperature == (2.0, 1.0)
+    for wrong, given in (([1, float("nan")], "nan"), ((1.0, -2), "-2"), ([1, "2"], "'2'")):
+        with pytest.raises(InputError, match=f"^temperature must be .*from 1e-6 to 1e6 .*, got {given}"):
+            SampleOptions(temperature=wrong)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

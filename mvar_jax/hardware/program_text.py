@@ -1,0 +1,233 @@
+"""The text of a compiled program: its instructions, and the bytes that each reads and writes.
+
+XLA's own figures count a loop's body once and custom kernels as nothing; here a body counts as often as it runs. A
+fusion that only slices, gathers or updates part of an operand counts that part.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+# instructions without a kernel of their own
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
+PARTS = {"dynamic-slice", "slice", "gather"}  # they read as much as they return
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")
+ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^}]*\})?")
+FAST_MEMORY = "S(1)"  # in a layout: an array that a TPU keeps beside its cores
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of a type: dtype as XLA writes it, sides, and whether it lies in a TPU's fast memory."""
+
+    dtype: str
+    sides: tuple[int, ...]
+    width: int
+    is_fast: bool = False
+
+    @property
+    def size(self) -> int:
+        """Return the bytes in the device's main memory; workspace (s8) is not counted."""
+        return 0 if self.is_fast or self.dtype == "s8" else self.width * math.prod(self.sides)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a compiled program: what it is, its operands by name, and the arrays of its result."""
+
+    name: str
+    op: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    line: str
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Return the bytes of the result."""
+        arrays = self.arrays[:1] if self.op == "copy-start" else self.arrays  # the others are its operand and a mark
+        return sum(array.size for array in arrays)
+
+    @property
+    def is_root(self) -> bool:
+        """Return whether it is the result of its computation."""
+        return self.line.lstrip().startswith("ROOT")
+
+    def attribute(self, pattern: str) -> str | None:
+        """Return the group of a pattern that the line matches, None if it does not."""
+        found = re.search(pattern, self.line)
+        return found and found[1]
+
+    @property
+    def called(self) -> str | None:
+        """Return the computation of a fusion or of an asynchronous instruction."""
+        return self.attribute(r"calls=%?([\w.\-]+)")
+
+    @property
+    def kernel_name(self) -> str:
+        """Return where a kernel comes from: the name of a custom call, or of the operation it was made for."""
+        name = self.attribute(r'custom_call_target="([^"]+)"') or self.attribute(r'op_name="([^"]+)"') or self.op
+        return self.attribute(r'op_name="([^"]+)"') or name if name.endswith("triton") else name
+
+    @property
+    def custom_name(self) -> str:
+        """Return the name that a custom kernel was given, "" if it has none."""
+        return self.attribute(r'\bname = "([^"]+)"') or self.attribute(r"kernel_name[^\w]+(\w+)") or ""
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """An instruction that runs, how often, and the computation around it."""
+
+    instruction: Instruction
+    times: int
+    around: Computation
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A compiled program: computations by name, and the name of the entry."""
+
+    entry: str
+    computations: dict[str, Computation]
+
+    def steps(self) -> Iterator[Step]:
+        """Yield what runs: the instructions of the entry, of calls and, with their trip count, of loops."""
+        return self._visit(self.entry, 1)
+
+    def _visit(self, name: str, times: int) -> Iterator[Step]:
+        around = self.computations[name]
+        for it in around.values():
+            if it.op == "while":
+                yield from self._visit(it.attribute(r"body=%?([\w.\-]+)") or "", times * self._trips(it))
+            elif it.op == "call":
+                yield from self._visit(it.attribute(r"to_apply=%?([\w.\-]+)") or "", times)
+            elif it.op == "conditional":  # one branch runs: the first is counted
+                branch = it.attribute(r"(?:branch_computations=\{|true_computation=)%?([\w.\-]+)")
+                yield from self._visit(branch or "", times)
+            elif it.op == "async-start":
+                yield from self._visit(it.called or "", times)
+            elif it.op not in FREE and not it.op.endswith(("-done", "-update")):
+                yield Step(it, times, around)
+
+    def _trips(self, loop: Instruction) -> int:
+        """Return how often a loop runs; the largest number that its condition compares with if XLA does not say."""
+        if known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"'):
+            return int(known)
+        condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)") or ""]
+        limits = [it.attribute(r"constant\((\d+)\)") for it in condition.values() if it.op == "constant"]
+        return max((int(limit) for limit in limits if limit), default=1)
+
+    def fused(self, it: Instruction) -> Computation:
+        """Return the computation that a fusion calls; nothing for another instruction."""
+        return self.computations.get(it.called or "", {})
+
+    def traffic(self, step: Step) -> int:
+        """Return the bytes that one run of an instruction reads and writes."""
+        it = step.instruction
+        sizes = [step.around[name].size for name in it.operands if name in step.around]
+        if fused := self.fused(it):
+            return sum(_read_bytes(i, size, fused) for i, size in enumerate(sizes)) + _written_bytes(fused)
+        if it.op in PARTS:
+            return 2 * it.size
+        if it.op == "dynamic-update-slice":
+            return 2 * sizes[1]
+        return sum(sizes) + it.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel and how often it is launched."""
+
+    name: str
+    launches: int
+    num_bytes: int
+
+
+def kernels_of(text: str) -> list[Kernel]:
+    """Return the kernels of a compiled program, those in loops with the loop's trip count."""
+    program = parse(text)
+    return [
+        Kernel(step.instruction.kernel_name, step.times, step.times * program.traffic(step))
+        for step in program.steps()
+    ]
+
+
+def arrays_of(kind: str) -> tuple[Array, ...]:
+    """Return the arrays of a type such as `(f32[2,3]{1,0}, s32[])`."""
+    found = []
+    for dtype, bits, sides, layout in ARRAY.findall(kind):
+        width = 1 if dtype == "pred" else math.ceil(int(bits) / 8)
+        found.append(
+            Array(dtype, tuple(int(side) for side in sides.split(",") if side), width, FAST_MEMORY in layout)
+        )
+    return tuple(found)
+
+
+def _close(text: str, begin: int) -> int:
+    """Return the place after the parenthesis that closes the one at `begin`."""
+    depth = 0
+    for i in range(begin, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if depth == 0:
+            return i + 1
+    raise ValueError(f"no closing parenthesis in {text[begin : begin + 80]}")
+
+
+def parse(text: str) -> Text:
+    """Return the computations of a compiled program."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = computations[head[2]] = {}
+            entry = head[2] if head[1] else entry
+        elif current is not None and (found := INSTRUCTION.match(line)):
+            rest = found[2]
+            end = _close(rest, 0) if rest.startswith("(") else rest.index(" ")
+            op = rest[end:].lstrip().partition("(")[0]
+            begin = rest.index("(", end)
+            operands = re.findall(r"%([\w.\-]+)", rest[begin : _close(rest, begin)])
+            current[found[1]] = Instruction(found[1], op, arrays_of(rest[:end]), tuple(operands), line)
+        elif line.startswith("}"):
+            current = None
+    return Text(entry, computations)
+
+
+def _read_bytes(place: int, size: int, fused: Computation) -> int:
+    """Return how many bytes of a fusion's operand it reads: all, unless only parts are used."""
+    (name,) = (name for name, it in fused.items() if it.op == "parameter" and f"parameter({place})" in it.line)
+    names, read = {name}, 0
+    for other, it in fused.items():
+        if not names & set(it.operands):
+            continue
+        if it.op == "bitcast":
+            names.add(other)
+        elif it.op in PARTS and it.operands[0] in names:
+            read += it.size
+        elif it.op == "dynamic-update-slice" and it.operands[0] in names:
+            pass  # the rest of the array stays where it is
+        else:
+            return size
+    return min(read, size)
+
+
+def _written_bytes(fused: Computation) -> int:
+    """Return how many bytes a fusion writes: its results, or what it updates of arrays in place."""
+    (root,) = (it for it in fused.values() if it.is_root)
+    if root.op != "tuple":
+        for it in fused.values():
+            if it.op == "dynamic-update-slice" and it.size >= root.size:
+                return fused[it.operands[1]].size
+        return root.size
+    written = 0
+    for name in root.operands:
+        part = it = fused[name]
+        while it.op == "bitcast":
+            it = fused[it.operands[0]]
+        written += fused[it.operands[1]].size if it.op == "dynamic-update-slice" else part.size
+    return written

@@ -1,0 +1,1 @@
+"""What a run needs on machines that are not here: its own programs, compiled, with their memory, work and time."""

@@ -1,0 +1,94 @@
+"""The scale-Markov model beside VAR, the same weights with full conditioning, and beside published figures."""
+
+import dataclasses
+
+from mvar_jax.errors import InputError
+from mvar_jax.hardware.machines import Machine
+from mvar_jax.planning.plan import Request, make_plan
+from mvar_jax.planning.report import Plan, describe, show_bytes, show_time, table
+from mvar_jax.planning.roofline import estimate
+from mvar_jax.training.programs import SAMPLE, TRAIN
+
+# (view, depth, what) -> peak MB that the paper prints for its PyTorch programs, batch 32
+PUBLISHED_MB = {
+    ("markov", 16, SAMPLE): 3846,
+    ("full", 16, SAMPLE): 10882,
+    ("markov", 20, SAMPLE): 5432,
+    ("full", 20, SAMPLE): 16244,
+    ("markov", 24, SAMPLE): 7216,
+    ("full", 24, SAMPLE): 23056,
+    ("markov", 16, TRAIN): 20676,
+    ("full", 16, TRAIN): 34319,
+    ("markov", 20, TRAIN): 27665,
+    ("full", 20, TRAIN): 48173,
+    ("markov", 24, TRAIN): 38579,
+}
+PUBLISHED_BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One part of both models: peak bytes and seconds for an image, of MVAR and of VAR, and the published MB."""
+
+    part: str
+    batch: int
+    peaks: tuple[int, int]
+    seconds: tuple[float, float]
+    published_mb: tuple[int | None, int | None]
+
+
+def compare_views(config: dict, request: Request) -> tuple[Plan, Plan, list[Row]]:
+    """Return (plan of MVAR, plan of VAR, rows). Raises InputError unless the config trains a transformer."""
+    if config["task"] != "transformer":
+        words = f"--compare needs a config of a transformer, got config.task={config['task']}"
+        raise InputError(words, field="config.task", given=config["task"], expected="transformer")
+    views = ("markov", "full")
+    plans = [make_plan(config | {"model": config["model"] | {"conditioning": view}}, request) for view in views]
+    rows = []
+    for part in request.parts:
+        batch = plans[0].batch_size if part == TRAIN else request.num_samples
+        if part not in (TRAIN, SAMPLE):
+            continue  # both encode alike
+        own = [[one for one in plan.figures if bool(one.runs) == (part == TRAIN)] for plan in plans]
+        own = [[one for one in each if part == TRAIN or one.name.startswith(SAMPLE)] for each in own]
+        published = [PUBLISHED_MB.get((view, config["model"]["depth"], part)) for view in views]
+        rows.append(
+            Row(
+                part,
+                batch,
+                tuple(max(one.peak_bytes for one in each) for each in own),
+                tuple(_seconds(each, plans[0].machine) for each in own),
+                tuple(published) if batch == PUBLISHED_BATCH else (None, None),
+            )
+        )
+    return plans[0], plans[1], rows
+
+
+def _seconds(figures: list, machine: Machine) -> float:
+    """Return the mean seconds of a call: of the steps by how often they run."""
+    runs = [one.runs or 1 for one in figures]
+    times = [estimate(one, machine).total_s for one in figures]
+    return sum(a * b for a, b in zip(runs, times, strict=True)) / sum(runs)
+
+
+def describe_comparison(markov: Plan, full: Plan, rows: list[Row]) -> str:
+    """Return both reports, and memory and time of VAR over MVAR."""
+    head = (
+        "VAR over MVAR",
+        "batch",
+        "MVAR peak",
+        "VAR peak",
+        "ratio",
+        "published ratio",
+        "MVAR time",
+        "VAR time",
+        "ratio",
+    )
+    lines = [head]
+    for row in rows:
+        mb = row.published_mb
+        published = f"{mb[1] / mb[0]:.2f}" if mb[0] and mb[1] else ""
+        peaks = (*map(show_bytes, row.peaks), f"{row.peaks[1] / row.peaks[0]:.2f}", published)
+        a, b = row.seconds
+        lines.append((row.part, str(row.batch), *peaks, show_time(a), show_time(b), f"{b / a:.2f}" if a else ""))
+    return "\n".join([describe(markov), "", describe(full), "", *table(lines)])

@@ -1,0 +1,186 @@
+"""Figures of compiled programs, kept between calls."""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import mvar_jax
+from mvar_jax.errors import InputError
+from mvar_jax.fields import from_dict
+from mvar_jax.files.atomic import write_json
+from mvar_jax.files.json_files import parse_json
+from mvar_jax.hardware.compiling import OutOfMemory
+from mvar_jax.hardware.program_text import Array
+from mvar_jax.hardware.work import Collective, Work, work_of
+from mvar_jax.ops.cost import attention_kernel_flops
+from mvar_jax.planning.tasks import bytes_on_device, compile_program
+from mvar_jax.training.programs import Program
+from mvar_jax.training.task import DataTask
+
+COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What a compiled program needs, for one device.
+
+    Attributes:
+      name, runs, images, model_flops: of the `Program`; the last over all devices.
+      params_bytes: of the trained parameters; of a program without a training state, of all arguments.
+      optimizer_bytes: of the rest of the training state.
+      argument_bytes: of all arguments, these included.
+      activation_bytes: of what lives only while the program runs.
+      is_refused: the compiler found the program too large for the device: its work is not known, and its activations
+        are what it named.
+      compile_s: seconds of compilation.
+      work, collectives: of the program.
+    """
+
+    name: str
+    runs: float
+    images: int
+    model_flops: float
+    params_bytes: int
+    optimizer_bytes: int
+    argument_bytes: int
+    activation_bytes: int
+    is_refused: bool
+    compile_s: float
+    work: tuple[Work, ...] = ()
+    collectives: tuple[Collective, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the memory while the program runs."""
+        return self.argument_bytes + self.activation_bytes
+
+    @property
+    def flops(self) -> float:
+        """Return the FLOPs of the products of one run, recomputation included."""
+        return sum(work.times * work.flops for work in self.work)
+
+    @property
+    def num_bytes(self) -> float:
+        """Return the bytes that one run reads and writes in memory."""
+        return sum(work.times * work.num_bytes for work in self.work)
+
+
+def measure(task: DataTask, programs: list[Program], target: str, config: dict, folder: Path | None) -> list[Figures]:
+    """Return the figures of a task's programs, compiled for a target if they are not in the folder.
+
+    Args:
+      task, programs: of `tasks.make_task` and `tasks.programs_of`.
+      target: their machine, see `compiling.devices_of`.
+      config: of the task: what the folder's names are made of, with versions and code.
+      folder: keeps the figures between calls; None keeps none.
+
+    What is compiled is said on stderr, with its time and what is left.
+    """
+    found, compiled_s = [], []
+    for number, program in enumerate(programs):
+        file = None if folder is None else folder / f"{_digest(config, target, program)}.json"
+        if (figures := file and _read(file)) is None:
+            left = f", {len(programs) - number - 1} more"
+            if compiled_s:
+                left += f" (about {sum(compiled_s) / len(compiled_s) * (len(programs) - number):.0f} s in all)"
+            print(f"plan: compiling {program.name} for {target}{left}", file=sys.stderr, flush=True)
+            figures = compile_figures(task, program, target)
+            compiled_s.append(figures.compile_s)
+            print(f"plan: {program.name} took {figures.compile_s:.0f} s", file=sys.stderr, flush=True)
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, dataclasses.asdict(figures))
+        # how often it runs is no matter of the compiler
+        found.append(dataclasses.replace(figures, runs=program.runs, model_flops=program.flops))
+    return found
+
+
+def compile_figures(task: DataTask, program: Program, target: str) -> Figures:
+    """Compile one program and return its figures."""
+    argument_bytes = bytes_on_device(program.arguments)
+    params_bytes = argument_bytes if program.state is None else bytes_on_device(program.state.params)
+    state_bytes = argument_bytes if program.state is None else bytes_on_device(program.state)
+    begin = time.perf_counter()
+    work, collectives, is_refused = [], [], False
+    hosts = tuple(device.process_index for device in task.run.mesh.devices.flat)
+    try:
+        compiled = compile_program(task, program, target)
+        work, collectives = work_of(compiled.text, hosts, functools.partial(_kernel_flops, task))
+        argument_bytes, activation_bytes = compiled.argument_bytes, compiled.total_bytes - compiled.argument_bytes
+    except OutOfMemory as error:
+        is_refused, activation_bytes = True, error.needed_bytes
+    return Figures(
+        name=program.name,
+        runs=program.runs,
+        images=program.images,
+        model_flops=program.flops,
+        params_bytes=params_bytes,
+        optimizer_bytes=state_bytes - params_bytes,
+        argument_bytes=argument_bytes,
+        activation_bytes=activation_bytes,
+        is_refused=is_refused,
+        compile_s=time.perf_counter() - begin,
+        work=tuple(_merged(work)),
+        collectives=tuple(_merged(collectives)),
+    )
+
+
+def _kernel_flops(task: DataTask, name: str, operands: list[Array]) -> float:
+    """Return the FLOPs of an attention kernel by ops/cost; 0 for other kernels, which have no products."""
+    transformer = getattr(task, "transformer", None)
+    is_attention = operands and len(operands[0].sides) == 4
+    return attention_kernel_flops(transformer.pyramid, name, operands[0].sides) if transformer and is_attention else 0
+
+
+def _merged(items: list) -> Iterator[Any]:
+    """Yield equal items once, with the sum of their times."""
+    times: collections.Counter = collections.Counter()
+    for item in items:
+        times[dataclasses.replace(item, times=0)] += item.times
+    for item, total in times.items():
+        yield dataclasses.replace(item, times=total)
+
+
+def _digest(config: dict, target: str, program: Program) -> str:
+    """Return a name for what decides on a program's figures."""
+    arguments = jax.tree.map(str, program.arguments)
+    versions = {name: _version(name) for name in COMPILERS}
+    parts = [config, target, program.name, str(arguments), versions, _code_digest()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@functools.cache
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    root = Path(mvar_jax.__file__).parent
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.txtpb")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _read(file: Path) -> Figures | None:
+    """Return the figures of a file, None if it is missing or damaged: they are compiled again."""
+    try:
+        values = dict(parse_json(file.read_text()))
+        values["work"] = tuple(from_dict(Work, part, "work") for part in values["work"])
+        values["collectives"] = tuple(from_dict(Collective, part, "collectives") for part in values["collectives"])
+        return Figures(**values)
+    except (OSError, ValueError, TypeError, KeyError, InputError):
+        return None
