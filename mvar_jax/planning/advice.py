@@ -12,9 +12,8 @@ from mvar_jax.sharding import check_batch_size, check_sizes, num_shards_of, wide
 from mvar_jax.training.task import DataTask
 
 MAX_PARTS = 64
-KEPT_WIDTHS = (
-    9  # of a token in a block, that remat "dots" keeps and "full" does not: q, k, v, two outputs, hidden 4 D
-)
+# widths of a token in a block that remat "dots" keeps and "full" does not: q, k, v, two outputs, hidden of 4 widths
+KEPT_WIDTHS = 9
 RESERVED_SHARE = 0.95  # of a GPU that JAX may be told to reserve
 
 
