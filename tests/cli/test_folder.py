@@ -158,7 +158,7 @@ def test_a_token_cache_keeps_the_order_of_its_class_folders(numbered, tmp_path, 
     tree, numbers = numbered
     save_model(tmp_path / "vae", {"tokenizer": TOKENIZER}, {"tokenizer": seeded_params(TOKENIZER)})
     seen, out = [], tmp_path / "out"
-    write = lambda *args, **options: seen.append(args[4]["val"].label_names)
+    write = lambda out, path, networks, sources, *rest, **options: seen.append(sources["val"].label_names)
     monkeypatch.setattr(encode, "write_cache", write)
     meta = {"format": 1, "tokenizer_fingerprint": "", "tokenizer_path": "", "sides": [1], "vocab_size": 16}
     meta |= {"dtype": "uint16", "splits": {}, "label_names": sorted(numbers)}
