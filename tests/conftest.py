@@ -58,6 +58,7 @@ gc.set_threshold(200_000, 20, 100)
 LONG_FILES = ["test_commands", "test_window", "test_store_checkpoints", "test_run_in_store"]
 LONG_FILES += ["test_stored_models", "test_errors", "test_cache_commands", "test_sampler", "test_processes"]
 LONG_FILES += ["test_sharding", "test_ends", "test_locks", "test_store_cache", "test_toy_run_in_store"]
+LONG_FILES += ["test_refiner_mesh", "test_finetuned_tokenizer", "test_channels", "test_plan_command"]
 LONG_FILES += ["test_tokenizer", "test_package", "test_transformer", "test_default_flags", "test_loop"]
 LONG_FILES += ["test_kill", "test_notebooks", "test_encode", "test_resume", "test_weights"]
 LONG_FILES += ["test_worker_scripts", "test_accumulate", "test_pictures", "test_slurm"]

@@ -5,7 +5,6 @@
 
 import functools
 import json
-import math
 import re
 import sys
 
@@ -16,14 +15,9 @@ import numpy as np
 from small_case import MODEL, TOKENIZER, seeded_batch, seeded_params
 
 from mvar_jax.models.discriminator import PatchDiscriminator
-from mvar_jax.models.networks import Networks
-from mvar_jax.models.refiner import Refiner
 from mvar_jax.ops.platform import compiling_for
-from mvar_jax.ops.random import keys_of_samples
-from mvar_jax.sampling.bulk import place_networks
-from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import make_mesh, put_batch, replicated, use_mesh
-from mvar_jax.training import refiner_step, tokenizer_step
+from mvar_jax.training import tokenizer_step
 from mvar_jax.training.adversary import Adversary, AdversaryOptions
 from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
@@ -42,7 +36,6 @@ TESTED = {
 # every dimension that matters is told from all others: 9 + 36 tokens, 24 codes, 8 heads of width 5
 TRANSFORMER = MODEL.clone(sides=(3, 6), refine_step=1, num_heads=8, width=40, vocab_size=24, drop_path_rate=0.2)
 AUTOENCODER = TOKENIZER.clone(sides=(3, 6), ch_mult=(1,), num_phi=1, vocab_size=24)
-REFINER = Refiner((3, 6), vocab_size=24, code_width=4, width=40, num_heads=8, depth=1)
 OPTIMIZER, PHASES = OptimizerOptions(), PhaseOptions()
 CODEBOOK = CodebookOptions(
     entropy_weight=0.1, entropy_until_step=100, entropy_temperature=0.5, scale_dropout=0.5, scale_dropout_first=1
@@ -131,31 +124,6 @@ def worst_gradient() -> float:
     return max(jax.tree.leaves(errors))
 
 
-def refiner_report() -> dict:
-    """Return the losses of a refiner's steps and the ids of its samples, on one device and on the mixed mesh."""
-    modules = {"tokenizer": AUTOENCODER, "transformer": TRANSFORMER, "refiner": REFINER}
-    networks = Networks.of(modules, {kind: seeded_params(module, std=0.3) for kind, module in modules.items()})
-    recipe = refiner_step.RefinerRecipe(OPTIMIZER, PHASES)
-    step = functools.partial(refiner_step.train_step, recipe, TRANSFORMER.phases())
-    make = lambda params: make_state(lambda: params, OPTIMIZER)
-    batch = {name: np.asarray(x) for name, x in seeded_batch(TRANSFORMER, 8).items()}
-    batch["key"], report = np.asarray(jax.random.key_data(keys_of_samples(0, np.arange(8)))), {}
-    for name, sizes in {"one": (1, 1, 1), "mesh": (2, 2, 2)}.items():
-        mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-        boxed = lambda: make_state(lambda: REFINER.init_params(jax.random.key(0)), OPTIMIZER)
-        shardings = jax.tree.map(lambda x: x.sharding, abstract_sharded(boxed, mesh))
-        state = jax.device_put(jax.jit(make)(networks.refiner_params), shardings)
-        with use_mesh(mesh):
-            placed, given = place_networks(networks, mesh), put_batch(batch, mesh)
-            keys = jax.random.wrap_key_data(given.pop("key"))
-            losses = run(functools.partial(jax.jit(step, out_shardings=(shardings, None)), placed), state, given)
-            (ids,) = sample(placed, given["label"], keys, SampleOptions(cfg=1.5, top_k=12), ("ids",))
-        kernel = state.params["block_0"]["ffn"]["up"]["kernel"]
-        shapes = [list(x.addressable_shards[0].data.shape) for x in (kernel, ids)]
-        report[name] = {"losses": losses, "ids": np.asarray(ids).tolist(), "shard_shapes": shapes}
-    return report
-
-
 def main():
     report = {}
     for name, (module, batch, step, extra) in make_cases().items():
@@ -183,8 +151,7 @@ def main():
                 "worst": float(np.max(np.abs(np.array(losses) / expected - 1))),
                 "gathers": gathered_shapes(program.as_text()),
             }
-    whole = {"devices": len(jax.devices()), "runs": report, "worst_gradient": worst_gradient()}
-    print(json.dumps(whole | {"refiner": refiner_report()}))
+    print(json.dumps({"devices": len(jax.devices()), "runs": report, "worst_gradient": worst_gradient()}))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eight_devices import run_on_eight_devices
 from jax.sharding import PartitionSpec
 
 from mvar_jax import sharding
@@ -91,20 +88,9 @@ def test_batch_must_divide_over_the_batch_axes():
             sharding.check_batch_size(batch_size, FakeMesh)
 
 
-def run_on_eight_devices(*arguments):
-    tests = Path(__file__).parent
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def mesh_report():
-    report = json.loads(run_on_eight_devices(str(Path(__file__).parent / "mesh_case.py")))
+    report = json.loads(run_on_eight_devices("mesh_case.py"))
     assert report["devices"] == 8
     return report
 
@@ -120,15 +106,6 @@ def test_five_steps_of_every_phase_and_of_the_tokenizer_are_equal_on_every_kind_
         assert run["worst"] < 1e-5 and len(run["losses"]) == 5, (name, run)
         is_contest = name.startswith("adversarial")  # what one network gains the other may lose
         assert is_contest or run["losses"][-1] < run["losses"][0], name
-
-
-def test_a_refiner_trains_and_draws_the_same_on_a_mesh_as_on_one_device(mesh_report):
-    """Its weights, those of its transformer and the batch are split; the refined samples are guided and filtered."""
-    one, mesh = mesh_report["refiner"]["one"], mesh_report["refiner"]["mesh"]
-    np.testing.assert_allclose(mesh["losses"], one["losses"], rtol=1e-5)
-    assert one["losses"][-1] < one["losses"][0]
-    assert mesh["ids"] == one["ids"] and np.unique(one["ids"]).size > 10
-    assert one["shard_shapes"] == [[40, 160], [8, 45]] and mesh["shard_shapes"] == [[20, 80], [2, 45]]
 
 
 def test_gradients_of_bfloat16_computation_are_summed_over_devices_in_float32(mesh_report):
