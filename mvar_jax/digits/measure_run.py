@@ -104,7 +104,7 @@ def report_digits(tokenizer_dir: Path, base: Drawn, refined: Drawn | None, stage
 
     Args:
       base: of the transformer.
-      refined: of its refiner, None if there is none.
+      refined: of its refiner; None: the run has no refiner.
       stages: the log of launch/stage.py.
     """
     began_s = time.monotonic()

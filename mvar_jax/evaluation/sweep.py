@@ -134,7 +134,7 @@ class Sweep:
         return (*AXES, self.judge.distance, self.judge.quality, COST, CHOSEN)
 
     def _read(self, path: Path) -> list[dict[str, str]]:
-        """Return the rows of a CSV, [] if there is none. Raises InputError if it is damaged."""
+        """Return the rows of a CSV; no rows if the file is missing. Raises InputError if it is damaged."""
         if not path.exists():
             return []
         try:
@@ -194,7 +194,7 @@ class Sweep:
 
 
 def describe(row: Mapping[str, str]) -> str:
-    """Return a point's options in a few words: those that change anything."""
+    """Return the label of a row: guidance and temperature, and the filters that are on."""
     words = [f"cfg {row['cfg']}", f"T {row['temperature']}"]
     words += [f"{name} {row[name]}" for name in ("top_k", "top_p") if float(row[name])]
     return ", ".join(words)

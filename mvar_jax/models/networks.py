@@ -1,4 +1,4 @@
-"""A tokenizer, a transformer and a refiner together with their weights, and those that take over at a scale."""
+"""A tokenizer, a transformer and a refiner with their weights; maybe a second model that draws the last scales."""
 
 import functools
 from typing import Any
@@ -48,7 +48,7 @@ class Networks:
         return cls(modules["tokenizer"], params["tokenizer"], *both)
 
     def switched(self, later: "Networks", switch: int) -> "Networks":
-        """Return the networks of which `later` draw the scales from number `switch` on; both share a tokenizer.
+        """Return the networks whose scales from number `switch` on are drawn by `later`, with the same tokenizer.
 
         Raises InputError unless `switch` is from 0 to the number of scales, and later ones need f_hat alone: VAR
         needs keys and values of all coarser scales.
@@ -61,7 +61,7 @@ class Networks:
         return self.replace(later=later.replace(tokenizer_params=None), switch=switch)
 
     def parts(self) -> tuple["Networks", "Networks"]:
-        """Return the networks that draw the scales before the switch, and those that draw the rest."""
+        """Return two networks: the first draws the scales before `switch`, the second the others."""
         first = self.replace(later=None, switch=0)
         return first, self.later.replace(tokenizer=self.tokenizer, tokenizer_params=self.tokenizer_params)
 

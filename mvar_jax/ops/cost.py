@@ -62,7 +62,7 @@ _KERNEL_PRODUCTS = {"backward_kv": 4, "backward_q": 3, "dkv": 4, "dq": 3, "forwa
 
 
 def attention_kernel_flops(pyramid: Pyramid, name: str, sides: tuple[int, ...]) -> float:
-    """Return the FLOPs of an attention kernel, 0 if its name is none's or it sees no whole scales.
+    """Return the FLOPs of an attention kernel; 0 for an unknown name or operands that are no whole scales.
 
     Args:
       pyramid: of the transformer, which knows who sees whom.
@@ -70,9 +70,10 @@ def attention_kernel_flops(pyramid: Pyramid, name: str, sides: tuple[int, ...]) 
       sides: of its first operand, queries `[B, N, H, K]` or `[B, H, N, K]`.
     """
     num_products = next((num for part, num in _KERNEL_PRODUCTS.items() if part in name), 0)
-    keys = next((keys for N in sides[1:3] if (keys := _keys_within(pyramid, N))), 0)
-    num_tokens = next((N for N in sides[1:3] if _keys_within(pyramid, N)), 1)
-    return 2.0 * num_products * keys * sides[0] * sides[1] * sides[2] * sides[3] / num_tokens
+    for num_tokens in sides[1:3]:
+        if keys := _keys_within(pyramid, num_tokens):
+            return 2.0 * num_products * keys * sides[0] * sides[1] * sides[2] * sides[3] / num_tokens
+    return 0.0
 
 
 def _keys_within(pyramid: Pyramid, num_tokens: int) -> int:

@@ -47,7 +47,7 @@ def sample_pyramid(
     """Draw every scale from the logits of `logits_fn`.
 
     Args:
-      networks: of each scale those that draw it, see `Networks.at`.
+      networks: `Networks.at` tells which of them draw a scale.
       keys_B: one random key per sample.
       noise: (logits_BNV, keys_B) -> Gumbel noise of the smooth mode.
       known: returns the known tokens of a scale, as editing does; None: there are none.

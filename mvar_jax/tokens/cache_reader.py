@@ -103,7 +103,7 @@ def has_ids_of(path: str | os.PathLike, networks: Networks) -> bool:
         return True
     if not meta.get("tokenizer"):
         return False
-    # an older cache knows the fingerprint of a whole tokenizer, of which it has a copy
+    # an older cache noted no fingerprint of ids: compute it from the cache's own copy of the tokenizer
     modules, params = load_model(as_path(path, "cache") / meta["tokenizer"])
     own = modules["tokenizer"], params["tokenizer"]
     return fingerprint(*own) == made_by and ids_fingerprint(*own) == ids

@@ -149,7 +149,7 @@ class TokenizerTask(DataTask):
         return state
 
     def _check_frozen(self, state: TrainState) -> None:
-        """Raise RunError unless frozen weights, and so the ids of every image, are those that the run began with."""
+        """Raise RunError if a frozen weight has changed since step 0: the ids of images would be others."""
         with use_mesh(self.run.mesh):
             for params in (state.params, self.averaged(state)):
                 sums = jax.jit(bit_sums, out_shardings=self._whole)(ids_params(params))

@@ -119,7 +119,9 @@ def test_other_samples_and_a_damaged_csv_are_refused(digits, drawn, tmp_path, mo
     refuse(capfd, [*line, "--num_samples", "21"], "num_samples=21 differs from 20")
     path = tmp_path / "sweep.csv"
     path.write_text(path.read_text().replace("fd_20", "fd"))
+    damaged = path.read_text()
     refuse(capfd, line, "has a sweep.csv that cannot be continued")
+    assert path.read_text() == damaged
 
 
 def test_with_a_reference_the_scores_are_those_of_evaluate(tiny_model, drawn, tmp_path, monkeypatch):
@@ -165,3 +167,4 @@ def test_bad_input_is_refused_before_the_first_sample(digits, drawn, tmp_path, c
 def test_a_model_of_other_images_needs_a_reference(tiny_model, tmp_path, capfd):
     line = ["sweep", "--checkpoint", str(tiny_model), "--out", str(tmp_path / "out")]
     refuse(capfd, line, "give --reference and --inception", "is no run on the digits")
+    assert not (tmp_path / "out").exists()
