@@ -73,6 +73,8 @@ class Instruction:
     @property
     def custom_name(self) -> str:
         """Return the name that a custom kernel was given, "" if it has none."""
+        if 'custom_call_target="tpu_custom_call"' in self.line:
+            return self.name
         return self.attribute(r'\bname = "([^"]+)"') or self.attribute(r"kernel_name[^\w]+(\w+)") or ""
 
 
@@ -178,11 +180,23 @@ def _close(text: str, begin: int) -> int:
     raise ValueError(f"no closing parenthesis in {text[begin : begin + 80]}")
 
 
+def _whole_lines(text: str) -> Iterator[str]:
+    """Yield the lines of a program; attributes of a Pallas kernel continue in lines that are not indented."""
+    whole = ""
+    for line in text.splitlines():
+        if whole.startswith(" ") and line and not line.startswith((" ", "%", "ENTRY")) and not re.match(r"\}(,|$)", line):
+            whole += line
+            continue
+        yield whole
+        whole = line
+    yield whole
+
+
 def parse(text: str) -> Text:
     """Return the computations of a compiled program."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             current = computations[head[2]] = {}
             entry = head[2] if head[1] else entry

@@ -67,13 +67,15 @@ def attention_kernel_flops(pyramid: Pyramid, name: str, sides: tuple[int, ...]) 
     Args:
       pyramid: of the transformer, which knows who sees whom.
       name: text that holds the kernel's name.
-      sides: of its first operand, queries `[B, N, H, K]` or `[B, H, N, K]`.
+      sides: of the queries, `[B, N, H, K]`; splash attention's are `[B * H, 1, N, K]`, N rounded up to whole blocks:
+        of the scales of that many blocks, the largest is counted.
     """
     num_products = next((num for part, num in _KERNEL_PRODUCTS.items() if part in name), 0)
-    for num_tokens in sides[1:3]:
-        if keys := _keys_within(pyramid, num_tokens):
-            return 2.0 * num_products * keys * sides[0] * sides[1] * sides[2] * sides[3] / num_tokens
-    return 0.0
+    num_tokens, num_heads = sides[1], sides[2]
+    if "splash" in name:
+        (num_heads, N), block = sides[1:3], 128
+        num_tokens = max((area for area in pyramid.areas if -(-area // block) * block == N), default=0)
+    return 2.0 * num_products * _keys_within(pyramid, num_tokens) * sides[0] * num_heads * sides[3]
 
 
 def _keys_within(pyramid: Pyramid, num_tokens: int) -> int:

@@ -138,8 +138,9 @@ def compile_figures(task: DataTask, program: Program, target: str) -> Figures:
 def _kernel_flops(task: DataTask, name: str, operands: list[Array]) -> float:
     """Return the FLOPs of an attention kernel by ops/cost; 0 for other kernels, which have no products."""
     transformer = getattr(task, "transformer", None)
-    is_attention = operands and len(operands[0].sides) == 4
-    return attention_kernel_flops(transformer.pyramid, name, operands[0].sides) if transformer and is_attention else 0
+    # a TPU's kernels have tables of the mask's blocks before the queries
+    sides = next((one.sides for one in operands if len(one.sides) == 4 and one.dtype in ("bf16", "f16", "f32")), None)
+    return attention_kernel_flops(transformer.pyramid, name, sides) if transformer and sides else 0
 
 
 def _merged(items: list) -> Iterator[Any]:

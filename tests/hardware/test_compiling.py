@@ -1,6 +1,7 @@
 """Compiling for other machines; those whose compiler is not installed are skipped, with the reason printed."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,13 @@ from jax.sharding import NamedSharding
 from mvar_jax.errors import InputError
 from mvar_jax.hardware.compiling import compile_for, devices_of
 from mvar_jax.hardware.machines import platform_of
+from mvar_jax.hardware.work import work_of
 from mvar_jax.ops import draw_gpu
 from mvar_jax.ops.block_diagonal import block_diagonal_attention
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.window import local_window_attention, pallas_tpu
+from mvar_jax.planning.figures import _kernel_flops
+from mvar_jax.scales import Pyramid
 from mvar_jax.sharding import make_mesh, spec_of, use_mesh
 
 # as it is compiled for use: tests/conftest.py spares LLVM's work, and registers then spill
@@ -142,10 +146,14 @@ def test_draws_of_a_sharded_batch_need_no_communication():
 
 @pytest.mark.deviceless
 @pytest.mark.parametrize(("side", "dtype"), [(16, "float32"), (64, "bfloat16")])
-def test_splash_kernels_compile_for_a_tpu(side, dtype):
+def test_splash_kernels_compile_for_a_tpu_and_their_products_are_counted(side, dtype):
+    """2 products forward; backward those 2 again, 3 for the gradient of q and 4 for those of k and v."""
     devices_or_skip("v5e")
     program = functools.partial(forward_and_backward, "pallas_tpu", 7)
-    assert "custom-call" in compile_for("v5e", program, *qkv_like(side, 2, dtype)).text
+    text = compile_for("v5e", program, *qkv_like(side, 2, dtype)).text
+    task = SimpleNamespace(transformer=SimpleNamespace(pyramid=Pyramid((1, side), 1, 7)))
+    work, _ = work_of(text, (0,), functools.partial(_kernel_flops, task))
+    assert sum(one.times * one.flops for one in work) == 11 * 2 * 49 * side**2 * 2 * 16 * 64
 
 
 CASES = [("h100:8", "pallas_gpu"), ("h100:8", "tiled"), ("v5e:2x4", "band"), ("v5e:2x4", "pallas_tpu")]

@@ -61,3 +61,22 @@ def test_collectives_have_their_groups_and_what_a_device_sends(
     (one,) = work_of(COLLECTIVE.format(instruction), (0, 0, 1, 1))[1]
     assert (one.kind, one.num_bytes, one.num_devices) == (kind, num_bytes, num_devices)
     assert (one.sent_bytes, one.crosses_hosts) == (sent, crosses)
+
+
+KERNEL = """ENTRY %main (q: bf16[4,1,256,64], t: s8[1,2,2]) -> bf16[4,1,256,64] {
+  %q = bf16[4,1,256,64]{3,2,1,0} parameter(0)
+  %t = s8[1,2,2]{2,1,0} parameter(1)
+  %splash_mha_fwd.1 = bf16[4,1,256,64]{3,2,1,0} custom-call(%t, %q), custom_call_target="tpu_custom_call", attributes={{
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(f)/pallas_call"}
+  ROOT %y = bf16[4,1,256,64]{3,2,1,0} negate(%splash_mha_fwd.1)
+}
+"""
+
+
+def test_a_kernel_with_attributes_on_several_lines_is_one_instruction():
+    seen = []
+    work, _ = work_of(KERNEL, (0,), lambda name, operands: seen.append((name, operands[1].sides)) or 8.0)
+    assert seen == [("splash_mha_fwd.1", (4, 1, 256, 64))]
+    size = 2 * 4 * 256 * 64
+    assert [(one.flops, one.num_bytes) for one in work] == [(8.0, 2 * size), (0.0, 2 * size)]

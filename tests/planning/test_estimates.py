@@ -58,6 +58,7 @@ def test_kernels_of_all_scales_count_what_the_tables_of_the_paper_count():
     ]
     assert sum(backward) == 3.5 * fine[1]
     assert attention_kernel_flops(pyramid, "draw_row", (2, 256, 4, 64)) == 0
+    assert attention_kernel_flops(pyramid, "splash_mha_fwd.1", (2 * 4, 1, 256, 64)) == fine[1]
 
 
 def test_search_returns_the_fastest_that_fits(monkeypatch):
