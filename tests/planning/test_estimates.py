@@ -1,21 +1,25 @@
 """What a plan makes of figures: times, what bounds them, what would fit, and the choice of a search."""
 
 import dataclasses
+import re
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 
 from mvar_jax import build
 from mvar_jax.cli.configuration import read_config
-from mvar_jax.hardware.machines import Machine
+from mvar_jax.hardware.compiling import _out_of_memory
+from mvar_jax.hardware.machines import Machine, machine_of
 from mvar_jax.hardware.work import Collective, Work
 from mvar_jax.ops.cost import attention_kernel_flops, keys_seen
-from mvar_jax.planning import compare, plan
-from mvar_jax.planning.advice import first_change
+from mvar_jax.planning import advice, compare, figures, plan, report
 from mvar_jax.planning.figures import Figures
-from mvar_jax.planning.roofline import estimate
-from mvar_jax.planning.tasks import make_task
+from mvar_jax.planning.report import Plan
+from mvar_jax.planning.roofline import estimate, machine_for
+from mvar_jax.planning.tasks import make_task, programs_of
 from mvar_jax.scales import Pyramid
+from mvar_jax.sharding import MESH_AXES, mesh_shapes
 
 MACHINE = Machine("m", "", "gpu", (), {"float32": 1e9, "bfloat16": 2e9}, 200, 100, 1e6, 1e5, 1e4)
 STEP = Figures("step", 10, 8, 0.0, 10, 20, 31, 100, False, 1.0)
@@ -39,13 +43,97 @@ def small_task():
 
 @pytest.mark.parametrize("usable, words", [(96, "config.accumulate_steps=2"), (63, "config.accumulate_steps=8")])
 def test_what_does_not_fit_gets_the_fewest_parts_that_would(usable, words):
-    change = first_change(small_task(), [STEP], dataclasses.replace(MACHINE, usable_bytes=usable))
+    change = advice.first_change(small_task(), [STEP], dataclasses.replace(MACHINE, usable_bytes=usable))
     assert change.words == words
     assert STEP.peak_bytes - change.saved_bytes <= usable
 
 
+@pytest.mark.parametrize(
+    "remat, machine, words",
+    [
+        ("dots", {"usable_bytes": 90}, "config.model.remat=full"),
+        ("full", {"usable_bytes": 111}, "config.mesh.data=1 config.mesh.fsdp=2 config.mesh.tensor=1"),
+        ("full", {"usable_bytes": 110}, "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment"),
+        ("full", {"usable_bytes": 110, "platform": "tpu"}, None),
+        ("full", {"usable_bytes": 75, "memory_bytes": 100}, None),
+    ],
+)
+def test_what_parts_do_not_save_is_saved_by_the_next_change(monkeypatch, remat, machine, words):
+    """Recomputation, then a wider fsdp axis, which halves 40 bytes of state and gradients, then what JAX reserves."""
+    monkeypatch.setattr(advice, "MAX_PARTS", 1)
+    monkeypatch.setattr(advice, "wider_meshes", lambda mesh: [AbstractMesh((1, 2, 1), MESH_AXES)])
+    config = CONFIG | {"model": CONFIG["model"] | {"remat": remat}}
+    task = make_task(config, tuple(jax.devices()[:1]), tokenizer=TOKENIZER)
+    change = advice.first_change(task, [STEP], dataclasses.replace(MACHINE, **machine))
+    assert (change and change.words) == words
+
+
+def plan_of(*found: Figures, **changes) -> Plan:
+    mesh = {"data": 2, "fsdp": 1, "tensor": 1}
+    return Plan("c", "m:2", dataclasses.replace(MACHINE, **changes), mesh, 8, 10, found, (), None)
+
+
+SAMPLE = dataclasses.replace(STEP, name="sample 8", runs=0, optimizer_bytes=0, activation_bytes=150)
+
+
+@pytest.mark.parametrize(
+    "planned, words",
+    [
+        (plan_of(STEP, usable_bytes=131), "fits: step needs 0.128 KiB of 0.128 KiB"),
+        (plan_of(STEP, usable_bytes=130), "does not fit: step needs .* and no single change would"),
+        (plan_of(STEP, SAMPLE, usable_bytes=131), "does not fit: sample 8 needs .* but training does; --samples"),
+        (
+            dataclasses.replace(plan_of(STEP), change=advice.Change("config.x=1", 64)),
+            "does not fit: .*; config.x=1 would save about 0.0625 KiB of a step",
+        ),
+    ],
+)
+def test_the_verdict_says_what_would_help(planned, words):
+    assert re.match(words, report.verdict(planned))
+
+
+def test_the_run_takes_its_steps_and_mfu_is_the_models_share_of_all_devices():
+    step = dataclasses.replace(STEP, model_flops=8e9, work=(Work(1, 4e9, 10, "bfloat16"),))  # 2 s at 2e9 FLOP/s
+    planned = plan_of(step, dataclasses.replace(step, name="other", runs=5), SAMPLE)
+    assert planned.run_s == pytest.approx((10 + 5) * 2)
+    assert planned.mfu(step, estimate(step, MACHINE)) == pytest.approx(8e9 / 2 / 2e9 / 2)
+    assert plan_of(step, dataclasses.replace(STEP, is_refused=True)).run_s is None
+
+
+@pytest.mark.parametrize(
+    "message, needed_bytes",
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 34.5G of 15.75G hbm.", 34.5 * 2**30),
+        ("RESOURCE_EXHAUSTED: the program (512M) exceeds the device", 2**29),
+        ("RESOURCE_EXHAUSTED: in other words", 0),
+    ],
+)
+def test_a_program_that_the_compiler_refuses_is_reported_with_what_it_named(monkeypatch, message, needed_bytes):
+    def compile_program(*_):
+        raise _out_of_memory(RuntimeError(message))
+
+    monkeypatch.setattr(figures, "compile_program", compile_program)
+    task = small_task()
+    found = figures.compile_figures(task, programs_of(task, 1)[0], "here")
+    assert found.is_refused and found.activation_bytes == needed_bytes
+    assert "refused" in report.describe(plan_of(found))
+    assert _out_of_memory(RuntimeError("INTERNAL: no memory of this")) is None
+
+
+def test_jax_may_be_told_to_reserve_another_share_of_a_gpu(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    h100, v5e = machine_for("h100:8"), machine_for("v5e:4x4")
+    assert h100.usable_bytes == pytest.approx(0.9 * h100.memory_bytes)
+    assert v5e == machine_of("v5e")
+
+
+def test_meshes_of_a_search_divide_the_devices():
+    shapes = [tuple(shape.values()) for shape in mesh_shapes(6, 4)]
+    assert shapes == [(6, 1, 1), (3, 2, 1), (2, 3, 1), (1, 6, 1), (3, 1, 2), (1, 3, 2), (2, 1, 3), (1, 2, 3)]
+
+
 def test_what_fits_needs_no_change():
-    assert first_change(small_task(), [STEP], dataclasses.replace(MACHINE, usable_bytes=131)) is None
+    assert advice.first_change(small_task(), [STEP], dataclasses.replace(MACHINE, usable_bytes=131)) is None
 
 
 def test_kernels_of_all_scales_count_what_the_tables_of_the_paper_count():
@@ -75,6 +163,14 @@ def test_search_returns_the_fastest_that_fits(monkeypatch):
     assert tries[0].changes == {"remat": "full"}
     assert len(tries) == 3 * 4  # 16 parts of 8 images are not allowed
     assert plan.describe_tries(tries).endswith("best of 12: --config.model.remat=full")
+
+
+def test_search_ends_when_its_time_is_up_but_tries_the_config(monkeypatch):
+    monkeypatch.setattr(plan, "measure", lambda *_: [dataclasses.replace(STEP, activation_bytes=100)])
+    monkeypatch.setattr(plan, "machine_for", lambda target: MACHINE)
+    tries = plan.search(CONFIG, plan.Request("debug", "here", tokenizer=TOKENIZER), limit_s=0)
+    assert [(one.changes, one.images_per_s) for one in tries] == [({}, 0.0)]
+    assert plan.describe_tries(tries).endswith("none of 1 fits")
 
 
 def test_comparison_has_the_published_ratio_at_its_batch_and_settings(monkeypatch):
