@@ -133,12 +133,48 @@ class Text:
         it = step.instruction
         sizes = [step.around[name].size for name in it.operands if name in step.around]
         if fused := self.fused(it):
-            return sum(_read_bytes(i, size, fused) for i, size in enumerate(sizes)) + _written_bytes(fused)
+            return sum(self._read_bytes(fused, i, size) for i, size in enumerate(sizes)) + self._written_bytes(fused)
         if it.op in PARTS:
             return 2 * it.size
         if it.op == "dynamic-update-slice":
             return 2 * sizes[1]
         return sum(sizes) + it.size
+
+    def _read_bytes(self, fused: Computation, place: int, size: int) -> int:
+        """Return how many bytes of a fusion's operand it reads: all, unless only parts are used."""
+        (name,) = (name for name, it in fused.items() if it.op == "parameter" and f"parameter({place})" in it.line)
+        names, read = {name}, 0
+        for other, it in fused.items():
+            uses = [i for i, operand in enumerate(it.operands) if operand in names]
+            if not uses:
+                continue
+            if it.op == "bitcast":
+                names.add(other)
+            elif it.op in PARTS and uses[0] == 0:
+                read += it.size
+            elif it.op == "dynamic-update-slice" and uses[0] == 0:
+                pass  # the rest of the array stays where it is
+            elif inner := self.fused(it):  # TPUs have fusions within fusions
+                read += sum(self._read_bytes(inner, i, size) for i in uses)
+            else:
+                return size
+        return size if any(fused[name].is_root for name in names) else min(read, size)
+
+    def _written_bytes(self, fused: Computation) -> int:
+        """Return how many bytes a fusion writes: its results, or what it updates of arrays in place."""
+        (root,) = (it for it in fused.values() if it.is_root)
+        if root.op == "tuple":
+            return sum(self._result_bytes(fused, fused[name]) for name in root.operands)
+        updates = [it for it in fused.values() if it.op == "dynamic-update-slice" and it.size >= root.size]
+        return self._result_bytes(fused, updates[0] if updates else root)
+
+    def _result_bytes(self, fused: Computation, result: Instruction) -> int:
+        it = result
+        while it.op == "bitcast":
+            it = fused[it.operands[0]]
+        if it.op == "dynamic-update-slice":
+            return min(result.size, fused[it.operands[1]].size)
+        return min(result.size, self._written_bytes(inner)) if (inner := self.fused(it)) else result.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +220,12 @@ def _whole_lines(text: str) -> Iterator[str]:
     """Yield the lines of a program; attributes of a Pallas kernel continue in lines that are not indented."""
     whole = ""
     for line in text.splitlines():
-        if whole.startswith(" ") and line and not line.startswith((" ", "%", "ENTRY")) and not re.match(r"\}(,|$)", line):
+        if (
+            whole.startswith(" ")
+            and line
+            and not line.startswith((" ", "%", "ENTRY"))
+            and not re.match(r"\}(,|$)", line)
+        ):
             whole += line
             continue
         yield whole
@@ -210,38 +251,3 @@ def parse(text: str) -> Text:
         elif line.startswith("}"):
             current = None
     return Text(entry, computations)
-
-
-def _read_bytes(place: int, size: int, fused: Computation) -> int:
-    """Return how many bytes of a fusion's operand it reads: all, unless only parts are used."""
-    (name,) = (name for name, it in fused.items() if it.op == "parameter" and f"parameter({place})" in it.line)
-    names, read = {name}, 0
-    for other, it in fused.items():
-        if not names & set(it.operands):
-            continue
-        if it.op == "bitcast":
-            names.add(other)
-        elif it.op in PARTS and it.operands[0] in names:
-            read += it.size
-        elif it.op == "dynamic-update-slice" and it.operands[0] in names:
-            pass  # the rest of the array stays where it is
-        else:
-            return size
-    return min(read, size)
-
-
-def _written_bytes(fused: Computation) -> int:
-    """Return how many bytes a fusion writes: its results, or what it updates of arrays in place."""
-    (root,) = (it for it in fused.values() if it.is_root)
-    if root.op != "tuple":
-        for it in fused.values():
-            if it.op == "dynamic-update-slice" and it.size >= root.size:
-                return fused[it.operands[1]].size
-        return root.size
-    written = 0
-    for name in root.operands:
-        part = it = fused[name]
-        while it.op == "bitcast":
-            it = fused[it.operands[0]]
-        written += fused[it.operands[1]].size if it.op == "dynamic-update-slice" else part.size
-    return written

@@ -7,8 +7,10 @@ import hashlib
 import importlib.metadata
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from mvar_jax.planning.tasks import bytes_on_device, compile_program
 from mvar_jax.training.programs import Program
 from mvar_jax.training.task import DataTask
 
+NUM_TOGETHER = 2  # programs that are compiled at once: a compiler works on one mostly with one core
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
@@ -86,23 +89,41 @@ def measure(task: DataTask, programs: list[Program], target: str, config: dict, 
 
     What is compiled is said on stderr, with its time and what is left.
     """
-    found, compiled_s = [], []
-    for number, program in enumerate(programs):
-        file = None if folder is None else folder / f"{_digest(config, target, program)}.json"
-        if (figures := file and _read(file)) is None:
-            left = f", {len(programs) - number - 1} more"
-            if compiled_s:
-                left += f" (about {sum(compiled_s) / len(compiled_s) * (len(programs) - number):.0f} s in all)"
-            print(f"plan: compiling {program.name} for {target}{left}", file=sys.stderr, flush=True)
-            figures = compile_figures(task, program, target)
-            compiled_s.append(figures.compile_s)
-            print(f"plan: {program.name} took {figures.compile_s:.0f} s", file=sys.stderr, flush=True)
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(file, dataclasses.asdict(figures))
-        # how often it runs is no matter of the compiler
-        found.append(dataclasses.replace(figures, runs=program.runs, model_flops=program.flops))
-    return found
+    files = [None if folder is None else folder / f"{_digest(config, target, one)}.json" for one in programs]
+    found = [file and _read(file) for file in files]
+    waiting = collections.deque(i for i, figures in enumerate(found) if figures is None)
+    compiled_s: list[float] = []
+    lock = threading.Lock()
+
+    def compile_waiting() -> None:
+        while True:
+            with lock:
+                if not waiting:
+                    return
+                number = waiting.popleft()
+                left = f", {len(waiting)} more"
+                if compiled_s:
+                    seconds = sum(compiled_s) / len(compiled_s) * (len(waiting) + 1) / NUM_TOGETHER
+                    left += f" (about {seconds:.0f} s in all)"
+                print(f"plan: compiling {programs[number].name} for {target}{left}", file=sys.stderr, flush=True)
+            figures = compile_figures(task, programs[number], target)
+            with lock:
+                found[number] = figures
+                compiled_s.append(figures.compile_s)
+                print(f"plan: {figures.name} took {figures.compile_s:.0f} s", file=sys.stderr, flush=True)
+                if (file := files[number]) is not None:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(file, dataclasses.asdict(figures))
+
+    with ThreadPoolExecutor(NUM_TOGETHER) as pool:
+        try:
+            for future in [pool.submit(compile_waiting) for _ in range(min(NUM_TOGETHER, len(waiting)))]:
+                future.result()
+        finally:
+            waiting.clear()  # after an error or a signal nothing more is begun
+    # how often it runs is no matter of the compiler
+    pairs = zip(programs, found, strict=True)
+    return [dataclasses.replace(figures, runs=one.runs, model_flops=one.flops) for one, figures in pairs if figures]
 
 
 def compile_figures(task: DataTask, program: Program, target: str) -> Figures:

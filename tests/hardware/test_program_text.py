@@ -63,10 +63,49 @@ def test_collectives_have_their_groups_and_what_a_device_sends(
     assert (one.sent_bytes, one.crosses_hosts) == (sent, crosses)
 
 
+NESTED = """%slice_of (layers: bf16[24,8,64], i: s32[]) -> bf16[8,64] {
+  %layers = bf16[24,8,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = bf16[1,8,64]{2,1,0} dynamic-slice(%layers, %i, %zero, %zero), dynamic_slice_sizes={1,8,64}
+  ROOT %flat = bf16[8,64]{1,0} bitcast(%one)
+}
+
+%update_of (layers: bf16[24,8,64], x: bf16[1,8,64], i: s32[]) -> bf16[24,8,64] {
+  %layers = bf16[24,8,64]{2,1,0} parameter(0)
+  %x = bf16[1,8,64]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %next = bf16[24,8,64]{2,1,0} dynamic-update-slice(%layers, %x, %i, %zero, %zero)
+}
+
+%fused (layers: bf16[24,8,64], i: s32[]) -> bf16[24,8,64] {
+  %layers = bf16[24,8,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %slice = bf16[8,64]{1,0} fusion(%layers, %i), kind=kLoop, calls=%slice_of
+  %twice = bf16[8,64]{1,0} add(%slice, %slice)
+  %row = bf16[1,8,64]{2,1,0} bitcast(%twice)
+  ROOT %updated = bf16[24,8,64]{2,1,0} fusion(%layers, %row, %i), kind=kLoop, calls=%update_of
+}
+
+ENTRY %main (layers: bf16[24,8,64], i: s32[]) -> bf16[24,8,64] {
+  %layers = bf16[24,8,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %y = bf16[24,8,64]{2,1,0} fusion(%layers, %i), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_fusions_within_a_fusion_move_the_layer_that_they_use():
+    """A TPU's fusion that reads and writes one layer of a stack moves a layer, not the stack."""
+    ((work,), _) = work_of(NESTED, (0,))
+    assert work.num_bytes == 2 * (2 * 8 * 64) + 4  # the layer read and written, and its number
+
+
 KERNEL = """ENTRY %main (q: bf16[4,1,256,64], t: s8[1,2,2]) -> bf16[4,1,256,64] {
   %q = bf16[4,1,256,64]{3,2,1,0} parameter(0)
   %t = s8[1,2,2]{2,1,0} parameter(1)
-  %splash_mha_fwd.1 = bf16[4,1,256,64]{3,2,1,0} custom-call(%t, %q), custom_call_target="tpu_custom_call", attributes={{
+  %splash_mha_fwd.1 = bf16[4,1,256,64]{3,2,1,0} custom-call(%t, %q), custom_call_target="tpu_custom_call", metas={{
 "xprof_metadata":"{\\"block_q\\": 128}"
 }}, metadata={op_name="jit(f)/pallas_call"}
   ROOT %y = bf16[4,1,256,64]{3,2,1,0} negate(%splash_mha_fwd.1)
