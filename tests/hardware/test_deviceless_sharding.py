@@ -1,6 +1,6 @@
-"""How d30 is split over 16 devices: bytes of its parameters, and bytes that a step exchanges.
+"""How d30 is split over 16 devices: bytes of its parameters, bytes that a step exchanges, and its memory.
 
-The step is that of 169 tokens: its arrays are the smallest of the three, and the weights that it exchanges are all.
+The step is that of 169 tokens, a map that is no multiple of any block; it exchanges the weights that all steps do.
 """
 
 import collections
@@ -40,7 +40,7 @@ def test_parameters_of_d30_are_halved_when_fsdp_doubles(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_step_exchanges_what_its_mesh_needs(target):
     """Weights are gathered forward and backward, gradients reduced over fsdp, and their shards over data."""
-    task = task_of(target, 8, "batch_size=16")
+    task = task_of(target, 8, "batch_size=128")
     (program,) = (one for one in programs_of(task, 16) if one.name == "step, 169 tokens")
     compiled = compile_program(task, program, target)
     found: collections.Counter = collections.Counter()
@@ -50,6 +50,6 @@ def test_a_step_exchanges_what_its_mesh_needs(target):
     reduced = 18 * 4 * (1 + 1 / 8)
     expected = LAYERS * WIDTH**2 * (gathered + reduced)
     assert expected / 1.2 <= sum(found.values()) <= 1.2 * expected, dict(found)
-    assert compiled.total_bytes <= 5.5 * 2**30  # the state is 2.8 GiB, its gradients 0.9
+    assert compiled.total_bytes <= 8.5 * 2**30, compiled.total_bytes / 2**30  # of 8 images a device
     large = {kind: round(num_bytes / 2**20) for kind, num_bytes in found.items() if num_bytes >= 2**26}
     assert large == pytest.approx(SNAPSHOT["exchanged_mib"][target], rel=0.2)
