@@ -40,7 +40,7 @@ def test_parameters_of_d30_are_halved_when_fsdp_doubles(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_step_exchanges_what_its_mesh_needs(target):
     """Weights are gathered forward and backward, gradients reduced over fsdp, and their shards over data."""
-    task = task_of(target, 8, "batch_size=128")
+    task = task_of(target, 8, "batch_size=16")
     (program,) = (one for one in programs_of(task, 16) if one.name == "step, 169 tokens")
     compiled = compile_program(task, program, target)
     found: collections.Counter = collections.Counter()
@@ -50,6 +50,6 @@ def test_a_step_exchanges_what_its_mesh_needs(target):
     reduced = 18 * 4 * (1 + 1 / 8)
     expected = LAYERS * WIDTH**2 * (gathered + reduced)
     assert expected / 1.2 <= sum(found.values()) <= 1.2 * expected, dict(found)
-    assert compiled.total_bytes <= 8.5 * 2**30, compiled.total_bytes / 2**30  # of 8 images a device
+    assert compiled.total_bytes <= 5.5 * 2**30  # state and gradients are 3.8 GiB of it
     large = {kind: round(num_bytes / 2**20) for kind, num_bytes in found.items() if num_bytes >= 2**26}
     assert large == pytest.approx(SNAPSHOT["exchanged_mib"][target], rel=0.2)
