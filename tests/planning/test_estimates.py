@@ -30,10 +30,10 @@ TOKENIZER = build.build_module(read_config("debug", []))
 def test_each_instruction_takes_the_longer_of_its_products_and_its_bytes():
     work = (Work(3, 2e9, 10, "bfloat16"), Work(1, 1e9, 10, "float32"), Work(2, 1, 5e6, "float32"))
     near = Collective("all-gather", 2, 8e5, 4, False, "")
-    far = dataclasses.replace(near, crosses_hosts=True)
+    far = dataclasses.replace(near, crosses_hosts=True, times=1)
     time = estimate(dataclasses.replace(STEP, work=work, collectives=(near, far)), MACHINE)
     assert (time.compute_s, time.memory_s) == pytest.approx((3 + 1, 2 * 5))
-    assert time.network_s == pytest.approx(2 * 6e5 / 1e5 + 2 * 6e5 / 1e4)  # three quarters of the array are sent
+    assert time.network_s == pytest.approx(2 * 6e5 / 1e5 + 6e5 / 1e4)  # three quarters of the array are sent
     assert time.bound == "network"
 
 
@@ -41,7 +41,10 @@ def small_task():
     return make_task(CONFIG, tuple(jax.devices()[:1]), tokenizer=TOKENIZER)
 
 
-@pytest.mark.parametrize("usable, words", [(96, "config.accumulate_steps=2"), (63, "config.accumulate_steps=8")])
+@pytest.mark.parametrize(
+    "usable, words",
+    [(96, "config.accumulate_steps=2"), (95, "config.accumulate_steps=4"), (63, "config.accumulate_steps=8")],
+)
 def test_what_does_not_fit_gets_the_fewest_parts_that_would(usable, words):
     change = advice.first_change(small_task(), [STEP], dataclasses.replace(MACHINE, usable_bytes=usable))
     assert change.words == words
@@ -147,6 +150,8 @@ def test_kernels_of_all_scales_count_what_the_tables_of_the_paper_count():
     assert sum(backward) == 3.5 * fine[1]
     assert attention_kernel_flops(pyramid, "draw_row", (2, 256, 4, 64)) == 0
     assert attention_kernel_flops(pyramid, "splash_mha_fwd.1", (2 * 4, 1, 256, 64)) == fine[1]
+    padded = attention_kernel_flops(pyramid, "splash_mha_fwd.1", (2 * 4, 1, 128, 64))
+    assert padded == 2 * 2 * 100**2 * 2 * 4 * 64  # of 10 x 10 tokens, which all see each other
 
 
 def test_search_returns_the_fastest_that_fits(monkeypatch):
