@@ -1,4 +1,4 @@
-"""Both tasks on meshes of eight virtual devices: prints the worst difference of losses, what is gathered and what is summed.
+"""Both tasks on meshes of eight virtual devices: prints the worst difference of losses, what is gathered and summed.
 
 `python mesh_case.py` takes the pairs that the tests use, `python mesh_case.py all` every task on every mesh.
 """
