@@ -328,4 +328,4 @@ def test_on_a_gpu_the_bias_before_gelu_is_added_in_float32_if_tokens_are_fewer_t
     with compiling_for("gpu"):
         found = traced(functools.partial(apply_phase, model, model.phases()[0]), shapes_of(model), batch)
     sums = {e.outvars[0].aval.dtype for e, scope in found if e.primitive.name == "add" and scope.endswith("/ffn/up")}
-    assert sums == {dtype}
+    assert sums == {jnp.dtype(dtype)}
