@@ -1,4 +1,4 @@
-"""Both tasks on meshes of eight virtual devices: prints the worst difference of losses, and what is gathered.
+"""Both tasks on meshes of eight virtual devices: prints the worst difference of losses, what is gathered and summed.
 
 `python mesh_case.py` takes the pairs that the tests use, `python mesh_case.py all` every task on every mesh.
 """
@@ -88,9 +88,11 @@ def run(step, state, batch) -> list[float]:
     return losses
 
 
-def gathered_shapes(text: str) -> list[list[int]]:
-    """Result shapes of the all-gathers of a compiled program."""
-    return [[int(n) for n in dims.split(",") if n] for dims in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", text)]
+def shapes_exchanged(text: str, kind: str) -> list[list[int]]:
+    """Result shapes of the collectives of a kind in a compiled program."""
+    found = re.findall(rf"= (.*?) {kind}(?:-start)?\(", text)
+    shapes = re.findall(r"\w\[([\d,]*)\]", " ".join(found))
+    return [[int(n) for n in shape.split(",") if n] for shape in shapes]
 
 
 def check_placement(state) -> None:
@@ -152,7 +154,8 @@ def main():
             report[f"{name} {sizes}"] = {
                 "losses": losses,
                 "worst": float(np.max(np.abs(np.array(losses) / expected - 1))),
-                "gathers": gathered_shapes(program.as_text()),
+                "gathers": shapes_exchanged(program.as_text(), "all-gather"),
+                "sums": shapes_exchanged(program.as_text(), "all-reduce"),
             }
     print(json.dumps({"devices": len(jax.devices()), "runs": report, "worst_gradient": worst_gradient()}))
 

@@ -126,6 +126,14 @@ def test_no_whole_activation_is_gathered(mesh_runs):
             assert not (has_tokens and (is_batch or is_wide)), f"{name}: all-gather to {shape}"
 
 
+def test_adaptive_vectors_of_the_whole_batch_are_not_summed_over_devices(mesh_runs):
+    """Of 8 rows, 6 or 2 vectors of width 40. A device has its own rows and gathers the weights; vectors of all rows,
+    each with a share of the weights, would be summed in every layer."""
+    assert any(run["sums"] for run in mesh_runs.values()), "gradients are summed"
+    for name, run in mesh_runs.items():
+        assert not any(shape[:1] == [8] and np.prod(shape[1:]) in (240, 80) for shape in run["sums"]), name
+
+
 @pytest.mark.parametrize(
     "sizes, words",
     [

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 # instructions without a kernel of their own
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 PARTS = {"dynamic-slice", "slice", "gather"}  # they read as much as they return
+SAME_PLACES = {"bitcast", "convert"}  # a part of what they return is read from a part of their operand
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^}]*\})?")
 FAST_MEMORY = "S(1)"  # in a layout: an array that a TPU keeps beside its cores
@@ -148,10 +149,10 @@ class Text:
             uses = [i for i, operand in enumerate(it.operands) if operand in names]
             if not uses:
                 continue
-            if it.op == "bitcast":
+            if it.op in SAME_PLACES:
                 names.add(other)
             elif it.op in PARTS and uses[0] == 0:
-                read += it.size
+                read += it.size // it.arrays[0].width * fused[name].arrays[0].width
             elif it.op == "dynamic-update-slice" and uses[0] == 0:
                 pass  # the rest of the array stays where it is
             elif inner := self.fused(it):  # TPUs have fusions within fusions

@@ -46,6 +46,7 @@ def test_d16_training_step_compiles_within_memory(memory, target):
     (compiled,) = (compiling() for program, compiling in steps if program.name == "step, 169 tokens")
     assert compiled.total_bytes / MIB <= 7_000
     assert all(f"attention_{name}" in compiled.text for name in ("forward", "backward_q", "backward_kv"))
+    assert "fmha" not in compiled.text  # cuDNN's, whose backward pass gives NaN at some lengths
 
 
 def test_d16_sampler_compiles_within_memory(memory, target):
