@@ -38,7 +38,14 @@ def filesystem(scheme: str) -> Any:
     logging.getLogger(STORES[scheme]).addHandler(logging.NullHandler())
     # botocore's 10 connections are few for the records of a batch, read one by one
     options = {"config_kwargs": {"max_pool_connections": 64}} if scheme == "s3" else {}
-    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
+    connection = fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
+    connection.loop.set_exception_handler(_note_lost_error)
+    return connection
+
+
+def _note_lost_error(_: Any, context: dict[str, Any]) -> None:
+    """Keep off the terminal the traceback of a task that nobody waits for: the request it belonged to has raised."""
+    logging.debug("%s: %r", context["message"], context.get("exception"))
 
 
 if hasattr(os, "register_at_fork"):

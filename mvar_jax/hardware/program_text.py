@@ -13,6 +13,7 @@ from collections.abc import Iterator
 # instructions without a kernel of their own
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 PARTS = {"dynamic-slice", "slice", "gather"}  # they read as much as they return
+SAME_PLACES = {"bitcast", "convert"}  # a part of what they return is read from a part of their operand
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^}]*\})?")
 FAST_MEMORY = "S(1)"  # in a layout: an array that a TPU keeps beside its cores
@@ -205,10 +206,10 @@ def _read_bytes(place: int, size: int, fused: Computation) -> int:
     for other, it in fused.items():
         if not names & set(it.operands):
             continue
-        if it.op == "bitcast":
+        if it.op in SAME_PLACES and not it.is_root:
             names.add(other)
         elif it.op in PARTS and it.operands[0] in names:
-            read += it.size
+            read += it.size // it.arrays[0].width * fused[name].arrays[0].width
         elif it.op == "dynamic-update-slice" and it.operands[0] in names:
             pass  # the rest of the array stays where it is
         else:

@@ -1,5 +1,6 @@
 """Transformer layers: adaptive-norm block, attention with normalised q and k, feed-forward (docs/method.md)."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -170,7 +171,11 @@ class FeedForward(nn.Module):
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         D = x_BND.shape[-1]
         up, down = normal(self.init_std), normal(self.init_std, self.last_factor)
-        widen = Linear(4 * D, named_axes(up, "width", "hidden"), self.dtype, self.dtype, name="up")
+        # with many rows cuBLAS adds this bias and applies GELU; a copy of the weights moves less than one pass more
+        sum_dtype = branch_dtype(self.dtype) if math.prod(x_BND.shape[:-1]) < D else None
+        widen = Linear(
+            4 * D, named_axes(up, "width", "hidden"), self.dtype, self.dtype, sum_dtype=sum_dtype, name="up"
+        )
         narrow = Linear(
             D,
             named_axes(down, "hidden", "width"),

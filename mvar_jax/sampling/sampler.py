@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mvar_jax.models.networks import Networks
-from mvar_jax.models.transformer import modulate
+from mvar_jax.models.transformer import Modulation, Transformer, modulate
 from mvar_jax.ops.pixels import to_levels
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.quantize import next_input
@@ -21,7 +22,7 @@ from mvar_jax.ops.sampling import (
 )
 from mvar_jax.sampling.options import Known, SampleOptions
 from mvar_jax.sampling.refining import Unrefined, draw_refined
-from mvar_jax.sharding import constrain, map_rows
+from mvar_jax.sharding import constrain, is_split, map_rows
 
 # Bytes of activations that the decoder may hold: otherwise its last stage would dominate memory. Each of its stages
 # takes as many images at once as fit, so that the coarse ones fill an accelerator. On a CPU convolutions are fastest
@@ -118,6 +119,21 @@ def draw_scale(logits_BNV, keys_B, codebook, options: SampleOptions, scale: int,
     return map_rows(draw_some, (logits_BNV, keys_B), num_together)
 
 
+def modulations(model: Transformer, params, labels_B: jax.Array, is_guided: bool) -> tuple[Modulation, ...]:
+    """Return the `Modulation` of labels and, if guided, of "no class", one row for all samples.
+
+    One product makes both: for a single row XLA would copy the weights transposed on a GPU. If a mesh splits the
+    batch, each has its own, since one row more does not divide.
+    """
+    if not is_guided:
+        return (modulate(model, params, labels_B),)
+    no_class = jnp.full((1,), model.num_classes)
+    if is_split("batch"):
+        return modulate(model, params, labels_B), modulate(model, params, no_class)
+    rows = modulate(model, params, jnp.concatenate([labels_B, no_class]))
+    return tuple(Modulation(rows.cond[cut], rows.blocks[:, cut], rows.head[cut]) for cut in (np.s_[:-1], np.s_[-1:]))
+
+
 def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float | jax.Array) -> LogitsFn:
     """Return the transformer as a `LogitsFn`: (1 + t) * cond - t * uncond with t = cfg * l / (S - 1).
 
@@ -142,9 +158,7 @@ def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float | jax.Arra
     is_guided = is_array or (cfg != 0 and (is_var or cfg != 1))
     if is_array:
         cfg = (cfg if is_var else jnp.where(cfg == 1, 0, cfg))[:, None, None]
-    parts = (modulate(model, params, labels_B),)
-    if is_guided:  # "no class" is one row for all samples
-        parts += (modulate(model, params, jnp.full((1,), model.num_classes)),)
+    parts = modulations(model, params, labels_B, is_guided)
 
     def logits_fn(scale, previous_BNc, cache):
         strength = guidance_strength(cfg, scale, pyramid.num_scales) if is_guided else 0.0

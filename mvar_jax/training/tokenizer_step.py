@@ -1,19 +1,19 @@
-"""Steps of the tokenizer: losses, updates, and redrawing of unused codes."""
+"""Steps of the tokenizer: losses and updates."""
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvar_jax.models.tokenizer import MAP, Tokenizer, decoder_params, multiply_codebook
-from mvar_jax.ops.metrics import perplexities, psnr_of_error, usage_percent
-from mvar_jax.ops.pixels import as_images
-from mvar_jax.ops.precision import precision_of
+from mvar_jax.models.lpips import Lpips
+from mvar_jax.models.tokenizer import MAP, Tokenizer, multiply_codebook
+from mvar_jax.ops.losses import sum_rows
+from mvar_jax.ops.metrics import SSIM_WINDOW, perplexities, psnr_of_error, similarity, usage_percent
+from mvar_jax.ops.pixels import as_images, repeat_grey
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.scales import areas_of, offsets_of
 from mvar_jax.training.accumulate import value_and_grad_over_parts
@@ -22,6 +22,7 @@ from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions, apply_gradients
 from mvar_jax.training.state import TrainState
 from mvar_jax.training.tokenizer_losses import (
+    Generated,
     Judge,
     adversarial_gradients,
     apply_training,
@@ -30,6 +31,7 @@ from mvar_jax.training.tokenizer_losses import (
     pixel_loss,
     train_discriminator,
 )
+from mvar_jax.training.train_parts import TRAIN_PARTS
 
 NUM_ENTROPY_TOKENS = 2048  # of a step
 SCALES_KEY, TOKENS_KEY = 0, 1  # folded into a row's key
@@ -151,9 +153,6 @@ def tokenizer_loss(
     return loss + quantizer_loss, parts | of_pixels
 
 
-TRAIN_PARTS: dict[str, Callable[[dict], dict]] = {"all": dict, "decoder": decoder_params}
-
-
 @dataclasses.dataclass(frozen=True)
 class TokenizerRecipe:
     """The constants of all steps of a run: hashable, so static in a compiled step.
@@ -174,6 +173,49 @@ class TokenizerRecipe:
     def trained(self, params: dict) -> dict:
         """Return the parameters that a step trains."""
         return TRAIN_PARTS[self.train_parts](params)
+
+
+def gradients(
+    recipe: TokenizerRecipe, state: TrainState, batch: dict, trained: dict, fixed: FixedWeights
+) -> tuple[jax.Array, dict, dict, Generated | None]:
+    """Return (loss, parts, gradients of what is trained, what the discriminator needs; None without an adversary).
+
+    Only what is trained is differentiated, so a frozen encoder has no backward pass. Arguments are those of
+    `train_step`; trained: parameters of `recipe.trained`. parts: those of `forward` and `pixel_loss`.
+    """
+    model, options, adversary = recipe.model, recipe.options, recipe.adversary
+    use_codes = state.step >= options.warmup_steps
+    entropy = entropy_term(options, state.step, len(batch["image"]))
+    rows = {"image": as_images(batch["image"]), **draw_rows(recipe, batch)}
+    generated = None
+    whole = lambda params: state.params | params
+    if adversary is None:
+        loss_fn = lambda params, part: tokenizer_loss(model, options, whole(params), part, use_codes, fixed, entropy)
+        (loss, parts), grads = value_and_grad_over_parts(loss_fn, trained, rows, recipe.num_parts)
+    else:
+        if adversary.options.augment:
+            rows["draws"] = draw_passes(recipe.seed, batch["index"], state.step)
+        last, part = state.params["decoder"]["conv_out"], state.extra["adversary"]
+        generated = adversarial_gradients(
+            lambda params, part: forward(model, whole(params), part, use_codes, entropy),
+            trained,
+            rows,
+            recipe.num_parts,
+            Judge(model, options.pixel_weights, adversary, fixed, last, part),
+            adversary.options.weight_at(state.step),
+        )
+        loss, parts, grads = generated.loss, generated.parts, generated.grads
+    if options.warmup_steps:  # nothing may move the codebook before the codes are drawn
+        name = MAP if options.simvq else "codebook"
+        grads = {**grads, name: jnp.where(use_codes, grads[name], 0.0)}
+    return loss, parts, grads, generated
+
+
+def average_hits(options: CodebookOptions, state: TrainState, hits_SV: jax.Array) -> jax.Array:
+    """Return the usage moving average after a step with these hits, `[S, V]`."""
+    is_early = state.step < options.warmup_steps + options.usage_early_steps
+    decay = jnp.where(is_early, options.usage_decay_early, options.usage_decay)
+    return decay * state.extra["hits"] + (1 - decay) * hits_SV
 
 
 def train_step(
@@ -197,38 +239,11 @@ def train_step(
       discriminator_rate: learning rate of the discriminator.
       fixed: weights that the losses need.
     """
-    model, options, adversary = recipe.model, recipe.options, recipe.adversary
-    use_codes = state.step >= options.warmup_steps
+    options, adversary = recipe.options, recipe.adversary
     before, trained = state, recipe.trained(state.params)
-    entropy = entropy_term(options, state.step, len(batch["image"]))
-    rows = {"image": as_images(batch["image"]), **draw_rows(recipe, batch)}
-    generated = None
-    # only what is trained is differentiated, so a frozen encoder has no backward pass
-    whole = lambda params: before.params | params
-    if adversary is None:
-        loss_fn = lambda params, part: tokenizer_loss(model, options, whole(params), part, use_codes, fixed, entropy)
-        (loss, parts), grads = value_and_grad_over_parts(loss_fn, trained, rows, recipe.num_parts)
-    else:
-        if adversary.options.augment:
-            rows["draws"] = draw_passes(recipe.seed, batch["index"], state.step)
-        last, part = state.params["decoder"]["conv_out"], state.extra["adversary"]
-        generated = adversarial_gradients(
-            lambda params, part: forward(model, whole(params), part, use_codes, entropy),
-            trained,
-            rows,
-            recipe.num_parts,
-            Judge(model, options.pixel_weights, adversary, fixed, last, part),
-            adversary.options.weight_at(state.step),
-        )
-        loss, parts, grads = generated.loss, generated.parts, generated.grads
-    if options.warmup_steps:  # nothing may move the codebook before the codes are drawn
-        name = MAP if options.simvq else "codebook"
-        grads = {**grads, name: jnp.where(use_codes, grads[name], 0.0)}
+    loss, parts, grads, generated = gradients(recipe, state, batch, trained, fixed)
     B = batch["image"].shape[0]
-    hits_SV = jnp.round(parts["hits"] * B)  # whole numbers again
-    is_early = state.step < options.warmup_steps + options.usage_early_steps
-    decay = jnp.where(is_early, options.usage_decay_early, options.usage_decay)
-    hits_ema_SV = decay * state.extra["hits"] + (1 - decay) * hits_SV
+    hits_ema_SV = average_hits(options, state, jnp.round(parts["hits"] * B))  # whole numbers again
     extra, measured = state.extra, {}
     checked = loss
     if adversary is not None and generated is not None:
@@ -241,13 +256,15 @@ def train_step(
     state, metrics = apply_gradients(recipe.optimizer, moving, grads, learning_rate, weight_decay, loss=checked)
     hits_ema_SV = jnp.where(metrics["is_bad"], extra["hits"], hits_ema_SV)
     state = state.replace(
-        params=whole(state.params), ema=before.ema and before.ema | state.ema, extra={**extra, "hits": hits_ema_SV}
+        params=before.params | state.params,
+        ema=before.ema and before.ema | state.ema,
+        extra={**extra, "hits": hits_ema_SV},
     )
     logged = {"quantizer_loss", "entropy_loss"}
     if adversary is not None or options.perceptual_weight:
         logged = parts.keys() - {"mse", "hits"}
     measured |= {name: x for name, x in parts.items() if name in logged}
-    measured |= {"psnr_db": psnr_of_error(parts["mse"], 2), **describe_usage(hits_ema_SV, B, model.sides)}
+    measured |= {"psnr_db": psnr_of_error(parts["mse"], 2), **describe_usage(hits_ema_SV, B, recipe.model.sides)}
     return state, {"loss": loss, **measured, **metrics}
 
 
@@ -266,62 +283,23 @@ def describe_usage(hits_ema_SV: jax.Array, batch_size: int, sides: tuple[int, ..
     }
 
 
-def redraw_codes(model: Tokenizer, options: CodebookOptions, state: TrainState, batch: dict, key: jax.Array):
-    """Replace unused codes (all of them at the end of the warm-up) by residual vectors of this batch.
+def evaluate_batch(model: Tokenizer, params, batch: dict, fixed: FixedWeights | None = None):
+    """Return (sums over real rows of each image's measures by name, hits [S, V], number of real rows).
 
-    Coarser scales are likelier to give the vector: tokens of one scale are drawn independently, so an image's global
-    content must fit into few of them. The codebook's EMA and moments are replaced too, or they would pull a new code
-    back to the old place. Of a codebook E W, at the end of the warm-up, W alone is replaced, see `spread_codes`.
+    SSIM needs images as large as its window, LPIPS the weights of the training loss in `fixed`.
     """
-    is_first = state.step == options.warmup_steps
     images = as_images(batch["image"])
-    params = multiply_codebook(state.params)
-    encoded = model.apply({"params": params}, images, method=lambda m, x: m.quantize(m.features(x)))
+    rec, _, encoded = model.apply({"params": params}, images)
+    rec = jnp.clip(rec, -1, 1)
+    error_B = jnp.mean(jnp.square(rec - images), axis=(1, 2, 3))
+    measures = {"loss": error_B, "psnr_db": psnr_of_error(error_B, 2)}
+    if min(images.shape[1:3]) >= SSIM_WINDOW:
+        measures["ssim"] = similarity(rec, images, 2)
+    if fixed is not None and fixed.perceptual is not None:
+        measures["lpips"] = Lpips().apply({"params": fixed.perceptual}, *map(repeat_grey, (rec, images)))
+    mask = batch["mask"]
     V = model.vocab_size
-    pools = [rest.reshape(-1, rest.shape[-1]) for rest in encoded.rests]
-    keys = jax.random.split(key, len(pools) + 1)
-    picks = jnp.stack(
-        [pool[jax.random.randint(k, (V,), 0, pool.shape[0])] for pool, k in zip(pools, keys[1:], strict=True)]
-    )
-    weights_S = jnp.arange(len(pools), 0, -1, dtype=jnp.float32)
-    scale_V = jax.random.categorical(keys[0], jnp.log(weights_S), shape=(V,))
-    drawn_Vc = picks[scale_V, jnp.arange(V)]
-    if options.simvq:
-        return spread_codes(state, drawn_Vc)
-    is_dead_V = (jnp.sum(state.extra["hits"], axis=0) < options.revive_below) | is_first
-    is_dead_V &= jnp.isfinite(drawn_Vc).all(axis=1)  # features that are not finite must not poison the codebook
-    # hits for one step, or a new code would count as unused at once
-    grace_SV = jnp.where(is_dead_V[None], options.revive_below, state.extra["hits"])
-    state = replace_leaves(state, "codebook", drawn_Vc, is_dead_V[:, None])
-    return state.replace(extra={**state.extra, "hits": grace_SV})
-
-
-def spread_codes(state: TrainState, drawn_Vc: jax.Array) -> TrainState:
-    """Replace W of a codebook E W, so that codes have the second moments of these residual vectors.
-
-    E is normal with variance 1/c, so W is sqrt(c) times the symmetric root of the moments.
-    """
-    V, c = drawn_Vc.shape
-    moments_cc = jnp.matmul(drawn_Vc.T, drawn_Vc, precision=precision_of("quantizer", drawn_Vc.dtype)) / V
-    values_c, vectors_cc = jnp.linalg.eigh(moments_cc)
-    roots_c = jnp.sqrt(c * jnp.maximum(values_c, 0))
-    fresh_cc = jnp.matmul(vectors_cc * roots_c, vectors_cc.T, precision=precision_of("quantizer", drawn_Vc.dtype))
-    return replace_leaves(state, MAP, fresh_cc, jnp.isfinite(fresh_cc).all())
-
-
-def replace_leaves(state: TrainState, name: str, fresh: jax.Array, mask: jax.Array) -> TrainState:
-    """Return the state with `fresh` where the mask is true in the parameter of this name; its moments become 0."""
-
-    def replace(path, leaf, fresh):
-        # every moment and copy of a parameter has its path's last key
-        keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
-        return jnp.where(mask, fresh, leaf) if keys and keys[-1] == name else leaf
-
-    def with_leaf(tree, fresh):
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: replace(path, leaf, fresh), tree)
-
-    return state.replace(
-        params=with_leaf(state.params, fresh),
-        ema=None if state.ema is None else with_leaf(state.ema, fresh),
-        opt_state=with_leaf(state.opt_state, jnp.zeros_like(fresh)),
-    )
+    # a padding row's ids fall outside the codebook and are not counted
+    ids_BL = jnp.where(mask[:, None] > 0, encoded.ids_BL, V)
+    hits_SV = count_hits(ids_BL, model.sides, V + 1)[:, :V]
+    return {name: sum_rows(mask, x_B) for name, x_B in measures.items()}, hits_SV, jnp.sum(mask)

@@ -15,13 +15,10 @@ from mvar_jax.data.pipeline import eval_batches
 from mvar_jax.errors import InputError, RunError
 from mvar_jax.files.images import min_zoom, side_by_side, tile_columns, to_uint8
 from mvar_jax.models.init import abstract_params
-from mvar_jax.models.lpips import Lpips, lpips_loss
-from mvar_jax.models.lpips import shapes as lpips_shapes
 from mvar_jax.models.networks import Networks
-from mvar_jax.models.tokenizer import Tokenizer, factor_codebook, fold_codebook, ids_params, multiply_codebook
-from mvar_jax.ops.losses import sum_rows
-from mvar_jax.ops.metrics import SSIM_WINDOW, perplexity, psnr_of_error, similarity, usage_percent
-from mvar_jax.ops.pixels import as_images, from_levels, repeat_grey
+from mvar_jax.models.tokenizer import Tokenizer, factor_codebook, fold_codebook, ids_params
+from mvar_jax.ops.metrics import perplexity, psnr_of_error, usage_percent
+from mvar_jax.ops.pixels import as_images, from_levels
 from mvar_jax.sampling.sampler import decode_in_chunks
 from mvar_jax.sharding import batch_like, place, spec_of, use_mesh
 from mvar_jax.training import tokenizer_step
@@ -29,33 +26,15 @@ from mvar_jax.training.adversary import Adversary, FixedWeights
 from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.initial import Initial
 from mvar_jax.training.programs import TRAIN, Program
+from mvar_jax.training.redraw import redraw_codes
 from mvar_jax.training.saving import say
 from mvar_jax.training.scoring import Scorer
 from mvar_jax.training.state import TrainState
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
+from mvar_jax.training.tokenizer_flops import TokenizerFlops, count_flops
+from mvar_jax.training.train_parts import bit_sums, check_train_parts
 
 NUM_ROWS = 8  # most images shown from the first 1, 2, ... scales
-
-
-def check_train_parts(train_parts: str, options: CodebookOptions) -> None:
-    """Raise InputError unless the parts are known and no option moves what they freeze."""
-    known = tuple(tokenizer_step.TRAIN_PARTS)
-    if train_parts not in known:
-        expected = " or ".join(known)
-        words = f"config.train_parts must be {expected}, got {train_parts!r}"
-        raise InputError(words, field="config.train_parts", given=train_parts, expected=expected)
-    # options of the codebook, and one that would change the ids' f_hat that the decoder gets
-    for name in ("warmup_steps", "revive_every_steps", "simvq", "entropy_weight", "scale_dropout"):
-        if train_parts == "decoder" and (given := getattr(options, name)):
-            field, off = f"config.codebook.{name}", type(given)(0)
-            words = f"{field} must be {off} with config.train_parts=decoder, which keeps the ids, got {given}"
-            raise InputError(words, field=field, given=given, expected=str(off))
-
-
-def bit_sums(params: dict) -> jax.Array:
-    """Return the sum of each leaf's bits as integers, modulo 2^32, uint32 [leaves]: equal on any mesh."""
-    as_bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.stack([jnp.sum(as_bits(x), dtype=jnp.uint32) for x in jax.tree.leaves(params)])
 
 
 class TokenizerTask(DataTask):
@@ -108,9 +87,10 @@ class TokenizerTask(DataTask):
             jax.jit(functools.partial(tokenizer_step.train_step, dataclasses.replace(recipe, adversary=x)), **placed)
             for x in (None, adversary)
         )
-        redraw = functools.partial(tokenizer_step.redraw_codes, tokenizer, options)
+        redraw = functools.partial(redraw_codes, tokenizer, options)
         self._redraw = jax.jit(redraw, **{**placed, "out_shardings": self.shardings})
-        self.evaluate_batch = jax.jit(self._eval_step, out_shardings=self._whole)
+        evaluate = functools.partial(tokenizer_step.evaluate_batch, tokenizer)
+        self.evaluate_batch = jax.jit(evaluate, out_shardings=self._whole)
         self.encode_maps = jax.jit(self._encode_maps)
         self.decode_maps = jax.jit(self._decode_maps, out_shardings=self._whole)
 
@@ -176,16 +156,9 @@ class TokenizerTask(DataTask):
         return state, {**metrics, **rates}
 
     def flops_of_step(self, step: int) -> float:
-        """Return the FLOPs of all networks, from their forward passes as XLA counts them before optimising.
-
-        The autoencoder: a forward pass and two for the gradients of what is trained. LPIPS: two images, and back to
-        one of them. The discriminator: two images with all gradients, and once more for the generator, back to the
-        image.
-        """
-        flops = self._flops["tokenizer"] + 2 * self._flops["trained"] + 3 * self._flops["perceptual"]
-        if self.adversary is not None and step >= self.adversary.options.start_step:
-            flops += 8 * self._flops["discriminator"]
-        return flops * self.run.batch_size
+        """Return the FLOPs of all networks."""
+        is_adversarial = self.adversary is not None and step >= self.adversary.options.start_step
+        return self._flops.of_step(is_adversarial) * self.run.batch_size
 
     def programs(self, num_samples: int) -> list[Program]:
         """Return the steps before and with the discriminator, and the redrawing of codes."""
@@ -206,55 +179,10 @@ class TokenizerTask(DataTask):
         return found
 
     @functools.cached_property
-    def _flops(self) -> dict[str, float]:
-        """Return the FLOPs of each network's forward pass for one image."""
-        image = jax.ShapeDtypeStruct((1, *self._image_shape), jnp.float32)
-        state = self.abstract_state()
-        params = jax.eval_shape(multiply_codebook, state.params)
-
-        def count(forward, *args):  # of no device: those of the mesh may not be here
-            args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-            return (jax.jit(forward).lower(*args).cost_analysis() or {}).get("flops", 0.0)
-
-        def count_tokenizer(method, x):
-            return count(lambda p, x: self.tokenizer.apply({"params": p}, x, method=method), params, x)
-
-        flops = {"perceptual": 0.0, "discriminator": 0.0}
-        flops["tokenizer"] = flops["trained"] = count_tokenizer(lambda module, x: module(x)[0], image)
-        if self._has_frozen:
-            side, width = self.tokenizer.sides[-1], self.tokenizer.code_width
-            latent = jax.ShapeDtypeStruct((1, side, side, width), jnp.float32)
-            flops["trained"] = count_tokenizer("decode_raw", latent)
-        if self.options.perceptual_weight:
-            flops["perceptual"] = count(lambda p, x: lpips_loss(p, x, x), lpips_shapes(), image) / 2
-        if self.adversary is not None:
-            part = state.extra["adversary"]
-            variables = {"params": part["params"], "spectral": part["spectral"]}
-            if self.fixed.discriminator is not None:
-                variables["frozen"] = self.fixed.discriminator
-            flops["discriminator"] = count(self.adversary.network.apply, variables, image)
-        return flops
-
-    def _eval_step(self, params, batch, fixed=None):
-        """Return (sums over real rows of each image's measures by name, hits [S, V], number of real rows).
-
-        SSIM needs images as large as its window, LPIPS the weights of the training loss in `fixed`.
-        """
-        images = as_images(batch["image"])
-        rec, _, encoded = self.tokenizer.apply({"params": params}, images)
-        rec = jnp.clip(rec, -1, 1)
-        error_B = jnp.mean(jnp.square(rec - images), axis=(1, 2, 3))
-        measures = {"loss": error_B, "psnr_db": psnr_of_error(error_B, 2)}
-        if min(images.shape[1:3]) >= SSIM_WINDOW:
-            measures["ssim"] = similarity(rec, images, 2)
-        if fixed is not None and fixed.perceptual is not None:
-            measures["lpips"] = Lpips().apply({"params": fixed.perceptual}, *map(repeat_grey, (rec, images)))
-        mask = batch["mask"]
-        V = self.tokenizer.vocab_size
-        # a padding row's ids fall outside the codebook and are not counted
-        ids_BL = jnp.where(mask[:, None] > 0, encoded.ids_BL, V)
-        hits_SV = tokenizer_step.count_hits(ids_BL, self.tokenizer.sides, V + 1)[:, :V]
-        return {name: sum_rows(mask, x_B) for name, x_B in measures.items()}, hits_SV, jnp.sum(mask)
+    def _flops(self) -> TokenizerFlops:
+        has_perceptual = bool(self.options.perceptual_weight)
+        networks = self._has_frozen, has_perceptual, self.adversary, self.fixed
+        return count_flops(self.tokenizer, self.abstract_state(), *networks)
 
     def evaluate(self, state) -> dict:
         """Return held-out mse, PSNR (dB), SSIM and LPIPS, means over images, codebook usage and perplexity.

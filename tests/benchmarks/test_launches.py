@@ -20,6 +20,17 @@ TEXT = """HloModule jit_f
   ROOT %new = f32[12,64]{1,0} dynamic-update-slice(%p0, %p1, %p2)
 }
 
+%first (p0: f16[100]) -> f32[1] {
+  %p0 = f16[100]{0} parameter(0)
+  %wide = f32[100]{0} convert(%p0)
+  ROOT %part = f32[1]{0} slice(%wide), slice={[0:1]}
+}
+
+%whole (p0: f16[100]) -> bf16[100] {
+  %p0 = f16[100]{0} parameter(0)
+  ROOT %narrow = bf16[100]{0} convert(%p0)
+}
+
 %body (arg: (s32[], f32[12,64,32], /*index=2*/f32[12,64])) -> (s32[], f32[12,64,32], f32[12,64]) {
   %arg = (s32[], f32[12,64,32]{2,1,0}, /*index=2*/f32[12,64]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%arg), index=0
@@ -37,7 +48,10 @@ ENTRY %main (x: bf16[100]) -> bf16[100] {
   %x = bf16[100]{0} parameter(0)
   %start = (s32[], f32[12,64,32]{2,1,0}, /*index=2*/f32[12,64]{1,0}) tuple(%x)
   %loop = (s32[], f32[12,64,32], f32[12,64]) while(%start), body=%body, backend_config={"known_trip_count":{"n":"12"}}
-  ROOT %copy = bf16[100]{0} copy(%x)
+  %half = f16[100]{0} copy(%x)
+  %one = f32[1]{0} fusion(%half), kind=kLoop, calls=%first
+  %back = bf16[100]{0} fusion(%half), kind=kLoop, calls=%whole
+  ROOT %copy = bf16[100]{0} copy(%back)
 }
 """
 
@@ -51,9 +65,10 @@ def launches():
 
 
 def test_kernels_and_bytes_of_a_loop_are_counted_as_often_as_it_runs(launches):
-    """Of a sliced or updated operand the part counts; what is only named or awaited is no kernel."""
+    """Of a sliced, even cast, or updated operand the part counts; what is only named or awaited is no kernel."""
     weights, row, index = 4 * 64 * 32, 4 * 64, 4
-    expected = [(12, weights + weights + index), (12, weights + row), (12, row + row + index), (1, 200 + 200)]
+    expected = [(12, weights + weights + index), (12, weights + row), (12, row + row + index)]
+    expected += [(1, 200 + 200), (1, 2 + 4), (1, 200 + 200), (1, 200 + 200)]
     found = [(kernel.launches, kernel.num_bytes // kernel.launches) for kernel in launches.kernels_of(TEXT)]
     assert found == expected
 
@@ -62,4 +77,4 @@ def test_the_script_reports_a_compiled_text(launches, tmp_path, capsys):
     path = tmp_path / "program.txt"
     path.write_text(TEXT)
     assert launches.main(["--text", str(path)]) == 0
-    assert capsys.readouterr().out.startswith("37 kernels launched, 0.00 GB read and written")
+    assert capsys.readouterr().out.startswith("40 kernels launched, 0.00 GB read and written")

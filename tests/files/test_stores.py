@@ -1,5 +1,7 @@
 """Paths and atomic writes on object stores: an S3 server and a GCS emulator."""
 
+import asyncio
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from mvar_jax.files.images import save_png
 from mvar_jax.files.locks import acquire
 from mvar_jax.files.npz import save_npz
 from mvar_jax.files.paths import as_path, local_path
+from mvar_jax.files.stores import filesystem
 
 
 @pytest.fixture
@@ -157,6 +160,24 @@ def test_missing_bucket_is_refused(store):
     with pytest.raises(InputError, match="out .*no-such-bucket/run cannot be written: ") as caught:
         acquire(missing, "out")
     assert caught.value.field == "out" and not missing.parent.exists()
+
+
+def test_traceback_of_a_task_that_nobody_waits_for_is_not_printed(store, caplog):
+    """A part of an upload that fails with its server: the upload itself raises."""
+
+    async def fail():
+        raise ConnectionResetError("the server went away")
+
+    async def lose_a_task():
+        task = asyncio.ensure_future(fail())
+        await asyncio.sleep(0)
+        assert task.done()
+        del task
+        gc.collect()
+
+    loop = filesystem(store.url.partition(":")[0]).loop
+    asyncio.run_coroutine_threadsafe(lose_a_task(), loop).result(60)
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
 @pytest.mark.parametrize("text", ["gcs://bucket/a", "hdfs://host/a", "S4://b"])

@@ -48,6 +48,7 @@ def test_d16_training_step_compiles_within_memory(memory, target):
     assert compiled.total_bytes / MIB <= bound_mib
     if target == "h100":
         assert all(f"attention_{name}" in compiled.text for name in ("forward", "backward_q", "backward_kv"))
+        assert "fmha" not in compiled.text  # cuDNN's, whose backward pass gives NaN at some lengths
 
 
 @pytest.mark.parametrize("target", ["h100"], indirect=True)

@@ -18,6 +18,9 @@ from mvar_jax.models.discriminator import PatchDiscriminator
 from mvar_jax.models.lpips import lpips_loss
 from mvar_jax.models.lpips import shapes as lpips_shapes
 from mvar_jax.models.networks import Networks
+from mvar_jax.models.refined import phase_hidden, refined_logits
+from mvar_jax.models.refiner import Refiner
+from mvar_jax.models.tokenizer import factor_codebook
 from mvar_jax.ops.adversarial import generator_loss
 from mvar_jax.ops.augment import Pass, augment, draw_augmentations
 from mvar_jax.ops.platform import compiling_for
@@ -25,14 +28,20 @@ from mvar_jax.ops.precision import TABLE, computing
 from mvar_jax.sampling.order import Order
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.sharding import MESH_AXES
+from mvar_jax.training.codebook_options import CodebookOptions
+from mvar_jax.training.optimizer import OptimizerOptions
+from mvar_jax.training.state import make_state
+from mvar_jax.training.tokenizer_step import TokenizerRecipe, train_step
 from mvar_jax.training.transformer_step import eval_step, phase_loss
 from mvar_jax.training.transformer_task import with_input
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 # the modules of the parts "autoencoder", "discriminator" and "blocks"; attention's own products are within "attend"
 OPEN = r"PatchDiscriminator\)*/|/decoder/|/encoder/(?!conv_out)|/blocks/(?!.*attend)|/Adaptive/|/head_adaptive/"
+OPEN += r"|/block_\d+/(project|proj|ffn)/"  # the refiner's
 HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
 NETWORKS = Networks(TOKENIZER, shapes_of(TOKENIZER), MODEL, shapes_of(MODEL))
+REFINER = Refiner(MODEL.sides, vocab_size=16, code_width=4, width=16, num_heads=2)
 array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
 L, SIDE = MODEL.pyramid.num_tokens, TOKENIZER.image_size
 IDS, LABELS, IMAGES = array(2, L, dtype=jnp.int32), array(2, dtype=jnp.int32), array(2, SIDE, SIDE, 3)
@@ -46,6 +55,27 @@ def train(networks, ids, labels):
     model = networks.transformer
     loss = lambda params: sum(phase_loss(model, params, batch, phase)[0] for phase in model.phases()[:2])
     return jax.grad(loss)(networks.params), eval_step(model, networks.params, batch | {"mask": jnp.ones(2)})
+
+
+def refine(networks, ids, labels, keys):
+    """Gradients of the refiner's logits of ids, and ids that it draws."""
+    batch = with_input(networks, {"ids": ids, "label": labels})
+    phase = networks.transformer.phases()[0]
+    hidden = phase_hidden(networks, batch["previous"], labels, phase)
+    loss = lambda params: jnp.sum(refined_logits(networks, params, hidden, ids, phase))
+    return jax.grad(loss)(networks.refiner_params), sample(networks, labels, keys, OPTIONS, ("ids",))
+
+
+OPTIMIZER = OptimizerOptions()
+CODEBOOK = CodebookOptions(simvq=True, entropy_weight=0.1, entropy_until_step=9, scale_dropout=0.5)
+START = lambda: flax.linen.meta.unbox(factor_codebook(TOKENIZER.init_params(jax.random.key(0))))
+STATE = jax.eval_shape(lambda: make_state(START, OPTIMIZER, {"hits": jnp.zeros((4, 16))}))
+
+
+def train_tokenizer(networks, state, images, index):
+    """A step of the tokenizer with the codebook E W, the entropy term and scale dropout."""
+    recipe = TokenizerRecipe(networks.tokenizer, OPTIMIZER, CODEBOOK)
+    return train_step(recipe, state, {"image": images, "index": index}, 0.1, 0.1)
 
 
 D = PatchDiscriminator(layers=2, width=8)
@@ -67,6 +97,8 @@ PROGRAMS = {
     "train": (train, (IDS, LABELS), 30),
     "draw": (lambda networks, *rows: sample(networks, *rows, OPTIONS, ("images",)), (LABELS, KEYS), 30),
     "decode": (lambda networks, x: networks.apply_tokenizer(x, method="decode"), (array(2, 5, 5, 4),), 1),
+    "refine": (refine, (IDS, LABELS, KEYS), 100),
+    "tokenizer": (train_tokenizer, (STATE, array(2, SIDE, SIDE, 3, dtype=jnp.uint8), array(2, dtype=jnp.uint32)), 50),
     "losses": (losses, (D_VARIABLES, lpips_shapes(), array(2, 16, 16, 3)), 40),
 }
 
@@ -75,7 +107,10 @@ PROGRAMS = {
 def products(name: str, dtype=jnp.float32, precision: str = "standard", remat: str = "dots") -> list[tuple]:
     """Return (equation, scope) of each product of a program."""
     function, arrays, _ = PROGRAMS[name]
-    networks = NETWORKS.replace(transformer=MODEL.clone(dtype=dtype, remat=remat)).with_precision(precision)
+    networks = NETWORKS.replace(transformer=MODEL.clone(dtype=dtype, remat=remat))
+    if name == "refine":
+        networks = networks.replace(refiner=REFINER.clone(dtype=dtype), refiner_params=shapes_of(REFINER))
+    networks = networks.with_precision(precision)
     found = [(e, scope) for e, scope in traced(function, networks, *arrays) if e.primitive.name in PRODUCTS]
     assert len(found) > PROGRAMS[name][2]
     return found

@@ -18,6 +18,7 @@ from golden_case import (
     published_transformer,
     quick_jit,
 )
+from jaxprs import traced
 from small_case import MODEL, apply_phase, count, phase_logits, seeded_batch, seeded_params, shapes_of
 
 from mvar_jax.errors import InputError
@@ -317,3 +318,14 @@ def test_logits_for_a_gpu_are_those_for_a_cpu():
     expected = phase_logits(model, phase, params, batch)
     with compiling_for("gpu"):
         np.testing.assert_allclose(phase_logits(model, phase, params, batch), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(("num_rows", "dtype"), [(2, jnp.float32), (4, jnp.bfloat16)])
+def test_on_a_gpu_the_bias_before_gelu_is_added_in_float32_if_tokens_are_fewer_than_the_width(num_rows, dtype):
+    """5 tokens a row, width 16: with few tokens cuBLAS' own sum costs more, a copy of the weights."""
+    model = MODEL.clone(dtype=jnp.bfloat16)
+    batch = seeded_batch(model, num_rows)
+    with compiling_for("gpu"):
+        found = traced(functools.partial(apply_phase, model, model.phases()[0]), shapes_of(model), batch)
+    sums = {e.outvars[0].aval.dtype for e, scope in found if e.primitive.name == "add" and scope.endswith("/ffn/up")}
+    assert sums == {jnp.dtype(dtype)}

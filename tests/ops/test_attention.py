@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from mvar_jax.ops import triton_attention
 from mvar_jax.ops.attention import block_causal_mask, block_diagonal_mask, dense_attention, normalise_query_key
 from mvar_jax.ops.block_diagonal import Segments, block_diagonal_attention, group_scales
 from mvar_jax.ops.platform import compiling_for
+from mvar_jax.ops.window import local_window_attention
 from mvar_jax.scales import KNOWN_SIDES
 
 AREAS_256 = tuple(side**2 for side in KNOWN_SIDES[256])
@@ -57,7 +60,7 @@ def test_grouped_block_diagonal_attention_equals_the_masked_one(areas):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("areas", [(1,), (9,), (1, 4, 9), (63, 1, 64, 2), (100,), AREAS_256[:8]], ids=str)
+@pytest.mark.parametrize("areas", [(1,), (9,), (1, 4, 9), (63, 1, 64, 2), (192,), AREAS_256[:8]], ids=str)
 def test_kernels_attend_within_segments_and_their_gradients_equal_the_masked_ones(areas, dtype):
     arrays = [x.astype(dtype) for x in (*random_qkv(sum(areas)), random_qkv(sum(areas), 1)[0])]
 
@@ -81,6 +84,22 @@ def test_only_half_precision_on_a_gpu_attends_by_the_kernels(platform, dtype, us
     with compiling_for(platform):
         jaxpr = jax.make_jaxpr(lambda q, k, v: block_diagonal_attention(q, k, v, (1, 4, 9)))(x, x, x)
     assert str(jaxpr).count("pallas_call") == uses_kernel
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_no_attention_on_a_gpu_is_that_of_cudnn(dtype):
+    """Its backward pass gives NaN for 192 keys with a mask, if a query's log-sum-exp is very negative."""
+    x, maps = (jax.ShapeDtypeStruct((2, *shape, 2, 64), dtype) for shape in ((192,), (16, 16)))
+    attends = (
+        (x, lambda *qkv: dense_attention(*qkv, block_causal_mask((64, 128)))),
+        (x, lambda *qkv: block_diagonal_attention(*qkv, (64, 128))),
+        (maps, lambda *qkv: local_window_attention(*qkv, 7)),
+        (maps, lambda *qkv: local_window_attention(*qkv, 7, backend="dense")),
+    )
+    for like, attend in attends:
+        with compiling_for("gpu"):
+            text = str(jax.make_jaxpr(jax.grad(lambda *qkv, attend=attend: attend(*qkv).sum()))(like, like, like))
+        assert re.search("exp|pallas_call", text) and not re.search("cudnn|dot_product_attention|fmha", text)
 
 
 @pytest.mark.parametrize("areas", [(1,), AREAS_256, COARSE_512, (200, 1, 300)])

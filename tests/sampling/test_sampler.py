@@ -17,15 +17,17 @@ from golden_case import (
     load,
     quick_jit,
 )
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
+from jaxprs import traced
 
 from mvar_jax.errors import InputError
 from mvar_jax.models.networks import Networks
-from mvar_jax.models.transformer import modulate
 from mvar_jax.ops.pixels import to_levels
 from mvar_jax.ops.quantize import teacher_forcing_input
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.ops.sampling import filter_logits, guide
-from mvar_jax.sampling.sampler import SampleOptions, draw_scale, sample, sample_pyramid
+from mvar_jax.sampling.sampler import SampleOptions, draw_scale, modulations, sample, sample_pyramid
+from mvar_jax.sharding import MESH_AXES
 
 
 def assert_draw_close(what: str, draw, golden: dict, prefix: str = "") -> None:
@@ -199,7 +201,7 @@ def test_precomputed_modulation_gives_the_logits_of_labels_guided_or_not(is_shar
     @quick_jit
     def run():
         plain, _ = model.apply({"params": params}, previous, jnp.array([0, 3, 2, 3]), phase)
-        parts = modulate(model, params, jnp.array([0, 2])), modulate(model, params, jnp.array([3]))
+        parts = modulations(model, params, jnp.array([0, 2]), is_guided=True)
         apply = lambda *guidance: model.apply({"params": params}, previous, None, phase, None, None, parts, *guidance)
         return plain, apply()[0], apply(1.5)[0]
 
@@ -207,6 +209,15 @@ def test_precomputed_modulation_gives_the_logits_of_labels_guided_or_not(is_shar
     np.testing.assert_allclose(ours, plain, atol=1e-5)
     np.testing.assert_allclose(guided, guide(plain[0::2], plain[1::2], 1.5), atol=2e-5)
     assert np.abs(plain[0] - plain[2]).max() > 0.1
+
+
+@pytest.mark.parametrize(("data", "num_products"), [(1, 1), (2, 2)])
+def test_labels_and_no_class_are_one_product_unless_a_mesh_splits_the_batch(data, num_products):
+    mesh = AbstractMesh((data, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    with use_abstract_mesh(mesh):
+        found = traced(lambda labels_B: modulations(MODEL, PARAMS, labels_B, is_guided=True), jnp.arange(4))
+    widths = [e.outvars[0].aval.shape[1] for e, _ in found if e.primitive.name == "dot_general"]
+    assert widths == [6 * MODEL.width, 2 * MODEL.width] * num_products
 
 
 def test_bfloat16_weights_draw_too():

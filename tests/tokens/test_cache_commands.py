@@ -1,6 +1,5 @@
 """cache_tokens into object stores, with real processes and servers, and what a run then finds there."""
 
-import os
 import subprocess
 import sys
 import time
@@ -49,44 +48,48 @@ def test_cache_in_a_store_is_that_of_a_disk_and_holds_its_tokenizer(parts, store
     assert all(jax.tree.leaves(equal))
 
 
-def test_server_that_is_killed_ends_encoding_in_one_line_and_the_same_command_continues(parts, tmp_path):
+@pytest.fixture
+def own_s3(monkeypatch):
+    """An S3 server that the test may stop; the next test connects anew even if this one fails."""
     stores.need(("moto", "s3fs", "flask"))
+    server = stores.start_s3()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    stores.forget_connections()
+    yield server
+    stores.forget_connections()
+
+
+def test_server_that_is_killed_ends_encoding_in_one_line_and_the_same_command_continues(parts, own_s3, tmp_path):
     from moto.server import ThreadedMotoServer
 
-    server = stores.start_s3()
-    out = f"{server.url}/killed"
+    out = f"{own_s3.url}/killed"
     command = [sys.executable, "-m", "mvar_jax", *_arguments(parts, out), "--images_per_shard=1"]
-    environment = os.environ | server.environment
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        stores.forget_connections()
-        unfinished = as_path(out) / UNFINISHED
-        with subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE) as process:
-            try:
-                deadline = time.monotonic() + DEADLINE_S
-                while len(list(unfinished.glob("*.json"))) < 3:
-                    assert time.monotonic() < deadline and process.poll() is None
-                    time.sleep(0.01)
-                server.stop()
-                lines = process.communicate(timeout=DEADLINE_S)[1].splitlines()
-            finally:
-                process.kill()
-        assert process.returncode in (1, 2)
-        assert sum(line.startswith("error: ") for line in lines) == 1, lines
-        assert not any("Traceback" in line for line in lines), lines
-        port = int(server.environment["AWS_ENDPOINT_URL"].rpartition(":")[2])
-        again = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-        again.start()
+    unfinished = as_path(out) / UNFINISHED
+    with subprocess.Popen(command, text=True, stderr=subprocess.PIPE) as process:
         try:
-            stores.forget_connections()
-            kept = {path.name for path in unfinished.glob("*.array_record")}
-            assert kept and not (as_path(out) / "cache.json").exists()
-            done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=DEADLINE_S)
-            assert done.returncode == 0, done.stderr
-            whole = tmp_path / "whole"
-            assert main([*_arguments(parts, whole), "--images_per_shard=1"]) == 0
-            assert _shards(as_path(out)) == _contents(Path(whole))
+            deadline = time.monotonic() + DEADLINE_S
+            while len(list(unfinished.glob("*.json"))) < 3:
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.01)
+            own_s3.stop()
+            lines = process.communicate(timeout=DEADLINE_S)[1].splitlines()
         finally:
-            again.stop()
-            stores.forget_connections()
+            process.kill()
+    assert process.returncode in (1, 2)
+    assert sum(line.startswith("error: ") for line in lines) == 1, lines
+    assert not any("Traceback" in line for line in lines), lines
+    port = int(own_s3.environment["AWS_ENDPOINT_URL"].rpartition(":")[2])
+    again = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    again.start()
+    try:
+        stores.forget_connections()
+        kept = {path.name for path in unfinished.glob("*.array_record")}
+        assert kept and not (as_path(out) / "cache.json").exists()
+        done = subprocess.run(command, text=True, capture_output=True, timeout=DEADLINE_S)
+        assert done.returncode == 0, done.stderr
+        whole = tmp_path / "whole"
+        assert main([*_arguments(parts, whole), "--images_per_shard=1"]) == 0
+        assert _shards(as_path(out)) == _contents(Path(whole))
+    finally:
+        again.stop()

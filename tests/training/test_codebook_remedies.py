@@ -25,6 +25,7 @@ from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sharding import make_mesh
 from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
+from mvar_jax.training.redraw import spread_codes
 from mvar_jax.training.task import RunOptions, TaskData
 from mvar_jax.training.tokenizer_step import (
     EntropyTerm,
@@ -34,7 +35,6 @@ from mvar_jax.training.tokenizer_step import (
     draw_rows,
     draw_tokens,
     entropy_term,
-    spread_codes,
     tokenizer_loss,
 )
 from mvar_jax.training.tokenizer_task import TokenizerTask

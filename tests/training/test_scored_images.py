@@ -16,12 +16,13 @@ from mvar_jax.ops.metrics import psnr, ssim
 from mvar_jax.ops.pixels import from_levels
 from mvar_jax.processes import group
 from mvar_jax.sharding import make_mesh
-from mvar_jax.training import tokenizer_task
+from mvar_jax.training import tokenizer_step
 from mvar_jax.training.adversary import FixedWeights
 from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.scoring import Scorer, score_together
 from mvar_jax.training.task import RunOptions, TaskData
+from mvar_jax.training.tokenizer_step import evaluate_batch
 from mvar_jax.training.tokenizer_task import TokenizerTask
 from mvar_jax.training.transformer_step import PhaseOptions
 from mvar_jax.training.transformer_task import TransformerTask
@@ -113,15 +114,14 @@ class MeanDifference:
 @pytest.mark.parametrize("side", [16, 8])
 def test_an_evaluation_sums_what_it_measures_over_real_images(monkeypatch, side):
     """Two real images and one that fills the batch. Below 11 pixels there is no SSIM, without weights no LPIPS."""
-    monkeypatch.setattr(tokenizer_task, "Lpips", MeanDifference)
-    task = TokenizerTask(options(0), TOKENIZER, CodebookOptions(), task_data(2))
+    monkeypatch.setattr(tokenizer_step, "Lpips", MeanDifference)
     pixels, others = np.random.default_rng(0).integers(0, 256, (2, 3, side, side, 3)).astype(np.uint8)
     ids_BL = np.zeros((3, sum(side**2 for side in TOKENIZER.sides)), np.int32)
     outputs = 1.5 * from_levels(others), 0.0, types.SimpleNamespace(ids_BL=ids_BL)  # clipped before it is measured
     fake = {"apply": lambda params, images: outputs, "sides": TOKENIZER.sides, "vocab_size": TOKENIZER.vocab_size}
-    task.tokenizer = types.SimpleNamespace(**fake)
+    tokenizer = types.SimpleNamespace(**fake)
     batch = {"image": pixels, "mask": np.float32([1, 1, 0])}
-    sums, hits_SV, rows = task._eval_step({}, batch, FixedWeights(perceptual={}))
+    sums, hits_SV, rows = evaluate_batch(tokenizer, {}, batch, FixedWeights(perceptual={}))
     assert rows == 2 and hits_SV.sum() == 2 * ids_BL.shape[1]
     pair = np.clip(1.5 * from_levels(others), -1, 1)[:2], from_levels(pixels)[:2]
     expected = {"loss": np.square(pair[0] - pair[1]).mean((1, 2, 3)), "psnr_db": psnr(*pair, 2)}
@@ -129,7 +129,7 @@ def test_an_evaluation_sums_what_it_measures_over_real_images(monkeypatch, side)
     assert sums.keys() == expected.keys()
     for name, values_B in expected.items():
         assert float(sums[name]) == pytest.approx(values_B.sum(), rel=1e-4, abs=1e-5), name
-    assert "lpips" not in task._eval_step({}, batch, FixedWeights())[0]
+    assert "lpips" not in evaluate_batch(tokenizer, {}, batch, FixedWeights())[0]
 
 
 def test_more_reconstructions_than_good_images_are_refused():

@@ -12,11 +12,11 @@ from mvar_jax.ops.metrics import usage_percent
 from mvar_jax.ops.pixels import from_levels
 from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
+from mvar_jax.training.redraw import redraw_codes
 from mvar_jax.training.state import make_state
 from mvar_jax.training.tokenizer_step import (
     TokenizerRecipe,
     count_hits,
-    redraw_codes,
     tokenizer_loss,
     train_step,
 )
