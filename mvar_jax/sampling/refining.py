@@ -51,7 +51,8 @@ def draw_refined(
     Returns (ids `[B, N] int32`, codes `[B, N, c]`, guided logits `[B, N, V]` before the filters).
     """
     refiner, codebook = networks.refiner, networks.tokenizer_params["codebook"]
-    hidden_RND, guidance = unrefined
+    # the refiner's first product rounds them to this dtype; held in it through the loop they take half the memory
+    hidden_RND, guidance = unrefined.hidden_RND.astype(refiner.end_dtype), unrefined.guidance
     waves_Tn = draw_order.waves(refiner.sides[scale], refiner.window)
     B, N, V, num_scales = len(keys_B), hidden_RND.shape[1], refiner.vocab_size, len(refiner.sides)
     shape = jax.ShapeDtypeStruct((B, N, V), jnp.float32)

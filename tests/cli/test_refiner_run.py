@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ import mvar_jax
 from mvar_jax.__main__ import main
 from mvar_jax.checkpoints.manager import restore_weights
 from mvar_jax.checkpoints.trees import load_tree, save_tree
+from mvar_jax.digits import judge, measure_run
 from mvar_jax.errors import InputError
+from mvar_jax.files.npz import load_npz
 from mvar_jax.files.paths import as_path
 
 OTHERS = ("refine_step", "kernel_size", "depth")
@@ -53,18 +56,47 @@ def test_a_killed_run_resumes_bit_equal(train, refiner, tmp_path):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *trees))
 
 
-def test_samples_are_drawn_by_the_refiner_unless_it_is_off(run, refiner, tmp_path):
-    def sample(checkpoint, name, *more):
-        out = ["--out", str(tmp_path / name), "--save_tokens", "--labels=0-3", "--num=1", "--batch_size=4", *more]
-        assert main(["sample", "--checkpoint", str(checkpoint), *out]) == 0
-        with np.load(tmp_path / name / "tokens.npz") as arrays:
-            return arrays["ids"]
+@pytest.fixture(scope="module")
+def samples(run, refiner, tmp_path_factory):
+    """A folder of samples: "base", of the transformer; "on", of its refiner; "off", of the refiner switched off."""
+    folder = tmp_path_factory.mktemp("samples")
 
-    base, off = sample(run.transformer, "base"), sample(refiner, "off", "--refiner=off")
+    def sample(checkpoint, name, *more):
+        out = ["--out", str(folder / name), "--save_tokens", "--labels=0-3", "--num=1", "--batch_size=4", *more]
+        assert main(["sample", "--checkpoint", str(checkpoint), *out]) == 0
+
+    sample(run.transformer, "base")
+    sample(refiner, "off", "--refiner=off")
+    sample(refiner, "on", "--refine_scales=1-3")
+    return folder
+
+
+def test_samples_are_drawn_by_the_refiner_unless_it_is_off(refiner, samples):
+    base, off = (load_npz(samples / name / "tokens.npz")["ids"] for name in ("base", "off"))
     np.testing.assert_array_equal(off, base)
     # three tiny steps move no draw; the folder's identity shows that the refiner drew
-    sample(refiner, "on", "--refine_scales=1-3")
-    assert main(["sample", "--checkpoint", str(refiner), "--out", str(tmp_path / "on"), "--labels=0-3"]) == 2
+    assert main(["sample", "--checkpoint", str(refiner), "--out", str(samples / "on"), "--labels=0-3"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:a Frechet distance of")  # there are too few images for one
+def test_the_report_shows_the_refiner_beside_its_transformer(run, refiner, samples, tmp_path, monkeypatch, capfd):
+    """The losses are those of the two runs. Fewer images, a judge of their size and no grid of samples: for speed."""
+    read = measure_run.load_digits
+    few = lambda workdir: {split: (x[:60], labels[:60]) for split, (x, labels) in read(workdir).items()}
+    monkeypatch.setattr(measure_run, "load_digits", few)
+    monkeypatch.setattr(measure_run, "sample_grid", lambda model, seed: np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr(judge, "GRID_SIDE", 6)
+    stages, out = tmp_path / "stages.json", tmp_path / "report"
+    stages.write_text(json.dumps({"samples": {"wall_s": 1.0, "cpu_s": 1.0, "peak_rss_mib": 1.0}}))
+    report = ["report", "--tokenizer", run.tokenizer, "--transformer", run.transformer, f"--out={out}"]
+    report += [f"--stages={stages}", f"--samples={samples / 'base'}", f"--refiner={refiner}"]
+    assert main(report) == 2
+    assert "--refiner and --refined_samples must be given together" in capfd.readouterr().err
+    assert main([*report, f"--refined_samples={samples / 'on'}"]) == 0
+    figures = json.loads((out / "report.json").read_text())["figures"]
+    ends = [measure_run.read_metrics(Path(workdir), "eval")[-1]["loss"] for workdir in (run.transformer, refiner)]
+    assert [figures["base"]["val_loss_end"], figures["val_loss_end"]] == ends and ends[0] != ends[1]
+    assert "| figure | transformer alone | with the refiner |" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["--refine_scales=0,9", "--refine_scales=two"])
