@@ -45,7 +45,7 @@ stage refiner "$RUN/refiner/model.json" -- \
   "${mvar[@]}" train --config configs/digits_refiner.py --workdir "$RUN/refiner" "${cached[@]}" \
   "--config.init_from=$RUN/transformer"
 # the model is too sure of itself; the temperature restores some of the variety that this costs
-drawn=(--labels 0-9 --num 100 --cfg 0 --temperature 1.2 --seed "$SEED" --batch_size 100 --save_tokens)
+drawn=(--labels 0-9 --num 200 --cfg 0 --temperature 1.15 --seed "$SEED" --batch_size 100 --save_tokens)
 stage base_samples "$RUN/base_samples/samples.npz" -- \
   "${mvar[@]}" sample --checkpoint "$RUN/transformer" "${drawn[@]}" --out "$RUN/base_samples"
 stage samples "$RUN/samples/samples.npz" -- \
