@@ -1,15 +1,17 @@
 """What the refiner gives on the digits, and what it costs: base and refined side by side.
 
-    python benchmarks/refiner.py --runs runs/quickstart/refiner,runs/seed1/refiner
+    python benchmarks/refiner.py --runs runs/quickstart/refiner,runs/seed1/refiner --record
     python benchmarks/refiner.py --target h100    # no device needed, but jax[cuda12]
 
---runs: workdirs of the task refiner. 1,000 samples of each of three seeds, scored as report.md does, and nats a token
-of the held-out digits; a cell has the mean and, in brackets, the worst of the seeds. Then the seconds to draw 250
-digits. --target: sequential steps, work and compiled memory of the sampler, d16 at 256 px with guidance.
-Prints tables; the exit status is 1 if the sampler's memory exceeds its bound.
+--runs: workdirs of the task refiner. Samples of each seed, scored as report.md does, and nats a token of the held-out
+digits; a cell has the mean and, in brackets, the worst of the seeds. Then the seconds to draw 250 digits. --target:
+sequential steps, work and compiled memory of the sampler, d16 at 256 px with guidance.
+Prints tables, and appends them to RESULTS.md with --record; the exit status is 1 if the sampler's memory exceeds its
+bound.
 """
 
 import argparse
+import datetime
 import functools
 import itertools
 import statistics
@@ -26,6 +28,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 import mvar_jax
 from benchmarks.memory import compile_sampler, make_modules, params_of
+from benchmarks.stages.report import Report, to_markdown
 from mvar_jax.checkpoints.model_directory import fingerprint
 from mvar_jax.digits.measure_run import load_digits
 from mvar_jax.digits.quality import Judges, Real, Samples
@@ -35,29 +38,20 @@ from mvar_jax.models.draw_order import waves
 from mvar_jax.models.refiner import Refiner
 from mvar_jax.ops.cost import forward_macs
 
-NUM_EACH, SEEDS, TIMED = 100, (0, 1, 2), 25  # samples of a class, sampling seeds, samples of a class that are timed
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+TIMED = 25  # samples of a class that are timed
 WINDOWS, MOST_MEMORY = (None, 3, 5), 0.15  # of the refiners whose cost is compared; bound over the base's memory
 # figure -> which of several is the worst
 FIGURES = {"fd_samples": max, "judge_sample_accuracy": min, "nearest_ratio": min, "within_class_spread": min}
-# (cfg, temperature)
-SETTINGS = ((0.0, 1.0), (0.0, 1.2), (1.5, 1.0))
+GUIDED = (1.5, 1.0)  # cfg and temperature of the guided samples
 
 
-def print_row(*cells) -> None:
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
-
-
-def print_head(*cells) -> None:
-    print_row(*cells)
-    print_row(*["---"] * len(cells))
-
-
-def draw(model, seed: int, cfg: float, temperature: float) -> Samples:
-    """Draw NUM_EACH digits of each class."""
-    labels = np.repeat(np.arange(10), NUM_EACH)
+def draw(model, num_each: int, seed: int, cfg: float, temperature: float) -> Samples:
+    """Draw digits of each class."""
+    labels = np.repeat(np.arange(10), num_each)
     parts = [
         model.sample(labels[index], seed=seed, cfg=cfg, temperature=temperature, index=index)
-        for index in np.split(np.arange(len(labels)), 10)
+        for index in np.array_split(np.arange(len(labels)), max(1, num_each // 10))
     ]
     images, ids = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Samples(images, labels, ids)
@@ -80,30 +74,30 @@ def drawing_seconds(model) -> float:
     return statistics.median(seconds[1:])  # the first compiles
 
 
-def measure_digits(runs: list[Path], which: str) -> None:
-    """Print the table of samples, a transformer's figures once for all its refiners, and that of times."""
-    print_head("workdir", "cfg", "T", "drawn by", "nats a token", "Frechet", "judge", "nearest", "spread", "distinct")
-    splits, seen = load_digits(runs[0]), set()
+def measure_digits(report: Report, args: argparse.Namespace) -> None:
+    """Add the table of samples, a transformer's figures once for all its refiners, and that of times."""
+    runs, seen = [Path(run) for run in args.runs.split(",")], set()
+    splits = load_digits(runs[0])
     judges = Judges(Real(*splits["train"], *splits["val"]))
+    settings = [*((0.0, temperature) for temperature in args.temperature), GUIDED]
     for run in runs:
-        models = {name: mvar_jax.load(run, which, refiner=name == "refiner") for name in ("base", "refiner")}
+        models = {name: mvar_jax.load(run, args.which, refiner=name == "refiner") for name in ("base", "refiner")}
         base = fingerprint(models["base"].transformer, models["base"].params)
         shown = [item for item in models.items() if item[0] != "base" or base not in seen]
         seen.add(base)
-        for (cfg, temperature), (name, model) in itertools.product(SETTINGS, shown):
-            found = [judges.measure(draw(model, seed, cfg, temperature)) for seed in SEEDS]
-            cells = []
+        for (cfg, temperature), (name, model) in itertools.product(settings, shown):
+            found = [judges.measure(draw(model, args.num_each, seed, cfg, temperature)) for seed in args.seeds]
+            cells = {"workdir": run.name, "cfg": cfg, "T": temperature, "drawn by": name}
+            cells["nats a token"] = f"{nats(model, judges.real):.3f}"
             for figure, worst in FIGURES.items():
                 values = [figures[figure] for figures in found]
-                cells.append(f"{statistics.mean(values):.3f} ({worst(values):.3f})")
-            distinct = min(figures["num_distinct_pyramids"] for figures in found)
-            print_row(run.name, cfg, temperature, name, f"{nats(model, judges.real):.3f}", *cells, distinct)
-    print()
-    print_head("drawing 250 digits", "CPU s")
+                cells[figure] = f"{statistics.mean(values):.3f} ({worst(values):.3f})"
+            cells["distinct"] = min(figures["num_distinct_pyramids"] for figures in found)
+            report.add(f"{10 * args.num_each:,} samples of each of the seeds {args.seeds}", **cells)
     seconds = {name: drawing_seconds(model) for name, model in models.items()}
-    for name, value in seconds.items():
-        print_row(name, f"{value:.2f}")
-    print_row("ratio", f"{seconds['refiner'] / seconds['base']:.2f}")
+    ratio = seconds["refiner"] / seconds["base"]
+    rounded = {f"{name}, CPU s": f"{value:.2f}" for name, value in seconds.items()}
+    report.add("Drawing 250 digits", **rounded, ratio=f"{ratio:.2f}")
 
 
 def refiners_of(transformer) -> list[Refiner]:
@@ -114,8 +108,8 @@ def refiners_of(transformer) -> list[Refiner]:
     return [whole.clone(window=window, scales=scales) for window in WINDOWS for scales in (up_to_10, ())]
 
 
-def measure_cost(target: str, depth: int, batch: int) -> bool:
-    """Print sequential steps, work and compiled memory of the sampler; return whether the bound of memory is met."""
+def measure_cost(report: Report, target: str, depth: int, batch: int) -> bool:
+    """Add sequential steps, work and compiled memory of the sampler; return whether the bound of memory is met."""
     sizes = argparse.Namespace(depth=depth, size=256, dtype="bfloat16", backend="auto")
     tokenizer, transformer = make_modules(sizes, "markov")
     compiling = lambda refiner: compile_sampler(
@@ -124,8 +118,9 @@ def measure_cost(target: str, depth: int, batch: int) -> bool:
     base, is_kept = compiling(None).total_bytes, True
     num_scales = len(transformer.sides)
     macs = forward_macs(transformer.pyramid, transformer.depth, transformer.width, 4096, 32)
-    print_head("drawn by", "scales", "parameters, M", "GFLOP an image", "sequential steps", "MiB", "over the base")
-    print_row("transformer", num_scales, "", f"{2e-9 * macs:.1f}", num_scales, f"{base / MIB:.0f}", "")
+    head = ("drawn by", "scales", "parameters, M", "GFLOP an image", "sequential steps", "MiB", "over the base")
+    add = lambda *cells: report.add(f"Sampler for {target}", **dict(zip(head, cells, strict=True)))
+    add("transformer", num_scales, None, f"{2e-9 * macs:.1f}", num_scales, f"{base / MIB:.0f}", None)
     for refiner in refiners_of(transformer):
         whole, refined = compiling(refiner).total_bytes, refiner.refined
         size = sum(x.size for x in jax.tree.leaves(params_of(refiner)))
@@ -133,25 +128,43 @@ def measure_cost(target: str, depth: int, batch: int) -> bool:
         is_kept &= whole <= (1 + MOST_MEMORY) * base
         form = "full causal" if refiner.window is None else f"k = {refiner.window}"
         work, memory = f"{2e-9 * (macs + refiner.macs(refined)):.1f}", f"{whole / MIB:.0f}"
-        print_row(form, len(refined), f"{size / 1e6:.1f}", work, steps, memory, f"{whole / base - 1:+.1%}")
+        add(form, len(refined), f"{size / 1e6:.1f}", work, steps, memory, f"{whole / base - 1:+.1%}")
     return is_kept
 
 
+def _numbers(kind):
+    return lambda text: tuple(map(kind, text.split(",")))
+
+
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", help="workdirs of the refiner's task, by commas")
     parser.add_argument("--which", default="best", choices=("best", "last"), help="of --runs (default best)")
+    parser.add_argument("--seeds", type=_numbers(int), default=(0, 1, 2), help="of samples (default 0,1,2)")
+    parser.add_argument("--num_each", type=int, default=100, help="samples of a class and seed (default 100)")
+    parser.add_argument("--temperature", type=_numbers(float), default=(1.0, 1.2), help="by commas (default 1.0,1.2)")
     parser.add_argument("--target", help="here, or a machine that is not: h100, v5e, ...")
     parser.add_argument("--depth", type=int, default=16, help="of the transformer of --target")
     parser.add_argument("--batch", type=int, default=32, help="images of --target; guidance doubles the rows")
+    parser.add_argument(
+        "--record", nargs="?", type=Path, const=RESULTS, metavar="FILE", help="append the tables to RESULTS.md"
+    )
     args = parser.parse_args(argv)
+    report = Report()
     try:
         if args.runs:
-            measure_digits([Path(run) for run in args.runs.split(",")], args.which)
-        is_kept = args.target is None or measure_cost(args.target, args.depth, args.batch)
+            measure_digits(report, args)
+        is_kept = args.target is None or measure_cost(report, args.target, args.depth, args.batch)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if args.record is not None:
+        heading = (
+            f"\n## {datetime.date.today()}: benchmarks/refiner.py\n\n`{' '.join(argv)}`, jax {jax.__version__}\n"
+        )
+        with open(args.record, "a") as file:
+            file.write(f"{heading}{to_markdown(report.rows)}\n")
     return 0 if is_kept else 1
 
 
