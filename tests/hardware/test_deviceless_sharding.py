@@ -50,6 +50,6 @@ def test_a_step_exchanges_what_its_mesh_needs(target):
     reduced = 18 * 4 * (1 + 1 / 8)
     expected = LAYERS * WIDTH**2 * (gathered + reduced)
     assert expected / 1.2 <= sum(found.values()) <= 1.2 * expected, dict(found)
-    assert compiled.total_bytes <= 5.5 * 2**30  # state and gradients are 3.8 GiB of it
+    assert compiled.total_bytes <= 5.75 * 2**30  # state and gradients are 3.8 GiB of it; libtpu 0.0.48 needs 5.52
     large = {kind: round(num_bytes / 2**20) for kind, num_bytes in found.items() if num_bytes >= 2**26}
     assert large == pytest.approx(SNAPSHOT["exchanged_mib"][target], rel=0.2)
