@@ -44,7 +44,7 @@ def filesystem(scheme: str) -> Any:
 
 
 def _note_lost_error(_: Any, context: dict[str, Any]) -> None:
-    """Keep off the terminal the traceback of a task that nobody waits for: the request it belonged to has raised."""
+    """Log the error of a task that nobody waits for at debug level: the request that began it has raised already."""
     logging.debug("%s: %r", context["message"], context.get("exception"))
 
 

@@ -171,7 +171,8 @@ class FeedForward(nn.Module):
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         D = x_BND.shape[-1]
         up, down = normal(self.init_std), normal(self.init_std, self.last_factor)
-        # with many rows cuBLAS adds this bias and applies GELU; a copy of the weights moves less than one pass more
+        # If tokens are many, cuBLAS adds this bias and applies GELU: it takes a copy of the weights, but saves a pass
+        # over the activations. If they are few, the copy costs more than the pass.
         sum_dtype = branch_dtype(self.dtype) if math.prod(x_BND.shape[:-1]) < D else None
         widen = Linear(
             4 * D, named_axes(up, "width", "hidden"), self.dtype, self.dtype, sum_dtype=sum_dtype, name="up"

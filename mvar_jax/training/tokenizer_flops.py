@@ -13,7 +13,7 @@ from mvar_jax.training.state import TrainState
 
 
 class TokenizerFlops(NamedTuple):
-    """FLOPs of the forward pass of each network for one image; 0 for those that a run lacks.
+    """FLOPs of each network's forward pass for one image. A network that the run does not have counts 0.
 
     Attributes:
       tokenizer: encoder, quantizer and decoder.
@@ -39,7 +39,7 @@ class TokenizerFlops(NamedTuple):
 
 
 def _count(forward, *args) -> float:
-    """Return the FLOPs of a function, compiled for no device: those of the mesh may not be here."""
+    """Return the FLOPs of a function, lowered without the mesh: its devices may not be on this machine."""
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
     return (jax.jit(forward).lower(*args).cost_analysis() or {}).get("flops", 0.0)
 
