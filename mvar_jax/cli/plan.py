@@ -56,9 +56,10 @@ def run(args) -> int:
 
     from mvar_jax import build
     from mvar_jax.hardware.compiling import devices_of
-    from mvar_jax.planning import plan as plans
     from mvar_jax.planning.compare import compare_views, describe_comparison
+    from mvar_jax.planning.plan import Request, make_plan
     from mvar_jax.planning.report import describe, draw_chart, to_json
+    from mvar_jax.planning.search import describe_tries, search
     from mvar_jax.training.programs import PARTS
 
     parts = tuple(args.parts.split(","))
@@ -75,17 +76,17 @@ def run(args) -> int:
     build.check_config(config)
     devices_of(args.topology)  # an unknown one, or a missing compiler, is said before anything is compiled
     folder = plans_folder(args.compilation_cache)
-    request = plans.Request(args.config, args.topology, parts, args.samples, args.images, tokenizer, folder)
+    request = Request(args.config, args.topology, parts, args.samples, args.images, tokenizer, folder)
     if args.compare:
         found = compare_views(config, request)
         print(describe_comparison(*found))
         plan = found[0]
     elif args.search is not None:
-        tries = plans.search(config, request, args.search)
-        print(plans.describe_tries(tries))
+        tries = search(config, request, args.search)
+        print(describe_tries(tries))
         plan = tries[0].plan
     else:
-        plan = plans.make_plan(config, request)
+        plan = make_plan(config, request)
         print(describe(plan))
     if "json" in files:
         from mvar_jax.files.atomic import write_json

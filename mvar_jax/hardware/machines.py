@@ -12,7 +12,7 @@ from mvar_jax.errors import InputError, shorten
 from mvar_jax.fields import from_dict
 from mvar_jax.files.json_files import parse_json
 from mvar_jax.ops.platform import current_platform
-from mvar_jax.schema import Positive
+from mvar_jax.schema import NotNegative, Positive
 
 HERE = "here"
 
@@ -32,6 +32,7 @@ class Machine:
       memory_bandwidth: bytes/s.
       link_bandwidth: bytes/s that a device sends to the others of its host or TPU slice.
       network_bandwidth: bytes/s that a device sends to other hosts.
+      launch_s: seconds that each kernel adds; no data sheet has them.
       smallest: smallest topology that contains one device.
       topology: options of libtpu's topology.
     """
@@ -46,6 +47,7 @@ class Machine:
     memory_bandwidth: Positive
     link_bandwidth: Positive
     network_bandwidth: Positive
+    launch_s: NotNegative = 0.0
     smallest: str = "1"
     topology: dict[str, str] | None = None
 

@@ -9,7 +9,7 @@ from mvar_jax.files.atomic import replacing
 from mvar_jax.hardware.machines import Machine
 from mvar_jax.planning.advice import Change, largest_of
 from mvar_jax.planning.figures import Figures
-from mvar_jax.planning.roofline import Estimate, estimate
+from mvar_jax.planning.roofline import BOUNDS, Estimate, estimate
 
 GIB = 2**30
 COLUMNS = ("program", "parameters", "optimizer", "other inputs", "activations", "peak", "TFLOP", "moved", "sent")
@@ -207,9 +207,7 @@ def draw_chart(path: Path, plan: Plan) -> None:
     memory.axvline(plan.machine.usable_bytes / GIB, color="black", linestyle=":", label="usable")
     memory.set(xlabel="GiB on each device", title=f"{plan.config} on {plan.target}")
     estimates = [estimate(one, plan.machine) for one in plan.figures]
-    by_bound = {
-        name: [1e3 * getattr(one, f"{name}_s") for one in estimates] for name in ("compute", "memory", "network")
-    }
+    by_bound = {name: [1e3 * getattr(one, f"{name}_s") for one in estimates] for name in BOUNDS}
     _draw_stacked(times, names, by_bound)
     times.set(xlabel="ms at least", title=f"{plan.num_devices} x {plan.machine.name}")
     for axis in (memory, times):

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -13,10 +14,12 @@ from mvar_jax.hardware.compiling import _out_of_memory
 from mvar_jax.hardware.machines import Machine, machine_of
 from mvar_jax.hardware.work import Collective, Work
 from mvar_jax.ops.cost import attention_kernel_flops, keys_seen
-from mvar_jax.planning import advice, compare, figures, plan, report
+from mvar_jax.planning import advice, calibration, compare, figures, plan, report
+from mvar_jax.planning.calibration import machine_for
 from mvar_jax.planning.figures import Figures
 from mvar_jax.planning.report import Plan
-from mvar_jax.planning.roofline import estimate, machine_for
+from mvar_jax.planning.roofline import estimate
+from mvar_jax.planning.search import describe_tries, search
 from mvar_jax.planning.tasks import make_task, programs_of
 from mvar_jax.scales import Pyramid
 from mvar_jax.sharding import MESH_AXES, mesh_shapes
@@ -35,6 +38,33 @@ def test_each_instruction_takes_the_longer_of_its_products_and_its_bytes():
     assert (time.compute_s, time.memory_s) == pytest.approx((3 + 1, 2 * 5))
     assert time.network_s == pytest.approx(2 * 6e5 / 1e5 + 6e5 / 1e4)  # three quarters of the array are sent
     assert time.bound == "network"
+
+
+def test_every_kernel_adds_its_launch():
+    work = (Work(3, 2e9, 10, "bfloat16"), Work(5, 0.0, 1e3, "float32"))
+    time = estimate(dataclasses.replace(STEP, work=work), dataclasses.replace(MACHINE, launch_s=2.0))
+    assert (time.launches_s, time.bound) == (8 * 2.0, "launches")
+    assert time.total_s == pytest.approx(16 + 3 + 5e-3)
+
+
+def test_the_devices_here_have_the_rates_of_three_programs(monkeypatch):
+    """If each took two seconds: its products or bytes in that time, and a loop's kernels share it."""
+    called = []
+
+    def least_s(call, x):
+        called.append(jax.tree.map(jnp.shape, call(x)))
+        return 2.0
+
+    monkeypatch.setattr(calibration, "SIZES", {True: (8, 2**12), False: (8, 2**12)})
+    monkeypatch.setattr(calibration, "_least_s", least_s)
+    rates = calibration.measure_rates.__wrapped__()
+    assert rates.flops == {"float32": 2 * 8**3 / 2, "bfloat16": 2 * 8**3 / 2}
+    assert rates.memory_bandwidth == 2 * 2**12 / 2
+    # a product and its tanh; XLA may count the iterations in a kernel or two of their own
+    assert 2 / (6 * calibration.NUM_LAUNCHES) <= rates.launch_s <= 2 / (2 * calibration.NUM_LAUNCHES)
+    assert called == [(8, 8), (8, 8), (2**10,), (8, 8)]
+    monkeypatch.setattr(calibration, "measure_rates", lambda: rates)
+    assert machine_for("here").launch_s == rates.launch_s and machine_for("here").flops == rates.flops
 
 
 def small_task():
@@ -164,18 +194,18 @@ def test_search_returns_the_fastest_that_fits(monkeypatch):
 
     monkeypatch.setattr(plan, "measure", measure)
     monkeypatch.setattr(plan, "machine_for", lambda target: MACHINE)
-    tries = plan.search(CONFIG, plan.Request("debug", "here", tokenizer=TOKENIZER), limit_s=60)
+    tries = search(CONFIG, plan.Request("debug", "here", tokenizer=TOKENIZER), limit_s=60)
     assert tries[0].changes == {"remat": "full"}
     assert len(tries) == 3 * 4  # 16 parts of 8 images are not allowed
-    assert plan.describe_tries(tries).endswith("best of 12: --config.model.remat=full")
+    assert describe_tries(tries).endswith("best of 12: --config.model.remat=full")
 
 
 def test_search_ends_when_its_time_is_up_but_tries_the_config(monkeypatch):
     monkeypatch.setattr(plan, "measure", lambda *_: [dataclasses.replace(STEP, activation_bytes=100)])
     monkeypatch.setattr(plan, "machine_for", lambda target: MACHINE)
-    tries = plan.search(CONFIG, plan.Request("debug", "here", tokenizer=TOKENIZER), limit_s=0)
+    tries = search(CONFIG, plan.Request("debug", "here", tokenizer=TOKENIZER), limit_s=0)
     assert [(one.changes, one.images_per_s) for one in tries] == [({}, 0.0)]
-    assert plan.describe_tries(tries).endswith("none of 1 fits")
+    assert describe_tries(tries).endswith("none of 1 fits")
 
 
 def test_comparison_has_the_published_ratio_at_its_batch_and_settings(monkeypatch):

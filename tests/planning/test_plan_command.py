@@ -8,6 +8,7 @@ from mvar_jax.__main__ import main
 from mvar_jax.hardware import machines
 from mvar_jax.hardware.machines import machine_of, parse_target
 from mvar_jax.planning import figures
+from mvar_jax.planning.calibration import Rates
 
 TOKENIZER = ["--tokenizer", "debug"]
 
@@ -31,8 +32,8 @@ def plan(capfd, *arguments: str) -> tuple[int, str, str]:
 @pytest.fixture(autouse=True)
 def fixed_rates(monkeypatch):
     """Rates of the machine here that need no measurement."""
-    rates = {"float32": 1e9, "bfloat16": 1e9}, 1e9
-    monkeypatch.setattr("mvar_jax.planning.roofline._measure_rates", lambda: rates)
+    rates = Rates({"float32": 1e9, "bfloat16": 1e9}, 1e9, 1e-6)
+    monkeypatch.setattr("mvar_jax.planning.calibration.measure_rates", lambda: rates)
 
 
 def test_every_program_of_a_transformers_run_is_planned_once(capfd, tmp_path, kept, monkeypatch):

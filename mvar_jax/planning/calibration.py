@@ -1,0 +1,94 @@
+"""The machine of a target: by its data sheet, or for the devices here by what three small programs take."""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mvar_jax.hardware.machines import HERE, Machine, find_machine, machine_of, parse_target
+from mvar_jax.hardware.work import work_of
+from mvar_jax.ops.gelu import gelu
+from mvar_jax.ops.platform import current_platform
+
+# (side of the product, bytes of the loop) that take longer than their launch: on a CPU, elsewhere
+SIZES = {True: (2048, 2**24), False: (8192, 2**29)}
+NUM_LAUNCHES = 1000
+ROUNDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What the first device here does: FLOP/s of a product by dtype, bytes/s of a loop, seconds of a launch."""
+
+    flops: dict[str, float]
+    memory_bandwidth: float
+    launch_s: float
+
+
+def machine_for(target: str) -> Machine:
+    """Return the machine of a target; that of the devices here has measured rates."""
+    name, _ = parse_target(target)
+    if name != HERE:
+        machine = machine_of(name)
+        if machine.platform == "gpu" and (share := os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")):
+            return dataclasses.replace(machine, usable_bytes=float(share) * machine.memory_bytes)
+        return machine
+    device, rates = jax.devices()[0], measure_rates()
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if known := find_machine(device.device_kind):
+        return dataclasses.replace(known, **dataclasses.asdict(rates))
+    return Machine(
+        name=f"{device.device_kind} (here)",
+        source="measured: a product, a loop, launches, and the memory that the system names",
+        platform=current_platform(),
+        device_kinds=(),
+        flops=rates.flops,
+        memory_bytes=memory,
+        usable_bytes=memory / jax.local_device_count(),
+        memory_bandwidth=rates.memory_bandwidth,
+        link_bandwidth=rates.memory_bandwidth,
+        network_bandwidth=rates.memory_bandwidth,
+        launch_s=rates.launch_s,
+    )
+
+
+@functools.cache
+def measure_rates() -> Rates:
+    """Return the rates of the first device here.
+
+    A CPU reads its caches and new pages at rates that differ 20 times, and most loops of a model calculate longer than
+    they read: so a loop of the model itself, its GELU in place, stands for the memory.
+    """
+    side, num_bytes = SIZES[current_platform() == "cpu"]
+    flops = {}
+    for dtype in ("float32", "bfloat16"):
+        x = jnp.ones((side, side), dtype)
+        product = jax.jit(jnp.matmul)
+        flops[dtype] = 2 * side**3 / _least_s(lambda _, x=x, product=product: product(x, x), None)
+    x = jnp.ones(num_bytes // 4)
+    bandwidth = 2 * num_bytes / _least_s(jax.jit(gelu, donate_argnums=0), x)
+    return Rates(flops, bandwidth, _measure_launch_s())
+
+
+def _measure_launch_s() -> float:
+    """Return the seconds that a loop of tiny products takes for each kernel that the plan would count."""
+    body = lambda _, x: jnp.tanh(x @ x)
+    program = jax.jit(lambda x: jax.lax.fori_loop(0, NUM_LAUNCHES, body, x)).lower(jnp.ones((8, 8))).compile()
+    num_kernels = sum(work.times for work in work_of(program.as_text(), (0,))[0])
+    return _least_s(program, jnp.ones((8, 8))) / num_kernels
+
+
+def _least_s(call: Callable[[Any], Any], x: Any) -> float:
+    """Return the least seconds of some calls, each with the result of the one before."""
+    x = jax.block_until_ready(call(x))  # compiles
+    found = []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        x = jax.block_until_ready(call(x))
+        found.append(time.perf_counter() - begin)
+    return min(found)
