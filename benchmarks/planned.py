@@ -2,10 +2,10 @@
 
     python benchmarks/planned.py --config configs/digits.py --tokenizer configs/digits_tokenizer.py --record
 
-Each program of the config runs on random weights and inputs, --rounds times. Its memory is what the allocator reports:
-on a CPU the arguments and what glibc's heap grows by while the program runs, elsewhere the peak of the device, for which
-the programs run in the order of their predicted peak. The rates that the prediction takes are measured before and after
-each program, and the slower ones count, as a machine with other work changes meanwhile.
+Each program of the config runs on constant weights and inputs, --rounds times. Its memory is what the allocator
+reports: on a CPU its arguments and what glibc's heap grows by while it runs, elsewhere the peak of the device. As that
+never falls, programs run in the order of their predicted peak. The rates behind the prediction are measured before and after
+each program, and the slower ones count, since other work on the machine may change meanwhile.
 Prints a table, and appends it to RESULTS.md with --record; the exit status is 1 if a training step is outside the
 bounds.
 """
@@ -43,15 +43,25 @@ from mvar_jax.training.programs import TRAIN
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 MOST_ERROR, MOST_RATIO = 0.05, 1.5  # of a training step's peak, and of its seconds in either direction
 POLL_S = 1e-3
+# of glibc's mallinfo2; hblkhd are the bytes of large arrays, uordblks those of all others
+HEAP_FIELDS = (
+    "arena",
+    "ordblks",
+    "smblks",
+    "hblks",
+    "hblkhd",
+    "usmblks",
+    "fsmblks",
+    "uordblks",
+    "fordblks",
+    "keepcost",
+)
 
 
 class HeapInfo(ctypes.Structure):
     """glibc's `struct mallinfo2`."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    _fields_ = [(name, ctypes.c_size_t) for name in HEAP_FIELDS]
 
 
 class Heap:
@@ -85,7 +95,7 @@ class Heap:
 
 
 def make(shapes):
-    """Return arrays of a program's arguments: floats of one value, other numbers zero; keys from seed 0."""
+    """Return arrays for a program's arguments: floats of one value, integers zero, keys of seed 0."""
 
     def one(x):
         if not isinstance(x, jax.ShapeDtypeStruct):
@@ -99,7 +109,7 @@ def make(shapes):
 
 
 def run(task, program, argument_bytes: int, rounds: int) -> tuple[list[float | None], list[float]]:
-    """Return (MiB, seconds), each of some rounds; reading a heap's size takes time, so a CPU has rounds for either."""
+    """Return (MiB, seconds) of some rounds; a CPU has separate ones for each, since reading a heap takes time."""
     peaks: list[float | None] = []
     seconds, on_cpu = [], jax.default_backend() == "cpu"
 

@@ -61,8 +61,8 @@ def machine_for(target: str) -> Machine:
 def measure_rates() -> Rates:
     """Return the rates of the first device here.
 
-    A CPU reads its caches and new pages at rates that differ 20 times, and most loops of a model calculate longer than
-    they read: so a loop of the model itself, its GELU in place, stands for the memory.
+    A CPU reads its caches 20 times as fast as it writes new pages, and most loops of a model take longer to calculate
+    than to read. So the memory's rate is that of a loop of the model, its GELU in place.
     """
     side, num_bytes = SIZES[current_platform() == "cpu"]
     flops = {}

@@ -32,7 +32,7 @@ class Estimate:
 def estimate(figures: Figures, machine: Machine) -> Estimate:
     """Return the least time of a program.
 
-    Each instruction takes the longer of its products at the peak rate and its bytes at the memory's, and its launch; a
+    Each instruction takes its launch and the longer of its products at the peak rate and its bytes at the memory's; a
     collective takes its bytes in a ring at the rate of the slowest link of its group.
     """
     seconds = collections.Counter(dict.fromkeys(BOUNDS, 0.0))

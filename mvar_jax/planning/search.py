@@ -127,9 +127,8 @@ def describe_tries(tries: list[Try]) -> str:
         (step,) = one.plan.figures
         time_s = estimate(step, one.plan.machine).total_s
         times = ("", "") if step.is_refused else (show_time(time_s), f"{step.images / time_s:,.0f}" if time_s else "")
-        rows.append(
-            (words_of(one.changes), show_bytes(step.peak_bytes), *times, "fits" if one.images_per_s else "does not fit")
-        )
+        verdict = "fits" if one.images_per_s else "does not fit"
+        rows.append((words_of(one.changes), show_bytes(step.peak_bytes), *times, verdict))
     best = tries[0] if tries and tries[0].images_per_s else None
     found = f"best of {len(tries)}: {words_of(best.changes)}" if best else f"none of {len(tries)} fits"
     return "\n".join([*table(rows), found])
