@@ -3,9 +3,9 @@
     python benchmarks/planned.py --config configs/digits.py --tokenizer configs/digits_tokenizer.py --record
 
 Each program of the config runs on constant weights and inputs, --rounds times. Its memory is what the allocator
-reports: on a CPU its arguments and what glibc's heap grows by while it runs, elsewhere the peak of the device. As that
-never falls, programs run in the order of their predicted peak. The rates behind the prediction are measured before and after
-each program, and the slower ones count, since other work on the machine may change meanwhile.
+reports: on a CPU its arguments and what glibc's heap grows by while it runs, elsewhere the peak of the device. That
+never falls, so programs run in the order of their predicted peak. The rates behind the prediction are measured before
+and after each program, and the slower ones count, since other work on the machine may change meanwhile.
 Prints a table, and appends it to RESULTS.md with --record; the exit status is 1 if a training step is outside the
 bounds.
 """

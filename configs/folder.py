@@ -2,11 +2,11 @@
 
 Command:  python -m mvar_jax data --config configs/folder.py --config.data.path=DIR --out runs/folder/look
           python -m mvar_jax cache_tokens --config configs/folder.py --config.data.path=DIR \\
-              --tokenizer models/tokenizer --out runs/folder/tokens
+              --tokenizer models/mvar-d16 --out runs/folder/tokens
           python -m mvar_jax train --config configs/folder.py --config.data.cache=runs/folder/tokens \\
               --workdir runs/folder/transformer
           Without a cache, encoding inside the training step: --config.data.path=DIR
-          --config.data.tokenizer=models/tokenizer instead of --config.data.cache. models/tokenizer is what `convert`
+          --config.data.tokenizer=models/mvar-d16 instead of --config.data.cache. models/mvar-d16 is what `convert`
           wrote.
           ImageNet: --config.data.source=tfds --config.data.name=imagenet2012, prepared by launch/prepare_imagenet.sh,
           and --config.data.upright=False for the reference's pixels. Tars: --config.data.source=tars.

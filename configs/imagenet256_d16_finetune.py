@@ -1,6 +1,7 @@
 """MVAR-d16 fine-tuned from VAR-d16 on ImageNet 256 px: the published recipe, 80 epochs of batch 448.
 
 Needs:    the published VAR file as models/var_d16.pth (or --config.init_from=a model directory).
+          The tokenizer as models/vae: docs/reproducing.md has the command.
 Command:  python -m mvar_jax cache_tokens --config configs/imagenet256_d16_finetune.py --tokenizer models/vae \\
               --out data/imagenet256_tokens
           python -m mvar_jax train --config configs/imagenet256_d16_finetune.py \\

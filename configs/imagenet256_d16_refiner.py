@@ -1,7 +1,7 @@
 """Refiner of MVAR-d16 on ImageNet 256 px: k = 3, two blocks, 34.6 M parameters on a frozen base of 310 M.
 
-Needs:    the base as the model directory models/mvar_d16, tokenizer included (or --config.init_from=another one).
-Command:  python -m mvar_jax cache_tokens --config configs/imagenet256_d16_refiner.py --tokenizer models/mvar_d16 \\
+Needs:    the base as the model directory models/mvar-d16, tokenizer included (or --config.init_from=another one).
+Command:  python -m mvar_jax cache_tokens --config configs/imagenet256_d16_refiner.py --tokenizer models/mvar-d16 \\
               --out data/imagenet256_tokens
           python -m mvar_jax train --config configs/imagenet256_d16_refiner.py --workdir runs/imagenet256_d16_refiner
 Hardware: 8 cards of 24 GB or more.
@@ -17,7 +17,7 @@ from configs import _imagenet
 
 def get_config() -> ml_collections.ConfigDict:
     """Settings; every key can be set on the command line."""
-    c = _imagenet.make_config(depth=16, epochs=20, batch_size=448, init_from="models/mvar_d16")
+    c = _imagenet.make_config(depth=16, epochs=20, batch_size=448, init_from="models/mvar-d16")
     base = c.model
     c.task = "refiner"
     c.model = dict(

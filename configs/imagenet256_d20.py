@@ -1,9 +1,10 @@
 """MVAR-d20 on ImageNet 256 px from scratch. No such run is published: batch of its fine-tuning, VAR's 250 epochs.
 
+Needs:    the tokenizer as models/vae: docs/reproducing.md has the command.
 Command:  python -m mvar_jax cache_tokens --config configs/imagenet256_d20.py --tokenizer models/vae \\
               --out data/imagenet256_tokens
           python -m mvar_jax train --config configs/imagenet256_d20.py --workdir runs/imagenet256_d20
-Hardware: 8 cards of 40 GB or more.
+Hardware: 8 cards of 24 GB or more (compiled, not run).
 Hours:    not yet run.
 Score:    not yet run.
 """

@@ -1,9 +1,10 @@
 """MVAR-d30 on ImageNet 256 px from scratch. No such run is published: the values are those of VAR-d30.
 
+Needs:    the tokenizer as models/vae: docs/reproducing.md has the command.
 Command:  python -m mvar_jax cache_tokens --config configs/imagenet256_d30.py --tokenizer models/vae \\
               --out data/imagenet256_tokens
           python -m mvar_jax train --config configs/imagenet256_d30.py --workdir runs/imagenet256_d30
-Hardware: 32 cards of 80 GB or a TPU v5e-64 slice, state sharded over them.
+Hardware: 8 cards of 80 GB or a TPU v5e-256 slice, state sharded over them (compiled, not run).
 Hours:    not yet run.
 Score:    not yet run.
 """

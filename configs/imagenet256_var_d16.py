@@ -1,5 +1,6 @@
 """VAR-d16 on ImageNet 256 px from scratch, the baseline: block-causal attention, 200 epochs of batch 768.
 
+Needs:    the tokenizer as models/vae: docs/reproducing.md has the command.
 Command:  python -m mvar_jax cache_tokens --config configs/imagenet256_var_d16.py --tokenizer models/vae \\
               --out data/imagenet256_tokens
           python -m mvar_jax train --config configs/imagenet256_var_d16.py --workdir runs/imagenet256_var_d16

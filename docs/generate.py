@@ -145,10 +145,10 @@ def config_sections() -> dict[str, list[Row]]:
 CONFIGURATION_INTRO = """# Configuration
 
 A config file is Python with a function `get_config()` that returns an `ml_collections.ConfigDict`; `configs/` holds
-examples, each with its command. `train`, `data` and `cache_tokens` read one by `--config`, and any key can be set on
-the command line: `--config.optimizer.weight_decay=0.1`. `--config FILE:ARG` calls `get_config(ARG)`, ARG being all
-the text after the colon; `config.json` in the workdir keeps it as `config_arg`. An unknown key is an error, and so is
-a value of another type than the table's or out of range.
+examples, each with its command. `train`, `plan`, `data` and `cache_tokens` read one by `--config`, and any key can be
+set on the command line: `--config.optimizer.weight_decay=0.1`. `--config FILE:ARG` calls `get_config(ARG)`, ARG being
+all the text after the colon; `config.json` in the workdir keeps it as `config_arg`. An unknown key is an error, and
+so is a value of another type than the table's or out of range.
 
 A default is what a config without the key means. A key without a default must be in every config of its task; of
 `num_steps` and `epochs` exactly one is above 0.

@@ -36,7 +36,7 @@ def _var(depth: int, fid: float) -> Preset:
     return Preset(depth, "full", MappingProxyType(options), MappingProxyType({"fid": fid}))
 
 
-# MVAR: arXiv 2505.12742; "-ft" are fine-tuned from VAR. VAR: arXiv 2404.02905.
+# MVAR: model card of the released weights, "-ft" fine-tuned from VAR. VAR: arXiv 2404.02905.
 PRESETS = {
     "mvar-d16": _mvar(16, 2.7, 0.99, 1200, 3.01, 285.17, 6.26, 0.85, 0.51),
     "mvar-d16-ft": _mvar(16, 2.0, 0.99, 1200, 3.37, 295.35, 6.10, 0.86, 0.48),

@@ -17,6 +17,7 @@ from mvar_jax.cli.configuration import read_config
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHELL = ("", "bash", "sh", "shell")
 OVERRIDE = "--config."
 WITH_OVERRIDES = ("train", "plan", "data", "cache_tokens")
 
@@ -27,7 +28,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(page: Path) -> list[list[str]]:
     """Return the words of each command in the page's shell blocks, without comments and leading VAR=value."""
-    lines = "\n".join(blocks(page, "")).replace("\\\n", " ").splitlines()
+    lines = "\n".join(text for language in SHELL for text in blocks(page, language)).replace("\\\n", " ").splitlines()
     found = []
     for line in lines:
         words = shlex.split(line, comments=True)
@@ -72,6 +73,22 @@ def test_command_parses(generate, page, line):
         config = read_config(str(ROOT / args.config), rest)
         given = {word.removeprefix(OVERRIDE).partition("=")[0] for word in rest}
         assert given <= documented_keys(generate, config)
+
+
+def test_every_model_directory_that_is_used_is_made_by_a_shown_command():
+    """In pages and configs; files such as models/var_d16.pth are downloads."""
+    text = "\n".join(page.read_text() for page in [*PAGES, *(ROOT / "configs").glob("*.py")])
+    named = set(re.findall(r"(?<![\w/])models/[\w.-]*\w", text))
+    made = set(re.findall(r"--out (models/[\w.-]*\w)", text))
+    assert made and not [name for name in named - made if not name.endswith(".pth")]
+
+
+def test_a_tokenizer_that_is_converted_alone_is_given_its_scales():
+    """The published file serves 256 and 512 px, so `convert` refuses to guess."""
+    of_configs = [path.read_text().replace("\\\\\n", " ") for path in (ROOT / "configs").glob("*.py")]
+    lines = [line for _, line in MVAR_LINES] + [line for text in of_configs for line in text.splitlines()]
+    alone = [line for line in lines if "convert " in line and "--tokenizer " in line and "--transformer" not in line]
+    assert len(alone) >= 2 and all("--patch_nums" in line for line in alone)
 
 
 def test_front_page_shows_every_command():
