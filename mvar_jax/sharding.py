@@ -71,8 +71,9 @@ def make_mesh(
         raise InputError(f"mesh must have {expected}, got {sizes}", field="mesh", given=sizes, expected=expected)
     if free:
         sizes[free[0]] = len(devices) // given
-    if jax.process_count() > 1 and jax.local_device_count() % sizes["tensor"]:
-        expected = f"a divisor of {jax.local_device_count()}, the number of devices of one process"
+    counts = collections.Counter(device.process_index for device in devices)
+    if len(counts) > 1 and (smallest := min(counts.values())) % sizes["tensor"]:
+        expected = f"a divisor of {smallest}, the number of devices of one process"
         message = f"mesh.tensor must be {expected}, got {sizes['tensor']}"
         raise InputError(message, field="mesh.tensor", given=sizes["tensor"], expected=expected)
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * 3)

@@ -61,7 +61,9 @@ def plans_folder(option: str) -> Path | None:
     if option == OFF:
         return None
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR") if option == AUTO else option
-    return (Path(named).absolute() if named else default_cache_folder(os.environ).parent) / "plans"
+    if not named:
+        return default_cache_folder(os.environ).parent / "plans"
+    return as_path(named, "compilation_cache" if option != AUTO else "JAX_COMPILATION_CACHE_DIR").absolute() / "plans"
 
 
 def default_cache_folder(environment) -> Path:

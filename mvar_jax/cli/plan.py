@@ -56,10 +56,10 @@ def run(args) -> int:
 
     from mvar_jax import build
     from mvar_jax.hardware.compiling import devices_of
-    from mvar_jax.planning.compare import compare_views, describe_comparison
+    from mvar_jax.planning.compare import compare_views, comparison_to_json, describe_comparison
     from mvar_jax.planning.plan import Request, make_plan
     from mvar_jax.planning.report import describe, draw_chart, to_json
-    from mvar_jax.planning.search import describe_tries, search
+    from mvar_jax.planning.search import describe_tries, search, tries_to_json
     from mvar_jax.training.programs import PARTS
 
     parts = tuple(args.parts.split(","))
@@ -80,18 +80,19 @@ def run(args) -> int:
     if args.compare:
         found = compare_views(config, request)
         print(describe_comparison(*found))
-        plan = found[0]
+        plan, values = found[0], comparison_to_json(*found)
     elif args.search is not None:
         tries = search(config, request, args.search)
         print(describe_tries(tries))
-        plan = tries[0].plan
+        plan, values = tries[0].plan, tries_to_json(tries)
     else:
         plan = make_plan(config, request)
         print(describe(plan))
+        values = to_json(plan)
     if "json" in files:
         from mvar_jax.files.atomic import write_json
 
-        write_json(files["json"], to_json(plan))
+        write_json(files["json"], values)
     if "chart" in files:
         draw_chart(files["chart"], plan)
     return 0

@@ -54,9 +54,10 @@ def devices_of(target: str) -> tuple:
     if name == HERE:
         return tuple(jax.devices())
     machine = machine_of(name)
+    description = gpu_description(name) if machine.platform == "gpu" else ""
     try:
         if machine.platform == "gpu":
-            return _cuda_devices(name, shape or machine.smallest)
+            return _cuda_devices(description, shape or machine.smallest)
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         slice_name, options = f"{name}:{shape or machine.smallest}", machine.topology or {}
         topology = topologies.get_topology_desc(platform="tpu", topology_name=slice_name, **options)
@@ -73,12 +74,12 @@ def devices_of(target: str) -> tuple:
         raise InputError(message, field="target", given=target, expected=expected) from error
 
 
-def _cuda_devices(name: str, shape: str) -> tuple:
+def _cuda_devices(description: str, shape: str) -> tuple:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no driver here
     jax.devices()  # a backend must be initialized before the plugin is used
     hosts, _, cards = shape.rpartition("x")
     topology = topologies.get_topology_desc(
-        topology_name="", platform="cuda", target_config=gpu_description(name), topology=f"1x{hosts or 1}x{cards}"
+        topology_name="", platform="cuda", target_config=description, topology=f"1x{hosts or 1}x{cards}"
     )
     return tuple(topology.devices)
 
@@ -133,7 +134,7 @@ def compile_jitted(target: str, jitted, *arguments, options: dict | None = None)
 
 
 class OutOfMemory(Exception):
-    """A program that the compiler refuses. needed_bytes: what it needs beside its arguments, if that is known."""
+    """A program that the compiler refuses. needed_bytes: what it needs with its arguments, 0 if that is not known."""
 
     def __init__(self, needed_bytes: int):
         self.needed_bytes = needed_bytes
@@ -144,8 +145,8 @@ def _out_of_memory(error: Exception) -> OutOfMemory | None:
     """Return the compiler's error as OutOfMemory, None if it is another one."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return None
-    found = re.search(r"(?:\(|Used )([\d.]+)([KMG])\)? (?:exceeds|of)", str(error))
-    return OutOfMemory(int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]) if found else 0)
+    found = re.search(r"(?:\(|Used )([\d.]+)([KMGT])\)? (?:exceeds|of)", str(error))
+    return OutOfMemory(int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2])))) if found else 0)
 
 
 def _cost(program) -> dict:

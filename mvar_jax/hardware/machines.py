@@ -6,6 +6,7 @@ Each machine is a file of targets/, which its fields describe; a file more is a 
 import dataclasses
 import difflib
 import functools
+import math
 from importlib import resources
 
 from mvar_jax.errors import InputError, shorten
@@ -15,6 +16,7 @@ from mvar_jax.ops.platform import current_platform
 from mvar_jax.schema import NotNegative, Positive
 
 HERE = "here"
+PLATFORMS = ("gpu", "tpu", "cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,17 @@ class Machine:
         """Return the dense FLOP/s for operands of a dtype; 16-bit floats have one rate."""
         return self.flops["float32" if dtype == "float32" else "bfloat16"]
 
+    def check(self) -> None:
+        """Raise ValueError if the values contradict each other, or a plan would divide by zero."""
+        if missing := {"bfloat16", "float32"} - self.flops.keys():
+            raise ValueError(f"flops lacks {' and '.join(sorted(missing))}")
+        if bad := {name: value for name, value in self.flops.items() if not 0 < value < math.inf}:
+            raise ValueError(f"flops must be above 0, got {bad}")
+        if self.platform not in PLATFORMS:
+            raise ValueError(f"platform must be {', '.join(PLATFORMS)}, got {self.platform}")
+        if self.usable_bytes > self.memory_bytes:
+            raise ValueError(f"usable_bytes must be at most memory_bytes, got {self.usable_bytes:.0f}")
+
 
 def _folder():
     return resources.files("mvar_jax.hardware").joinpath("targets")
@@ -72,8 +85,7 @@ def machine_of(name: str) -> Machine:
     file = _folder().joinpath(f"{name}.json")
     try:
         machine = from_dict(Machine, dict(parse_json(file.read_text(encoding="utf-8"))), name)
-        if missing := {"bfloat16", "float32"} - machine.flops.keys():
-            raise ValueError(f"flops lacks {' and '.join(sorted(missing))}")
+        machine.check()
     except (OSError, ValueError, TypeError) as error:  # an InputError is a ValueError
         words = (
             f"the description of target {name} is damaged, install mvar_jax again or mend {file}: {shorten(error)}"
@@ -83,8 +95,13 @@ def machine_of(name: str) -> Machine:
 
 
 def gpu_description(name: str) -> str:
-    """Return XLA's description of a GPU, a text proto."""
-    return _folder().joinpath(f"{name}.txtpb").read_text(encoding="utf-8")
+    """Return XLA's description of a GPU, a text proto. Raises InputError if it cannot be read."""
+    file = _folder().joinpath(f"{name}.txtpb")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        words = f"target {name} needs {file}, XLA's description of the card, beside {name}.json: {shorten(error)}"
+        raise InputError(words, field="target", given=name, expected="a description of the card") from None
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -117,10 +134,15 @@ def parse_target(target: str) -> tuple[str, str]:
         message = f"target here has no shape: it is all devices of this machine, got {target!r}"
         raise InputError(message, field="target", given=target, expected=HERE)
     if shape and not all(part.isdecimal() and int(part) for part in shape.split("x")):
-        expected = "a machine and a shape such as h100:8, h100:2x8 (hosts x cards) or v5e:4x4"
-        message = f"target must be {expected}, got {target!r}"
-        raise InputError(message, field="target", given=target, expected=expected)
+        raise _bad_shape(target)
+    if name != HERE and shape.count("x") > 1 and machine_of(name).platform == "gpu":
+        raise _bad_shape(target)
     return name, shape
+
+
+def _bad_shape(target: str) -> InputError:
+    expected = "a machine and a shape such as h100:8, h100:2x8 (hosts x cards) or v5e:4x4"
+    return InputError(f"target must be {expected}, got {target!r}", field="target", given=target, expected=expected)
 
 
 def platform_of(target: str) -> str:

@@ -44,7 +44,7 @@ class Collective:
       times: how often it runs.
       num_bytes: of the whole array that each device of a group ends up with, gives or adds to.
       num_devices: of a group.
-      crosses_hosts: whether a group has devices of several hosts.
+      num_hosts: of a group.
       origin: the operation that it was made for.
     """
 
@@ -52,7 +52,7 @@ class Collective:
     times: int
     num_bytes: float
     num_devices: int
-    crosses_hosts: bool
+    num_hosts: int
     origin: str
 
     @property
@@ -101,9 +101,9 @@ def _collective(kind: str, it: Instruction, step: Step, hosts: tuple[int, ...]) 
     operands = [array for name in it.operands for array in step.around[name].arrays]
     num_bytes = sum(array.width * math.prod(array.sides) for array in operands)
     num_bytes *= len(largest) if kind == "all-gather" else 1
-    crosses = any(len({hosts[i] for i in group}) > 1 for group in groups)
+    num_hosts = max(len({hosts[i] for i in group}) for group in groups)
     origin = it.attribute(r'op_name="([^"]*)"') or ""
-    return Collective(kind, step.times, num_bytes, len(largest), crosses, origin)
+    return Collective(kind, step.times, num_bytes, len(largest), num_hosts, origin)
 
 
 def _groups(it: Instruction, num_devices: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ from mvar_jax.hardware.machines import Machine
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.planning.figures import Figures
 from mvar_jax.sharding import check_batch_size, check_sizes, num_shards_of, wider_meshes
+from mvar_jax.training.programs import TRAIN
 from mvar_jax.training.task import DataTask
 
 MAX_PARTS = 64
@@ -36,7 +37,7 @@ def first_change(task: DataTask, figures: list[Figures], machine: Machine) -> Ch
     In order: micro-batches (no more work), rematerialisation (more products), fsdp (more communication), and what
     JAX reserves of a GPU.
     """
-    steps = [one for one in figures if one.optimizer_bytes]
+    steps = [one for one in figures if one.part == TRAIN]
     largest = largest_of(steps or figures)
     excess = largest.peak_bytes - machine.usable_bytes
     changes = _changes(task, largest, machine) if steps and largest.peak_bytes > machine.usable_bytes else iter(())

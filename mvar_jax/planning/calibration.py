@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mvar_jax.errors import InputError
 from mvar_jax.hardware.machines import HERE, Machine, find_machine, machine_of, parse_target
 from mvar_jax.hardware.work import work_of
 from mvar_jax.ops.gelu import gelu
@@ -17,6 +18,7 @@ from mvar_jax.ops.platform import current_platform
 
 # (side of the product, bytes of the loop) that take longer than their launch: on a CPU, elsewhere
 SIZES = {True: (2048, 2**24), False: (8192, 2**29)}
+SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 NUM_LAUNCHES = 1000
 ROUNDS = 5
 
@@ -35,13 +37,17 @@ def machine_for(target: str) -> Machine:
     name, _ = parse_target(target)
     if name != HERE:
         machine = machine_of(name)
-        if machine.platform == "gpu" and (share := os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")):
-            return dataclasses.replace(machine, usable_bytes=float(share) * machine.memory_bytes)
+        if machine.platform == "gpu" and (share := os.environ.get(SHARE)):
+            return dataclasses.replace(machine, usable_bytes=_share_of(share) * machine.memory_bytes)
         return machine
     device, rates = jax.devices()[0], measure_rates()
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    usable = memory / jax.local_device_count()
+    if limit := (device.memory_stats() or {}).get("bytes_limit"):  # of an accelerator: what JAX may use of it
+        memory = usable = float(limit)
     if known := find_machine(device.device_kind):
-        return dataclasses.replace(known, **dataclasses.asdict(rates))
+        measured = dataclasses.asdict(rates) | {"memory_bytes": max(memory, known.memory_bytes)}
+        return dataclasses.replace(known, **measured, usable_bytes=usable)
     return Machine(
         name=f"{device.device_kind} (here)",
         source="measured: a product, a loop, launches, and the memory that the system names",
@@ -49,12 +55,24 @@ def machine_for(target: str) -> Machine:
         device_kinds=(),
         flops=rates.flops,
         memory_bytes=memory,
-        usable_bytes=memory / jax.local_device_count(),
+        usable_bytes=usable,
         memory_bandwidth=rates.memory_bandwidth,
         link_bandwidth=rates.memory_bandwidth,
         network_bandwidth=rates.memory_bandwidth,
         launch_s=rates.launch_s,
     )
+
+
+def _share_of(text: str) -> float:
+    """Return the share of a GPU that JAX is told to reserve. Raises InputError if it is none."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        expected = "a share of the memory above 0 and up to 1"
+        raise InputError(f"{SHARE} must be {expected}, got {text!r}", field=SHARE, given=text, expected=expected)
+    return share
 
 
 @functools.cache

@@ -1,11 +1,13 @@
 """The scale-Markov model beside VAR, the same weights with full conditioning, and beside published figures."""
 
 import dataclasses
+from typing import Any
 
 from mvar_jax.errors import InputError
 from mvar_jax.hardware.machines import Machine
+from mvar_jax.planning.figures import Figures
 from mvar_jax.planning.plan import Request, make_plan
-from mvar_jax.planning.report import Plan, describe, show_bytes, show_time, table
+from mvar_jax.planning.report import Plan, describe, show_bytes, show_time, table, to_json
 from mvar_jax.planning.roofline import estimate
 from mvar_jax.training.programs import SAMPLE, TRAIN
 
@@ -32,12 +34,12 @@ AS_PUBLISHED = {TRAIN: {"remat": "none"}, SAMPLE: {"dtype": "float32"}}
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One part of both models: peak bytes and seconds for an image, of MVAR and of VAR, and the published MB."""
+    """One part of MVAR and VAR: peak bytes, mean seconds of a call (None: one was refused), published MB."""
 
     part: str
     batch: int
     peaks: tuple[int, int]
-    seconds: tuple[float, float]
+    seconds: tuple[float | None, float | None]
     published_mb: tuple[int | None, int | None]
 
 
@@ -73,8 +75,7 @@ def _plans_of(config: dict, request: Request) -> tuple[Plan, Plan]:
 
 
 def _row(name: str, part: str, config: dict, plans: tuple[Plan, Plan], is_published: bool) -> Row:
-    own = [[one for one in plan.figures if bool(one.runs) == (part == TRAIN)] for plan in plans]
-    own = [[one for one in each if part == TRAIN or one.name.startswith(SAMPLE)] for each in own]
+    own = [[one for one in plan.figures if one.part == part] for plan in plans]
     batch = own[0][0].images
     known = [PUBLISHED_MB.get((view, config["model"]["depth"], part)) for view in VIEWS]
     markov, full = known if is_published and batch == PUBLISHED_BATCH else (None, None)
@@ -83,11 +84,18 @@ def _row(name: str, part: str, config: dict, plans: tuple[Plan, Plan], is_publis
     return Row(name, batch, (peaks[0], peaks[1]), (seconds[0], seconds[1]), (markov, full))
 
 
-def _seconds(figures: list, machine: Machine) -> float:
-    """Return the mean seconds of a call: of the steps by how often they run."""
+def _seconds(figures: list[Figures], machine: Machine) -> float | None:
+    """Return the mean seconds of a call, of the steps by how often they run; None if one was refused."""
+    if any(one.is_refused for one in figures):
+        return None
     runs = [one.runs or 1 for one in figures]
     times = [estimate(one, machine).total_s for one in figures]
     return sum(a * b for a, b in zip(runs, times, strict=True)) / sum(runs)
+
+
+def comparison_to_json(markov: Plan, full: Plan, rows: list[Row]) -> dict[str, Any]:
+    """Return both reports and the rows as JSON values."""
+    return to_json(markov) | {"var": to_json(full), "comparison": [dataclasses.asdict(row) for row in rows]}
 
 
 def describe_comparison(markov: Plan, full: Plan, rows: list[Row]) -> str:
@@ -109,5 +117,6 @@ def describe_comparison(markov: Plan, full: Plan, rows: list[Row]) -> str:
         published = f"{mb[1] / mb[0]:.2f}" if mb[0] and mb[1] else ""
         peaks = (*map(show_bytes, row.peaks), f"{row.peaks[1] / row.peaks[0]:.2f}", published)
         a, b = row.seconds
-        lines.append((row.part, str(row.batch), *peaks, show_time(a), show_time(b), f"{b / a:.2f}" if a else ""))
+        times = ["refused" if x is None else show_time(x) for x in row.seconds]
+        lines.append((row.part, str(row.batch), *peaks, *times, f"{b / a:.2f}" if a and b is not None else ""))
     return "\n".join([describe(markov), "", describe(full), "", *table(lines)])

@@ -6,10 +6,11 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from typing import Any
 import jax
 
 import mvar_jax
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, shorten
 from mvar_jax.fields import from_dict
 from mvar_jax.files.atomic import write_json
 from mvar_jax.files.json_files import parse_json
 from mvar_jax.hardware.compiling import OutOfMemory
+from mvar_jax.hardware.machines import HERE
 from mvar_jax.hardware.program_text import Array
 from mvar_jax.hardware.work import Collective, Work, work_of
 from mvar_jax.ops.cost import attention_kernel_flops
@@ -30,6 +32,7 @@ from mvar_jax.training.programs import Program
 from mvar_jax.training.task import DataTask
 
 NUM_TOGETHER = 2  # programs that are compiled at once: a compiler works on one mostly with one core
+COMPILER_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
@@ -38,17 +41,18 @@ class Figures:
     """What a compiled program needs, for one device.
 
     Attributes:
-      name, runs, images, model_flops: of the `Program`; the last over all devices.
+      part, name, runs, images, model_flops: of the `Program`; the last over all devices.
       params_bytes: of the trained parameters; of a program without a training state, of all arguments.
       optimizer_bytes: of the rest of the training state.
       argument_bytes: of all arguments, these included.
       activation_bytes: of what lives only while the program runs.
       is_refused: the compiler found the program too large for the device: its work is not known, and its activations
-        are what it named.
+        are 0 unless the compiler named what it needs.
       compile_s: seconds of compilation.
       work, collectives: of the program.
     """
 
+    part: str
     name: str
     runs: float
     images: int
@@ -105,25 +109,52 @@ def measure(task: DataTask, programs: list[Program], target: str, config: dict, 
                 if compiled_s:
                     seconds = sum(compiled_s) / len(compiled_s) * (len(waiting) + 1) / NUM_TOGETHER
                     left += f" (about {seconds:.0f} s in all)"
-                print(f"plan: compiling {programs[number].name} for {target}{left}", file=sys.stderr, flush=True)
+                say(f"compiling {programs[number].name} for {target}{left}")
             figures = compile_figures(task, programs[number], target)
             with lock:
                 found[number] = figures
                 compiled_s.append(figures.compile_s)
-                print(f"plan: {figures.name} took {figures.compile_s:.0f} s", file=sys.stderr, flush=True)
-                if (file := files[number]) is not None:
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(file, dataclasses.asdict(figures))
+                say(f"{figures.name} took {figures.compile_s:.0f} s")
+                _keep(files[number], figures)
 
-    with ThreadPoolExecutor(NUM_TOGETHER) as pool:
-        try:
-            for future in [pool.submit(compile_waiting) for _ in range(min(NUM_TOGETHER, len(waiting)))]:
-                future.result()
-        finally:
-            waiting.clear()  # after an error or a signal nothing more is begun
+    run_together(compile_waiting, waiting.clear)
     # how often it runs is no matter of the compiler
     pairs = zip(programs, found, strict=True)
     return [dataclasses.replace(figures, runs=one.runs, model_flops=one.flops) for one, figures in pairs if figures]
+
+
+def say(words: str) -> None:
+    """Print a line of progress."""
+    print(f"plan: {words}", file=sys.stderr, flush=True)
+
+
+def run_together(work: Callable[[], None], stop: Callable[[], Any]) -> None:
+    """Run `work` in NUM_TOGETHER threads; `stop` must end their queue, and is called after an error or a signal."""
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException:
+            stop()
+            raise
+
+    with ThreadPoolExecutor(NUM_TOGETHER) as pool:
+        try:
+            for future in [pool.submit(guarded) for _ in range(NUM_TOGETHER)]:
+                future.result()
+        except BaseException:
+            stop()
+            raise
+
+
+def _keep(file: Path | None, figures: Figures) -> None:
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, dataclasses.asdict(figures))
+    except OSError as error:  # the plan itself needs no file
+        say(f"{figures.name} is not kept for the next call: {shorten(error)}")
 
 
 def compile_figures(task: DataTask, program: Program, target: str) -> Figures:
@@ -139,8 +170,9 @@ def compile_figures(task: DataTask, program: Program, target: str) -> Figures:
         work, collectives = work_of(compiled.text, hosts, functools.partial(_kernel_flops, task))
         argument_bytes, activation_bytes = compiled.argument_bytes, compiled.total_bytes - compiled.argument_bytes
     except OutOfMemory as error:
-        is_refused, activation_bytes = True, error.needed_bytes
+        is_refused, activation_bytes = True, max(0, error.needed_bytes - argument_bytes)
     return Figures(
+        part=program.part,
         name=program.name,
         runs=program.runs,
         images=program.images,
@@ -177,7 +209,10 @@ def _digest(config: dict, target: str, program: Program) -> str:
     """Return a name for what decides on a program's figures."""
     arguments = jax.tree.map(str, program.arguments)
     versions = {name: _version(name) for name in COMPILERS}
-    parts = [config, target, program.name, str(arguments), versions, _code_digest()]
+    flags = {name: os.environ.get(name, "") for name in COMPILER_FLAGS}
+    here = [(device.device_kind, device.client.platform_version) for device in jax.devices()[:1]]
+    machine = here if target == HERE else []
+    parts = [config, target, machine, program.name, str(arguments), versions, flags, _code_digest()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from mvar_jax.errors import InputError
 from mvar_jax.hardware.compiling import devices_of
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.planning.advice import first_change
@@ -37,13 +38,23 @@ class Request:
 
 
 def make_plan(config: dict, request: Request, num_largest: int | None = None) -> Plan:
-    """Return the plan of a config. num_largest: compile only so many training steps, those with most tokens."""
+    """Return the plan of a config.
+
+    num_largest: compile only so many training steps, those with most products.
+
+    Raises InputError if the config does not fit the target, or has none of the parts.
+    """
+    machine = machine_for(request.target)
     task = make_task(config, devices_of(request.target), request.num_images, request.tokenizer)
-    programs = [one for one in programs_of(task, request.num_samples) if one.part in request.parts]
+    whole = programs_of(task, request.num_samples)
+    programs = [one for one in whole if one.part in request.parts]
+    if not programs:
+        expected = f"some of {', '.join(dict.fromkeys(one.part for one in whole))}, the programs of {request.name}"
+        given = ",".join(request.parts)
+        raise InputError(f"--parts must be {expected}, got {given}", field="parts", given=given, expected=expected)
     if num_largest is not None:
         programs = sorted(programs, key=lambda one: -one.flops)[:num_largest]
     figures = measure(task, programs, request.target, config, request.folder)
-    machine = machine_for(request.target)
     return Plan(
         config=request.name,
         target=request.target,

@@ -10,6 +10,7 @@ from mvar_jax.hardware.machines import Machine
 from mvar_jax.planning.advice import Change, largest_of
 from mvar_jax.planning.figures import Figures
 from mvar_jax.planning.roofline import BOUNDS, Estimate, estimate
+from mvar_jax.training.programs import SAMPLE, TRAIN
 
 GIB = 2**30
 COLUMNS = ("program", "parameters", "optimizer", "other inputs", "activations", "peak", "TFLOP", "moved", "sent")
@@ -49,13 +50,17 @@ class Plan:
     @property
     def is_fitting(self) -> bool:
         """Return whether every program fits."""
-        return largest_of(list(self.figures)).peak_bytes <= self.machine.usable_bytes
+        return all(self.fits(one) for one in self.figures)
+
+    def fits(self, one: Figures) -> bool:
+        """Return whether a program fits."""
+        return not one.is_refused and one.peak_bytes <= self.machine.usable_bytes
 
     @property
     def run_s(self) -> float | None:
-        """Return the seconds of a training run, None if a step is not known."""
-        steps = [one for one in self.figures if one.runs]
-        if not steps or any(one.is_refused for one in steps):
+        """Return the seconds of a training run, None if a step of it was not compiled."""
+        steps = [one for one in self.figures if one.part == TRAIN]
+        if any(one.is_refused for one in steps) or round(sum(one.runs for one in steps)) < self.num_steps:
             return None
         return sum(one.runs * estimate(one, self.machine).total_s for one in steps)
 
@@ -121,7 +126,7 @@ def _collectives(plan: Plan) -> list[str]:
     for one in plan.figures:
         found: dict[tuple, list[float]] = collections.defaultdict(lambda: [0, 0])
         for part in one.collectives:
-            over = "network" if part.crosses_hosts and plan.machine.platform == "gpu" else "links"
+            over = "network" if part.num_hosts > 1 and plan.machine.platform == "gpu" else "links"
             total = found[part.kind, part.num_devices, over]
             total[0] += part.times
             total[1] += part.times * part.num_bytes
@@ -148,12 +153,19 @@ def verdict(plan: Plan) -> str:
     needs = f"{largest.name} needs {show_bytes(largest.peak_bytes)} of {usable}"
     if plan.is_fitting:
         return f"fits: {needs}"
+    if largest.peak_bytes <= plan.machine.usable_bytes:  # the compiler did not say how much one needs
+        needs = f"the compiler refused {', '.join(one.name for one in plan.figures if one.is_refused)} for {usable}"
     if plan.change is not None:
         saved = show_bytes(plan.change.saved_bytes)
         return f"does not fit: {needs}; {plan.change.words} would save about {saved} of a step and make the steps fit"
-    if all(one.peak_bytes <= plan.machine.usable_bytes for one in plan.figures if one.optimizer_bytes):
-        return f"does not fit: {needs}, but training does; --samples with fewer images at once would make it fit"
-    return f"does not fit: {needs}, and no single change would make the steps fit; --search tries several together"
+    steps = [one for one in plan.figures if one.part == TRAIN]
+    if steps and not all(plan.fits(one) for one in steps):
+        return (
+            f"does not fit: {needs}, and no single change would make the steps fit; --search tries several together"
+        )
+    others = ", but training does" if steps else ""
+    remedy = "--samples with fewer images" if largest.part == SAMPLE else "cache_tokens with a smaller --batch_size"
+    return f"does not fit: {needs}{others}; {remedy} would make it fit"
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 
 from mvar_jax.hardware.machines import Machine
+from mvar_jax.hardware.work import Collective
 from mvar_jax.planning.figures import Figures
 
 BOUNDS = ("compute", "memory", "network", "launches")
@@ -33,7 +34,7 @@ def estimate(figures: Figures, machine: Machine) -> Estimate:
     """Return the least time of a program.
 
     Each instruction takes its launch and the longer of its products at the peak rate and its bytes at the memory's; a
-    collective takes its bytes in a ring at the rate of the slowest link of its group.
+    collective takes its bytes in a ring at the rate of the slowest link of its group (see `_rate`).
     """
     seconds = collections.Counter(dict.fromkeys(BOUNDS, 0.0))
     for work in figures.work:
@@ -41,6 +42,16 @@ def estimate(figures: Figures, machine: Machine) -> Estimate:
         seconds["compute" if compute > memory else "memory"] += work.times * max(compute, memory)
         seconds["launches"] += work.times * machine.launch_s
     for one in figures.collectives:
-        rate = machine.network_bandwidth if one.crosses_hosts else machine.link_bandwidth
-        seconds["network"] += one.sent_bytes / rate
+        seconds["network"] += one.sent_bytes / _rate(one, machine)
     return Estimate(*(seconds[name] for name in BOUNDS))
+
+
+def _rate(one: Collective, machine: Machine) -> float:
+    """Return the bytes/s that each device of a group sends to the next in a ring.
+
+    A ring leaves a host once. A host has as many rings as devices in the group, each over the network share of one
+    device, so that a device sends at the rate of all of them.
+    """
+    if one.num_hosts == 1:
+        return machine.link_bandwidth
+    return min(machine.link_bandwidth, one.num_devices / one.num_hosts * machine.network_bandwidth)

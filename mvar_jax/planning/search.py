@@ -2,17 +2,15 @@
 
 import dataclasses
 import itertools
-import sys
+import math
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from mvar_jax.errors import InputError
-from mvar_jax.hardware.compiling import devices_of
-from mvar_jax.planning.figures import NUM_TOGETHER
+from mvar_jax.planning.figures import Figures, run_together, say
 from mvar_jax.planning.plan import Request, make_plan
-from mvar_jax.planning.report import Plan, show_bytes, show_time, table
+from mvar_jax.planning.report import Plan, show_bytes, show_time, table, to_json
 from mvar_jax.planning.roofline import estimate
 from mvar_jax.sharding import mesh_shapes
 from mvar_jax.training.programs import TRAIN
@@ -23,10 +21,18 @@ TRIED_PARTS = (1, 2, 4, 8, 16)
 
 @dataclasses.dataclass(frozen=True)
 class Try:
-    """A setting that was tried. images_per_s: of its largest step, 0 if it does not fit."""
+    """A setting that was tried.
+
+    Attributes:
+      changes: of the config.
+      plan: of its training steps; only the one with most products is compiled, of the best try all are.
+      step: that one.
+      images_per_s: of the step, 0 if it does not fit.
+    """
 
     changes: dict
     plan: Plan
+    step: Figures
     images_per_s: float
 
 
@@ -35,13 +41,13 @@ def search(config: dict, request: Request, limit_s: float) -> list[Try]:
 
     Meshes, rematerialisation and micro-batches are tried from the config's own on, nearest first, until the time is
     up: none is begun that would end later if it takes as long as the longest before it. A try is judged by its
-    training step with most products alone.
+    training step with most products. Of the best the other steps are compiled too, after that time if need be.
     """
     begin_s = time.monotonic()
     request = dataclasses.replace(request, parts=(TRAIN,))
-    candidates = _candidates(config, len(devices_of(request.target)))
-    tries = [_try(config, request, next(candidates))]  # the config's own: its errors are the caller's
+    tries = [_try(config, request, {})]  # its errors are the caller's
     longest_s = time.monotonic() - begin_s
+    candidates = _candidates(config, tries[0].plan.mesh)
     lock = threading.Lock()
 
     def try_others() -> None:
@@ -49,57 +55,67 @@ def search(config: dict, request: Request, limit_s: float) -> list[Try]:
         while True:
             with lock:
                 spent_s = time.monotonic() - begin_s
-                changes = next(candidates, None)
-                if changes is None or spent_s + longest_s > limit_s:
+                if spent_s + longest_s > limit_s or not candidates:
                     return
-            if changes.get("mesh") == tries[0].plan.mesh:
-                continue
-            _say(f"trying {words_of(changes)}, {spent_s:.0f} of {limit_s:.0f} s")
+                changes = candidates.pop(0)
+            say(f"trying {words_of(changes)}, {spent_s:.0f} of {limit_s:.0f} s")
             try_begin_s = time.monotonic()
             try:
                 found = _try(config, request, changes)
             except InputError as error:
-                _say(f"{words_of(changes)} is not allowed: {error}")
+                say(f"{words_of(changes)} is not allowed: {error}")
                 continue
             with lock:
                 longest_s = max(longest_s, time.monotonic() - try_begin_s)
                 tries.append(found)
 
-    with ThreadPoolExecutor(NUM_TOGETHER) as pool:
-        try:
-            for future in [pool.submit(try_others) for _ in range(NUM_TOGETHER)]:
-                future.result()
-        finally:
-            limit_s = 0  # after an error or a signal nothing more is begun
-    # of equal ones the config's own first, then the one with fewest changes
-    return sorted(tries, key=lambda one: (-one.images_per_s, len(one.changes)))
+    run_together(try_others, candidates.clear)
+    return _check_best(config, request, tries)
 
 
-def _say(words: str) -> None:
-    print(f"plan: {words}", file=sys.stderr, flush=True)
+def _check_best(config: dict, request: Request, tries: list[Try]) -> list[Try]:
+    """Return the tries, the best first, whose whole training fits if any does."""
+    best_first = lambda: sorted(tries, key=lambda one: (-one.images_per_s, len(one.changes)))
+    for _ in range(len(tries)):
+        best, *others = tries = best_first()
+        if not best.images_per_s or best.plan.run_s is not None:
+            break
+        plan = make_plan(_changed(config, best.changes), request)
+        if plan.is_fitting:
+            return [dataclasses.replace(best, plan=plan), *others]
+        tries = [dataclasses.replace(best, plan=plan, images_per_s=0.0), *others]
+    return best_first()
 
 
 def _try(config: dict, request: Request, changes: dict) -> Try:
     plan = make_plan(_changed(config, changes), request, num_largest=1)
     (step,) = plan.figures
     seconds = estimate(step, plan.machine).total_s
-    return Try(changes, plan, step.images / seconds if seconds and plan.is_fitting else 0.0)
+    return Try(changes, plan, step, step.images / seconds if seconds and plan.is_fitting else 0.0)
 
 
-def _candidates(config: dict, num_devices: int) -> Iterator[dict]:
-    """Yield changes of a config, those of few keys first; none first of all."""
+def _candidates(config: dict, mesh: dict[str, int]) -> list[dict]:
+    """Return changes of a config whose mesh is `mesh`, nearest first: each doubling of an axis or part is a step."""
     model = config["model"]
     remats = (False, True) if config["task"] == "tokenizer" else ("none", "dots", "full")
-    own = model.get("remat", remats[0])
-    meshes = [None, *mesh_shapes(num_devices, MAX_TENSOR)]
-    parts = [None, *(num for num in TRIED_PARTS if num != config.get("accumulate_steps", 1))]
-    choices = itertools.product(meshes, [None, *(one for one in remats if one != own)], parts)
-    for mesh, remat, num in sorted(choices, key=lambda choice: sum(one is not None for one in choice)):
-        yield {
-            name: value
-            for name, value in (("mesh", mesh), ("remat", remat), ("accumulate_steps", num))
-            if value is not None
-        }
+    remat, parts = model.get("remat", remats[0]), config.get("accumulate_steps", 1)
+    shapes = sorted(mesh_shapes(math.prod(mesh.values()), MAX_TENSOR), key=lambda shape: _steps_between(mesh, shape))
+    choices = itertools.product(shapes, remats, sorted({parts, *TRIED_PARTS}))
+
+    def distance(choice: tuple) -> float:
+        shape, own_remat, own_parts = choice
+        remat_steps = abs(remats.index(own_remat) - remats.index(remat))
+        return _steps_between(mesh, shape) + remat_steps + abs(math.log2(own_parts / parts))
+
+    found = []
+    for choice in sorted(choices, key=distance):
+        values = zip(("mesh", "remat", "accumulate_steps"), choice, (mesh, remat, parts), strict=True)
+        found.append({name: value for name, value, own in values if value != own})
+    return found[1:]  # the first is the config's own
+
+
+def _steps_between(one: dict[str, int], other: dict[str, int]) -> float:
+    return sum(abs(math.log2(one[name] / other[name])) for name in ("fsdp", "tensor"))
 
 
 def _changed(config: dict, changes: dict) -> dict:
@@ -124,7 +140,7 @@ def describe_tries(tries: list[Try]) -> str:
     """Return a search's table, and its best."""
     rows = [("setting", "peak", "step", "images/s", "")]
     for one in tries:
-        (step,) = one.plan.figures
+        step = one.step
         time_s = estimate(step, one.plan.machine).total_s
         times = ("", "") if step.is_refused else (show_time(time_s), f"{step.images / time_s:,.0f}" if time_s else "")
         verdict = "fits" if one.images_per_s else "does not fit"
@@ -132,3 +148,13 @@ def describe_tries(tries: list[Try]) -> str:
     best = tries[0] if tries and tries[0].images_per_s else None
     found = f"best of {len(tries)}: {words_of(best.changes)}" if best else f"none of {len(tries)} fits"
     return "\n".join([*table(rows), found])
+
+
+def tries_to_json(tries: list[Try]) -> dict[str, Any]:
+    """Return the best try's report, and all tries, as JSON values."""
+    rows = []
+    for one in tries:
+        seconds = None if one.step.is_refused else estimate(one.step, one.plan.machine).total_s
+        values = {"options": words_of(one.changes), "step": one.step.name, "peak_bytes": one.step.peak_bytes}
+        rows.append(values | {"seconds": seconds, "images_per_s": one.images_per_s or None})
+    return to_json(tries[0].plan) | {"tries": rows}

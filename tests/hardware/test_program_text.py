@@ -60,7 +60,7 @@ def test_collectives_have_their_groups_and_what_a_device_sends(
 ):
     (one,) = work_of(COLLECTIVE.format(instruction), (0, 0, 1, 1))[1]
     assert (one.kind, one.num_bytes, one.num_devices) == (kind, num_bytes, num_devices)
-    assert (one.sent_bytes, one.crosses_hosts) == (sent, crosses)
+    assert (one.sent_bytes, one.num_hosts) == (sent, 1 + crosses)
 
 
 NESTED = """%slice_of (layers: bf16[24,8,64], i: s32[]) -> bf16[8,64] {

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,29 +17,42 @@ from mvar_jax.hardware.machines import Machine, machine_of
 from mvar_jax.hardware.work import Collective, Work
 from mvar_jax.ops.cost import attention_kernel_flops, keys_seen
 from mvar_jax.planning import advice, calibration, compare, figures, plan, report
+from mvar_jax.planning import search as search_module
 from mvar_jax.planning.calibration import machine_for
 from mvar_jax.planning.figures import Figures
 from mvar_jax.planning.report import Plan
 from mvar_jax.planning.roofline import estimate
-from mvar_jax.planning.search import describe_tries, search
+from mvar_jax.planning.search import describe_tries, search, tries_to_json
 from mvar_jax.planning.tasks import make_task, programs_of
 from mvar_jax.scales import Pyramid
-from mvar_jax.sharding import MESH_AXES, mesh_shapes
+from mvar_jax.sharding import MESH_AXES, make_mesh, mesh_shapes
+from mvar_jax.training.programs import TRAIN
 
 MACHINE = Machine("m", "", "gpu", (), {"float32": 1e9, "bfloat16": 2e9}, 200, 100, 1e6, 1e5, 1e4)
-STEP = Figures("step", 10, 8, 0.0, 10, 20, 31, 100, False, 1.0)
+STEP = Figures(TRAIN, "step", 10, 8, 0.0, 10, 20, 31, 100, False, 1.0)
 CONFIG = read_config("debug_transformer", [])
 TOKENIZER = build.build_module(read_config("debug", []))
 
 
 def test_each_instruction_takes_the_longer_of_its_products_and_its_bytes():
     work = (Work(3, 2e9, 10, "bfloat16"), Work(1, 1e9, 10, "float32"), Work(2, 1, 5e6, "float32"))
-    near = Collective("all-gather", 2, 8e5, 4, False, "")
-    far = dataclasses.replace(near, crosses_hosts=True, times=1)
+    near = Collective("all-gather", 2, 8e5, 4, 1, "")
+    far = dataclasses.replace(near, num_hosts=4, times=1)
     time = estimate(dataclasses.replace(STEP, work=work, collectives=(near, far)), MACHINE)
     assert (time.compute_s, time.memory_s) == pytest.approx((3 + 1, 2 * 5))
     assert time.network_s == pytest.approx(2 * 6e5 / 1e5 + 6e5 / 1e4)  # three quarters of the array are sent
     assert time.bound == "network"
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "num_hosts", "rate"),
+    [(8, 1, 1e5), (2, 2, 1e4), (8, 2, 4e4), (64, 2, 1e5)],
+)
+def test_rings_between_hosts_share_the_network_of_all_their_devices(num_devices, num_hosts, rate):
+    """Four devices of a host send over four shares of its network, 32 no faster than their own links."""
+    one = Collective("all-gather", 1, 8e5, num_devices, num_hosts, "")
+    time = estimate(dataclasses.replace(STEP, collectives=(one,)), MACHINE)
+    assert time.network_s == pytest.approx(8e5 * (num_devices - 1) / num_devices / rate)
 
 
 def test_every_kernel_adds_its_launch():
@@ -106,14 +121,14 @@ def plan_of(*found: Figures, **changes) -> Plan:
     return Plan("c", "m:2", dataclasses.replace(MACHINE, **changes), mesh, 8, 10, found, (), None)
 
 
-SAMPLE = dataclasses.replace(STEP, name="sample 8", runs=0, optimizer_bytes=0, activation_bytes=150)
+SAMPLE = dataclasses.replace(STEP, part="sample", name="sample 8", runs=0, optimizer_bytes=0, activation_bytes=150)
 
 
 @pytest.mark.parametrize(
     "planned, words",
     [
         (plan_of(STEP, usable_bytes=131), "fits: step needs 0.128 KiB of 0.128 KiB"),
-        (plan_of(STEP, usable_bytes=130), "does not fit: step needs .* and no single change would"),
+        (plan_of(STEP, usable_bytes=130), "does not fit: step needs .* no single change would"),
         (plan_of(STEP, SAMPLE, usable_bytes=131), "does not fit: sample 8 needs .* but training does; --samples"),
         (
             dataclasses.replace(plan_of(STEP), change=advice.Change("config.x=1", 64)),
@@ -137,7 +152,8 @@ def test_the_run_takes_its_steps_and_mfu_is_the_models_share_of_all_devices():
     "message, needed_bytes",
     [
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 34.5G of 15.75G hbm.", 34.5 * 2**30),
-        ("RESOURCE_EXHAUSTED: the program (512M) exceeds the device", 2**29),
+        ("RESOURCE_EXHAUSTED: total memory required for HLO temporaries (512M) exceeds available HBM", 2**29),
+        ("RESOURCE_EXHAUSTED: total memory required for HLO temporaries (2.5T) exceeds available HBM", 2.5 * 2**40),
         ("RESOURCE_EXHAUSTED: in other words", 0),
     ],
 )
@@ -148,9 +164,19 @@ def test_a_program_that_the_compiler_refuses_is_reported_with_what_it_named(monk
     monkeypatch.setattr(figures, "compile_program", compile_program)
     task = small_task()
     found = figures.compile_figures(task, programs_of(task, 1)[0], "here")
-    assert found.is_refused and found.activation_bytes == needed_bytes
-    assert "refused" in report.describe(plan_of(found))
+    assert found.is_refused
+    assert found.peak_bytes == (needed_bytes or found.argument_bytes)  # what the compiler names holds the arguments
+    planned = plan_of(found, usable_bytes=2**28)
+    assert not planned.is_fitting and "refused" in report.describe(planned)
+    assert report.verdict(planned).startswith("does not fit: ")
     assert _out_of_memory(RuntimeError("INTERNAL: no memory of this")) is None
+
+
+@pytest.mark.parametrize("share", ["90%", "1.5", "0", "nan"])
+def test_a_share_of_a_gpu_that_is_none_is_refused(monkeypatch, share):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+    with pytest.raises(figures.InputError, match="XLA_PYTHON_CLIENT_MEM_FRACTION must be a share .* got"):
+        machine_for("h100:8")
 
 
 def test_jax_may_be_told_to_reserve_another_share_of_a_gpu(monkeypatch):
@@ -163,6 +189,12 @@ def test_jax_may_be_told_to_reserve_another_share_of_a_gpu(monkeypatch):
 def test_meshes_of_a_search_divide_the_devices():
     shapes = [tuple(shape.values()) for shape in mesh_shapes(6, 4)]
     assert shapes == [(6, 1, 1), (3, 2, 1), (2, 3, 1), (1, 6, 1), (3, 1, 2), (1, 3, 2), (2, 1, 3), (1, 2, 3)]
+
+
+def test_a_tensor_axis_over_processes_is_refused_for_machines_that_are_not_here_too():
+    devices = [SimpleNamespace(process_index=i // 8) for i in range(16)]
+    with pytest.raises(figures.InputError, match="mesh.tensor must be a divisor of 8, .* of one process, got 16"):
+        make_mesh(tensor=16, devices=devices)
 
 
 def test_what_fits_needs_no_change():
@@ -200,6 +232,65 @@ def test_search_returns_the_fastest_that_fits(monkeypatch):
     assert describe_tries(tries).endswith("best of 12: --config.model.remat=full")
 
 
+def test_search_compiles_all_steps_of_the_best_and_drops_it_if_one_does_not_fit(monkeypatch):
+    """Without rematerialisation the step with most products is fastest and fits, but the other phase's does not."""
+
+    def measure(task, programs, target, config, folder):
+        is_whole = config["model"].get("remat") == "none"
+        work = (Work(1, 1e9 if is_whole else 2e9, 1.0, "float32"),)
+        return [
+            dataclasses.replace(
+                STEP, name=one.name, runs=one.runs, work=work, activation_bytes=100 if i and is_whole else 60
+            )
+            for i, one in enumerate(sorted(programs, key=lambda one: -one.flops))
+        ]
+
+    monkeypatch.setattr(plan, "measure", measure)
+    monkeypatch.setattr(plan, "machine_for", lambda target: MACHINE)
+    config = CONFIG | {"model": CONFIG["model"] | {"remat": "dots"}}
+    tries = search(config, plan.Request("debug", "here", tokenizer=TOKENIZER), limit_s=60)
+    assert tries[0].changes == {} and tries[0].images_per_s and len(tries[0].plan.figures) == 2
+    (dropped,) = [one for one in tries if one.changes == {"remat": "none"}]
+    assert dropped.images_per_s == 0 and len(dropped.plan.figures) == 2
+    report_of = tries_to_json(tries)
+    assert report_of["days"] > 0 and len(report_of["tries"]) == len(tries)
+    assert report_of["tries"][0] == {
+        "options": "the config as it is",
+        "step": tries[0].step.name,
+        "peak_bytes": STEP.argument_bytes + 60,
+        "seconds": 2.0,
+        "images_per_s": 4.0,
+    }
+    alone = dataclasses.replace(tries[0].plan, figures=tries[0].plan.figures[:1])
+    assert alone.run_s is None  # one step of two says nothing about the run
+
+
+def test_search_tries_the_nearest_settings_first():
+    config = CONFIG | {"model": CONFIG["model"] | {"remat": "dots"}}
+    found = search_module._candidates(config, {"data": 2, "fsdp": 128, "tensor": 1})
+    assert {tuple(one) for one in found[:5]} == {("mesh",), ("remat",), ("accumulate_steps",)}
+    assert [one["mesh"]["fsdp"] for one in found if set(one) == {"mesh"} and one["mesh"]["tensor"] == 1] == [
+        64, 256, 32, 16, 8, 4, 2, 1,
+    ]  # fmt: skip
+    assert {} not in found
+
+
+def test_an_error_in_one_thread_stops_the_others():
+    queue, seen = list(range(100)), []
+
+    def work():
+        while queue:
+            number = queue.pop(0)
+            seen.append(number)
+            if number == 1:
+                raise ValueError("no")
+            time.sleep(0.01)
+
+    with pytest.raises(ValueError, match="no"):
+        figures.run_together(work, queue.clear)
+    assert len(seen) < 50
+
+
 def test_search_ends_when_its_time_is_up_but_tries_the_config(monkeypatch):
     monkeypatch.setattr(plan, "measure", lambda *_: [dataclasses.replace(STEP, activation_bytes=100)])
     monkeypatch.setattr(plan, "machine_for", lambda target: MACHINE)
@@ -220,7 +311,12 @@ def test_comparison_has_the_published_ratio_at_its_batch_and_settings(monkeypatc
         )
         step = dataclasses.replace(STEP, images=32, activation_bytes=31 + 62 * is_full * (1 + is_whole))
         sample = dataclasses.replace(
-            step, name="sample 32", runs=0, optimizer_bytes=0, activation_bytes=300 * is_full * (1 + is_float32)
+            step,
+            part="sample",
+            name="sample 32",
+            runs=0,
+            optimizer_bytes=0,
+            activation_bytes=300 * is_full * (1 + is_float32),
         )
         return [one for one in (step, sample) if any(one.name[:4] == program.name[:4] for program in programs)]
 
@@ -229,6 +325,9 @@ def test_comparison_has_the_published_ratio_at_its_batch_and_settings(monkeypatc
     model = {"depth": 16, "dtype": "bfloat16", "remat": "dots"}
     config = CONFIG | {"model": CONFIG["model"] | model, "batch_size": 32}
     rows = compare.compare_views(config, plan.Request("debug", "here", tokenizer=TOKENIZER))[2]
+    refused = [dataclasses.replace(row, seconds=(1.0, None)) for row in rows]
+    planned = dataclasses.replace(plan_of(STEP, SAMPLE), change=None)
+    assert compare.describe_comparison(planned, planned, refused).splitlines()[-1].split()[-2:] == ["s", "refused"]
     assert [(row.part, row.peaks, row.published_mb) for row in rows] == [
         ("train", (62, 124), (None, None)),
         ("train, remat=none", (62, 186), (20676, 34319)),

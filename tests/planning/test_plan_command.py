@@ -82,6 +82,11 @@ REFUSED = {
         "config.mesh must have axes whose product is 1",
     ),
     "a batch that does not divide": (["--config.accumulate_steps=3"], "config.batch_size must be", "got 8"),
+    "no program of the parts": (
+        ["--config", "debug", "--parts", "sample"],
+        "--parts must be some of train, cache, the programs of debug, got sample",
+    ),
+    "hosts, cards and more": (["--topology", "h100:2x2x8"], "target must be a machine and a shape"),
     "unknown parts": (["--parts", "train,test"], "--parts must be some of train, sample, cache, got test"),
     "no classes": (["--config.model.num_classes=0"], "config.model.num_classes must be given to plan without data"),
     "another tokenizer": (["--tokenizer", "digits_tokenizer"], "tokenizer.sides must be", "pass --tokenizer"),
@@ -99,7 +104,8 @@ def test_bad_input_is_refused_in_a_sentence(capfd, name):
     flags, *words = REFUSED[name]
     defaults = [] if "--tokenizer" in flags else TOKENIZER
     defaults += [] if "--topology" in flags else ["--topology", "here"]
-    status, out, err = plan(capfd, "--config", "debug_transformer", *defaults, *flags)
+    defaults += [] if "--config" in flags else ["--config", "debug_transformer"]
+    status, out, err = plan(capfd, *defaults, *flags)
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1
     assert all(word in err for word in words), err
@@ -111,13 +117,56 @@ def test_a_config_that_trains_no_transformer_has_no_var(capfd):
     assert err == "error: --compare needs a config of a transformer, got config.task=tokenizer\n"
 
 
+def described(**changes) -> str:
+    """Return the text of a target description."""
+    values = {"name": "V9", "source": "", "platform": "tpu", "device_kinds": [], "memory_bytes": 1e9}
+    rates = dict.fromkeys(("usable_bytes", "memory_bandwidth", "link_bandwidth", "network_bandwidth"), 1e9)
+    return json.dumps(values | rates | {"flops": {"bfloat16": 1e9, "float32": 1e9}} | changes)
+
+
+def test_a_card_without_its_description_names_the_file(monkeypatch, tmp_path, capfd):
+    (tmp_path / "v9.json").write_text(described(platform="gpu"))
+    monkeypatch.setattr(machines, "_folder", lambda: tmp_path)
+    for function in (machines.machine_names, machine_of):
+        monkeypatch.setattr(machines, function.__name__, function.__wrapped__)
+    monkeypatch.setattr("mvar_jax.hardware.compiling.machine_of", machine_of.__wrapped__)
+    status, _, err = plan(capfd, "--config", "debug", "--topology", "v9:2")
+    assert status == 2 and err.count("\n") == 1
+    assert "target v9 needs " in err and "v9.txtpb, XLA's description of the card" in err
+
+
+@pytest.mark.parametrize(("target", "extra"), [("h100:8", "cuda12"), ("v5e:4x4", "tpu")])
+def test_a_missing_compiler_names_its_extra(monkeypatch, capfd, target, extra):
+    def missing(*_, **__):
+        raise RuntimeError("no such plugin")
+
+    monkeypatch.setattr("mvar_jax.hardware.compiling.topologies.get_topology_desc", missing)
+    monkeypatch.setattr("mvar_jax.hardware.compiling.importlib.util.find_spec", lambda name: None)
+    status, _, err = plan(capfd, "--config", "debug", "--topology", target)
+    assert status == 2
+    assert f'target {target} needs its compiler installed by `pip install "mvar_jax[{extra}]"`' in err
+
+
+def test_figures_that_cannot_be_kept_are_reported_all_the_same(capfd, tmp_path):
+    (tmp_path / "file").touch()
+    command = ["--config", "debug", "--topology", "here", "--parts", "cache"]
+    status, out, err = plan(capfd, *command, "--compilation_cache", str(tmp_path / "file"))
+    assert status == 0 and "\nfits: " in out
+    assert "plan: cache tokens of 64 is not kept for the next call: " in err
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
         ("{", "Expecting property name"),
         ("[1]", "cannot convert"),
         ('{"platform": "tpu"}', "v9.name is missing"),
-        ('{"flops": {"bfloat16": "fast"}}', "is missing"),
+        (described(flops={"bfloat16": "fast", "float32": 1e9}), "v9.flops.bfloat16 must be a number"),
+        (described(flops={"bfloat16": 1e9}), "flops lacks float32"),
+        (described(flops={"bfloat16": 1e9, "float32": 0}), "flops must be above 0"),
+        (described(platform="gpuu"), "platform must be gpu, tpu, cpu, got gpuu"),
+        (described(usable_bytes=2e9), "usable_bytes must be at most memory_bytes"),
+        (described(memory_bandwidth=0), "memory_bandwidth must be a number above 0"),
     ],
 )
 def test_a_damaged_description_is_refused_with_its_file(monkeypatch, tmp_path, text, words):
