@@ -43,6 +43,7 @@ from mvar_jax.training.programs import TRAIN
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 MOST_ERROR, MOST_RATIO = 0.05, 1.5  # of a training step's peak, and of its seconds in either direction
 POLL_S = 1e-3
+SETTLE_S = 0.1  # in which a CPU frees what the program before it used
 # of glibc's mallinfo2; hblkhd are the bytes of large arrays, uordblks those of all others
 HEAP_FIELDS = (
     "arena",
@@ -125,6 +126,7 @@ def run(task, program, argument_bytes: int, rounds: int) -> tuple[list[float | N
             seconds.append(call())
             if on_cpu:
                 arguments = jax.block_until_ready(make(program.arguments))
+                time.sleep(SETTLE_S)
                 with Heap() as heap:
                     jax.block_until_ready(program.jitted(*arguments))
                 peaks.append((argument_bytes + heap.grown_bytes) / MIB)

@@ -35,6 +35,7 @@ class Machine:
       link_bandwidth: bytes/s that a device sends to the others of its host or TPU slice.
       network_bandwidth: bytes/s that a device sends to other hosts.
       launch_s: seconds that each kernel adds; no data sheet has them.
+      allocation_s: seconds that each byte of a program's temporary memory adds: a CPU gets it anew for every run.
       smallest: smallest topology that contains one device.
       topology: options of libtpu's topology.
     """
@@ -50,6 +51,7 @@ class Machine:
     link_bandwidth: Positive
     network_bandwidth: Positive
     launch_s: NotNegative = 0.0
+    allocation_s: NotNegative = 0.0
     smallest: str = "1"
     topology: dict[str, str] | None = None
 

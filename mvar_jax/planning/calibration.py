@@ -1,4 +1,4 @@
-"""The machine of a target: by its data sheet, or for the devices here by what three small programs take."""
+"""The machine of a target: by its data sheet, or for the devices here by what small programs take."""
 
 import dataclasses
 import functools
@@ -16,8 +16,9 @@ from mvar_jax.hardware.work import work_of
 from mvar_jax.ops.gelu import gelu
 from mvar_jax.ops.platform import current_platform
 
-# (side of the product, bytes of the loop) that take longer than their launch: on a CPU, elsewhere
-SIZES = {True: (2048, 2**24), False: (8192, 2**29)}
+# (side of the product, bytes of the loop) that take longer than their launch: on a CPU, elsewhere. glibc keeps freed
+# arrays of up to 32 MiB, so larger ones show what new memory costs.
+SIZES = {True: (2048, 2**26), False: (8192, 2**29)}
 SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 NUM_LAUNCHES = 1000
 ROUNDS = 5
@@ -25,11 +26,12 @@ ROUNDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What the first device here does: FLOP/s of a product by dtype, bytes/s of a loop, seconds of a launch."""
+    """What the first device here does, as in `Machine`."""
 
     flops: dict[str, float]
     memory_bandwidth: float
     launch_s: float
+    allocation_s: float
 
 
 def machine_for(target: str) -> Machine:
@@ -50,7 +52,7 @@ def machine_for(target: str) -> Machine:
         return dataclasses.replace(known, **measured, usable_bytes=usable)
     return Machine(
         name=f"{device.device_kind} (here)",
-        source="measured: a product, a loop, launches, and the memory that the system names",
+        source="measured: a product, a loop, launches and allocation; memory as the system names it",
         platform=current_platform(),
         device_kinds=(),
         flops=rates.flops,
@@ -60,6 +62,7 @@ def machine_for(target: str) -> Machine:
         link_bandwidth=rates.memory_bandwidth,
         network_bandwidth=rates.memory_bandwidth,
         launch_s=rates.launch_s,
+        allocation_s=rates.allocation_s,
     )
 
 
@@ -82,15 +85,17 @@ def measure_rates() -> Rates:
     A CPU reads its caches 20 times as fast as it writes new pages, and most loops of a model take longer to calculate
     than to read. So the memory's rate is that of a loop of the model, its GELU in place.
     """
-    side, num_bytes = SIZES[current_platform() == "cpu"]
+    on_cpu = current_platform() == "cpu"
+    side, num_bytes = SIZES[on_cpu]
     flops = {}
     for dtype in ("float32", "bfloat16"):
         x = jnp.ones((side, side), dtype)
         product = jax.jit(jnp.matmul)
         flops[dtype] = 2 * side**3 / _least_s(lambda _, x=x, product=product: product(x, x), None)
-    x = jnp.ones(num_bytes // 4)
-    bandwidth = 2 * num_bytes / _least_s(jax.jit(gelu, donate_argnums=0), x)
-    return Rates(flops, bandwidth, _measure_launch_s())
+    x, loop = jnp.ones(num_bytes // 4), jax.jit(gelu)
+    new_s = _least_s(lambda _: loop(x), None) if on_cpu else 0.0
+    in_place_s = _least_s(jax.jit(gelu, donate_argnums=0), x)
+    return Rates(flops, 2 * num_bytes / in_place_s, _measure_launch_s(), max(0.0, new_s - in_place_s) / num_bytes)
 
 
 def _measure_launch_s() -> float:

@@ -37,6 +37,7 @@ def estimate(figures: Figures, machine: Machine) -> Estimate:
     collective takes its bytes in a ring at the rate of the slowest link of its group (see `_rate`).
     """
     seconds = collections.Counter(dict.fromkeys(BOUNDS, 0.0))
+    seconds["memory"] += figures.activation_bytes * machine.allocation_s
     for work in figures.work:
         compute, memory = work.flops / machine.peak(work.dtype), work.num_bytes / machine.memory_bandwidth
         seconds["compute" if compute > memory else "memory"] += work.times * max(compute, memory)

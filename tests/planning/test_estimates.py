@@ -62,7 +62,12 @@ def test_every_kernel_adds_its_launch():
     assert time.total_s == pytest.approx(16 + 3 + 5e-3)
 
 
-def test_the_devices_here_have_the_rates_of_three_programs(monkeypatch):
+def test_temporary_memory_adds_its_allocation():
+    time = estimate(STEP, dataclasses.replace(MACHINE, allocation_s=0.5))
+    assert time.memory_s == STEP.activation_bytes * 0.5
+
+
+def test_the_devices_here_have_the_rates_of_small_programs(monkeypatch):
     """If each took two seconds: its products or bytes in that time, and a loop's kernels share it."""
     called = []
 
@@ -77,7 +82,8 @@ def test_the_devices_here_have_the_rates_of_three_programs(monkeypatch):
     assert rates.memory_bandwidth == 2 * 2**12 / 2
     # a product and its tanh; XLA may count the iterations in a kernel or two of their own
     assert 2 / (6 * calibration.NUM_LAUNCHES) <= rates.launch_s <= 2 / (2 * calibration.NUM_LAUNCHES)
-    assert called == [(8, 8), (8, 8), (2**10,), (8, 8)]
+    assert called == [(8, 8), (8, 8), (2**10,), (2**10,), (8, 8)]
+    assert rates.allocation_s == 0.0  # a new array took no longer than one in place
     monkeypatch.setattr(calibration, "measure_rates", lambda: rates)
     assert machine_for("here").launch_s == rates.launch_s and machine_for("here").flops == rates.flops
 

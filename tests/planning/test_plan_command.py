@@ -32,7 +32,7 @@ def plan(capfd, *arguments: str) -> tuple[int, str, str]:
 @pytest.fixture(autouse=True)
 def fixed_rates(monkeypatch):
     """Rates of the machine here that need no measurement."""
-    rates = Rates({"float32": 1e9, "bfloat16": 1e9}, 1e9, 1e-6)
+    rates = Rates({"float32": 1e9, "bfloat16": 1e9}, 1e9, 1e-6, 1e-12)
     monkeypatch.setattr("mvar_jax.planning.calibration.measure_rates", lambda: rates)
 
 
