@@ -250,10 +250,12 @@ class Model:
         Returns (images, ids) and takes the options of `sample`.
         """
         num, index = as_integer(num, "num", 1), as_integer(index, "index", 0, MAX_INDEX, INDEX_RANGE)
-        ends = np.eye(self.num_classes)[np.asarray(self._check_labels([first, last]))]
-        if len(ends) != 2:
+        labels = np.asarray(self._check_labels([first, last]))
+        if len(labels) != 2:
             words = f"first and last must be one class each, got {first!r} and {last!r}"
             raise InputError(words, field="first", given=(first, last), expected="one class each")
+        ends = np.zeros((2, self.num_classes))
+        ends[[0, 1], labels] = 1
         share = np.linspace(0, 1, num)[:, None]
         mixed = self.mix_classes((1 - share) * ends[0] + share * ends[1])
         return mixed.sample(np.arange(num), index=np.full(num, index), **options)

@@ -14,6 +14,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 2**26  # of a file, and of a crop before it is cut: 200 MB as RGB
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L")
+_BETWEEN = {"LAB": "RGB", "La": "LA", "RGBa": "RGBA"}  # modes that Pillow converts to grey by another alone
 _BITS_TAG, _PHOTOMETRIC_TAG, _FORMAT_TAG = 258, 262, 339  # of TIFF
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
@@ -85,7 +86,11 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
         return Image.fromarray(grey_YX).convert(mode)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours, without a warning
-    return image.convert(mode)
+    image = image.convert(_BETWEEN.get(image.mode, image.mode))
+    try:
+        return image.convert(mode)
+    except ValueError as error:
+        raise BadImage(str(error)) from None
 
 
 def read_image(path: str | os.PathLike, field: str = "images", channels: int = 3) -> np.ndarray:
@@ -98,7 +103,7 @@ def read_image(path: str | os.PathLike, field: str = "images", channels: int = 3
     Raises:
       InputError: the file is missing, is not an image or exceeds MAX_PIXELS.
     """
-    return pixels_of(_to_mode(_read(path, field), MODES[channels]))
+    return pixels_of(_read(path, field, MODES[channels]))
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
@@ -121,9 +126,10 @@ def read_values(path: str | os.PathLike, field: str) -> np.ndarray:
     return np.asarray(image)
 
 
-def _read(path: str | os.PathLike, field: str) -> Image.Image:
+def _read(path: str | os.PathLike, field: str, mode: str | None = None) -> Image.Image:
     try:
-        return open_image(as_path(path, field).read_bytes())
+        image = open_image(as_path(path, field).read_bytes())
+        return image if mode is None else _to_mode(image, mode)
     except (OSError, BadImage) as error:
         expected = "a readable image"
         message = f"--{field} must be {expected}, got {str(path)!r} ({shorten(error)})"

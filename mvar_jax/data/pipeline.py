@@ -217,7 +217,10 @@ def eval_batches(
 
     def image_batch(step: int) -> tuple[Batch, Bad]:
         index_B = step * batch_size + rows_B
-        rows, bad = zip(*map(load_row, np.minimum(index_B, num_samples - 1).tolist()), strict=True)
+        # rows past the end repeat the last sample, or of a process that has none, the last of the split
+        last = max((index for index in index_B.tolist() if index < num_samples), default=num_samples - 1)
+        loaded = {index: load_row(index) for index in {min(index, last) for index in index_B.tolist()}}
+        rows, bad = zip(*(loaded[min(index, last)] for index in index_B.tolist()), strict=True)
         is_good_B = np.array([not found for found in bad])
         batch, mask_B = _collate(rows), (index_B < num_samples) & is_good_B
         return {**batch, "index": index_B, "mask": mask_B.astype(np.float32)} if batch else batch, sum(bad, [])

@@ -16,6 +16,7 @@ from mvar_jax.data.file_source import FileSource, note_empty, note_ignored
 from mvar_jax.data.names import Names
 from mvar_jax.data.tar_index import read_index, refuse
 from mvar_jax.errors import InputError, shorten
+from mvar_jax.files.limits import OUT_OF_RESOURCES, allow_open_files
 from mvar_jax.files.paths import as_path, is_store
 from mvar_jax.progress import track
 
@@ -54,6 +55,8 @@ class TarSource(FileSource):
         self.notes = note_ignored(where, kinds, min(firsts, default=""))
         self.notes += note_empty(where, self) if split == "train" else ()
         self._files: dict[int, int] = {}  # descriptors by tar; a worker process opens its own
+        if self._tars and not is_store(self._tars[0]):
+            allow_open_files(len(self._tars), f"{len(self._tars)} tars of {path}")
 
     def __getstate__(self):
         return {**self.__dict__, "_files": {}}
@@ -77,6 +80,8 @@ class TarSource(FileSource):
                 self._files[tar] = os.open(self._tars[tar], os.O_RDONLY)
             data = os.pread(self._files[tar], size, offset)
         except OSError as error:
+            if error.errno in OUT_OF_RESOURCES:  # of this process: the image is good
+                raise
             raise BadImage(f"cannot be read: {shorten(error)}") from None
         return {"image": data, "label": int(self.labels[index])}
 

@@ -10,7 +10,7 @@ from mvar_jax.files.atomic import replacing
 from mvar_jax.ops.pixels import MODES, to_levels
 
 CAPTION_PX = 14
-GRID_IMAGES = 400  # a larger grid is too large to look at
+GRID_IMAGES, GRID_COLUMNS = 400, 32  # a larger grid is too large to look at
 
 
 def to_uint8(images_BYX3, truncate: bool = False) -> np.ndarray:

@@ -17,7 +17,7 @@ from mvar_jax.ops.products import PRODUCT
 from mvar_jax.ops.sampling import guide
 from mvar_jax.ops.window import BACKENDS
 from mvar_jax.scales import BLOCK_DIAGONAL, CONDITIONINGS, Phase, Pyramid
-from mvar_jax.schema import Choice, Count, Decay, Natural, NotNegative
+from mvar_jax.schema import Choice, Count, Decay, Natural, NotNegative, Positive
 from mvar_jax.sharding import constrain, named_axes
 
 REMAT_POLICIES = {
@@ -83,7 +83,7 @@ class Transformer(nn.Module):
     init_adaptive: NotNegative = 0.5
     init_gamma: NotNegative = 1e-5
     init_head: NotNegative = 0.02
-    class_init_std: NotNegative | None = None
+    class_init_std: Positive | None = None
     window_backend: Annotated[str, Choice(("auto", *sorted(BACKENDS)))] = dataclasses.field(
         default="auto", metadata=FREE
     )
@@ -202,7 +202,7 @@ class Transformer(nn.Module):
 
     def class_rows(self, labels_B, std):
         """Return the class embeddings `[B, D]`; call inside the compact method."""
-        init = named_axes(normal(self.class_init_std or std), "classes", "width")
+        init = named_axes(normal(std if self.class_init_std is None else self.class_init_std), "classes", "width")
         rows_BD = self.param("class_embed", init, (self.num_classes + 1, self.width))[labels_B]
         return constrain(rows_BD, "batch", None)
 

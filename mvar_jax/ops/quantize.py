@@ -122,7 +122,8 @@ def decode_ids(ids_BL: jax.Array, codebook_Vc: jax.Array, phi: Phi, sides: tuple
 def teacher_forcing_input(f_hats: tuple, sides: tuple[Side, ...]) -> jax.Array:
     """Return f_hat after each scale but the last, averaged to the next scale's side: `[B, L - n_0, c] float32`."""
     inputs = [next_input(f_hat, scale, sides) for scale, f_hat in enumerate(f_hats[:-1])]
-    return jnp.concatenate(inputs, axis=1)
+    B, *_, c = f_hats[0].shape
+    return jnp.concatenate([jnp.zeros((B, 0, c), jnp.float32), *inputs], axis=1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mvar_jax.errors import InputError
 from mvar_jax.files.directories import remove_tree
-from mvar_jax.files.images import GRID_IMAGES, min_zoom, save_png, tile_grid
+from mvar_jax.files.images import GRID_COLUMNS, GRID_IMAGES, min_zoom, save_png, tile_grid
 from mvar_jax.files.npz import Pieces, is_whole_npz, save_npz
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.networks import Networks
@@ -227,7 +227,7 @@ def sample_reader(networks: Networks, order: Order, mesh: Mesh) -> Callable[[ran
 def _join(batches: _Batches) -> None:
     """Write grid.png, tokens.npz and, last, samples.npz, which marks the samples as complete.
 
-    The grid shows the samples of the first files label by label, so that a row or a block of it is a class.
+    The grid has as many samples of each label, one label after the other, and rows or blocks of one label.
     """
     order, labels_N = batches.order, batches.order.labels_N
 
@@ -235,14 +235,20 @@ def _join(batches: _Batches) -> None:
         first = next(batches.read(name))
         return Pieces((len(labels_N), *first.shape[1:]), first.dtype, batches.read(name))
 
-    shown = []
+    num_labels = len(order.labels)
+    num_each = max(1, min(order.num, GRID_IMAGES // num_labels))  # files go round-robin over the labels
+    if num_labels > 1 and num_each > GRID_COLUMNS:
+        num_each -= num_each % GRID_COLUMNS
+    num_shown, shown = min(num_each * num_labels, GRID_IMAGES), []
     for part in batches.read("pixels"):
-        shown.extend(part[: GRID_IMAGES - len(shown)])
-        if len(shown) == GRID_IMAGES:
+        shown.extend(part[: num_shown - len(shown)])
+        if len(shown) == num_shown:
             break
     by_label = np.stack(shown)[np.argsort(order.numbers_N[: len(shown)])]
+    # of too many labels for a row each there is one sample
+    columns = GRID_COLUMNS if num_each == 1 < order.num else min(num_each, GRID_COLUMNS)
     zoom = min_zoom(by_label.shape[1])
-    save_png(batches.out / "grid.png", tile_grid(by_label, min(order.num, 32), zoom=zoom))
+    save_png(batches.out / "grid.png", tile_grid(by_label, columns, zoom=zoom))
     if order.saves_tokens:
         save_npz(batches.out / TOKENS_FILE, ids=pieces("ids"), labels=labels_N, f_hat=pieces("f_hat"))
     save_npz(batches.out / SAMPLES_FILE, arr_0=pieces("pixels"), arr_1=labels_N)

@@ -69,14 +69,14 @@ def draw_refined(
         codes_Bnc = None
         if options.smooth:
             codes_Bnc = mix_codes(smooth_weights(filtered, smooth_BNV[:, row], scale, num_scales), codebook)
+        drawn_Bn1 = ids_Bn[..., None]  # their codes are mixed with those of the known ids afterwards
         if known is not None:
             ids_Bn = known.keep(ids_Bn, row)
-        return (ids_BP.at[:, places_n].set(ids_Bn), caches), (codes_Bnc, logits_BnV)
+        return (ids_BP.at[:, places_n].set(ids_Bn), caches), (codes_Bnc, drawn_Bn1, logits_BnV)
 
     start = jnp.zeros((B, N + 1), jnp.int32), refiner.empty_caches(scale, len(hidden_RND))
     (ids_BP, _), waves = jax.lax.scan(draw_wave, start, jnp.asarray(waves_Tn))
     place_of_N = np.argsort(waves_Tn.reshape(-1), kind="stable")[:N]  # the dummies come last
     in_order = lambda x_TBn: jnp.moveaxis(x_TBn, 0, 1).reshape(B, waves_Tn.size, -1)[:, place_of_N]
-    codes_BNc, logits_BNV = jax.tree.map(in_order, waves)
-    ids_BN = ids_BP[:, :N]
-    return ids_BN, codebook[ids_BN] if codes_BNc is None else codes_BNc, logits_BNV
+    codes_BNc, drawn_BN1, logits_BNV = jax.tree.map(in_order, waves)
+    return ids_BP[:, :N], codebook[drawn_BN1[..., 0]] if codes_BNc is None else codes_BNc, logits_BNV

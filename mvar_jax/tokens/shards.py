@@ -18,6 +18,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from mvar_jax.errors import InputError, find_storage_error, shorten
+from mvar_jax.files.limits import allow_open_files
 from mvar_jax.files.paths import is_store
 from mvar_jax.files.stores import StorePath
 from mvar_jax.tokens.copies import Copies
@@ -96,14 +97,10 @@ class LocalShard:
 
     def __init__(self, path: Path, entry: dict[str, Any], record_bytes: int, cache: str | os.PathLike):
         self._path, self._entry, self._record_bytes, self._cache = path, entry, record_bytes, cache
-        self._reader = self._open()
+        self._reader: ArrayRecordReader | None = self._open()
 
     def __getstate__(self):
         return {**self.__dict__, "_reader": None}  # of the C++ library: every process opens its own
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._reader = self._open()
 
     def _open(self) -> ArrayRecordReader:
         name = self._entry["name"]
@@ -118,16 +115,24 @@ class LocalShard:
         check_equal(self._cache, field, given, expected, "cache.json")
 
     def read_all(self) -> np.ndarray:
-        """Return all records, [num_records, record_bytes] uint8. Raises InputError if one is damaged."""
-        return self._read(None)
+        """Return all records, [num_records, record_bytes] uint8, and close the file until the next call.
+
+        Raises InputError if one is damaged.
+        """
+        records = self._read(None)
+        self._reader = None
+        return records
 
     def start(self, positions: list[int]) -> Finish:
         """Return a function that returns the records at these positions, [positions, record_bytes] uint8."""
         return functools.partial(self._read, positions)
 
     def _read(self, positions: list[int] | None) -> np.ndarray:
+        if self._reader is None:  # if two threads open it at once, one reader is dropped
+            self._reader = self._open()
+        reader = self._reader
         try:
-            records = self._reader.read_all() if positions is None else self._reader.read(positions)
+            records = reader.read_all() if positions is None else reader.read(positions)
         except RuntimeError as error:
             reason = f"a record is damaged ({str(error).split(';')[0]})"
             raise refuse(self._cache, "an undamaged token cache", reason) from None
@@ -160,7 +165,9 @@ class StoreShard:
         self._local: LocalShard | None = None
 
     def __getstate__(self):
-        return {**self.__dict__, "_local": None}  # another process may find no copy
+        state = {**self.__dict__, "_local": None}  # another process may find no copy
+        state.pop("_begins", None)
+        return state
 
     def _open_local(self, path: Path) -> LocalShard:
         return LocalShard(path, self.entry, self._record_bytes, path.parent)  # an error names the copy
@@ -185,9 +192,12 @@ class StoreShard:
         records = [requests().submit(self._read_record, position) for position in positions]
         return lambda: np.stack([np.frombuffer(record.result(), np.uint8) for record in records])
 
+    @functools.cached_property
+    def _begins(self) -> list[int]:
+        return chunk_begins(self.entry["num_records"], self._record_bytes)
+
     def _read_record(self, position: int) -> bytes:
-        begins = chunk_begins(self.entry["num_records"], self._record_bytes)
-        begin, end = begins[position], begins[position + 1]
+        begin, end = self._begins[position], self._begins[position + 1]
         return self._unpack(begin, self.path.read_range(begin, end - begin))
 
     def _unpack(self, begin: int, data: bytes) -> bytes:
@@ -217,6 +227,7 @@ def open_shards(
     """
     entries = split["shards"]
     if copies is None:
+        allow_open_files(len(entries), f"{len(entries)} shards of {cache}")
         return [LocalShard(cache / entry["name"], entry, record_bytes, cache) for entry in entries]
     has_ranges = split.get("compressed", True) is False
     if not has_ranges and copies.missing_bytes:
@@ -241,7 +252,6 @@ def _data_bytes(record_bytes: int) -> int:
     return 2 + -(-record_bytes.bit_length() // 7) + record_bytes
 
 
-@functools.lru_cache(maxsize=8)
 def chunk_begins(num_records: int, record_bytes: int) -> list[int]:
     """Return the place of each record's chunk in a shard, and where the last one ends."""
     num_bytes, usable = _CHUNK_HEADER.size + _data_bytes(record_bytes), _BLOCK - _BLOCK_HEADER

@@ -82,7 +82,8 @@ def load_initial(path: str, transformer: Transformer, label_names: Sequence[str]
     sources = [numbers[0] if len(numbers) == 1 else None for numbers in found]  # unknown there, or of several classes
     if num_classes != transformer.num_classes:
         return _with_classes(path, params, sources)
-    if sorted(sources, key=str) == sorted(range(num_classes), key=str) != sources:
+    own = list(range(num_classes))
+    if None not in sources and sorted(sources) == own != sources:
         return _in_order(path, params, sources)
     return Initial(params)
 

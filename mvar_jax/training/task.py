@@ -230,11 +230,11 @@ class DataTask(Task):
         )
 
     def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
-        """Yield the validation split, every sample once; padding rows have mask 0."""
+        """Yield the validation split, every sample once, in batches of a training step's part; padding has mask 0."""
         batches = eval_batches(
             self.data["val"],
             self.transform,
-            batch_size=self.run.batch_size,
+            batch_size=self.run.batch_size // self.run.accumulate_steps,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             options=self.loading,

@@ -17,7 +17,7 @@ from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.bulk import place_networks
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.scales import Phase
-from mvar_jax.sharding import batch_like, constrain, is_abstract, use_mesh
+from mvar_jax.sharding import batch_like, constrain, is_abstract, map_rows, num_shards_of, use_mesh
 from mvar_jax.training import transformer_step
 from mvar_jax.training.initial import Initial
 from mvar_jax.training.programs import SAMPLE, TRAIN, Program
@@ -25,10 +25,14 @@ from mvar_jax.training.scoring import Scorer
 from mvar_jax.training.task import NUM_PICTURES, DataTask, RunOptions, TaskData
 
 
-def with_input(networks: Networks, batch: dict) -> dict:
-    """Return the batch with `ids` int32 [B, L], encoded from its images if absent, and the teacher-forcing input."""
+def with_input(networks: Networks, batch: dict, num_together: int | None = None) -> dict:
+    """Return the batch with `ids` int32 [B, L], encoded from its images if absent, and the teacher-forcing input.
+
+    num_together: images that each device encodes at once, None for all.
+    """
     if "ids" not in batch:
-        ids_BL = networks.apply_tokenizer(as_images(batch["image"]), method="encode")
+        encode = lambda images: networks.apply_tokenizer(as_images(images), method="encode")
+        ids_BL = map_rows(encode, batch["image"], num_together or len(batch["image"]))
         batch = {**{name: x for name, x in batch.items() if name != "image"}, "ids": ids_BL}
     return {**batch, "previous": networks.apply_tokenizer(batch["ids"], method="teacher_forcing")}
 
@@ -122,6 +126,11 @@ class TokenTask(DataTask):
         arguments = self.averaged(state), self.tokenizer, index, index
         return [*found, Program(SAMPLE, f"sample {num_samples}", self.draw_samples, arguments, 0, num_samples)]
 
+    @property
+    def rows_together(self) -> int:
+        """Return the rows of a part of the batch on each device."""
+        return self.run.batch_size // self.run.accumulate_steps // num_shards_of("batch", self.run.mesh)
+
     def _macs(self, phases: tuple[Phase, ...]) -> int:
         """Return the multiply-accumulates of one forward pass of the transformer, for one image."""
         model = self.transformer
@@ -210,11 +219,11 @@ class TransformerTask(TokenTask):
         return tokenizer.replace(transformer=self.transformer, params=params)
 
     def _take_step(self, phases, state, batch, learning_rate, weight_decay, tokenizer: Networks):
-        batch = with_input(tokenizer, batch)
+        batch = with_input(tokenizer, batch, self.rows_together)
         return transformer_step.train_step(self._recipe, phases, state, batch, learning_rate, weight_decay)
 
     def _sum_losses(self, params, batch, tokenizer: Networks):
-        return transformer_step.eval_step(self.transformer, params, with_input(tokenizer, batch))
+        return transformer_step.eval_step(self.transformer, params, with_input(tokenizer, batch, self.rows_together))
 
     def flops_of_step(self, step: int) -> float:
         """Return three times the forward pass of the step's phases."""

@@ -1,12 +1,16 @@
 """Fine-tuning to other classes than those of the weights that a run starts from."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+import small_case
 from PIL import Image
 
 from mvar_jax import build
-from mvar_jax.checkpoints.model_directory import load_model
+from mvar_jax.checkpoints.class_names import CLASSES_FILE
+from mvar_jax.checkpoints.model_directory import load_model, save_model
 from mvar_jax.cli.configuration import read_config
 from mvar_jax.errors import InputError
 from mvar_jax.files.paths import as_path
@@ -55,6 +59,20 @@ def test_same_classes_in_another_order_take_their_rows_by_name(run):
         initial = load_initial(run.transformer, modules["transformer"], others)
         np.testing.assert_array_equal(initial.params["class_embed"], table)
         assert not initial.note
+
+
+@pytest.mark.parametrize("is_sorted_as_text", [False, True])
+def test_twelve_numbered_classes_are_told_apart_in_either_order(tmp_path, is_sorted_as_text):
+    """Sorted as text, 10 and 11 stand before 2: the order of folders, but not of a classes.txt."""
+    model = small_case.MODEL.clone(num_classes=12)
+    params = small_case.seeded_params(model)
+    names = [f"c{number}" for number in range(12)]
+    save_model(tmp_path / "model", {"transformer": model}, {"transformer": params})
+    (tmp_path / "model" / CLASSES_FILE).write_text(json.dumps(names))
+    initial = load_initial(str(tmp_path / "model"), model, sorted(names) if is_sorted_as_text else names)
+    rows = [0, 1, 10, 11, *range(2, 10), 12] if is_sorted_as_text else slice(None)
+    np.testing.assert_array_equal(initial.params["class_embed"], np.asarray(params["class_embed"])[rows])
+    assert ("another order" in initial.note) == is_sorted_as_text
 
 
 def test_number_of_classes_that_the_config_names_must_be_that_of_the_data(config):

@@ -35,6 +35,19 @@ def test_other_colour_modes_become_rgb_as_pillow_has_it(mode):
     assert np.array_equal(_pixels(encode(picture)), np.asarray(picture.convert("RGB")))
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_lab_becomes_every_mode_by_rgb(channels):
+    lab = Image.new("LAB", (4, 3), (150, 20, 30))
+    expected = lab.convert("RGB").convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+    assert np.array_equal(_pixels(encode(lab, "TIFF"), channels=channels), np.asarray(expected))
+
+
+def test_a_mode_that_pillow_cannot_convert_makes_a_bad_image(monkeypatch):
+    monkeypatch.setattr(decoding, "_BETWEEN", {})
+    with pytest.raises(BadImage, match="conversion from LAB"):
+        open_rgb(encode(Image.new("LAB", (4, 3)), "TIFF"), channels=1)
+
+
 def test_palette_with_transparency_keeps_its_colours_without_a_warning():
     picture = Image.fromarray(COLOUR).convert("P")
     with warnings.catch_warnings():

@@ -119,6 +119,20 @@ def test_eval_batches_hold_every_sample_once_and_mask_the_filling(process_count)
     assert num_batches == {2}
 
 
+def test_rows_that_fill_the_last_batch_are_decoded_once():
+    loaded = []
+
+    class Counted(type(_source())):
+        def __getitem__(self, index):
+            loaded.append(index)
+            return super().__getitem__(index)
+
+    source = _source()
+    source.__class__ = Counted
+    batches = _take(eval_batches(source, _keep, batch_size=64), 9)
+    assert sorted(loaded) == list(range(10)) and batches[0]["mask"].sum() == 10
+
+
 def test_eval_transform_gets_no_rng():
     assert (
         _take(eval_batches(_source(), lambda image, rng: image + (rng is not None), batch_size=10), 1)[0][

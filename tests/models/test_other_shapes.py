@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import small_case
 from PIL import Image
 from small_case import TOKENIZER, seeded_params
 
@@ -28,6 +29,19 @@ IMAGES = np.random.default_rng(0).uniform(-1, 1, (2, 8, 14, 3)).astype(np.float3
 )
 def test_sides_are_cut_or_extended(last, expected):
     assert extend_sides((1, 2, 5, 16), last) == expected
+
+
+def test_a_model_of_one_scale_samples_and_scores():
+    sizes = {"sides": (4,), "refine_step": 1}
+    tokenizer, transformer = TOKENIZER.clone(sides=(4,)), small_case.MODEL.clone(**sizes)
+    params = seeded_params(transformer)
+    model = Model(Networks(tokenizer, seeded_params(tokenizer), transformer, params))
+    ids = model.sample([0, 1])[1]
+    logits = model.logits(ids, [0, 1])
+    assert logits.shape == (2, 16, 16) and "word_embed" not in params
+    logs = jax.nn.log_softmax(logits)
+    expected = -np.take_along_axis(np.asarray(logs), np.asarray(ids)[..., None], 2)[..., 0].sum(1, keepdims=True)
+    np.testing.assert_allclose(model.score(ids, [0, 1]), expected, rtol=1e-5)
 
 
 def test_the_own_size_gives_the_own_tokenizer():

@@ -1,3 +1,5 @@
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ from golden_case import quick_jit
 
 from mvar_jax.errors import InputError
 from mvar_jax.models.networks import Networks
+from mvar_jax.models.refiner import Refiner, start_weights
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.editing import check_border, drawn_share, redraw, shrink_onto_canvas
 from mvar_jax.sampling.sampler import SampleOptions
@@ -65,6 +68,24 @@ def test_a_hard_border_keeps_the_codes_of_its_ids_and_a_soft_one_mixes_them(run_
     np.testing.assert_allclose(f_hat, of_ids, atol=1e-4)
     _, _, f_hat, of_ids = run_redraw(1.0, 0)
     assert np.abs(f_hat - of_ids).max() > 0.1
+
+
+def test_a_fresh_refiner_edits_like_its_transformer(run_redraw):
+    """Soft borders too: the codes that are mixed are those of the drawn ids, not of the ids that are put back."""
+    refiner = Refiner(SIDES, vocab_size=16, code_width=4, width=16, num_heads=2)
+    fresh = nn.meta.unbox(refiner.init_params(jax.random.key(0, impl="rbg")))
+    own = start_weights(PARAMS, np.asarray(TOKENIZER_PARAMS["codebook"]))
+    networks = Networks(TOKENIZER, TOKENIZER_PARAMS, MODEL, PARAMS, refiner, fresh | own)
+    known, ids, f_hat, _ = run_redraw(1.0, 0)
+    mask, options = jnp.asarray(LEFT.repeat(2, 0), jnp.float32), SampleOptions(cfg=1.5, top_k=12)
+
+    @quick_jit
+    def draw(keys):
+        return redraw.__wrapped__(networks, jnp.asarray(known), mask, jnp.array([0, 2]), keys, options, 1.0)
+
+    refined_ids, refined_f_hat = draw(keys_of_samples(0, np.arange(2)))
+    np.testing.assert_array_equal(refined_ids, ids)
+    np.testing.assert_allclose(refined_f_hat, f_hat, atol=1e-4)
 
 
 def test_out_painting_draws_around_the_shrunk_image():

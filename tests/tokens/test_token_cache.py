@@ -1,6 +1,7 @@
 import errno
 import itertools
 import json
+import os
 import pickle
 import resource
 
@@ -45,6 +46,18 @@ def _write(path, num_shards=1, vocab_size=50, seed=0):
         writer.write_split("train", _from(train), **options)
         writer.write_split("val", _from(val), num_images=4, num_views=1, transform={})
     return train, val
+
+
+def test_a_cache_in_memory_keeps_no_shard_open(tmp_path):
+    records = _write(tmp_path / "cache", num_shards=11)[0]
+    count = lambda: len(os.listdir("/proc/self/fd"))
+    before = count()
+    cache = TokenCache(tmp_path / "cache", "train")
+    assert count() < before + 11
+    _assert_holds(cache, records)
+    from_files = TokenCache(tmp_path / "cache", "train", max_memory_bytes=0)
+    assert count() >= before + 11
+    _assert_holds(pickle.loads(pickle.dumps(from_files)), records)
 
 
 def _assert_holds(cache, records):

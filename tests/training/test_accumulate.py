@@ -7,12 +7,14 @@ import pytest
 from golden_case import quick_jit
 from small_case import MODEL, TOKENIZER, seeded_batch, seeded_params
 
+from mvar_jax.models.networks import Networks
 from mvar_jax.training import tokenizer_step
 from mvar_jax.training.accumulate import split_parts, value_and_grad_over_parts
 from mvar_jax.training.codebook_options import CodebookOptions
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import make_state
 from mvar_jax.training.transformer_step import PhaseOptions, TransformerRecipe, train_step
+from mvar_jax.training.transformer_task import with_input
 
 OPTIMIZER = OptimizerOptions()
 
@@ -74,3 +76,17 @@ def test_accumulated_step_equals_the_whole_one(make_case):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     jax.tree.map(close, accumulated.opt_state, whole.opt_state)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), accumulated.extra, whole.extra)
+
+
+def test_images_are_encoded_in_parts_too():
+    """The ids are those of the whole batch, and the encoder's memory that of a part."""
+    networks = Networks(TOKENIZER, seeded_params(TOKENIZER))
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 10, 10, 3), np.uint8))
+    compiled = {
+        num: jax.jit(lambda images, num=num: with_input(networks, {"image": images}, num)).lower(images).compile()
+        for num in (64, 4)
+    }
+    whole, parts = (compiled[num](images) for num in (64, 4))
+    np.testing.assert_array_equal(parts["ids"], whole["ids"])
+    whole_bytes, part_bytes = (compiled[num].memory_analysis().temp_size_in_bytes for num in (64, 4))
+    assert part_bytes < whole_bytes / 4

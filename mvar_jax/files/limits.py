@@ -1,0 +1,41 @@
+"""How many files a process may have open."""
+
+import contextlib
+import errno
+import os
+
+from mvar_jax.errors import InputError
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+# errors of a process that has used up what it may have; they say nothing about the file
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+SPARE_FILES = 256  # of libraries, checkpoints and connections
+
+
+def allow_open_files(num_files: int, what: str) -> None:
+    """Let this process, and those that it starts later, open so many more files: raise its soft limit if need be.
+
+    Raises InputError if the system's hard limit is lower. what: names the files for the error, such as "512 tars".
+    """
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = num_files + SPARE_FILES + _num_open()
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        words = f"{what} need a limit of {needed} open files, this process may have {hard}: raise `ulimit -Hn`"
+        raise InputError(words, field="open files", given=hard, expected=f"{needed} or more")
+    with contextlib.suppress(ValueError, OSError):  # some systems have a lower limit of their own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _num_open() -> int:
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return 64
