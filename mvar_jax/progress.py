@@ -48,8 +48,13 @@ class Progress:
 
     def skip_to(self, done: int) -> None:
         """Count units that an earlier run has done."""
-        self._first += done - self._done
+        num_skipped = done - self._done
+        self._first += num_skipped
+        self._shown += num_skipped
         self._done = done
+        if self._bar is not None:
+            for name in ("initial", "n", "last_print_n"):  # what tqdm takes its rate from
+                setattr(self._bar, name, getattr(self._bar, name) + num_skipped)
 
     def update(self, num: int = 1, note: Callable[[float], str] | None = None) -> None:
         """Count `num` more units and show the progress, if due.

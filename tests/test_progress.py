@@ -35,6 +35,17 @@ def test_a_log_gets_a_line_every_few_seconds_and_one_at_the_end(clock, capsys):
     ]
 
 
+def test_a_bar_takes_its_rate_from_what_this_run_has_done(clock, monkeypatch):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    with Progress("encode", 10_000, "image") as shown:
+        shown.skip_to(9_000)
+        bar = shown._bar
+        assert (bar.initial, bar.n) == (9_000, 9_000)
+        clock[0] += 10
+        shown.update(100)
+        assert bar.n == 9_100 and bar.n - bar.initial == 100
+
+
 def test_short_work_with_a_delay_and_other_processes_are_not_shown(clock, capsys):
     assert list(track("ab", 2, "index", "tar", delay_s=1.0)) == ["a", "b"]
     with Progress("sample", 1, "image", is_shown=False) as shown:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any, TypedDict
 
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
@@ -13,6 +14,7 @@ from mvar_jax.checkpoints.steps import checkpoint_folder, list_steps
 from mvar_jax.errors import InputError
 from mvar_jax.files.atomic import write_atomically
 from mvar_jax.files.json_files import read_json
+from mvar_jax.schema import conform
 
 SCORE_FILE = "scores.json"
 # what the names of such metrics contain
@@ -40,6 +42,11 @@ class Metric:
         is_more_better = direction == "max" or (not direction and any(part in name for part in MORE_IS_BETTER))
         return cls(name, is_more_better) if name else None
 
+    def describe(self, settings: dict[str, Any]) -> str:
+        """Return the metric with its direction and the settings of an evaluation as one text."""
+        words = [f"{self.name}:{'max' if self.is_more_better else 'min'}"]
+        return " ".join([*words, *(f"{name}={value}" for name, value in settings.items())])
+
     def check(self, known: Collection[str]) -> None:
         """Raise InputError unless the evaluation has a number of this name. known: its numbers."""
         if self.name not in known:
@@ -57,10 +64,23 @@ class Scores(PreservationPolicy):
     """Scores of the evaluated steps, in `checkpoints/scores.json`; as an Orbax policy it keeps the best step.
 
     A score counts only while its checkpoint exists.
+
+    Args:
+      folder: of the checkpoints.
+      score_of_step: what was measured.
+      measured_by: the metric and the settings of the evaluations, None if they are not known.
     """
 
-    def __init__(self, folder: Path, score_of_step: dict[int, float]):
-        self._path, self._score_of_step = folder / SCORE_FILE, score_of_step
+    def __init__(self, folder: Path, score_of_step: dict[int, float], measured_by: str | None = None):
+        self._path, self._score_of_step, self._measured_by = folder / SCORE_FILE, score_of_step, measured_by
+
+    def measure_by(self, measured_by: str) -> str | None:
+        """Forget scores that were not measured by this, and return what they were measured by, else None."""
+        others = self._measured_by if self._measured_by not in (None, measured_by) and self._score_of_step else None
+        if others is not None:
+            self._score_of_step = {}
+        self._measured_by = measured_by
+        return others
 
     def best_of(self, steps: Sequence[int]) -> int | None:
         """Return the step with the highest score, the first of equal ones."""
@@ -79,7 +99,8 @@ class Scores(PreservationPolicy):
 
     def write(self) -> None:
         """Write the scores: one process does."""
-        write_atomically(self._path, json.dumps(self._score_of_step) + "\n")
+        content = {"measured_by": self._measured_by, "scores": self._score_of_step}
+        write_atomically(self._path, json.dumps(content) + "\n")
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Return for each checkpoint whether it is the best."""
@@ -87,15 +108,25 @@ class Scores(PreservationPolicy):
         return [checkpoint.step == best for checkpoint in checkpoints]
 
 
-def read_scores(folder: Path) -> dict[int, float]:
-    """Return step -> score of a folder of checkpoints; empty if there are none or they are unreadable."""
+class _ScoreFile(TypedDict):
+    measured_by: str | None
+    scores: dict[str, float]
+
+
+def read_scores(folder: Path) -> tuple[dict[int, float], str | None]:
+    """Return (step -> score, what they were measured by) of a folder of checkpoints.
+
+    Empty if there are none or they are unreadable. Version 0.1.0 wrote steps and scores alone.
+    """
     try:
-        return {int(step): score for step, score in read_json(folder / SCORE_FILE, dict[str, float]).items()}
+        content = read_json(folder / SCORE_FILE, dict[str, Any])
+        file = conform(content if "scores" in content else {"measured_by": None, "scores": content}, _ScoreFile, "")
+        return {int(step): score for step, score in file["scores"].items()}, file["measured_by"]
     except (OSError, ValueError):
-        return {}
+        return {}, None
 
 
 def best_step(workdir: str | os.PathLike) -> int | None:
     """Return the step of a run's best checkpoint, None if no evaluation was scored."""
     folder = checkpoint_folder(workdir)
-    return Scores(folder, read_scores(folder)).best_of(list_steps(folder))
+    return Scores(folder, *read_scores(folder)).best_of(list_steps(folder))

@@ -44,8 +44,9 @@ class Checkpoints:
         self._saving: tuple[int, list[str]] = (0, [])
         # all processes must keep the same checkpoints, so they take what the first one reads
         here = group.current()
-        scores = here.gather("scores", list(read_scores(self._folder).items()) if here.index == 0 else None)[0]
-        self._scores = Scores(self._folder, dict(scores))
+        found, measured_by = read_scores(self._folder) if here.index == 0 else ({}, None)
+        scores, measured_by = here.gather("scores", [list(found.items()), measured_by])[0]
+        self._scores = Scores(self._folder, dict(scores), measured_by)
         self._thread = ThreadPoolExecutor(1)  # writes the scores
         self._written_scores: Future[None] = self._thread.submit(lambda: None)
         with contextlib.ExitStack() as quiet:
@@ -90,6 +91,10 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Return the newest checkpoint's step, None if there is no checkpoint."""
         return self._manager.latest_step()
+
+    def measure_by(self, measured_by: str) -> str | None:
+        """Say what the scores that follow are measured by; see `Scores.measure_by`."""
+        return self._scores.measure_by(measured_by)
 
     def is_best(self, score: float) -> bool:
         """Return whether a score (more is better) beats those of all checkpoints."""
@@ -208,10 +213,17 @@ def restore_weights(workdir: str | os.PathLike, step: int | None = None, prefer_
         raise InputError(
             f"{workdir} has no checkpoint of step {step}, only of {there}", field="step", given=step, expected=there
         )
-    step = steps[-1] if step is None else step
+    given, step = step, steps[-1] if step is None else step
     try:
         return _read_weights(folder / str(step), prefer_ema)
     except DamagedError as error:
+        if not (folder / str(step)).exists():  # by the run, which has newer ones
+            if given is None:
+                return restore_weights(workdir, None, prefer_ema)
+            words = (
+                f"{workdir} no longer has its checkpoint of step {step}: it was removed while it was read, try again"
+            )
+            raise InputError(words, field="step", given=step, expected="a checkpoint that stays") from None
         for older in reversed([other for other in steps if other < step]):
             try:
                 _read_weights(folder / str(older), prefer_ema)

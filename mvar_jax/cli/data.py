@@ -34,7 +34,7 @@ def run(args) -> int:
             given=args.num_pictures,
             expected="0 to 10000",
         )
-    transform, loading = data.transform(config["model"].get("channels", 3)), data.loading()
+    transform, loading = data.transform(getattr(build.build_module(config), "channels", 3)), data.loading()
     sources = data.open_all()
 
     from mvar_jax.processes.holding import owned_folder
@@ -49,16 +49,18 @@ def write_survey(sources: dict, transform, loading, data, out: Path, num_picture
     from mvar_jax.files.atomic import write_json
     from mvar_jax.files.images import save_png, tile_grid
 
-    found, is_fine = {}, True
+    found, sheets, is_fine = {}, {}, True
     for split, source in sources.items():
         walk = survey(source, transform, split, num_pictures=num_pictures, num_threads=loading.num_threads)
         found[split] = walk.summary()
         if len(walk.pictures_NYX3):
             columns = max(1, round(len(walk.pictures_NYX3) ** 0.5))
-            save_png(out / f"{split}.png", tile_grid(walk.pictures_NYX3, columns))
+            sheets[split] = tile_grid(walk.pictures_NYX3, columns)
         is_fine &= found[split]["num_bad"] <= loading.max_bad_share * found[split]["num_images"]
         print("\n  ".join([describe(split, found[split], out), *source.notes]))
-    write_json(out / "data.json", {"data": data.describe(), **found})
+    write_json(out / "data.json", {"data": data.describe(), **found})  # first: the folder is known by it
+    for split, sheet in sheets.items():
+        save_png(out / f"{split}.png", sheet)
     if not is_fine:
         print(f"too many bad images: training would stop; data.max_bad_share is {loading.max_bad_share}")
     return 0 if is_fine else 1

@@ -53,6 +53,9 @@ def run(args) -> int:
     config = read_config(args.config, args.overrides)
     check_positive(args, "samples", *(name for name in ("images", "search") if getattr(args, name) is not None))
     files = {name: as_path(path, name) for name in ("json", "chart") if (path := getattr(args, name)) is not None}
+    for name, path in files.items():
+        if path.is_dir():
+            raise InputError(f"--{name} must be a file, got the folder {path}", field=name, given=str(path))
 
     from mvar_jax import build
     from mvar_jax.hardware.compiling import devices_of

@@ -59,6 +59,9 @@ def add_switch_argument(parser) -> None:
     )
 
 
+MAX_SCALE = 1000  # of --refine_scales; the model's own number is checked later
+
+
 def refined_scales(args) -> tuple[int, ...] | None:
     """Return the numbers of --refine_scales, None if it is not given. Raises InputError unless they are numbers."""
     return None if args.refine_scales is None else scales_of(args.refine_scales)
@@ -67,8 +70,11 @@ def refined_scales(args) -> tuple[int, ...] | None:
 def scales_of(text: str) -> tuple[int, ...]:
     """Return the numbers of a value of --refine_scales. Raises InputError unless they are numbers or ranges."""
     try:
-        ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
-        return tuple(scale for first, *last in ends for scale in range(first, (last or [first])[0] + 1))
+        parts = [[int(end) for end in part.split("-")] for part in text.split(",")]
+        ranges = [(part[0], part[-1]) for part in parts if len(part) <= 2]
+        if len(ranges) < len(parts) or any(not first <= last <= MAX_SCALE for first, last in ranges):
+            raise ValueError
+        return tuple(scale for first, last in ranges for scale in range(first, last + 1))
     except ValueError:
         expected = 'numbers or ranges of scales, such as "0-3,5"'
         message = f"--refine_scales must be {expected}, got {text!r}"

@@ -3,7 +3,7 @@
 import numpy as np
 
 from mvar_jax.convert.state_dicts import StateDict
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, show
 from mvar_jax.scales import KNOWN_SIDES, areas_of
 
 CONDITIONING_OF_WRAPPER = {"mvar_wo_ddp": "markov", "var_wo_ddp": "full"}
@@ -75,8 +75,11 @@ def window_fields(state: StateDict, sides: tuple[int, ...], given: dict) -> dict
     for name in ("kernel_size", "refine_step"):
         value = given.get(name)
         setting = state.settings.get(name)
+        if value is None and setting is not None and type(setting) is not int:
+            message = f"give --{name}: the file says {show(setting)}, which is no whole number"
+            raise InputError(message, field=name, given=setting, expected=f"--{name}")
         if value is None:
-            value = setting if type(setting) is int else defaults.get(name)
+            value = defaults.get(name) if setting is None else setting
         if value is None:
             message = f"give --{name}: it does not follow from the weights, and no value is published for {sides}"
             raise InputError(message, field=name, given=None, expected=f"--{name}")

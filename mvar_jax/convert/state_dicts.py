@@ -131,12 +131,13 @@ def _split_prefixes(kind: str, file: WeightsFile, where: tuple[str, ...], node: 
     if prefixes and len(names) < len(node):
         raise file.refuse("two of its tensors have one name without the prefixes of torch's wrappers")
     for prefix in prefixes[:MAX_PREFIXES]:
+        below = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
+        is_below = lambda name, below=below: isinstance(name, str) and name.startswith(below)
+        own = [name for name in (texts if prefix else names) if not is_below(name)]
         if prefix:
-            tensors = {name.removeprefix(prefix): node[names[name]] for name in texts if name.startswith(prefix)}
+            tensors = {name.removeprefix(prefix): node[names[name]] for name in own if name.startswith(prefix)}
         else:
-            others = tuple(other for other in prefixes if other)
-            is_other = lambda name, others=others: isinstance(name, str) and name.startswith(others)
-            tensors = {name: node[key] for name, key in names.items() if not is_other(name)}
+            tensors = {name: node[names[name]] for name in own}
         yield Candidate(".".join([*where, *prefix.split(".")[:-1]]), tensors)
 
 

@@ -1,6 +1,7 @@
 """Measurement of a digits run on the real held-out fifth, from the files that its stages wrote."""
 
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -143,7 +144,7 @@ def report_digits(tokenizer_dir: Path, base: Drawn, refined: Drawn | None, stage
     own = {
         "wall_s": time.monotonic() - began_s,
         "cpu_s": usage.ru_utime + usage.ru_stime,
-        "peak_rss_mib": usage.ru_maxrss / 1024,
+        "peak_rss_mib": usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),  # bytes there, else KiB
     }
     figures = measure(
         real=real,

@@ -34,6 +34,8 @@ def as_path(text: str | os.PathLike, field: str = "path") -> Path:
     Raises:
       InputError: the scheme is unknown, its package is missing, there is no bucket, or the store does not answer.
     """
+    if os.fspath(text) == "":  # of an unset variable; it would be the current folder
+        raise InputError(f"{field} must be a path, got ''", field=field, given="", expected="a path")
     scheme = scheme_of(text)
     if scheme is None:
         return Path(text)

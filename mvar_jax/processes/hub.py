@@ -60,7 +60,7 @@ class Hub:
         except ValueError:
             hello, messages = {}, []
         index = hello.get("index")
-        is_trusted = hmac.compare_digest(str(hello.get("token")), self.token)
+        is_trusted = hmac.compare_digest(str(hello.get("token")).encode("utf-8", "replace"), self.token.encode())
         if not is_trusted or not isinstance(index, int) or not 0 <= index < self._count or index in self._members:
             connection.close()
             return

@@ -104,6 +104,10 @@ def run(
                 state = checkpoints.restore(task.abstract_state(), strict, say)
                 newest = int(state.step)
                 say(f"resuming from step {newest} of {settings.num_steps} in {workdir}")
+            if best is not None:
+                measured_by = best.describe(task.settings_of(best.name))
+                if others := checkpoints.measure_by(measured_by):
+                    say(f"the best checkpoint was chosen by {others}: it is chosen anew by {measured_by}")
             start = int(state.step)
             check_first(state, workdir, None if newest is None else start)
             was_end = start > 0 and has_line(workdir, "eval", start)

@@ -55,6 +55,10 @@ class Task(abc.ABC):
     def pictures(self, state: Any) -> dict[str, np.ndarray]:
         """Return images by name, uint8 [Y, X, 3]. Every process calls this, and the first one writes them."""
 
+    def settings_of(self, metric: str) -> dict[str, Any]:
+        """Return the settings of an evaluation that a metric depends on, by default none."""
+        return {}
+
     def histograms(self, state: Any) -> dict[str, np.ndarray]:
         """Return numbers by name, `[N]` each, whose distributions TensorBoard shows; by default none."""
         return {}

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -247,6 +248,14 @@ class DataTask(Task):
     def scores(self, batches: Scored) -> dict[str, float]:
         """Return the scores of images that are drawn for them, see `Scorer.score`; nothing without a scorer."""
         return {} if self.scorer is None else score_together(self.scorer, batches)
+
+    def settings_of(self, metric: str) -> dict[str, Any]:
+        """Return how images are drawn and compared, if the metric is a score of them."""
+        if self.scorer is None or metric not in self.scorer.names:
+            return {}
+        names = [field.name for field in dataclasses.fields(self.run) if field.name.startswith("eval_")]
+        settings = {name: getattr(self.run, name) for name in names if name != "eval_inception"}
+        return settings | {"eval_reference": os.path.basename(self.run.eval_reference)}  # it may lie elsewhere now
 
     @property
     def eval_rows(self) -> int:

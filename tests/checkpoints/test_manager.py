@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from mvar_jax.checkpoints import arrays
 from mvar_jax.checkpoints.checksums import DamagedError
 from mvar_jax.checkpoints.manager import Checkpoints, restore_weights
+from mvar_jax.checkpoints.steps import list_steps
 from mvar_jax.checkpoints.trees import load_tree, save_tree
 from mvar_jax.errors import InputError
 from mvar_jax.training.state import TrainState
@@ -87,6 +88,27 @@ def test_weights_load_without_a_description_and_prefer_the_average(tmp_path):
     assert_equal_trees(restore_weights(tmp_path, step=1, prefer_ema=False), first.params)
     with pytest.raises(InputError, match="has no checkpoint of step 5, only of 1, 2"):
         restore_weights(tmp_path, step=5)
+
+
+@pytest.mark.parametrize("step", [None, 1])
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_damage(tmp_path, monkeypatch, step):
+    """A run that keeps one checkpoint saves the next and removes this one after it was listed."""
+    first, second = make_state(step=1), make_state(step=2)
+    save(tmp_path, first, keep=1)
+    listed = []
+
+    def list_first(folder):
+        listed.append(list_steps(folder))
+        if len(listed) == 1:
+            save(tmp_path, second, keep=1)
+        return listed[-1]
+
+    monkeypatch.setattr("mvar_jax.checkpoints.manager.list_steps", list_first)
+    if step is None:
+        assert_equal_trees(restore_weights(tmp_path), second.ema)
+    else:
+        with pytest.raises(InputError, match="no longer has its checkpoint of step 1: it was removed meanwhile"):
+            restore_weights(tmp_path, step)
 
 
 def test_weights_are_the_parameters_without_an_average(tmp_path):

@@ -63,6 +63,28 @@ def test_data_command_tells_counts_bad_files_balance_and_rate_and_draws_a_sheet(
     assert sorted(path.name for path in out.iterdir()) == ["data.json", "train.png", "val.png"]
 
 
+def test_an_interrupted_survey_is_made_by_the_same_command(folder, tmp_path, monkeypatch):
+    from mvar_jax.data import survey as module
+
+    survey = module.survey
+
+    def stop(source, transform, split, **options):
+        if split == "val":
+            raise KeyboardInterrupt
+        return survey(source, transform, split, **options)
+
+    command = ["data", *_data(folder), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(module, "survey", stop)
+    assert main(command) == 130
+    monkeypatch.setattr(module, "survey", survey)
+    assert main(command) == 0
+
+
+def test_channels_that_no_image_has_are_refused(folder, tmp_path, capsys):
+    assert main(["data", "--config", "debug", "--config.model.channels=5", "--out", str(tmp_path / "out")]) == 2
+    assert "channels must be" in capsys.readouterr().err
+
+
 def test_data_command_fails_where_training_would_stop(folder, tmp_path, capsys):
     assert main(["data", *_data(folder, share=0.1), "--out", str(tmp_path / "out")]) == 1
     assert "too many bad images" in capsys.readouterr().out

@@ -99,10 +99,10 @@ def test_the_report_shows_the_refiner_beside_its_transformer(run, refiner, sampl
     assert "| figure | transformer alone | with the refiner |" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("option", ["--refine_scales=0,9", "--refine_scales=two"])
-def test_scales_that_do_not_exist_are_refused(refiner, tmp_path, option, capfd):
-    arguments = ["sample", "--checkpoint", str(refiner), "--labels=0", "--out", str(tmp_path / "out"), option]
-    assert main(arguments) == 2
+@pytest.mark.parametrize("scales", ["0,9", "two", "3-1", "0-1-3", "0-99999999999"])
+def test_scales_that_do_not_exist_are_refused(refiner, tmp_path, scales, capfd):
+    arguments = ["sample", "--checkpoint", str(refiner), "--labels=0", "--out", str(tmp_path / "out")]
+    assert main([*arguments, f"--refine_scales={scales}"]) == 2
     assert "refine_scales must be numbers" in capfd.readouterr().err and not (tmp_path / "out").exists()
 
 

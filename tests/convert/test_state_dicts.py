@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch_files
 
+from mvar_jax.checkpoints.model_directory import load_model
 from mvar_jax.convert.reader import open_weights
 from mvar_jax.convert.state_dicts import find_state_dict
 from mvar_jax.convert.weights import convert
@@ -123,6 +124,33 @@ def test_a_training_checkpoint_full_of_other_things_converts(tmp_path):
         save(tmp_path / "x.pth", content)
         module = convert(None, tmp_path / "x.pth", tmp_path / save.__name__)["transformer"]
         assert (module.kernel_size, module.refine_step, module.conditioning) == (5, 9, "markov")
+
+
+@pytest.mark.parametrize("setting", [[7, 7, 5], "9", 7.5])
+def test_a_setting_of_another_form_is_refused_not_replaced(tmp_path, setting):
+    """The window changes no shape, so nothing later would notice."""
+    content = {
+        "model": dict(np.load(TINY / "mvar.npz")),
+        "args": argparse.Namespace(kernel_size=setting, refine_step=9),
+    }
+    torch_files.save(tmp_path / "x.pth", content)
+    with pytest.raises(InputError, match="give --kernel_size: the file says"):
+        convert(None, tmp_path / "x.pth", tmp_path / "model")
+    convert(None, tmp_path / "x.pth", tmp_path / "model", kernel_size=5)
+
+
+def test_prefixes_within_prefixes_are_told_apart(tmp_path):
+    """As Lightning saves a module that holds its average: `model.*` and `model.ema.*`."""
+    plain = dict(np.load(TINY / "mvar.npz"))
+    average = plain | {"class_emb.weight": plain["class_emb.weight"] + 1}
+    content = {f"model.{name}": x for name, x in plain.items()}
+    content |= {f"model.ema.{name}": x for name, x in average.items()}
+    torch_files.save(tmp_path / "x.pth", content)
+    tables = []
+    for name in ("model", "model.ema"):
+        convert(None, tmp_path / "x.pth", tmp_path / name, weights=name, kernel_size=5, refine_step=9)
+        tables.append(load_model(tmp_path / name)[1]["transformer"]["class_embed"])
+    np.testing.assert_allclose(tables[1], tables[0] + 1, rtol=1e-6)
 
 
 class Module:

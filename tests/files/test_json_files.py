@@ -6,7 +6,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 import numpy as np
 import pytest
 
-from mvar_jax.checkpoints.best import read_scores
+from mvar_jax.checkpoints.best import Metric, Scores, read_scores
 from mvar_jax.data.skipped import Skipped
 from mvar_jax.errors import InputError
 from mvar_jax.files.json_files import read_json
@@ -97,7 +97,27 @@ def test_a_damaged_cache_json_is_refused_with_the_key(tmp_path, change, words):
 @pytest.mark.parametrize("content", ['{"3": "high"}', "[1]", '{"x": 1}', "3"])
 def test_scores_of_another_type_count_as_none(tmp_path, content):
     (tmp_path / "scores.json").write_text(content)
-    assert read_scores(tmp_path) == {}
+    assert read_scores(tmp_path) == ({}, None)
+
+
+def test_scores_of_the_first_version_have_no_metric(tmp_path):
+    (tmp_path / "scores.json").write_text('{"3": 0.5}')
+    assert read_scores(tmp_path) == ({3: 0.5}, None)
+    scores = Scores(tmp_path, *read_scores(tmp_path))
+    assert scores.measure_by("fid_1k:min") is None and scores.best_of([3]) == 3
+    scores.write()
+    assert read_scores(tmp_path) == ({3: 0.5}, "fid_1k:min")
+
+
+def test_scores_of_another_metric_or_other_settings_choose_no_best(tmp_path):
+    scores = Scores(tmp_path, {3: 180.0}, "inception_score_1k:max")
+    metric = Metric.parse("fid_1k")
+    assert scores.measure_by(metric.describe({"eval_cfg": 1.5})) == "inception_score_1k:max"
+    assert scores.is_best(metric.score({"fid_1k": 3.0}), [3])
+    scores.add(6, -3.0, [3, 6])
+    assert scores.measure_by(metric.describe({"eval_cfg": 1.5})) is None and scores.best_of([3, 6]) == 6
+    assert scores.measure_by(metric.describe({"eval_cfg": 2.0})) == "fid_1k:min eval_cfg=1.5"
+    assert scores.best_of([3, 6]) is None
 
 
 @pytest.mark.parametrize("entry", [{"number": "3"}, {"name": 3}, {"reason": None}])

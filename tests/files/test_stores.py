@@ -194,7 +194,12 @@ def test_store_without_bucket_is_refused():
         as_path("s3://", "out")
 
 
-@pytest.mark.parametrize("text", ["runs/a:b", "/tmp/gs", "a:", "c:/x", ""])
+def test_an_empty_path_of_an_unset_variable_is_refused():
+    with pytest.raises(InputError, match="out must be a path, got ''"):
+        as_path("", "out")
+
+
+@pytest.mark.parametrize("text", ["runs/a:b", "/tmp/gs", "a:", "c:/x", "."])
 def test_path_without_scheme_is_one_of_this_machine(text):
     assert as_path(text) == Path(text) and not paths.is_store(text)
 

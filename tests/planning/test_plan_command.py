@@ -87,6 +87,7 @@ REFUSED = {
         "--parts must be some of train, cache, the programs of debug, got sample",
     ),
     "hosts, cards and more": (["--topology", "h100:2x2x8"], "target must be a machine and a shape"),
+    "a folder for a file": (["--json", "."], "--json must be a file, got the folder ."),
     "unknown parts": (["--parts", "train,test"], "--parts must be some of train, sample, cache, got test"),
     "no classes": (["--config.model.num_classes=0"], "config.model.num_classes must be given to plan without data"),
     "another tokenizer": (["--tokenizer", "digits_tokenizer"], "tokenizer.sides must be", "pass --tokenizer"),
