@@ -220,9 +220,7 @@ def restore_weights(workdir: str | os.PathLike, step: int | None = None, prefer_
         if not (folder / str(step)).exists():  # by the run, which has newer ones
             if given is None:
                 return restore_weights(workdir, None, prefer_ema)
-            words = (
-                f"{workdir} no longer has its checkpoint of step {step}: it was removed while it was read, try again"
-            )
+            words = f"{workdir} no longer has its checkpoint of step {step}: it was removed meanwhile, try again"
             raise InputError(words, field="step", given=step, expected="a checkpoint that stays") from None
         for older in reversed([other for other in steps if other < step]):
             try:
