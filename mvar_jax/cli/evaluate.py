@@ -86,7 +86,7 @@ def _add_scoring(parser) -> None:
         help="show the published scores of this model beside; with --checkpoint also its published sampling options",
     )
     parser.add_argument(
-        "--inception_batch", type=int, metavar="B", help="images of a device at a time (default 256, on a CPU 32)"
+        "--inception_batch", type=int, metavar="B", help="images of a device at a time (default 256, on a CPU 4)"
     )
     parser.add_argument(
         "--inception_dtype",
