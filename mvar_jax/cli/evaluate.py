@@ -9,6 +9,7 @@ continues. Nothing is downloaded.
 
 import contextlib
 import sys
+from pathlib import Path
 
 from mvar_jax.cli.machine import add_machine_arguments, print_machine, use_compilation_cache
 from mvar_jax.cli.models import add_loading_arguments
@@ -86,7 +87,7 @@ def _add_scoring(parser) -> None:
         help="show the published scores of this model beside; with --checkpoint also its published sampling options",
     )
     parser.add_argument(
-        "--inception_batch", type=int, metavar="B", help="images of a device at a time (default 256, on a CPU 32)"
+        "--inception_batch", type=int, metavar="B", help="images of a device at a time (default 256, on a CPU 4)"
     )
     parser.add_argument(
         "--inception_dtype",
@@ -157,6 +158,9 @@ def run(args) -> int:
     here = group.current()
     if here.count > 1:
         print_machine()
+    saves_to = None if args.save_reference is None else as_path(args.save_reference, REFERENCE)
+    if saves_to is not None:
+        check_saves_to(saves_to, out)
     with contextlib.ExitStack() as stack:
         job = prepare(args, stack)
         if job.warnings and args.strict:
@@ -166,12 +170,15 @@ def run(args) -> int:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         stack.enter_context(owned_folder("out", out, "evaluate", dict(job.identity)))
         is_new = not (out / RESULT_FILE).exists()
+        is_saved = saves_to is None or not is_new and saves_to.exists()
         here.wait_for_all("the look at the results")  # no process writes before all have looked
-        evaluation = job.run(out / UNFINISHED) if is_new else None
+        evaluation = None if is_saved and not is_new else job.run(out / UNFINISHED)
         if here.index == 0:
-            text = write_evaluation(out, evaluation) if evaluation else (out / TEXT_FILE).read_text(encoding="utf-8")
+            text = write_evaluation(out, evaluation) if is_new else (out / TEXT_FILE).read_text(encoding="utf-8")
             remove_tree(out / UNFINISHED)
             print(f"{text}\n{out / RESULT_FILE}: {'written' if is_new else 'already there'}")
+            if saves_to is not None:
+                print(f"{saves_to}: {'already there' if is_saved else 'written'}")
         here.wait_for_all("the results")
     return 0
 
@@ -186,6 +193,23 @@ def check_door(args) -> None:
         if getattr(args, name) is not None and door not in doors:
             expected = "only with " + " or ".join(f"--{name}" for name in doors)
             raise InputError(f"--{name} cannot be combined with --{door}", field=name, expected=expected)
+
+
+def check_saves_to(path: Path, out: Path) -> None:
+    """Raise InputError unless a file is new, or of the evaluation in `out`, and ends in .npz."""
+    from mvar_jax.evaluation.network_files import OWN_SUFFIX
+    from mvar_jax.evaluation.report import RESULT_FILE
+    from mvar_jax.evaluation.scoring import SAVING_FILE
+    from mvar_jax.processes.holding import UNFINISHED
+
+    expected = f"a new file that ends in {OWN_SUFFIX}"
+    if path.suffix != OWN_SUFFIX:
+        message = f"--save_reference must be {expected}, got {path}"
+        raise InputError(message, field=REFERENCE, given=str(path), expected=expected)
+    is_own = (out / RESULT_FILE).exists() or (out / UNFINISHED / SAVING_FILE).exists()
+    if path.exists() and not is_own:
+        message = f"--save_reference must be {expected}, got {path}, which exists"
+        raise InputError(message, field=REFERENCE, given=str(path), expected=expected)
 
 
 def prepare(args, stack: contextlib.ExitStack):

@@ -62,7 +62,7 @@ def _add_scoring(parser) -> None:
     )
     parser.add_argument("--inception", metavar="FILE", help="as in `mvar evaluate`, with --reference")
     parser.add_argument(
-        "--inception_batch", type=int, metavar="B", help="images of a device at a time (default 256, on a CPU 32)"
+        "--inception_batch", type=int, metavar="B", help="images of a device at a time (default 256, on a CPU 4)"
     )
     parser.add_argument(
         "--least",

@@ -1,6 +1,7 @@
 """Image files in any folder as a source: no classes, sub-folders included, in the order of the names."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from mvar_jax.data.decoding import SUFFIXES, BadImage
 from mvar_jax.data.protocols import ImageSource, digest
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.paths import is_store
+
+NUM_THREADS = 16  # a network file system answers slowly, but many at once
 
 
 class ImageFiles(ImageSource):
@@ -37,11 +40,28 @@ class ImageFiles(ImageSource):
         return self._names[index]
 
     def files_digest(self, numbers: np.ndarray, *, with_sizes: bool) -> str:
-        """Return a digest of the names; sizes are not asked for."""
-        return digest(self._names[number] for number in numbers.tolist())
+        """Return a digest of the names and, if asked for, of the sizes; see `ImageSource`."""
+        names = [self._names[number] for number in numbers.tolist()]
+        return digest([*names, str(_sizes_of(self._folder, names))] if with_sizes else names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": read_file(self._folder / self._names[index]), "label": 0}
+
+
+def _sizes_of(folder: Path, names: list[str]) -> list[int]:
+    """Return the size of each file in bytes, -1 of one that is gone."""
+    if is_store(folder):  # one listing for all
+        sizes = folder.find_sizes()  # type: ignore[attr-defined]
+        return [sizes.get(name, -1) for name in names]
+
+    def size_of(name: str) -> int:
+        try:
+            return (folder / name).stat().st_size
+        except OSError:
+            return -1
+
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        return list(threads.map(size_of, names))
 
 
 def find_images(path: Path, out: Path, field: str = "images") -> tuple[Path, list[str], tuple[str, ...]]:

@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import dataclasses
+import zlib
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -11,7 +12,7 @@ import numpy as np
 
 from mvar_jax.data.image_files import ImageFiles
 from mvar_jax.data.options import DataOptions
-from mvar_jax.data.protocols import ImageSource, Transform
+from mvar_jax.data.protocols import ImageSource, Transform, digest
 from mvar_jax.data.sources import SPLITS
 from mvar_jax.data.transforms import PhotoTransform
 from mvar_jax.errors import InputError, shorten
@@ -23,6 +24,7 @@ from mvar_jax.files.npz_reader import NpzFile
 from mvar_jax.files.paths import as_path
 
 FIELD = "images"
+NUM_CONTENTS = 1000  # images whose bytes tell two sets apart
 CONFIG_FILE = "config.json"  # of a training workdir
 PLACES = {"folder": "path", "tars": "path", "tfds": "name"}  # data set -> the option that WHERE gives
 KINDS = ("digits", *PLACES)
@@ -62,11 +64,16 @@ class ImageSet(abc.ABC):
 
 
 class SourceImages(ImageSet):
-    """The images of a source, decoded by threads."""
+    """The images of a source, decoded by threads.
+
+    `about` notices other names or sizes of the files, and other contents of NUM_CONTENTS images spread evenly over
+    the set: all images would be a second pass over a large one. A change of further images that keeps their sizes in
+    bytes is not noticed.
+    """
 
     def __init__(self, source: ImageSource, transform: Transform, about: dict[str, Any]):
         self._source, self._transform = source, transform
-        self.about = about | {"identity": source.identity(), "transform": transform.describe()}
+        self.about = about | {"identity": _identity_of(source), "transform": transform.describe()}
         self.notes = source.notes
 
     def __len__(self) -> int:
@@ -78,6 +85,19 @@ class SourceImages(ImageSet):
     def stream(self, numbers: Sequence[int]) -> Generator[np.ndarray | str, None, None]:
         """Yield the pixels of each image, or the reason why it has none; threads load some ahead."""
         yield from load_all(numbers, lambda number: self._transform(self._source[number]["image"]))
+
+
+def _identity_of(source: ImageSource) -> dict[str, Any]:
+    """Return the identity of a source with digests of its files' sizes and of some contents."""
+    num = min(NUM_CONTENTS, len(source))
+    numbers = [i * len(source) // num for i in range(num)]
+    contents = load_all(numbers, lambda number: _checksum(source[number]["image"]))
+    files = source.files_digest(np.arange(len(source)), with_sizes=True)
+    return source.identity() | {"sizes": files, "contents": digest(map(str, contents))}
+
+
+def _checksum(image: np.ndarray | bytes) -> int:
+    return zlib.crc32(image if isinstance(image, bytes) else np.ascontiguousarray(image))
 
 
 class NpzImages(ImageSet):

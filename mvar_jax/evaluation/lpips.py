@@ -57,12 +57,13 @@ def convert_lpips(backbone: str | os.PathLike, heads: str | os.PathLike, out: st
 
     Raises InputError if a file is missing, damaged or another one, writing nothing.
     """
-    out, sources = check_out(out), {}
-    for path, download in ((as_path(backbone, FIELD), BACKBONE), (as_path(heads, FIELD), HEADS)):
+    out, sources, paths = check_out(out), {}, (as_path(backbone, FIELD), as_path(heads, FIELD))
+    is_one_name = paths[0].name == paths[1].name  # in two folders; the published names tell them apart
+    for path, download in zip(paths, (BACKBONE, HEADS), strict=True):
         if not path.exists():
             raise missing(FIELD, path, (download,), COMMAND)
-        sources[path.name] = check_download(FIELD, path, download)
-    params = params_of_torch(as_path(backbone, FIELD), as_path(heads, FIELD))
+        sources[download.name if is_one_name else path.name] = check_download(FIELD, path, download)
+    params = params_of_torch(*paths)
     pairs = zip(sources.values(), (BACKBONE, HEADS), strict=True)
     is_published = all(sha256.startswith(download.sha256) for sha256, download in pairs)
     weights = NetworkWeights(NETWORK, params, sources, is_published)

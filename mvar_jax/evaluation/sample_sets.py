@@ -1,7 +1,8 @@
 """Samples to score: of an .npz file in the published form, of a folder of image files, or of `mvar sample`."""
 
 import contextlib
-import os
+import io
+import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -102,10 +103,14 @@ class _Header(NamedTuple):
     size: tuple[int, int]
     format: str | None
     num_bytes: int
+    crc32: int
 
 
 def of_folder(field: str, folder: Path) -> SampleSet:
-    """Return the images of a folder and its sub-folders by name; sub-folders are classes if no image is outside."""
+    """Return the images of a folder and its sub-folders by name; sub-folders are classes if no image is outside.
+
+    Every file is read once to be checked; `about` holds a digest of all names, sizes and CRC-32.
+    """
     names = find_images(folder)
     if not names:
         message = f"{field}={folder} holds no image files; expected an .npz file or a folder of PNGs"
@@ -116,8 +121,9 @@ def of_folder(field: str, folder: Path) -> SampleSet:
 
     def look(name: str) -> _Header:
         try:
-            with (folder / name).open("rb") as file, Image.open(file, formats=FORMATS) as image:
-                return _Header((image.height, image.width), image.format, file.seek(0, os.SEEK_END))
+            data = (folder / name).read_bytes()
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return _Header((image.height, image.width), image.format, len(data), zlib.crc32(data))
         except Exception as error:  # Pillow's readers raise anything at all on damaged bytes
             raise refuse(name, f"cannot be read as an image: {shorten(error)}") from None
 
@@ -142,7 +148,7 @@ def of_folder(field: str, folder: Path) -> SampleSet:
     classes, labels_N = [name.rpartition("/")[0] for name in names], None
     if all(classes):
         labels_N = np.unique(classes, return_inverse=True)[1]
-    files = digest(f"{name} {header.num_bytes}" for name, header in zip(names, headers, strict=True))
+    files = digest(f"{name} {x.num_bytes} {x.crc32:08x}" for name, x in zip(names, headers, strict=True))
     about = {field: {"num_images": len(names), "files": files}}
     num_jpeg = sum(header.format == "JPEG" for header in headers)
     return SampleSet(str(folder), len(names), size, read, about, labels_N, num_jpeg)

@@ -16,14 +16,16 @@ from mvar_jax.evaluation.features import FeatureExtractor, default_batch_size
 from mvar_jax.evaluation.inception import POOL_WIDTH
 from mvar_jax.evaluation.manifolds import precision_recall
 from mvar_jax.evaluation.moments import Moments
-from mvar_jax.evaluation.network_files import OWN_SUFFIX, NetworkWeights
+from mvar_jax.evaluation.network_files import NetworkWeights
 from mvar_jax.evaluation.reference import Gaussian, save_reference
 from mvar_jax.evaluation.sample_sets import SampleSet
 from mvar_jax.evaluation.statistics import frechet_distance_of_moments
+from mvar_jax.files.atomic import write_json
 from mvar_jax.files.npz import Pieces
 from mvar_jax.processes import group
 from mvar_jax.progress import Progress
 
+SAVING_FILE = "saving.json"  # of unfinished work; from here on the file of --save_reference is its own
 SHUFFLE_SEED = 0  # of the order in which the inception score is taken
 NOT_KNOWN = "not known"
 MIN_IMAGES = 4  # three neighbours and the image itself
@@ -85,7 +87,6 @@ class Comparison:
 
         folder: for unfinished work, the same for all processes.
         """
-        self._check_saves_to()
         reference, samples = self.reference, None
         wanted = {*GAUSSIANS} if self.saves_to else {*GAUSSIANS} & {*self.asked}
         needs_manifold = {*MANIFOLD_SCORES} & {*self.asked}
@@ -119,14 +120,9 @@ class Comparison:
             if self.dtype != "float32" and "fid" in self.asked:
                 findings |= self._compare_dtypes(folder / "float32", samples, gaussians["fid"])
         if self.saves_to is not None:
+            write_json(folder / SAVING_FILE, {"save_reference": str(self.saves_to)})
             self._save_reference(gaussians["fid"], gaussians["sfid"])
         return scores, findings
-
-    def _check_saves_to(self) -> None:
-        path, expected = self.saves_to, f"a new file that ends in {OWN_SUFFIX}"
-        if path is not None and (path.suffix != OWN_SUFFIX or path.exists()):
-            message = f"save_reference must be {expected}, got {path}{', which exists' if path.exists() else ''}"
-            raise InputError(message, field="save_reference", given=str(path), expected=expected)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings of the samples and of the reference."""

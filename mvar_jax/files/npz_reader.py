@@ -14,6 +14,8 @@ from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.paths import as_path
 
 MAX_ARRAYS = 10_000
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # as numpy writes them
+IS_ENCRYPTED = 1  # a bit of a member's flags
 HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -30,7 +32,7 @@ class Header(NamedTuple):
 
 
 class NpzFile:
-    """An open .npz file. Opening and reading raise InputError if it is damaged, cut or needs pickle.
+    """An open .npz file. Opening and reading raise InputError if it is damaged, cut, encrypted or needs pickle.
 
     Attributes:
       headers: of all arrays by name.
@@ -47,11 +49,15 @@ class NpzFile:
             names = [name for name in self._zip.namelist() if name.endswith(".npy")]
             if len(names) > MAX_ARRAYS:
                 raise self.refuse(f"it has {len(names)} arrays, more than {MAX_ARRAYS}")
+            if odd := next((name for name in names if not name.isprintable()), None):
+                raise self.refuse(f"it holds a member named {odd!a}")
             self.headers = {name.removesuffix(".npy"): self._read_header(name) for name in names}
         except BaseException as error:
             self.close()
             if isinstance(error, OSError | zipfile.BadZipFile | NotImplementedError):
                 raise self.refuse(shorten(error)) from None
+            if isinstance(error, UnicodeDecodeError):
+                raise self.refuse(f"a member's name is not UTF-8 ({shorten(error)})") from None
             raise
 
     def __enter__(self) -> "NpzFile":
@@ -118,7 +124,9 @@ class NpzFile:
         return header
 
     def _read_header(self, name: str) -> Header:
-        size = self._zip.getinfo(name).file_size
+        info = self._zip.getinfo(name)
+        if info.compress_type not in METHODS or info.flag_bits & IS_ENCRYPTED:
+            raise self.refuse(f"{name} must be stored or deflated, and not encrypted")
         try:
             with self._zip.open(name) as file:
                 version = np.lib.format.read_magic(file)
@@ -127,13 +135,15 @@ class NpzFile:
                 read = HEADER_READERS[version]
                 shape, is_fortran, dtype = read(file)
                 begin = file.tell()
-        except (ValueError, EOFError, zlib.error) as error:
+        except Exception as error:  # numpy lets Python's tokenizer and parser read a header
             raise self.refuse(f"{name}: {shorten(error)}") from None
         header = Header(shape, dtype, is_fortran)
         if dtype.hasobject:
             raise self.refuse(f"{name} holds Python objects, which are not read")
-        if begin + header.num_bytes != size:
-            raise self.refuse(f"{name} claims {header.num_bytes} bytes and has {size - begin}")
+        if min(shape, default=0) < 0 or dtype.itemsize == 0:
+            raise self.refuse(f"{name} has the impossible shape {list(shape)} or dtype {dtype}")
+        if begin + header.num_bytes != info.file_size:
+            raise self.refuse(f"{name} claims {header.num_bytes} bytes and has {info.file_size - begin}")
         return header
 
     def _size(self, name: str) -> int:

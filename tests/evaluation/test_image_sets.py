@@ -1,4 +1,5 @@
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -7,6 +8,7 @@ from image_files import noise
 from PIL import Image
 
 from mvar_jax.errors import InputError
+from mvar_jax.evaluation import image_sets
 from mvar_jax.evaluation.image_sets import open_images, require_usable
 
 SIDE = 12
@@ -73,17 +75,40 @@ def test_the_orientation_tag_is_obeyed_unless_told_otherwise(tmp_path):
     np.testing.assert_array_equal(upright, stored[::-1, ::-1])
 
 
+def open_about(photos, source: str) -> dict:
+    return open_images(source.format(photos), SIDE, photos / "out", tokenizer=photos).about
+
+
 def test_other_images_of_a_source_are_told_apart(photos):
     """What stands in `about` decides whether a folder of results may be continued."""
-    open_about = lambda text: open_images(text, SIDE, photos / "out", tokenizer=photos).about
-    sources = f"{photos}/photos/val", f"{photos}/four.npz"
-    before = [open_about(source) for source in sources]
-    assert [open_about(source) for source in sources] == before
+    sources = "{}/photos/val", "{}/four.npz"
+    before = [open_about(photos, source) for source in sources]
+    assert [open_about(photos, source) for source in sources] == before
     Image.fromarray(noise(SIDE, SIDE)).save(photos / "photos" / "val" / "new.png")
     np.savez(photos / "four.npz", arr_0=np.stack([noise(SIDE, SIDE, i) for i in range(1, 5)]))
     for source, old in zip(sources, before, strict=True):
-        assert open_about(source)["identity"] != old["identity"]
-    assert open_about("digits:val")["identity"] != open_about("digits:train")["identity"]
+        assert open_about(photos, source)["identity"] != old["identity"]
+    assert open_about(photos, "digits:val")["identity"] != open_about(photos, "digits:train")["identity"]
+
+
+@pytest.mark.parametrize("source", ["{}/photos/val", "{}/photos/val/b/z.bmp", "folder:val:{}/photos"])
+def test_other_contents_under_the_same_names_are_told_apart(photos, source):
+    """Uncompressed images of one size have the same number of bytes too, so that only their contents differ."""
+    path, find_identity = photos / "photos" / "val" / "b" / "z.bmp", lambda: open_about(photos, source)["identity"]
+    Image.fromarray(noise(12, 12, 2)).save(path)
+    before = find_identity()
+    os.utime(path, (0, 0))  # a copy of the same images has other times
+    assert find_identity() == before
+    Image.fromarray(noise(12, 12, 3)).save(path)
+    assert find_identity() != before
+
+
+@pytest.mark.parametrize("source", ["{}/photos/val", "folder:val:{}/photos"])
+def test_other_sizes_are_noticed_of_images_whose_contents_are_not_read(photos, source, monkeypatch):
+    monkeypatch.setattr(image_sets, "NUM_CONTENTS", 1)  # of the first one, a/x.png
+    before = open_about(photos, source)["identity"]
+    Image.fromarray(noise(40, 40, 5)).save(photos / "photos" / "val" / "b" / "z.png")
+    assert open_about(photos, source)["identity"] != before
 
 
 @pytest.mark.parametrize(

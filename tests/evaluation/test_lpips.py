@@ -1,3 +1,5 @@
+import shutil
+
 import eval_case
 import jax
 import numpy as np
@@ -5,6 +7,8 @@ import pytest
 import torch_files
 
 from mvar_jax.errors import InputError
+from mvar_jax.evaluation import lpips as lpips_module
+from mvar_jax.evaluation import network_files
 from mvar_jax.evaluation.lpips import compute_lpips, convert_lpips, load_lpips, lpips, shapes
 
 
@@ -22,6 +26,20 @@ def weights(files, tmp_path_factory):
     path = tmp_path_factory.mktemp("lpips") / "lpips.npz"
     assert convert_lpips(*files, path).is_published is False
     return load_lpips(path)
+
+
+def test_files_of_one_name_in_two_folders_are_both_in_the_fingerprint(files, tmp_path, monkeypatch):
+    same = [tmp_path / folder / "vgg.pth" for folder in ("backbone", "heads")]
+    for file, path in zip(files, same, strict=True):
+        path.parent.mkdir()
+        shutil.copy(file, path)
+    hashes = [network_files.sha256_of(path) for path in same]
+    monkeypatch.setattr(lpips_module, "BACKBONE", lpips_module.BACKBONE._replace(sha256=hashes[0]))
+    monkeypatch.setattr(lpips_module, "HEADS", lpips_module.HEADS._replace(sha256=hashes[1]))
+    found = convert_lpips(*same, tmp_path / "same.npz")
+    assert found.sources == {"vgg16-397923af.pth": hashes[0], "vgg.pth": hashes[1]} and found.is_published
+    found = convert_lpips(*files, tmp_path / "others.npz")
+    assert found.sources == {"vgg16.pth": hashes[0], "heads.pth": hashes[1]} and found.is_published
 
 
 @pytest.mark.parametrize("size", ["64x64", "40x56"])

@@ -123,6 +123,17 @@ def test_precision_and_recall(name):
     assert precision_recall(reference_ND.astype(np.float64), sample_ND) == tuple(golden)
 
 
+@pytest.mark.parametrize(("num_references", "num_samples"), [(40, 5), (5, 40), (1, 5)])
+def test_exact_copies_lie_in_each_others_balls(num_references, num_samples):
+    """Repeated points have balls of radius 0, which must hold their copies in the other set.
+
+    Of 2048 float32 features |u|^2 - 2uv + |v|^2 of equal rows is rarely 0, and depends on the rows' place in a tile.
+    """
+    points_ND = np.abs(np.random.default_rng(0).normal(size=(60, 2048))).astype(np.float32)
+    references_ND, samples_ND = np.tile(points_ND, (num_references, 1)), np.tile(points_ND, (num_samples, 1))
+    assert precision_recall(references_ND, samples_ND) == (1, 1)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     monkeypatch.setattr(manifolds, "TILE_ROWS", 96)

@@ -1,4 +1,5 @@
 import os
+import struct
 import zipfile
 
 import numpy as np
@@ -20,6 +21,7 @@ def refusal_of(path, use=lambda file: None) -> str:
     with pytest.raises(InputError) as caught, NpzFile("samples", path) as file:
         use(file)
     assert caught.value.field == "samples" and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -91,12 +93,48 @@ def with_header(path, header: str, num_bytes: int) -> None:
         ("{'descr': '|u1', 'fortran_order': False, 'shape': (7,)}", "claims 7 bytes and has 8"),
         ("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", "holds Python objects"),
         ("{'descr': '|u1', 'fortran_order': False, 'shape': (-8,)}", "x.npy"),
+        ("{'descr': '|u1', 'fortran_order': False, 'shape': (-2, -4)}", "x.npy has the impossible shape [-2, -4]"),
+        (
+            "{'descr': '<U0', 'fortran_order': False, 'shape': (4,)}",
+            "impossible shape [4] or dtype <U0",
+        ),
+        ("{'descr': '|u1', 'fortran_order': False, 'shape': (8,), 'a", "x.npy: "),
         ("__import__('os').system('true')", "x.npy"),
     ],
 )
 def test_a_header_that_lies_is_refused_before_anything_is_read(tmp_path, header, expected):
     with_header(tmp_path / "x.npz", header, 8)
     assert expected in refusal_of(tmp_path / "x.npz")
+
+
+def with_flag(path, flag: int) -> None:
+    """Set a bit of the flags of the only member, in its own header and in the file's directory."""
+    data = bytearray(path.read_bytes())
+    for start in (6, data.index(b"PK\x01\x02") + 8):
+        struct.pack_into("<H", data, start, flag)
+    path.write_bytes(data)
+
+
+def test_members_that_numpy_does_not_write_are_refused_in_one_sentence(tmp_path):
+    path = tmp_path / "x.npz"
+    refused = "x.npy must be stored or deflated, and not encrypted"
+    np.savez(path, x=np.arange(9))
+    with_flag(path, 1)
+    assert refused in refusal_of(path)
+    for method in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("x.npy", bytes(200))
+        assert refused in refusal_of(path)
+
+
+def test_members_of_odd_names_are_refused_in_one_sentence(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, xy=np.arange(9))
+    path.write_bytes(path.read_bytes().replace(b"xy.npy", b"\xff\xfe.npy"))
+    with_flag(path, 0x800)  # the name claims to be UTF-8
+    assert "a member's name is not UTF-8" in refusal_of(path)
+    np.savez(path, **{"x\ny": np.arange(9)})
+    assert "it holds a member named 'x\\ny.npy'" in refusal_of(path)
 
 
 def test_what_is_no_file_is_refused(tmp_path):
