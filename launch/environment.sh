@@ -34,6 +34,8 @@ choose_environment() { # set PYTHON and VENV
   fi
   case $PYTHON in
   3.[0-9]*) PYTHON=$(find_python "$PYTHON" || echo "python$PYTHON") ;;
+  /*) ;;
+  */*) [ "${OLDPWD:-$PWD}" = "$PWD" ] || PYTHON=$OLDPWD/$PYTHON ;; # the scripts have left the folder of their user
   esac
   version=$(version_of "$PYTHON")
   if [[ " ${SUPPORTED[*]} " != *" ${version:-none} "* ]]; then

@@ -27,6 +27,14 @@ queued_resources() { # VERB [OPTIONS...]: the queued resource has the name of it
   gcloud compute tpus queued-resources "$1" "$TPU" --zone "$ZONE" "${@:2}"
 }
 
+describe() { # FIELD: print it; what gcloud says on stderr goes into a file, because notices are not part of the field
+  queued_resources describe --format "value($1)" 2> "$temporary/stderr"
+}
+
+is_missing() { # whether describe failed because there is no request
+  grep -q NOT_FOUND "$temporary/stderr"
+}
+
 on_workers() { # VERB: of launch/tpu_pod.sh
   CHECKOUT=$CHECKOUT SUDO=sudo bash launch/tpu_pod.sh "$1"
 }
@@ -44,21 +52,37 @@ startup_script() { # what each worker runs at boot
   cat launch/tpu_startup.sh
 }
 
-create() {
-  startup_script > "$startup"
+create() { # the metadata training lets a later start tell whether the request is that of its run
+  startup_script > "$temporary/startup"
+  echo "$wanted" > "$temporary/training"
   echo "requesting $TYPE as $TPU in $ZONE"
   queued_resources create --node-id "$TPU" --accelerator-type "$TYPE" --runtime-version "$VERSION" \
-    --metadata-from-file "startup-script=$startup" "${options[@]}"
+    --metadata-from-file "startup-script=$temporary/startup,training=$temporary/training" "${options[@]}"
+}
+
+request_again() { # STATE: SUSPENDED, or DELETED if only the new request is missing
+  [ "$1" = DELETED ] || delete || return
+  create
 }
 
 watch() { # until the run has ended; a slice that was taken away is requested again
-  local state said before="" waited_s=0
+  local state said before="" waited_s=0 is_taken=""
   while true; do
-    if ! state=$(queued_resources describe --format "value(state.state)" 2>&1); then
-      [[ $state != *NOT_FOUND* ]] || { echo "error: the request of $TPU is gone" >&2 && return 1; }
-      echo "$state" >&2 # the network, for example
-      state=unknown
+    if ! state=$(describe state.state); then
+      if ! is_missing; then
+        cat "$temporary/stderr" >&2 # the network, for example
+        state=unknown
+      elif [ -n "$is_taken" ]; then
+        state=DELETED # by this watch
+      else
+        echo "error: the request of $TPU is gone" >&2
+        return 1
+      fi
     fi
+    case $state in
+    SUSPENDED | DELETING | DELETED | unknown) ;;
+    *) is_taken="" ;; # requested again, even if gcloud lost the answer
+    esac
     said=$state
     case $state in
     ACTIVE)
@@ -78,13 +102,17 @@ watch() { # until the run has ended; a slice that was taken away is requested ag
       *) waited_s=0 ;;
       esac
       ;;
-    SUSPENDED)
-      echo "$TPU was taken away"
-      delete
-      create
+    SUSPENDED | DELETED)
+      [ "$state" = DELETED ] || echo "$TPU was taken away"
+      is_taken=1 waited_s=0
+      if request_again "$state"; then
+        is_taken=""
+      else
+        echo "requesting $TPU again failed, see above; it is tried again in $INTERVAL s" >&2
+      fi
       ;;
     FAILED)
-      queued_resources describe >&2
+      queued_resources describe >&2 || true
       echo "error: $TPU cannot be had, see above; delete the request: bash launch/queued_resource.sh stop" >&2
       return 1
       ;;
@@ -103,9 +131,24 @@ stop)
   ;;
 start)
   INTERVAL=${INTERVAL:-60} SETUP_SECONDS=${SETUP_SECONDS:-1800}
-  startup=$(mktemp)
-  trap 'rm -f "$startup"' EXIT
-  queued_resources describe > /dev/null 2>&1 || create
+  temporary=$(mktemp -d)
+  trap 'rm -rf "$temporary"' EXIT
+  wanted=$(printf ' %q' "${@:2}")
+  wanted=${wanted# }
+  if made_for=$(describe 'tpu.nodeSpec[0].node.metadata.training'); then
+    if [ -z "$made_for" ]; then
+      echo "the existing request of $TPU is watched; until it is taken away it trains what it was created for" >&2
+    elif [ "$made_for" != "$wanted" ]; then
+      echo "error: $TPU was requested for: start $made_for; stop it or choose another TPU for: start $wanted" >&2
+      exit 2
+    fi
+  elif is_missing; then
+    create
+  else
+    cat "$temporary/stderr" >&2
+    echo "error: gcloud cannot say whether $TPU is requested, see above" >&2
+    exit 1
+  fi
   watch
   ;;
 esac

@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
 # From nothing to images: tokenizer, token cache, transformer, its refiner, samples, report, in runs/quickstart.
 # Resumable: rerunning continues; finished stages are not repeated.
-#   SEED=1 RUN=runs/seed1 bash launch/quickstart.sh    another seed, in a folder of its own
+#   SEED=1 RUN=runs/seed1 bash launch/quickstart.sh    another seed, in a folder of its own, relative to where you are
 #   EXTRAS=cuda12 bash launch/quickstart.sh            on CUDA cards; cuda13 and tpu likewise
 # It runs on the accelerator that jax finds, else on the CPU. JAX_PLATFORMS=cpu forces the CPU.
 set -euo pipefail
+here=$PWD
 cd "$(dirname "$0")/.."
-RUN=${RUN:-runs/quickstart}
+if [ -z "${RUN:-}" ]; then
+  RUN=runs/quickstart
+elif [[ $RUN != /* && $here != "$PWD" ]]; then
+  RUN=$here/$RUN
+fi
 SEED=${SEED:-0}
 
 unset PYTHONDONTWRITEBYTECODE # packages are installed uncompiled: each stage would compile what it imports

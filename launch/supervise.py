@@ -11,6 +11,7 @@ that ends with the supervisor decides, so a FOLDER survives a reboot. Use a loca
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -55,8 +56,11 @@ class State:
 
     def acquire(self) -> bool:
         """Return whether nobody else supervises a command in this folder; from then on this process does."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("a")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("a")
+        except OSError as error:
+            fail(f"FOLDER {self.folder} cannot be used: {error.strerror}")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -64,11 +68,21 @@ class State:
         return True
 
     def read(self) -> dict:
-        return json.loads(self._path.read_text()) if self._path.exists() else {}
+        """Return what was written last, or {} if there is nothing or it is damaged."""
+        try:
+            entries = json.loads(self._path.read_text())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return {}
+        except OSError as error:
+            fail(f"FOLDER {self.folder} cannot be used: {error.strerror}")
+        return entries if isinstance(entries, dict) else {}
 
     def write(self, **entries) -> None:
         temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text(json.dumps(entries) + "\n")
+        with temporary.open("w") as file:
+            file.write(json.dumps(entries) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave an empty file under the final name
         os.replace(temporary, self._path)
 
 
@@ -160,7 +174,7 @@ def start(state: State, options: argparse.Namespace) -> int:
 def describe(entries: dict, is_running: bool) -> str:
     if not entries:
         return "none: nothing was started here"
-    if is_running:
+    if is_running and "pid" in entries:  # the supervisor holds the lock a moment longer
         return f"running: attempt {entries['attempt']}, process {entries.get('child', entries['pid'])}"
     if "status" not in entries:
         return f"lost: the machine or the supervisor ended during attempt {entries['attempt']}; start it again"
@@ -170,10 +184,15 @@ def describe(entries: dict, is_running: bool) -> str:
 
 def stop(state: State) -> None:
     """Send SIGTERM if the command runs, and wait for its end."""
-    if not state.acquire():
-        os.kill(state.read()["pid"], signal.SIGTERM)
-        while not state.acquire():
-            time.sleep(0.1)
+    signalled = None
+    while not state.acquire():
+        # there is no pid just before the supervisor's end, and that of an earlier one just after its start
+        with contextlib.suppress(KeyError, ProcessLookupError):
+            pid = state.read()["pid"]
+            if pid != signalled:  # a second SIGTERM could cut the saving short
+                os.kill(pid, signal.SIGTERM)
+                signalled = pid
+        time.sleep(0.1)
 
 
 def main(arguments: list[str]) -> int:

@@ -34,9 +34,9 @@ class Machine:
         where = self.folder / "home" if "/" in name else self.bin
         make_program(where / name, PYTHON.format(version=version))
 
-    def run(self, *command, **environment: str) -> subprocess.CompletedProcess:
-        """Run a command in the copy; nothing of the test's own environment reaches it."""
+    def run(self, *command, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+        """Run a command in the copy or in `cwd`; nothing of the test's own environment reaches it."""
         own = {"PATH": str(self.bin), "HOME": str(self.folder / "home")}
         return subprocess.run(
-            command, cwd=self.copy, env=own | environment, capture_output=True, text=True, timeout=60
+            command, cwd=cwd or self.copy, env=own | environment, capture_output=True, text=True, timeout=60
         )

@@ -33,6 +33,16 @@ def test_interpreter_is_chosen_by_version_and_by_name(machine, wanted, chosen):
     assert choose(machine, **wanted).stdout == f"{chosen}\n"
 
 
+def test_relative_path_of_an_interpreter_is_relative_to_where_its_user_is(machine):
+    machine.add_python("my/python", "3.12")
+    log = machine.folder / "log"
+    make_program(machine.copy / ".venv-3.12/bin/python", f'#!/bin/sh\necho "$@" >> {log}\n')
+    script = str(machine.copy / "launch/setup.sh")
+    result = machine.run("bash", script, cwd=machine.folder / "home", PYTHON="my/python")
+    assert result.returncode == 0, result.stderr
+    assert "-r requirements.txt" in log.read_text()
+
+
 @pytest.mark.parametrize("root", ["home/.pyenv", "elsewhere"])
 def test_interpreter_of_pyenv_is_found_if_none_is_on_the_path(machine, root):
     machine.add_python("python3", "3.9")
@@ -116,12 +126,18 @@ echo > samples.npz; echo > samples.png
 """
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_quickstart_uses_the_accelerator_that_is_there_else_the_cpu(machine, platform):
+def prepare_quickstart(machine: Machine) -> dict[str, str]:
+    """Make the environment that quickstart.sh would set up; return the variables that choose it."""
     make_program(machine.copy / ".venv/bin/python", MVAR.format(log=machine.folder / "log"))
     ready = 'echo "$(cat requirements.txt pyproject.toml setup.py | cksum) " > .venv/.ready'
     assert machine.run("bash", "-c", ready).returncode == 0
-    result = machine.run("bash", "launch/quickstart.sh", PYTHON=sys.executable, VENV=".venv", PLATFORM=platform)
+    return {"PYTHON": sys.executable, "VENV": ".venv"}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_quickstart_uses_the_accelerator_that_is_there_else_the_cpu(machine, platform):
+    chosen = prepare_quickstart(machine)
+    result = machine.run("bash", "launch/quickstart.sh", PLATFORM=platform, **chosen)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = (machine.folder / "log").read_text().splitlines()
     stages = ["train", "cache_tokens", "train", "train", "sample", "sample", "report"]
@@ -129,6 +145,25 @@ def test_quickstart_uses_the_accelerator_that_is_there_else_the_cpu(machine, pla
     cpu = "cpu --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1"
     expected = cpu if platform == "cpu" else "unset unset"
     assert all(line.startswith(expected) for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("where", "run", "made"),
+    [
+        ("copy", "runs/mine", "copy/runs/mine"),
+        ("home", "runs/mine", "home/runs/mine"),
+        ("home", "", "copy/runs/quickstart"),
+    ],
+)
+def test_quickstart_writes_into_the_folder_that_its_user_means(machine, where, run, made):
+    (machine.folder / "home").mkdir()
+    script = str(machine.copy / "launch/quickstart.sh")
+    chosen = prepare_quickstart(machine) | ({"RUN": run} if run else {})
+    result = machine.run("bash", script, cwd=machine.folder / where, PLATFORM="cpu", **chosen)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [path.parent for path in machine.folder.rglob("stages.json")] == [machine.folder / made]
+    if where == "copy":  # a log of stages knows its commands: a run made so far must not be repeated
+        assert f'"{run}/tokenizer"' in (machine.folder / made / "stages.json").read_text()
 
 
 def test_extras_are_installed_with_jax_and_kept_by_later_calls(machine):

@@ -18,19 +18,24 @@ MORE = ["--config.num_steps=7", "--config.data.cache=a folder"]
 
 @pytest.fixture
 def record(tmp_path):
-    """Stand-ins for python and srun that write the words they are called with; and what was written."""
+    """Stand-ins for python and srun that write the words they are called with; and what was written.
+
+    They write their folder and PYTHONSAFEPATH into the file `where`.
+    """
     written, folder = tmp_path / "words", tmp_path / "bin"
     (tmp_path / "copy/.venv/bin").mkdir(parents=True)
     folder.mkdir()
     for path in (folder / "srun", tmp_path / "copy/.venv/bin/python"):
-        path.write_text(f'#!/bin/sh\nprintf "%s\\n" "$0" "$@" > {written}\n')
+        path.write_text(
+            f'#!/bin/sh\nprintf "%s\\n" "$0" "$@" > {written}\necho "$PWD $PYTHONSAFEPATH" > {tmp_path}/where\n'
+        )
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     shutil.copytree(LAUNCH, tmp_path / "copy/launch")
 
-    def run(script: str, *arguments: str, **environment: str):
+    def run(script: str, *arguments: str, cwd: Path = tmp_path / "copy", **environment: str):
         result = subprocess.run(
             ["bash", str(tmp_path / "copy/launch" / script), *arguments],
-            cwd=tmp_path / "copy",
+            cwd=cwd,
             env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"} | environment,
             capture_output=True,
             text=True,
@@ -56,6 +61,17 @@ def test_local_script_trains_every_config(record, config):
     assert result.returncode == 0, result.stderr
     read = check_command([".venv/bin/python", *words[1:]], f"configs/{config}", "runs/x", "off")
     assert read["num_steps"] == 7 and read["data"]["cache"] == "a folder"
+
+
+def test_local_script_works_in_the_folder_of_its_user(record, tmp_path):
+    """Relative paths, those of options too, are the user's; a folder mvar_jax there is not taken for the package."""
+    project = tmp_path / "project"
+    project.mkdir()
+    result, words = record("local.sh", "my.py", "runs/x", *MORE, cwd=project)
+    assert result.returncode == 0, result.stderr
+    assert words[1:] == ["-m", "mvar_jax", "train", "--config", "my.py", "--workdir", "runs/x", *MORE]
+    assert words[0] == str(tmp_path / "copy/.venv/bin/python")
+    assert (tmp_path / "where").read_text() == f"{project} 1\n"
 
 
 def test_slurm_script_trains_the_config(record):

@@ -1,6 +1,7 @@
 """What becomes of a command that is run apart from the terminal: how often it runs, its log, its end."""
 
 import fcntl
+import importlib.util
 import os
 import pty
 import signal
@@ -168,3 +169,66 @@ def test_unknown_program_ends_with_127_and_says_why_in_the_log(supervised):
     arguments = [*supervised.arguments("run"), "--", "no-such-program"]
     assert subprocess.run(arguments, cwd=supervised.home, timeout=60).returncode == 127
     assert "no-such-program: No such file or directory" in supervised.log
+
+
+def test_supervisor_that_is_about_to_end_has_its_status_and_stop_waits_for_it(supervised):
+    """The last write of a supervisor has no pid, and the lock ends only with the process."""
+    supervised.call("run", "exit 0")
+    with (supervised.folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert supervised.status == "complete: ended with status 0 in attempt 1"
+        stopping = subprocess.Popen(
+            supervised.arguments("stop"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(0.5)
+        assert stopping.poll() is None, stopping.stderr.read()
+    assert stopping.communicate(timeout=60) == ("complete: ended with status 0 in attempt 1\n", "")
+
+
+def test_stop_outlives_a_pid_that_is_gone(supervised):
+    gone = subprocess.Popen(["true"])
+    gone.wait(60)
+    supervised.folder.mkdir()
+    (supervised.folder / "state.json").write_text(f'{{"attempt": 1, "pid": {gone.pid}}}')
+    with (supervised.folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stopping = subprocess.Popen(
+            supervised.arguments("stop"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(0.5)
+        assert stopping.poll() is None, stopping.stderr.read()
+    out, err = stopping.communicate(timeout=60)
+    assert out.startswith("lost: ") and not err and stopping.returncode == 0
+
+
+@pytest.mark.parametrize("text", ["", "{ half", "[]", "\0" * 40])
+def test_damaged_state_is_as_none(supervised, text):
+    supervised.folder.mkdir()
+    (supervised.folder / "state.json").write_text(text)
+    for verb in ("status", "stop"):
+        result = supervised.call(verb)
+        assert result.returncode == 0 and result.stdout == "none: nothing was started here\n", result.stderr
+    assert supervised.call("run", "exit 0").returncode == 0
+    assert supervised.status == "complete: ended with status 0 in attempt 1"
+
+
+def test_state_is_on_the_disk_before_it_replaces_the_one_before(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("supervise", SUPERVISE)
+    supervise = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(supervise)
+    calls, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(f"fsync of {os.fstat(file).st_size > 0}"))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    state = supervise.State(tmp_path)
+    state.write(attempt=1, pid=2)
+    assert calls == ["fsync of True", "replace"] and state.read() == {"attempt": 1, "pid": 2}
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+@pytest.mark.parametrize("verb", ["start", "run"])
+def test_folder_that_cannot_be_used_is_one_line_and_status_2(supervised, verb, name):
+    (supervised.home / "file").touch()
+    supervised.folder = supervised.home / name
+    result = supervised.call(verb, "true")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: FOLDER {supervised.folder} cannot be used: ")

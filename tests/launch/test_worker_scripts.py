@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 
 import pytest
 from command_case import check_command
@@ -134,7 +135,8 @@ class Queue:
 
     @property
     def requests(self) -> list[str]:
-        return (self.workers.folder / "requests").read_text().splitlines()
+        path = self.workers.folder / "requests"
+        return path.read_text().splitlines() if path.exists() else []
 
     def start(self, *words: str, **more: str) -> subprocess.Popen:
         return self.workers.start("queued_resource.sh", *words, **self.environment | more)
@@ -166,6 +168,73 @@ def test_slice_that_is_taken_away_is_requested_again_until_the_run_is_complete(q
     assert len(queue.workers.trained("worker0")) == 2 and "slice was taken away" in out
     assert out.splitlines()[-1].startswith("complete: ended with status 0 in attempt 2; delete the slice")
     assert (queue.home / "extras").read_text() == "tpu\n"
+
+
+def test_watch_survives_failures_of_the_network_while_it_requests_again(queue):
+    """Each call fails once. Without the request and without a watch nobody would request the slice again."""
+    with queue.start(*TRAINING) as process:
+        queue.workers.wait_for(lambda: queue.workers.trained("worker0"), "the first training")
+        (queue.workers.folder / "failures").write_text("delete create describe")
+        queue.preempt()
+        (queue.home / "statuses").write_text("0")
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    create = "create v5litepod-16 v2-alpha-tpuv5-lite spot"
+    assert queue.requests == [create, "delete", create]
+    assert all(f"gcloud crashed in {verb}" in err for verb in ("delete", "create", "describe"))
+    assert err.count("is tried again in 1 s") == 2
+
+
+def test_request_that_somebody_deleted_is_not_made_again(queue):
+    """After a request of the watch's own, too."""
+    with queue.start(*TRAINING) as process:
+        queue.workers.wait_for(lambda: queue.workers.trained("worker0"), "the first training")
+        queue.preempt()
+        queue.workers.wait_for(lambda: queue.workers.trained("worker0"), "the second training")
+        time.sleep(2)  # gcloud has returned
+        queue.workers.kill("worker0")
+        (queue.workers.folder / "request.json").unlink()
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "error: the request of slice is gone" in err
+    assert len(queue.requests) == 3
+
+
+def test_start_without_network_does_not_request(queue):
+    (queue.workers.folder / "failures").write_text("describe")
+    with queue.start(*TRAINING) as process:
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "gcloud crashed in describe" in err
+    assert queue.requests == []
+
+
+def test_existing_request_of_another_run_is_refused(queue):
+    (queue.home / "statuses").write_text("0")
+    with queue.start(*TRAINING) as first:
+        first.communicate(timeout=120)
+    for words in (("start", CONFIG, "/mnt/others"), (*TRAINING, "--config.seed=1")):
+        with queue.start(*words) as second:
+            out, err = second.communicate(timeout=120)
+        assert second.returncode == 2 and not out
+        (error,) = [line for line in err.splitlines() if not line.startswith("WARNING")]
+        assert (
+            error.startswith(f"error: slice was requested for: start {CONFIG} /mnt/my\\ runs ")
+            and words[2][:5] in error
+        )
+    with queue.start(*TRAINING) as third:
+        assert third.communicate(timeout=120)[0].startswith("complete")
+    assert len(queue.requests) == 1
+
+
+def test_existing_request_that_does_not_say_its_run_is_watched_with_a_notice(queue):
+    """One made by hand, or before requests said it."""
+    (queue.home / "statuses").write_text("0")
+    with queue.start(*TRAINING) as first:
+        first.communicate(timeout=120)
+    (queue.workers.folder / "metadata").write_text("")
+    with queue.start("start", CONFIG, "/mnt/others") as second:
+        out, err = second.communicate(timeout=120)
+    assert second.returncode == 0, err
+    assert "the existing request of slice is watched; until it is taken away it trains what it was created for" in err
 
 
 @pytest.mark.parametrize(("status", "words"), [(1, "failed"), (2, "refused"), (134, "failed")])

@@ -1,8 +1,9 @@
 """Stand-ins for machines that ssh and gcloud reach: each is a folder that is its home, with a checkout in it.
 
-The remote command runs here, in that home, so that a test sees what it does. gcloud also keeps a queued resource: a
-file with its state, and a startup script that it runs as the slice boots. Options that these programs do not have are
-refused.
+The remote command runs here, in that home, so that a test sees what it does. gcloud also keeps a queued resource: its
+state and the metadata `training` in files, and a startup script that it runs as the slice boots. Each call warns, and
+fails as without a network once for each line of the file `failures` that is its verb. Options that these programs do
+not have are refused.
 """
 
 import contextlib
@@ -77,6 +78,7 @@ from pathlib import Path
 request = Path({folder!r}) / "request.json"
 workers = sorted(path.name for path in Path({folder!r}).glob("worker*"))
 words = sys.argv[1:]
+print("WARNING: This command is using service account impersonation.", file=sys.stderr)
 parser = argparse.ArgumentParser(allow_abbrev=False)
 parser.add_argument("name")
 parser.add_argument("--zone", required=True)
@@ -99,13 +101,25 @@ else:
     parser.add_argument("--format")
 options = parser.parse_args(words[4:])
 note = open(Path({folder!r}) / "requests", "a")
+metadata = Path({folder!r}) / "metadata"
+failures = Path({folder!r}) / "failures"
+todo = failures.read_text().split() if failures.exists() else []
+if verb in todo:
+    todo.remove(verb)
+    failures.write_text("\\n".join(todo))
+    sys.exit(f"ERROR: gcloud crashed in {{verb}} (ConnectionError): no network")
+if verb != "create" and not request.exists():
+    sys.exit(f"ERROR: (gcloud.compute.tpus.queued-resources.{{verb}}) NOT_FOUND")
 if verb == "describe":
-    if not request.exists():
-        sys.exit("ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND")
-    before = "" if options.format == "value(state.state)" else "state:\\n  state: "
-    print(before + request.read_text())
+    formats = {{
+        "value(state.state)": request.read_text(),
+        "value(tpu.nodeSpec[0].node.metadata.training)": metadata.read_text() if metadata.exists() else "",
+        None: "state:\\n  state: " + request.read_text(),
+    }}
+    print(formats[options.format])
 elif verb == "delete":
     request.unlink()
+    metadata.unlink()
     note.write("delete\\n")
 elif request.exists():
     sys.exit("ERROR: ALREADY_EXISTS")
@@ -113,9 +127,10 @@ else:
     tier = "spot" if options.spot else "other"
     note.write(f"create {{options.accelerator_type}} {{options.runtime_version}} {{tier}}\\n")
     request.write_text("ACTIVE")
-    key, _, path = options.metadata_from_file.partition("=")
-    assert key == "startup-script", key
-    script = Path(path).read_text()
+    paths = dict(pair.split("=") for pair in options.metadata_from_file.split(","))
+    script = Path(paths.pop("startup-script")).read_text()
+    metadata.write_text(Path(paths.pop("training")).read_text())
+    assert not paths, paths
     for name in workers:
         log = open(Path({folder!r}) / name / "boot", "a")
         run_on(name, script, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
