@@ -153,6 +153,10 @@ def test_size_that_the_mesh_does_not_divide_is_named_with_what_would_fit(sizes, 
         sharding.check_sizes(sizes, FakeMesh)
 
 
+class FakeDevice:
+    process_index = 0
+
+
 @pytest.mark.parametrize(
     "num, tensor, width, shape",
     [
@@ -165,7 +169,7 @@ def test_size_that_the_mesh_does_not_divide_is_named_with_what_would_fit(sizes, 
 )
 def test_data_and_fsdp_left_open_split_the_state_over_as_many_devices_as_divide_its_width(num, tensor, width, shape):
     dimensions = {"width": ("width", width), "num_heads": ("heads", 2), "vocab_size": ("vocab", 7)}
-    devices = np.arange(num).astype(object).tolist()
+    devices = [FakeDevice() for _ in range(num)]
     mesh = sharding.make_mesh(-1, -1, tensor, devices, dimensions)
     assert tuple(mesh.shape.values()) == shape
     sharding.check_sizes({"width": ("width", width)}, mesh)

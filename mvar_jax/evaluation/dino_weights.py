@@ -53,8 +53,7 @@ def load_dino(weights: str | os.PathLike | NetworkWeights, field: str = FIELD) -
     """
     if isinstance(weights, NetworkWeights):
         return weights
-    path = as_path(weights, field)
-    if not path.is_file():
+    if not weights or not (path := as_path(weights, field)).is_file():
         raise missing(field, os.fspath(weights), (DOWNLOAD,), COMMAND)
     weights = load_network(field, path, NETWORK, _tree(shapes()))
     flat = flax.traverse_util.flatten_dict(dict(weights.params), sep="/")

@@ -46,8 +46,7 @@ def load_lpips(weights: str | os.PathLike | NetworkWeights, field: str = FIELD) 
     """
     if isinstance(weights, NetworkWeights):
         return weights
-    path = as_path(weights, field)
-    if not path.is_file():
+    if not weights or not (path := as_path(weights, field)).is_file():
         raise missing(field, os.fspath(weights), (BACKBONE, HEADS), COMMAND)
     return load_network(field, path, NETWORK, shapes())
 

@@ -115,7 +115,9 @@ def _candidates(config: dict, mesh: dict[str, int]) -> list[dict]:
 
 
 def _steps_between(one: dict[str, int], other: dict[str, int]) -> float:
-    return sum(abs(math.log2(one[name] / other[name])) for name in ("fsdp", "tensor"))
+    """Return the doublings of the axes that split the state; what shares the batch follows from them."""
+    pairs = list(zip(one.values(), other.values(), strict=True))[1:]
+    return sum(abs(math.log2(a / b)) for a, b in pairs)
 
 
 def _changed(config: dict, changes: dict) -> dict:
