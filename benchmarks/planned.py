@@ -21,7 +21,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
@@ -104,7 +103,8 @@ def make(shapes):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.device_put(jax.random.key(0), x.sharding)
         value = 0.02 if jnp.issubdtype(x.dtype, jnp.floating) else 0
-        return jax.device_put(np.full(x.shape, value, x.dtype), x.sharding)
+        # JAX's own memory: what lies in numpy's cannot be donated, and the step would make another state
+        return jax.device_put(jnp.full(x.shape, value, x.dtype), x.sharding)
 
     return jax.tree.map(one, shapes, is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct))
 
