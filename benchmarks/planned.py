@@ -12,7 +12,6 @@ bounds.
 
 import argparse
 import ctypes
-import datetime
 import platform
 import sys
 import threading
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
 from benchmarks.stages.measure import peak_mib
-from benchmarks.stages.report import Report, median, to_markdown
+from benchmarks.stages.report import Report, append_section, median
 from mvar_jax import build
 from mvar_jax.cli.configuration import read_config
 from mvar_jax.errors import InputError
@@ -184,12 +183,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.record is not None:
         kind = platform.processor() or platform.machine() if jax.default_backend() == "cpu" else ""
-        heading = (
-            f"\n## {datetime.date.today()}: benchmarks/planned.py\n\n`{' '.join(argv)}`, jax {jax.__version__}, "
-            f"{jax.device_count()} x {jax.devices()[0].device_kind} {kind}\n"
-        )
-        with open(args.record, "a") as file:
-            file.write(f"{heading}{to_markdown(report.rows)}\n")
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind} {kind}".rstrip()
+        conditions = f"`{' '.join(argv)}`, jax {jax.__version__}, {devices}"
+        append_section(args.record, "planned.py", conditions, report.rows)
     return 0 if within else 1
 
 

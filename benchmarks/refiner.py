@@ -11,7 +11,6 @@ bound.
 """
 
 import argparse
-import datetime
 import functools
 import itertools
 import statistics
@@ -28,7 +27,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 import mvar_jax
 from benchmarks.memory import compile_sampler, make_modules, params_of
-from benchmarks.stages.report import Report, to_markdown
+from benchmarks.stages.report import Report, append_section
 from mvar_jax.checkpoints.model_directory import fingerprint
 from mvar_jax.digits.measure_run import load_digits
 from mvar_jax.digits.quality import Judges, Real, Samples
@@ -160,11 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.record is not None:
-        heading = (
-            f"\n## {datetime.date.today()}: benchmarks/refiner.py\n\n`{' '.join(argv)}`, jax {jax.__version__}\n"
-        )
-        with open(args.record, "a") as file:
-            file.write(f"{heading}{to_markdown(report.rows)}\n")
+        append_section(args.record, "refiner.py", f"`{' '.join(argv)}`, jax {jax.__version__}", report.rows)
     return 0 if is_kept else 1
 
 

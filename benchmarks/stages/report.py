@@ -1,5 +1,6 @@
 """Rows of a stage: Markdown tables on the screen and in a file, JSON lines for programs. Imports no library."""
 
+import datetime
 import json
 import statistics
 from collections.abc import Iterable
@@ -47,6 +48,12 @@ def to_markdown(rows: Iterable[dict]) -> str:
             lines += [*([] if head == last else ["", *_title(table, cells)]), _line(table, cells)]
         last = head
     return "\n".join(lines)
+
+
+def append_section(path: Path, name: str, conditions: str, rows: Iterable[dict]) -> None:
+    """Append a benchmark's tables to a Markdown file, below a heading with the date and its name."""
+    with open(path, "a") as file:
+        file.write(f"\n## {datetime.date.today()}: benchmarks/{name}\n\n{conditions}\n{to_markdown(rows)}\n")
 
 
 def median(times: list[float]) -> float:

@@ -17,9 +17,11 @@ SPARE_FILES = 256  # of libraries, checkpoints and connections
 
 
 def allow_open_files(num_files: int, what: str) -> None:
-    """Let this process, and those that it starts later, open so many more files: raise its soft limit if need be.
+    """Raise the soft limit of open files, if need be, so that this process can open `num_files` more.
 
-    Raises InputError if the system's hard limit is lower. what: names the files for the error, such as "512 tars".
+    Processes that it starts later inherit the limit. what: the files in words for the error, such as "512 tars".
+
+    Raises InputError if the hard limit is too low.
     """
     if resource is None:
         return

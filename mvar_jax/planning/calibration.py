@@ -67,7 +67,7 @@ def machine_for(target: str) -> Machine:
 
 
 def _share_of(text: str) -> float:
-    """Return the share of a GPU that JAX is told to reserve. Raises InputError if it is none."""
+    """Parse the share of a GPU's memory that JAX reserves. Raises InputError unless it is above 0 and at most 1."""
     try:
         share = float(text)
     except ValueError:

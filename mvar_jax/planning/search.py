@@ -39,9 +39,9 @@ class Try:
 def search(config: dict, request: Request, limit_s: float) -> list[Try]:
     """Return what was tried, the fastest that fits first.
 
-    Meshes, rematerialisation and micro-batches are tried from the config's own on, nearest first, until the time is
-    up: none is begun that would end later if it takes as long as the longest before it. A try is judged by its
-    training step with most products. Of the best the other steps are compiled too, after that time if need be.
+    Tries meshes, rematerialisation and micro-batches, the settings nearest to the config's own first. No try begins
+    if one as long as the longest so far would end after `limit_s` seconds. A try is judged by the training step with
+    most products; the other steps of the best are compiled at the end, which may take longer than the limit.
     """
     begin_s = time.monotonic()
     request = dataclasses.replace(request, parts=(TRAIN,))

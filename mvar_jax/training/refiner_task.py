@@ -47,8 +47,7 @@ class RefinerTask(TokenTask):
         return refiner_step.train_step(self._recipe, phases, tokenizer, state, batch, learning_rate, weight_decay)
 
     def _sum_losses(self, params, batch, tokenizer: Networks):
-        batch = with_input(tokenizer, batch, self.rows_together)
-        return refiner_step.eval_step(self.networks_of(params, tokenizer), batch)
+        return refiner_step.eval_step(self.networks_of(params, tokenizer), with_input(tokenizer, batch))
 
     def flops_of_step(self, step: int) -> float:
         """Return a forward pass of the transformer and three of the refiner, over the step's phases."""

@@ -223,7 +223,7 @@ class TransformerTask(TokenTask):
         return transformer_step.train_step(self._recipe, phases, state, batch, learning_rate, weight_decay)
 
     def _sum_losses(self, params, batch, tokenizer: Networks):
-        return transformer_step.eval_step(self.transformer, params, with_input(tokenizer, batch, self.rows_together))
+        return transformer_step.eval_step(self.transformer, params, with_input(tokenizer, batch))
 
     def flops_of_step(self, step: int) -> float:
         """Return three times the forward pass of the step's phases."""
