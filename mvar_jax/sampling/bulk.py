@@ -227,7 +227,7 @@ def sample_reader(networks: Networks, order: Order, mesh: Mesh) -> Callable[[ran
 def _join(batches: _Batches) -> None:
     """Write grid.png, tokens.npz and, last, samples.npz, which marks the samples as complete.
 
-    The grid has as many samples of each label, one label after the other, and rows or blocks of one label.
+    The grid shows the same number of samples of each label, label by label, so that a row or a block is one label.
     """
     order, labels_N = batches.order, batches.order.labels_N
 
@@ -245,7 +245,7 @@ def _join(batches: _Batches) -> None:
         if len(shown) == num_shown:
             break
     by_label = np.stack(shown)[np.argsort(order.numbers_N[: len(shown)])]
-    # of too many labels for a row each there is one sample
+    # if the labels are too many for a row each, one sample of each fills the rows
     columns = GRID_COLUMNS if num_each == 1 < order.num else min(num_each, GRID_COLUMNS)
     zoom = min_zoom(by_label.shape[1])
     save_png(batches.out / "grid.png", tile_grid(by_label, columns, zoom=zoom))
