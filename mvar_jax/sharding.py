@@ -15,6 +15,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mvar_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+# fsdp if the config leaves it open: usual for the cards of a host, and beyond it programs for TPUs multiply in parts
+# or add up whole gradients (docs/scaling.md)
+WIDEST_CHOSEN = 8
 
 RULES = {
     "batch": ("data", "fsdp"),
@@ -42,7 +45,7 @@ def make_mesh(
     Args:
       data: devices that share a batch and each hold a copy of the state; -1: all remaining devices.
       fsdp: devices that share a batch and split the state by width; -1: all remaining devices, or if data is -1 too,
-        the largest number of them that divides the widths.
+        the largest number up to 8 that divides them and the widths.
       tensor: devices that split heads, the hidden layer, channels and the vocabulary.
       devices: devices to use; None for all.
       dimensions: what the mesh splits, as for `check_sizes`; needed if data and fsdp are -1.
@@ -60,7 +63,8 @@ def make_mesh(
             )
     if data == fsdp == -1 and dimensions is not None and tensor != -1:
         splits = [size for logical_axis, size in dimensions.values() if RULES[logical_axis] == "fsdp"]
-        sizes["fsdp"] = math.gcd(len(devices) // tensor, *splits)
+        common = math.gcd(len(devices) // tensor, *splits)
+        sizes["fsdp"] = max(size for size in range(1, WIDEST_CHOSEN + 1) if common % size == 0)
     free = [name for name, size in sizes.items() if size == -1]
     given = math.prod(size for size in sizes.values() if size != -1)
     fits = given > 0 and len(devices) % given == 0 if free else given == len(devices)

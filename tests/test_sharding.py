@@ -164,7 +164,8 @@ class FakeDevice:
         (8, 1, 20, (2, 4, 1)),
         (8, 2, 20, (1, 4, 2)),
         (8, 1, 9, (8, 1, 1)),
-        (256, 1, 1920, (2, 128, 1)),
+        (6, 1, 1920, (1, 6, 1)),
+        (256, 1, 1920, (32, 8, 1)),
     ],
 )
 def test_data_and_fsdp_left_open_split_the_state_over_as_many_devices_as_divide_its_width(num, tensor, width, shape):
