@@ -9,7 +9,7 @@ import numpy as np
 
 from mvar_jax.checkpoints.class_names import ClassNames, check_labels, class_names_of
 from mvar_jax.checkpoints.joining import load_both, load_switched
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, show
 from mvar_jax.files.paths import as_path
 from mvar_jax.models.networks import Networks, apply_tokenizer
 from mvar_jax.models.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ from mvar_jax.sampling.masks import check_mask
 from mvar_jax.sampling.sampler import SampleOptions, decode_features, sample
 from mvar_jax.sampling.squares import Square
 from mvar_jax.scales import areas_of
-from mvar_jax.values import INDEX_RANGE, MAX_INDEX, as_array, as_integer, as_seed
+from mvar_jax.values import INDEX_RANGE, MAX_INDEX, as_array, as_flag, as_integer, as_integers, as_pair, as_seed
 
 
 class Model:
@@ -237,11 +237,17 @@ class Model:
         """
         expected = f"[M, {self.num_classes}]"
         weights = as_array(weights_MC, "weights", expected)
-        is_right = jnp.issubdtype(weights.dtype, jnp.number) and weights.shape[1:] == (self.num_classes,)
-        if not is_right or not len(weights) or not np.isfinite(weights := weights.astype(np.float32)).all():
-            given = list(weights.shape)
-            message = f"weights must be finite numbers of shape {expected}, got shape {given}"
+        is_real = any(jnp.issubdtype(weights.dtype, kind) for kind in (jnp.integer, jnp.floating))
+        if not is_real or weights.shape[1:] != (self.num_classes,) or not len(weights):
+            given = f"{weights.dtype} {list(weights.shape)}"
+            message = f"weights must be real numbers of shape {expected}, got {given}"
             raise InputError(message, field="weights", given=given, expected=expected)
+        with np.errstate(over="ignore"):
+            weights = weights.astype(np.float32)
+        if not np.isfinite(weights).all():
+            expected = "finite numbers that float32 can hold"
+            message = f"weights must be {expected}, got {show(weights_MC)}"
+            raise InputError(message, field="weights", given=weights_MC, expected=expected)
         return Model(analysis.mix_classes(self._both(), jnp.asarray(weights)))
 
     def interpolate(self, first, last, num=8, index=0, **options):
@@ -249,7 +255,8 @@ class Model:
 
         Returns (images, ids) and takes the options of `sample`.
         """
-        num, index = as_integer(num, "num", 1), as_integer(index, "index", 0, MAX_INDEX, INDEX_RANGE)
+        num = as_integer(num, "num", 1, MAX_INDEX, "from 1 to 2**32 - 1")
+        index = as_integer(index, "index", 0, MAX_INDEX, INDEX_RANGE)
         labels = np.asarray(self._check_labels([first, last]))
         if len(labels) != 2:
             words = f"first and last must be one class each, got {first!r} and {last!r}"
@@ -331,7 +338,8 @@ def load(
     if switch is None:
         networks = Networks.of(*load_both(*source))
     else:
-        number, directory = switch
+        number, directory = as_pair(switch, "switch", "a number of scales and a directory, such as (8, DIR)")
         networks = load_switched(*source, number, as_path(directory, "switch"))
-    scales = None if refine_scales is None else tuple(refine_scales)
+    refiner = as_flag(refiner, "refiner")
+    scales = None if refine_scales is None else as_integers(refine_scales, "refine_scales")
     return Model(networks.with_refiner(refiner, scales).with_precision(precision), class_names_of(path))

@@ -15,16 +15,20 @@ _NUMBERS = {int: numbers.Integral, float: numbers.Real}
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that an annotation allows: `least` to `most`, or without an end itself; infinity never."""
+    """The numbers that an annotation allows: `least` to `most`, or without an end itself; infinity never.
+
+    limit: a size that nobody means, beyond which arrays and loops cannot be made; named to those alone who exceed it.
+    """
 
     least: float = -math.inf
     most: float = math.inf
     above: float = -math.inf
     below: float = math.inf
+    limit: float = math.inf
 
     def allows(self, value: float) -> bool:
         """Return whether a number is inside."""
-        return self.least <= value <= self.most and self.above < value < self.below
+        return self.least <= value <= min(self.most, self.limit) and self.above < value < self.below
 
     def describe(self) -> str:
         """Return the range in words that follow "a number"."""
@@ -55,11 +59,14 @@ class Choice:
         return f"{', '.join(self.texts[:-1])} or {self.texts[-1]}"
 
 
-Natural = Annotated[int, Range(least=0)]
-Count = Annotated[int, Range(least=1)]
+MOST_INT, MOST_LAYERS, MOST_FLOAT = 2**31 - 1, 4096, 1e30
+Natural = Annotated[int, Range(least=0, limit=MOST_INT)]
+Count = Annotated[int, Range(least=1, limit=MOST_INT)]
+Layers = Annotated[int, Range(least=1, limit=MOST_LAYERS)]
+Views = Annotated[int, Range(least=1, limit=2**16)]  # beyond that, a view would be that of another seed
 Seed = Annotated[int, Range(least=0, most=2**32 - 1)]
-NotNegative = Annotated[float, Range(least=0)]
-Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(least=0, limit=MOST_FLOAT)]
+Positive = Annotated[float, Range(above=0, limit=MOST_FLOAT)]
 Share = Annotated[float, Range(least=0, most=1)]
 Decay = Annotated[float, Range(least=0, below=1)]
 
@@ -95,6 +102,8 @@ def conform(value: Any, kind: Any, where: str) -> Any:
             return origin(conform(part, args[0], f"{where}[{i}]") for i, part in enumerate(value))
         return value
     expected, given = words_of(kind), show(value)
+    if origin is Annotated and _is_of(value, kind) and isinstance(args[1], Range) and value > args[1].limit:
+        expected = f"at most {args[1].limit:g}" if args[1].limit == MOST_FLOAT else f"at most {args[1].limit}"
     raise InputError(f"{where} must be {expected}, got {given}", field=where, given=value, expected=expected)
 
 

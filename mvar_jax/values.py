@@ -25,6 +25,22 @@ def as_integer(value: Any, field: str, least: int, greatest: int | None = None, 
     return number
 
 
+def as_integers(values: Any, field: str) -> tuple[int, ...]:
+    """Return a list, tuple or array of integers of 0 or more as a tuple of ints. Raises InputError for others."""
+    expected = "a list of whole numbers of 0 or more"
+    is_list = isinstance(values, list | tuple | range) or getattr(values, "ndim", 0) == 1
+    if not is_list:
+        raise _refuse(field, expected, values)
+    return tuple(as_integer(value, field, 0) for value in values)
+
+
+def as_pair(value: Any, field: str, expected: str) -> tuple[Any, Any]:
+    """Return a list or tuple of two as a tuple. Raises InputError for anything else."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise _refuse(field, expected, value)
+    return value[0], value[1]
+
+
 def as_real(value: Any, field: str, least: float, greatest: float, expected: str) -> float:
     """Return a number of Python, numpy or jax as a float. Raises InputError unless it is from least to greatest."""
     number = _scalar(value, float, "iufV")  # V: bfloat16

@@ -71,6 +71,10 @@ REFUSED = [
         "() or (first step, end) such as (10, 15), the first one below num_steps=",
     ),
     (TRANSFORMER, "model.depth=0", "a whole number of at least 1, got 0"),
+    (TRANSFORMER, "model.depth=5000", "at most 4096, got 5000"),
+    (TRANSFORMER, f"model.width={10**22}", f"at most 2147483647, got {10**22}"),
+    (TRANSFORMER, f"optimizer.eps={10**40}", f"at most 1e+30, got {10**40}"),
+    (TRANSFORMER, "data.num_views=65537", "at most 65536, got 65537"),
     (TRANSFORMER, "model.vocab_size=0", "a whole number of at least 1, got 0"),
     (TRANSFORMER, "model.num_heads=3", "a divisor of width=16, got 3"),
     (TRANSFORMER, "model.drop_path_rate=1.0", "a number from 0 to below 1, got 1.0"),
@@ -82,6 +86,7 @@ REFUSED = [
     (TOKENIZER, "model.num_groups=3", "a divisor of the channels of every level, 8, got 3"),
     (TOKENIZER, "model.group_size=0", "a whole number of at least 1, got 0"),
     (TOKENIZER, "model.ch_mult=()", "a tuple of one number for each level, got ()"),
+    (TOKENIZER, f"model.ch_mult=({10**22},1)", f"at most 2147483647, got {10**22}"),
     (TOKENIZER, "model.phi_ratio=2", "a number from 0 to 1, got 2"),
     (TOKENIZER, "codebook.usage_decay=1", "a number from 0 to below 1, got 1"),
 ]

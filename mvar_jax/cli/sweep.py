@@ -11,6 +11,7 @@ grid, draws the points that sweep.csv lacks.
 import contextlib
 import dataclasses
 import itertools
+import sys
 from typing import Any
 
 from mvar_jax.cli.machine import AUTO, use_compilation_cache
@@ -92,11 +93,13 @@ def run(args) -> int:
     """Run the command; everything is checked before the first sample is drawn."""
     from mvar_jax.checkpoints.class_names import class_names_of
     from mvar_jax.files.paths import as_path
-    from mvar_jax.values import as_seed
+    from mvar_jax.values import as_real, as_seed
 
     grid = options_of_grid(args)
     check_positive(args, "num_samples", "batch_size", "weight_shards")
     as_seed(args.seed)
+    if args.least is not None:
+        as_real(args.least, "least", -sys.float_info.max, sys.float_info.max, "a finite number")
     checkpoint, out = as_path(args.checkpoint, "checkpoint"), as_path(args.out, "out")
     names = class_names_of(checkpoint)
     labels = None if args.labels is None else names.numbers_of(args.labels)
@@ -135,7 +138,7 @@ def run(args) -> int:
         print(f"{out / CSV_FILE}: {len(rows)} points, none with {judge.quality} of {least:g} or more")
     else:
         scores = ", ".join(f"{name} {float(best[name]):.4g}" for name in (judge.distance, judge.quality))
-        print(f"{out / CSV_FILE}: {len(rows)} points, chosen: {describe(best)}; {scores}")
+        print(f"{out / CSV_FILE}: {len(rows)} points, chosen: {describe(best, rows)}; {scores}")
     return 0
 
 

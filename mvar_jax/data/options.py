@@ -6,7 +6,7 @@ from typing import Annotated
 from mvar_jax.data.protocols import ImageSource, Transform
 from mvar_jax.errors import InputError
 from mvar_jax.fields import FREE, check_fields
-from mvar_jax.schema import Count, Decay, Natural, NotNegative, Range, Share
+from mvar_jax.schema import Count, Decay, Natural, NotNegative, Range, Share, Views
 
 Workers = Annotated[int, Range(least=0, most=1024)]
 
@@ -92,7 +92,7 @@ class DataOptions:
     crop: str = "centre"
     min_crop: float = 0.8
     upright: bool = True
-    num_views: Count = 1
+    num_views: Views = 1
     cache: str = dataclasses.field(default="", metadata=FREE)
     cache_memory_mib: Natural = dataclasses.field(default=256, metadata=FREE)
     cache_disk_mib: Natural = dataclasses.field(default=8192, metadata=FREE)

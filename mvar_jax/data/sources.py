@@ -1,5 +1,6 @@
 """Data sets in memory and the registry: `open_source` is the one place that knows the data sets by name."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -109,6 +110,12 @@ def _open_digits(split: str, split_seed: int, val_fraction: float, size: int) ->
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
+    num_all, num_classes = len(data.target), 10
+    num_val = math.ceil(val_fraction * num_all)
+    if not num_classes <= num_val <= num_all - num_classes:
+        expected = f"such that each split of the {num_all} digits has {num_classes} or more"
+        words = f"data.val_fraction must be {expected}, got {val_fraction}"
+        raise InputError(words, field="data.val_fraction", given=val_fraction, expected=expected)
     parts = train_test_split(
         np.arange(len(data.target)), test_size=val_fraction, random_state=split_seed, stratify=data.target
     )

@@ -25,7 +25,7 @@ class DigitScorer(Scorer):
 
     def __init__(self, image_size: int, split_seed: int, val_fraction: float, num: int):
         if image_size % judge.GRID_SIDE:
-            expected = f"a multiple of {judge.GRID_SIDE} if eval_samples is {num}, as the judge of digits needs"
+            expected = f"a multiple of {judge.GRID_SIDE}, as the judge of digits needs"
             message = f"config.data.image_size must be {expected}, got {image_size}"
             raise InputError(message, field="config.data.image_size", given=image_size, expected=expected)
         self.names = (f"fd_{short_number(num)}", "judge_accuracy")

@@ -20,6 +20,7 @@ from mvar_jax.progress import Progress
 from mvar_jax.sampling.bulk import sample_reader
 from mvar_jax.sampling.options import SampleOptions
 from mvar_jax.sampling.order import Order
+from mvar_jax.sampling.sampler import sample
 
 CSV_FILE, FIGURE_FILE = "sweep.csv", "sweep.png"
 AXES = ("cfg", "temperature", "top_k", "top_p", "refine_scales")
@@ -101,6 +102,9 @@ class Sweep:
         with Progress("sweep", total, "sample", done=done) as progress:
             for point in missing:
                 scores, seconds = self._measure(point, progress, check_stop)
+                # each point has a program of its own, which on a CPU keeps some 430 memory maps of the 65,530 that
+                # Linux allows a process
+                sample.clear_cache()
                 row = dict(zip(AXES, point.key, strict=True)) | {k: repr(float(x)) for k, x in scores.items()}
                 rows.append(row | {COST: f"{seconds / self.num:.6g}"})
                 self._write(out, rows)
@@ -181,10 +185,10 @@ class Sweep:
             style = {"marker": marker, "label": f"refined scales: {kind}", **limits}
             shown = axis.scatter(cost[own], distance[own], c=quality[own], **style)
         for i, row in enumerate(rows if len(rows) <= MAX_LABELS else ()):
-            axis.annotate(describe(row), (cost[i], distance[i]), (4, 4), textcoords="offset points", fontsize=7)
+            axis.annotate(describe(row, rows), (cost[i], distance[i]), (4, 4), textcoords="offset points", fontsize=7)
         if (best := self.choose(rows)) is not None:
             style = {"marker": "*", "markersize": 22, "markerfacecolor": "none", "color": "tab:red"}
-            style |= {"linestyle": "none", "label": f"chosen: {describe(best)}"}
+            style |= {"linestyle": "none", "label": f"chosen: {describe(best, rows)}"}
             axis.plot(float(best[COST]), float(best[self.judge.distance]), **style)
         axis.set(xlabel="seconds a sample", ylabel=self.judge.distance, xlim=(0, None))
         axis.legend()
@@ -193,8 +197,10 @@ class Sweep:
             figure.savefig(temporary, format="png", dpi=100)
 
 
-def describe(row: Mapping[str, str]) -> str:
-    """Return the label of a row: guidance and temperature, and the filters that are on."""
+def describe(row: Mapping[str, str], rows: list[dict[str, str]]) -> str:
+    """Return the label of a row: guidance, temperature, filters that are on, and refined scales if rows differ."""
     words = [f"cfg {row['cfg']}", f"T {row['temperature']}"]
     words += [f"{name} {row[name]}" for name in ("top_k", "top_p") if float(row[name])]
+    if len({one["refine_scales"] for one in rows}) > 1:
+        words.append(f"refined scales {row['refine_scales']}")
     return ", ".join(words)

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from mvar_jax.errors import InputError, shorten
+from mvar_jax.errors import InputError, shorten, show
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _reached: set[str] = set()  # buckets that have answered this process
@@ -34,6 +34,8 @@ def as_path(text: str | os.PathLike, field: str = "path") -> Path:
     Raises:
       InputError: the scheme is unknown, its package is missing, there is no bucket, or the store does not answer.
     """
+    if not isinstance(text, str | os.PathLike):
+        raise InputError(f"{field} must be a path, got {show(text)}", field=field, given=text, expected="a path")
     if os.fspath(text) == "":  # of an unset variable; it would be the current folder
         raise InputError(f"{field} must be a path, got ''", field=field, given="", expected="a path")
     scheme = scheme_of(text)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mvar_jax.errors import InputError
 from mvar_jax.models.autoencoder import GroupNorm
 from mvar_jax.ops.precision import precision_of
-from mvar_jax.schema import Count
+from mvar_jax.schema import Count, Layers
 from mvar_jax.sharding import constrain, named_axes
 
 SLOPE = 0.2  # of the leaky ReLU below 0
@@ -37,7 +37,7 @@ class PatchDiscriminator(nn.Module):
       dtype: of the computation; logits are float32.
     """
 
-    layers: Count = 3
+    layers: Layers = 3
     width: Count = 64
     dtype: Any = jnp.float32
 

@@ -54,7 +54,7 @@ class Networks:
         needs keys and values of all coarser scales.
         """
         num_scales = len(self.tokenizer.sides)
-        as_integer(switch, "switch", 0, num_scales, f"a number of scales from 0 to {num_scales}")
+        switch = as_integer(switch, "switch", 0, num_scales, f"a number of scales from 0 to {num_scales}")
         if switch and later.transformer.conditioning == "full":
             words = "switch must be to an MVAR model: VAR needs keys and values of coarser scales; let VAR come first"
             raise InputError(words, field="switch", given="a VAR model", expected="an MVAR model")

@@ -24,7 +24,7 @@ from mvar_jax.ops.attention import dense_attention, softmax_attention
 from mvar_jax.ops.precision import PRECISIONS, STANDARD, dtype_of_ends, in_own_precision
 from mvar_jax.ops.sampling import guide
 from mvar_jax.scales import areas_of, check_sides, check_window, offsets_of
-from mvar_jax.schema import Choice, Count
+from mvar_jax.schema import Choice, Count, Layers
 from mvar_jax.sharding import constrain, named_axes
 
 INIT_FACTOR = 1.5  # of the weights' standard deviation, relative to the transformer's
@@ -77,7 +77,7 @@ class Refiner(nn.Module):
     code_width: Count
     width: Count
     num_heads: Count
-    depth: Count = 2
+    depth: Layers = 2
     window: int | None = 3
     scales: tuple[int, ...] = ()
     dtype: Any = jnp.float32
@@ -93,9 +93,11 @@ class Refiner(nn.Module):
             raise InputError(message, field="num_heads", given=self.num_heads, expected=expected)
         if self.window is not None:
             check_window(self.window, "window")
-            if self.window == 1:
-                expected = "3 or more, or None for all earlier tokens"
-                raise InputError(f"window must be {expected}, got 1", field="window", given=1, expected=expected)
+            largest = max(3, 2 * self.sides[-1] + 1)  # no token sees further
+            if not 3 <= self.window <= largest:
+                expected = f"from 3 to {largest}, or None for all earlier tokens"
+                message = f"window must be {expected}, got {self.window}"
+                raise InputError(message, field="window", given=self.window, expected=expected)
         check_scales(self.scales, range(len(self.sides)))
 
     @property

@@ -17,8 +17,9 @@ from mvar_jax.ops.losses import commitment_loss
 from mvar_jax.ops.pixels import MODES
 from mvar_jax.ops.precision import EXACT, PRECISIONS, STANDARD, in_own_precision, precision_of
 from mvar_jax.scales import areas_of, check_sides, extend_sides, shape_of
-from mvar_jax.schema import Choice, Count, NotNegative, Share
+from mvar_jax.schema import Choice, Count, Layers, NotNegative, Share
 from mvar_jax.sharding import constrain, named_axes
+from mvar_jax.values import as_integers
 
 
 def quantizer_params(params: dict) -> dict:
@@ -106,7 +107,7 @@ class Tokenizer(nn.Module):
     code_width: Count = 32
     ch: Count = 160
     ch_mult: tuple[Count, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: Count = 2
+    num_res_blocks: Layers = 2
     num_groups: Count | None = 32
     group_size: Count | None = None
     num_phi: int = 4
@@ -175,7 +176,10 @@ class Tokenizer(nn.Module):
                 raise InputError(words, field=name, given=size, expected=expected)
         rows, columns = height // self.downsampling, width // self.downsampling
         short = min(rows, columns)
-        sides = extend_sides(self.sides, short) if sides is None else tuple(sides)
+        if sides is None:
+            sides = extend_sides([min(shape_of(side)) for side in self.sides], short)
+        else:
+            sides = as_integers(sides, "sides")
         check_sides(sides)
         if sides[-1] != short:
             expected = f"a list that ends at {short}, the shorter edge of {height} x {width} images"

@@ -17,7 +17,7 @@ from mvar_jax.ops.products import PRODUCT
 from mvar_jax.ops.sampling import guide
 from mvar_jax.ops.window import BACKENDS
 from mvar_jax.scales import BLOCK_DIAGONAL, CONDITIONINGS, Phase, Pyramid
-from mvar_jax.schema import Choice, Count, Decay, Natural, NotNegative, Positive
+from mvar_jax.schema import Choice, Count, Decay, Layers, Natural, NotNegative, Positive
 from mvar_jax.sharding import constrain, named_axes
 
 REMAT_POLICIES = {
@@ -74,7 +74,7 @@ class Transformer(nn.Module):
     vocab_size: Count
     code_width: Count
     num_classes: Natural
-    depth: Count
+    depth: Layers
     width: Count
     num_heads: Count
     conditioning: Annotated[str, Choice(CONDITIONINGS)] = "markov"

@@ -31,7 +31,7 @@ def check_border(border_px: float | None, softness: float, image_side: int) -> f
 def shrink_onto_canvas(image_YX3: np.ndarray, expand: float) -> tuple[np.ndarray, np.ndarray]:
     """Return (uint8 image, bool mask) for out-painting: the image shrunk `expand` times, centred, masked around it.
 
-    Raises InputError unless expand is finite and above 1.
+    Raises InputError unless expand is finite and large enough that some pixels are masked.
     """
     from PIL import Image
 
@@ -46,6 +46,9 @@ def shrink_onto_canvas(image_YX3: np.ndarray, expand: float) -> tuple[np.ndarray
     shrunk = to_picture(image_YX3).resize(small[::-1], Image.Resampling.LANCZOS)
     mask_YX = np.ones((height, width), bool)
     mask_YX[top : top + small[0], left : left + small[1]] = False
+    if not mask_YX.any():
+        message = f"expand must leave room around {width} x {height} pixels, got {expand}; use 1.2 or more"
+        raise InputError(message, field="expand", given=expand, expected="larger")
     canvas = np.zeros_like(image_YX3)
     canvas[~mask_YX] = np.asarray(shrunk).reshape(-1, image_YX3.shape[2])
     return canvas, mask_YX

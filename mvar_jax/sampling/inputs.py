@@ -49,12 +49,16 @@ def check_images(images_BYXC: Any, side: Side | None = None, channels: int = 3) 
 
 
 def check_features(f_hat_BYXc: Any, tokenizer: Tokenizer) -> jax.Array:
-    """Return latent maps as an array. Raises InputError unless they are float `[B, y, x, c]` with B of 1 or more."""
+    """Return latent maps as an array. Raises InputError unless they are finite `[B, y, x, c]` with B of 1 or more."""
     shape = (*shape_of(tokenizer.sides[-1]), tokenizer.code_width)
     expected = f"float {['B', *shape]}".replace("'", "")
     f_hat = f_hat_BYXc if isinstance(f_hat_BYXc, jax.Array) else as_array(f_hat_BYXc, "f_hat", expected)
     is_right = f_hat.shape[1:] == shape and jnp.issubdtype(f_hat.dtype, jnp.floating)
     _check_form("f_hat", f_hat, expected, is_right)
+    # not those of jax: they may be traced, and to look at the model's own would wait for the device
+    if not isinstance(f_hat, jax.Array) and not np.isfinite(f_hat.astype(np.float32)).all():
+        words = "f_hat must be finite numbers, got NaN or infinity"
+        raise InputError(words, field="f_hat", given="NaN or infinity", expected="finite numbers")
     return jnp.asarray(f_hat)
 
 

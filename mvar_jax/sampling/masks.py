@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvar_jax.errors import InputError
-from mvar_jax.values import as_array
+from mvar_jax.values import as_array, as_flag
 
 FULL = (1, 255, 65535)  # full scale of a mask: the first of these that no value exceeds
 MAX_PAINTS = 16  # opaque pixels of more colours than this are a picture with holes, not paint
@@ -20,6 +20,7 @@ def check_mask(mask, height: int, width: int, invert: bool = False) -> np.ndarra
 
     Raises InputError if the shape differs from the image's, or if a mask draws nothing or keeps nothing.
     """
+    invert = as_flag(invert, "invert")
     size, expected = (height, width), f"[{height}, {width}] or [B, {height}, {width}]"
     mask = as_array(mask, "mask", f"an array {expected}")
     given = list(mask.shape)

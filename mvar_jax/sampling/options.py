@@ -69,8 +69,8 @@ class SampleOptions:
 
 def _as_temperature(given: Any) -> float | tuple[float, ...]:
     """Return one temperature, or several as a tuple. Raises InputError if one is not a number in range."""
-    is_list = isinstance(given, list | tuple | np.ndarray | jax.Array) and np.ndim(given) == 1
-    parts = list(given) if is_list else [given]
+    is_array = isinstance(given, np.ndarray | jax.Array) and given.ndim == 1
+    parts = list(given) if is_array or (isinstance(given, list | tuple) and given) else [given]
     checked = tuple(as_real(one, "temperature", 1e-6, 1e6, "from 1e-6 to 1e6 (1: no change)") for one in parts)
     return checked[0] if len(checked) == 1 else checked
 

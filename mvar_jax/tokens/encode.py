@@ -210,7 +210,8 @@ def write_cache(
             return False
         if process_index == 0:
             print(f"{out} is written again: {missing} is missing or was cut", file=sys.stderr, flush=True)
-    encoder = Encoder(networks, batch_size)
+    num_all = sum(len(source) * views[split] for split, source in sources.items())
+    encoder = Encoder(networks, min(batch_size, max(1, num_all)))
     with CacheWriter(
         out,
         sides=networks.tokenizer.sides,

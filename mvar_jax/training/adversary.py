@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mvar_jax.errors import InputError
 from mvar_jax.fields import FREE, check_fields
 from mvar_jax.ops.adversarial import LogitMeans
-from mvar_jax.schema import Choice, Count, Decay, Natural, NotNegative
+from mvar_jax.schema import Choice, Count, Decay, Layers, Natural, NotNegative
 from mvar_jax.sharding import check_sizes
 from mvar_jax.training.optimizer import OptimizerOptions
 from mvar_jax.training.state import TrainState, make_state
@@ -57,7 +57,7 @@ class AdversaryOptions:
     lecam_weight: NotNegative = 0.001
     lecam_decay: Decay = 0.999
     augment: bool = True
-    layers: Count = 3
+    layers: Layers = 3
     width: Count = 64
 
     def __post_init__(self):

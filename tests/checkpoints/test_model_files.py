@@ -58,6 +58,14 @@ def broken(tiny_model, tmp_path):
         ("tokenizer", "sides", "1,3", "tokenizer.sides must be "),
         ("tokenizer", "ch_mult", [1, "2"], "tokenizer.ch_mult"),
         ("tokenizer", "phi_ratio", "half", "tokenizer.phi_ratio must be a number"),
+        # sizes that nobody means: no array is made, no loop begun
+        ("tokenizer", "ch", 10**22, "tokenizer.ch must be at most 2147483647"),
+        ("tokenizer", "num_res_blocks", 10**22, "num_res_blocks must be at most 4096"),
+        ("tokenizer", "beta", 10**400, "tokenizer.beta must be at most 1e+30"),
+        ("transformer", "num_classes", 10**22, "num_classes must be at most 2147483647"),
+        ("transformer", "depth", 10**22, "transformer.depth must be at most 4096"),
+        ("transformer", "init_head", 10**400, "transformer.init_head must be at most 1e+30"),
+        ("transformer", "class_init_std", 10**400, "class_init_std must be "),
         # parts that were not made together
         ("transformer", "vocab_size", 32, "fit its tokenizer: vocab_size must be 16 as in the tokenizer, got 32"),
         ("transformer", "code_width", 8, "does not fit its tokenizer: code_width must be 4"),

@@ -189,6 +189,15 @@ def test_python_api_refuses_wrong_shapes_and_values(run):
         (lambda: model.sample([1], top_p=2), "top_p"),
         (lambda: mvar_jax.load(run.tokenizer).sample([1]), "checkpoint"),
         (lambda: mvar_jax.load("/nowhere"), "checkpoint"),
+        (lambda: mvar_jax.load(3), "checkpoint"),
+        (lambda: mvar_jax.load(run.transformer, tokenizer=3), "tokenizer"),
+        (lambda: mvar_jax.load(run.transformer, refiner="off"), "refiner"),
+        (lambda: mvar_jax.load(run.transformer, refine_scales=1), "refine_scales"),
+        (lambda: mvar_jax.load(run.transformer, refine_scales=[1.0]), "refine_scales"),
+        (lambda: mvar_jax.load(run.transformer, refine_scales="1-2"), "refine_scales"),
+        (lambda: mvar_jax.load(run.transformer, switch=2), "switch"),
+        (lambda: mvar_jax.load(run.transformer, switch=(2,)), "switch"),
+        (lambda: mvar_jax.load(run.transformer, switch=(2, None)), "switch"),
     ):
         with pytest.raises(InputError) as error:
             call()

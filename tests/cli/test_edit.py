@@ -107,6 +107,7 @@ def test_edit_changes_the_masked_pixels_alone(tiny_model, quick_programs, files)
         (["--mask", "mask.png", "--label", "10"], ["labels must be class numbers from 0 to 2, got 10"]),
         (["--mask", "mask.png", "--border", "-1"], ["border must be 0 pixels or more, got -1"]),
         (["--mask", "mask.png", "--softness", "2"], ["softness must be", "got 2.0"]),
+        (["--mask", "mask.png", "--num", "1" + 22 * "0"], ["num must be from 1 to", "got 1" + 22 * "0"]),
         (["--mask", "mask.png", "--num", "0"], ["--num must be 1 or more, got 0"]),
         (["--mask", "mask.png", "--seed", "-1"], ["seed must be", "got -1"]),
         (["--mask", "mask.png", "--cfg", "1e39"], ["cfg must be", "got 1e+39"]),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from mvar_jax.digits.scorer import DigitScorer
 from mvar_jax.evaluation import frechet_distance, inception_score, scoring
 from mvar_jax.models.refiner import Refiner
 from mvar_jax.sampling import bulk
+from mvar_jax.sampling.sampler import sample
 
 SIDES = (1, 4)  # 8 x 8 pixels, as the judge of digits needs
 GRID = ["--cfg", "0", "2", "--temperature", "1", "1.2,1"]
@@ -75,6 +77,22 @@ def test_every_combination_is_a_point_and_the_lowest_distance_is_chosen(digits, 
     assert [row for row in rows if row["chosen"]] == [best] and float(best["fd_20"]) > 0
     assert all(0 < float(row["seconds_a_sample"]) < 60 for row in rows)
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_chosen_point_names_its_refined_scales_if_others_are_tried(digits, drawn, tmp_path, monkeypatch, capsys):
+    fake_scores(monkeypatch)
+    sweep(digits, tmp_path / "out", "--cfg", "1", "--refine_scales", "off", "0", "1")
+    assert re.search(r"chosen: cfg 1.0, T 1.0, refined scales (off|0|1); fd_20", capsys.readouterr().out)
+    sweep(digits, tmp_path / "alone", "--cfg", "1")
+    assert "chosen: cfg 1.0, T 1.0; fd_20" in capsys.readouterr().out
+
+
+def test_programs_of_earlier_points_are_given_up(digits, tmp_path, monkeypatch):
+    """A process that kept them would reach its limit of memory maps after some 150 points."""
+    fake_scores(monkeypatch)
+    sample.clear_cache()
+    sweep(digits, tmp_path / "out", "--cfg", "1", "2", "--refine_scales", "off")
+    assert sample._cache_size() == 0
 
 
 def test_points_that_stand_in_the_csv_are_not_drawn_again(digits, drawn, tmp_path, monkeypatch, capsys):
@@ -151,6 +169,8 @@ def test_with_a_reference_the_scores_are_those_of_evaluate(tiny_model, drawn, tm
         (["--refine_scales", "all", "5"], ["refine_scales must be numbers of 0, 1, rising, got (5,)"]),
         (["--refine_scales", "two"], ["refine_scales must be numbers or ranges", "'two'"]),
         (["--num_samples", "1"], ["--num_samples must be at least 2"]),
+        (["--num_samples", "1" + 22 * "0"], ["num must be from 1 to"]),
+        (["--least", "nan"], ["least must be a finite number, got nan"]),
         (["--labels", "3"], ["labels must be", "got 3"]),
         (["--inception", "x.npz"], ["--inception needs --reference"]),
         (["--reference", "none.npz"], ["give --inception: download"]),

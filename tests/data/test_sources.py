@@ -88,6 +88,10 @@ def test_synthetic_label_can_be_told_from_the_mean_colour():
             {"name": "digits", "split": "val", "val_fraction": 1.0},
             "data.val_fraction must be above 0 and below 1, got 1.0",
         ),
+        (
+            {"name": "digits", "split": "val", "val_fraction": 0.9999},
+            "data.val_fraction must be such that each split of the 1797 digits has 10 or more, got 0.9999",
+        ),
         ({"name": "digits", "split": "val", "split_seed": -1}, "data.split_seed must be from 0.*got -1"),
         ({"name": "synthetic", "split": "train"}, "data.size must be 1 or more.*got 0"),
     ],

@@ -1,6 +1,7 @@
 """Images that are not square, or of another size than a tokenizer was trained on."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_case
@@ -52,6 +53,16 @@ def test_maps_follow_the_shape_of_the_images():
     assert WIDE.tokenizer.sides == ((1, 2), (2, 4), (4, 7))
     assert MODEL.for_images(14, 8).tokenizer.sides == ((2, 1), (4, 2), (7, 4))
     assert MODEL.for_images(20, 20).tokenizer.sides == (1, 2, 4, 5, 7, 10)
+
+
+def test_a_tokenizer_of_another_shape_gives_further_ones():
+    assert WIDE.for_images(14, 8).tokenizer == MODEL.for_images(14, 8).tokenizer
+
+
+@pytest.mark.parametrize("of", [np.array, jnp.array, list])
+def test_sides_of_any_library_are_the_same(of):
+    sides = MODEL.for_images(10, 10, of([1, 2, 5])).tokenizer.sides
+    assert sides == (1, 2, 5) and {*map(type, sides)} == {int}
 
 
 def test_ids_and_f_hat_equal_a_plain_loop():

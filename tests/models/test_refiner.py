@@ -93,7 +93,8 @@ def test_logits_depend_on_the_drawn_tokens_that_a_token_sees_and_on_no_others():
     ("change", "words"),
     [
         ({"window": 4}, "window must be an odd window side of 1 or more, got 4"),
-        ({"window": 1}, "window must be 3 or more, or None for all earlier tokens, got 1"),
+        ({"window": 1}, "window must be from 3 to 9, or None for all earlier tokens, got 1"),
+        ({"window": 1000001}, "window must be from 3 to 9, or None for all earlier tokens, got 1000001"),
         ({"scales": (1, 7)}, r"scales must be numbers of 0, 1, 2, rising, got \(1, 7\)"),
         ({"scales": (2, 1)}, r"scales must be numbers of 0, 1, 2, rising, got \(2, 1\)"),
         ({"num_heads": 3}, "num_heads must be a divisor of width=16, got 3"),

@@ -101,6 +101,7 @@ def test_out_painting_draws_around_the_shrunk_image():
         (lambda: check_border(-1, 0.5, SIDE), "border"),
         (lambda: check_border(None, 1.5, SIDE), "softness"),
         (lambda: shrink_onto_canvas(np.zeros((8, 8, 3), np.uint8), 1.0), "expand"),
+        (lambda: shrink_onto_canvas(np.zeros((8, 8, 3), np.uint8), 1.0001), "expand must leave room"),
     ],
 )
 def test_borders_that_cannot_be_meant_are_refused(call, message):

@@ -117,6 +117,8 @@ REFUSED = {
     "temperature": [
         (lambda m: m.sample([1], temperature=1e-50), "from 1e-6 to 1e6 .* got 1e-50$"),
         (lambda m: m.sweep([1], [1.0], temperature=np.inf), "got inf$"),
+        (lambda m: m.sample([1], temperature=[1, [2]]), r"a number, .* got \[2\]$"),
+        (lambda m: m.sample([1], temperature=[]), r"a number, .* got \[\]$"),
     ],
     "smooth": [(lambda m: m.sample([1], smooth="no"), "True or False, got 'no'$")],
     "softness": [(lambda m: m.edit(IMAGES, MASK, [1, 1], softness="0"), "a number, .* got '0'$")],
@@ -143,18 +145,37 @@ REFUSED = {
     "f_hat": [
         (lambda m: m.decode_features(np.zeros((1, 4, 4, 4))), r"float \[B, 3, 3, 4\] .* got float64 \[1, 4, 4, 4\]"),
         (lambda m: m.decode_features(jnp.zeros((0, 3, 3, 4))), r"got float32 \[0, 3, 3, 4\]"),
+        (lambda m: m.decode_features(np.full((1, 3, 3, 4), np.nan)), "finite numbers, got NaN or infinity$"),
     ],
     "batch_size": [
         (lambda m: m.classify(IDS, batch_size=0), "1 or more, got 0$"),
         (lambda m: m.score_classes(IDS, batch_size="3"), "a whole number, 1 or more, got '3'$"),
         (lambda m: Order((1,), 1, SampleOptions(), batch_size=0), "got 0$"),
     ],
-    "num": [(lambda m: m.interpolate(0, 1, num=0), "got 0$"), (lambda m: Order((1,), 0, SampleOptions()), "got 0$")],
+    "num": [
+        (lambda m: m.interpolate(0, 1, num=0), "got 0$"),
+        (lambda m: m.interpolate(0, 1, num=10**22), r"from 1 to 2\*\*32 - 1, got 10{22}$"),
+        (lambda m: Order((1,), 0, SampleOptions()), "got 0$"),
+        (lambda m: Order((0, 1, 2, 3), 2**30, SampleOptions()), "from 1 to 1073741823, got 1073741824$"),
+    ],
+    "invert": [
+        (lambda m: m.edit(IMAGES, MASK, [1, 1], invert=None), "True or False, got None$"),
+        (lambda m: m.edit(IMAGES, MASK, [1, 1], invert="no"), "True or False, got 'no'$"),
+        (lambda m: m.edit(IMAGES, MASK, [1, 1], invert=np.array([True, False])), "True or False, got array"),
+    ],
+    "sides": [
+        (lambda m: m.for_images(6, 6, 3), "a list of whole numbers of 0 or more, got 3$"),
+        (lambda m: m.for_images(6, 6, "1,3"), "a list of whole numbers .* got '1,3'$"),
+        (lambda m: m.for_images(6, 6, [1, 2.5, 3]), "a whole number, 0 or more, got 2.5$"),
+    ],
     "first": [(lambda m: m.interpolate("0-2", 1), "one class each, got '0-2' and 1$")],
     "weights": [
-        (lambda m: m.mix_classes([["1", "0", "0"]]), "finite numbers"),
-        (lambda m: m.mix_classes([[np.nan, 0, 0]]), "finite numbers"),
-        (lambda m: m.mix_classes(np.zeros((0, 3))), r"got shape \[0, 3\]$"),
+        (lambda m: m.mix_classes([["1", "0", "0"]]), "real numbers"),
+        (lambda m: m.mix_classes([[1j, 0, 0]]), r"real numbers of shape \[M, 3\], got complex128 \[1, 3\]$"),
+        (lambda m: m.mix_classes([[True, False, False]]), "real numbers .* got bool"),
+        (lambda m: m.mix_classes([[np.nan, 0, 0]]), "finite numbers that float32 can hold, got"),
+        (lambda m: m.mix_classes([[1e300, 0, 0]]), "finite numbers that float32 can hold, got"),
+        (lambda m: m.mix_classes(np.zeros((0, 3))), r"got float64 \[0, 3\]$"),
     ],
 }
 

@@ -80,6 +80,12 @@ def test_coarse_scales_are_the_first_models_and_the_rest_follows_from_f_hat(firs
     assert (switched[:, BEGIN[2] :] != first[:, BEGIN[2] :]).any()
 
 
+def test_a_number_of_jax_switches_as_one_of_python(switched):
+    networks = FIRST.switched(LATER, jnp.int32(2))
+    assert type(networks.switch) is int
+    np.testing.assert_array_equal(draw_ids(networks), switched)
+
+
 def test_a_switched_sample_is_a_function_of_its_label_seed_and_number(switched):
     np.testing.assert_array_equal(draw_ids(FIRST.switched(LATER, 2), slice(None, None, -1)), switched[::-1])
     np.testing.assert_array_equal(switched[4], switched[1])

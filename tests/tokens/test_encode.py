@@ -226,6 +226,11 @@ def test_unfinished_shards_of_files_that_have_changed_are_made_again(parts, tmp_
     assert is_same == [True, False] and len(TokenCache(tmp_path / "out", "train")) == 15
 
 
+def test_a_batch_larger_than_the_data_is_as_large_as_they_are(parts, cache, tmp_path):
+    _write(parts, tmp_path / "out", parts.whole, batch_size=10**12)
+    assert _contents(tmp_path / "out") == _contents(cache)
+
+
 def test_encoding_holds_a_batch_or_two_of_decoded_images_whatever_the_threads(parts):
     """Each image kept costs its views' pixels: 12.6 MB at 1024 px with both flips."""
     num_images, batch_size, num_threads = 160, 8, 2
