@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
 from benchmarks.stages.report import Report, read_rows, to_markdown
+from benchmarks.window_cases import TIMED_MAPS
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 DETERMINISTIC, TRITON = "--xla_gpu_deterministic_ops=true", "--xla_gpu_enable_triton_gemm="
@@ -75,6 +76,10 @@ def counts(text: str) -> list[int]:
     return [count(part) for part in text.split(",")]
 
 
+def maps(text: str) -> list[int]:
+    return [int(side) for side in some_of([str(side) for side in TIMED_MAPS], text)]
+
+
 def some_of(allowed, text: str) -> list[str]:
     names = text.split(",")
     if unknown := [name for name in names if name not in allowed]:
@@ -99,6 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--depth", type=count, default=16)
     parser.add_argument("--batches", type=counts, default=[1, 32, 64, 256], help="of sampling")
     parser.add_argument("--train_batches", type=counts, default=[32, 56])
+    parser.add_argument("--maps", type=maps, default=list(TIMED_MAPS), help="sides in `attention` and `torch`")
     parser.add_argument("--profile", type=programs, default=list(PROGRAMS), help="programs that `profile` traces")
     parser.add_argument("--profile_batches", type=counts, default=[1, 64], help="of sampling in `profile`")
     parser.add_argument("--rounds", type=count, default=7, help="timed calls of each program, after a first one")

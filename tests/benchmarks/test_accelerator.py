@@ -1,9 +1,12 @@
 """benchmarks/accelerator.py on a CPU: its processes by a stand-in for the script, its stages at tiny sizes."""
 
 import argparse
+import contextlib
 import json
+import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import accelerator
-from benchmarks.stages import models, operations, traces
+from benchmarks.stages import models, operations, runs, torch_programs, traces
 from benchmarks.stages.measure import TINY
 from benchmarks.stages.report import Report, read_rows, to_markdown
 from benchmarks.window_cases import CASES
@@ -113,7 +116,7 @@ def test_kernels_stage_writes_a_row_for_each_form_and_fails_beyond_its_limit(tmp
     monkeypatch.setattr(operations, "FILTERS", ((4, 0.9),))
     argv = ["--size", TINY, "--stages", "kernels", "--rows", str(tmp_path / "rows.jsonl")]
     assert accelerator.main(argv) == 0
-    conditions, draws, window, scales = read_rows(tmp_path / "rows.jsonl")
+    conditions, window, scales, draws = read_rows(tmp_path / "rows.jsonl")
     assert conditions["jax"] == jax.__version__ and conditions["device"] == "cpu"
     assert draws["draws"] == 6 and draws["ok"]
     assert (window["form"], scales["form"]) == ("dense", "auto")
@@ -124,10 +127,83 @@ def test_kernels_stage_writes_a_row_for_each_form_and_fails_beyond_its_limit(tmp
     assert read_rows(tmp_path / "rows.jsonl")[-1]["ok"] is False
 
 
+def test_draws_that_fail_leave_the_rows_of_attention(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no kernel here")
+
+    monkeypatch.setattr(operations, "add_draws", fail)
+    monkeypatch.setattr(operations, "subjects", lambda args: [wrong_subject(0.0)])
+    report = Report()
+    assert operations.run_kernels(ARGS, report) is False
+    _, form, failed = report.rows
+    assert form["ok"] and failed["case"] == "filters and draw" and failed["reason"] == "RuntimeError: no kernel here"
+
+
+def test_the_gathered_form_is_compared_in_float32_only():
+    """Its gradients add 49 numbers in bfloat16, so its error there is not that of a kernel."""
+    forms = {one.arrays[0].dtype.name: one.forms for one in operations.subjects(ARGS) if "scales" not in one.name}
+    assert "gather" in forms["float32"] and "gather" not in forms["bfloat16"] and "tiled" in forms["bfloat16"]
+
+
 def wrong_subject(offset: float) -> operations.Subject:
     """A form whose output is off, with the right gradients."""
     forms = {"reference": lambda q, k, v: q * k - v, "wrong": lambda q, k, v: q * k - v + offset}
     return operations.Subject("wrong", [jnp.full(3, x) for x in (1.0, 2.0, 3.0, 4.0)], forms)
+
+
+def test_commands_of_a_stage_run_this_checkout_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    root = str(accelerator.ROOT)
+    runs.succeed([sys.executable, "-c", f"import mvar_jax, sys; sys.exit({root!r} not in mvar_jax.__file__)"])
+
+
+@pytest.fixture
+def torch(monkeypatch):
+    """A stand-in for torch, which notes what is asked of it and times nothing."""
+    noted = []
+
+    class Array:
+        def requires_grad_(self):
+            return self
+
+    def randn(shape, **_):
+        noted.append(shape)
+        return Array()
+
+    class Device:
+        name = "cpu"
+        torch = types.SimpleNamespace(
+            randn=randn,
+            bfloat16="bfloat16",
+            set_grad_enabled=lambda _: contextlib.nullcontext(),
+            _dynamo=types.SimpleNamespace(reset=lambda: noted.append("reset")),
+        )
+        conditions = staticmethod(dict)
+        time = staticmethod(lambda run, rounds, num: [1.0] * rounds)
+
+    monkeypatch.setattr(torch_programs, "Device", Device)
+    monkeypatch.setattr(torch_programs, "attention_forms", lambda *_: {"a": lambda *_: None})
+    return noted
+
+
+def test_torch_compiles_each_map_anew_and_takes_the_maps_that_are_chosen(torch):
+    """A function that torch compiled for eight shapes is interpreted from the ninth on."""
+    args = argparse.Namespace(size="256", maps=[16, 64], rounds=2)
+    report = Report()
+    assert torch_programs.run_torch(args, report)
+    assert torch == ["reset", *[(64, 16, 256, 64)] * 4, "reset", *[(16, 16, 4096, 64)] * 4]
+    assert [row["map"] for row in report.rows[1:]] == ["16x16"] * 2 + ["64x64"] * 2
+
+
+def test_maps_are_chosen_by_their_sides(capsys):
+    assert accelerator.make_parser().parse_args(["--maps", "16,13"]).maps == [16, 13]
+    assert [case.height for case in operations.timed_cases(accelerator.make_parser().parse_args([]))] == [
+        *(13, 16, 32, 64)
+    ]
+    with pytest.raises(SystemExit):
+        accelerator.make_parser().parse_args(["--maps", "17"])
+    assert "13, 16, 32, 64, got 17" in capsys.readouterr().err
 
 
 def test_a_loop_of_attention_is_that_many_calls():
