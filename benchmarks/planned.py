@@ -5,8 +5,8 @@
 
 Each program of the config runs in a process of its own on constant weights and inputs, --rounds times, training steps
 from the smallest. On an accelerator that process finds it compiled by another one: the peak never falls, and XLA's
-choice among convolutions while it compiles takes more than the program. On a CPU it compiles it, since a program from
-the cache of compiled programs allocates more there.
+choice among convolutions while it compiles takes more than the program. On a CPU the process compiles its program
+itself, since the heap is read only while the program runs.
 The memory is what the allocator reports: on a CPU the program's arguments and what glibc's heap grows by while it
 runs, elsewhere the peak of the device. The rates behind the prediction are measured once on an accelerator, by the
 process that compiles. On a CPU they are measured before and after each program, and the slower ones count, since
