@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.stages.measure import TINY, compile_all, jax_conditions, time_rounds, why
 from benchmarks.stages.report import CONDITIONS, Report, median
-from benchmarks.window_cases import CASES, Case, benchmark_case
+from benchmarks.window_cases import CASES, TIMED_MAPS, Case, benchmark_case
 from mvar_jax.hardware.compiling import MIB
 from mvar_jax.ops import draw_gpu
 from mvar_jax.ops.attention import block_diagonal_mask, dense_attention
@@ -29,10 +29,10 @@ DIRECTIONS = {"forward": 4, "with gradients": 12}  # arrays that a call reads or
 
 
 def timed_cases(args) -> list[Case]:
-    """Return the shapes that `attention` and `torch` time: heads of d16 at batch 64, in bfloat16."""
+    """Return the shapes that `attention` and `torch` time: heads of d16 in bfloat16, maps of the sides --maps."""
     if args.size == TINY:
         return [Case(5, 5, 3, 2, 16, batch=2, dtype="bfloat16")]
-    return [benchmark_case(side, batch, "bfloat16") for side, batch in ((13, 64), (16, 64), (32, 64), (64, 16))]
+    return [benchmark_case(side, TIMED_MAPS[side], "bfloat16") for side in args.maps]
 
 
 def parity_cases(args) -> list[Case]:
@@ -60,10 +60,16 @@ class Subject:
 
 
 def window_forms(case: Case, q: jax.Array) -> dict[str, Callable]:
-    """Return the backends that support q here."""
+    """Return the backends that support q here.
+
+    `gather` is left out in bfloat16: its gradients are a scatter-add of up to window**2 numbers, which XLA may add up
+    in bfloat16. That error is the form's own and exceeds the limit for kernels.
+    """
     options = {"window": case.window, "scale": case.head_width**-0.5}
     attend = functools.partial(local_window_attention, **options)
-    return {name: functools.partial(attend, backend=name) for name in BACKENDS if not why_not(name, q)}
+    left_out = {"gather"} if q.dtype == jnp.bfloat16 else set()
+    names = [name for name in BACKENDS if name not in left_out and not why_not(name, q)]
+    return {name: functools.partial(attend, backend=name) for name in names}
 
 
 def subjects(args) -> list[Subject]:
@@ -106,7 +112,7 @@ def run_kernels(args, report: Report) -> bool:
             arrays = subject.exact() if name == "reference" else subject.arrays
             lowers[subject.name, name] = functools.partial(lower, functools.partial(with_gradients, attend), arrays)
     programs, _ = compile_all(lowers)
-    is_good = add_draws(args, report)
+    is_good = True
     for subject in all_subjects:
         for form in subject.forms.keys() - {"reference"}:
             cells = {"case": subject.name, "form": form}
@@ -121,7 +127,11 @@ def run_kernels(args, report: Report) -> bool:
             named = dict(zip(("out", "dq", "dk", "dv"), errors, strict=True))
             report.add("relative error", **cells, **named, ok=is_ok, repeats="yes" if is_same else "no")
             is_good &= is_ok
-    return is_good
+    try:
+        return add_draws(args, report) and is_good
+    except Exception as error:  # the rows before it count
+        report.add("kernels that failed", case="filters and draw", form="kernel", reason=why(error))
+        return False
 
 
 def add_draws(args, report: Report) -> bool:

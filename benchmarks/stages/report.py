@@ -11,7 +11,7 @@ CONDITIONS = "conditions"  # the table of one row that says what a stage ran on
 
 
 class Report:
-    """The rows of one stage. Each is printed and written at once, so that a stage that is stopped keeps them.
+    """The rows of one stage. Each is written and printed at once, so that a stage that is stopped keeps them.
 
     path: file of JSON lines to append to; None only prints.
     """
@@ -24,16 +24,20 @@ class Report:
         """Add a row to a table. A list of numbers holds all rounds of a measurement."""
         begins = [] if self.rows and _head(self.rows[-1]) == (table, *cells) else ["", *_title(table, cells)]
         self.rows.append({"table": table, **cells})
-        line = _line(table, cells)
-        print("\n".join([*begins, line] if table != CONDITIONS else [line]), flush=True)
-        if self._path is not None:
+        if self._path is not None:  # first: to print can fail or wait
             with open(self._path, "a") as file:
                 file.write(json.dumps(self.rows[-1]) + "\n")
+        line = _line(table, cells)
+        print("\n".join([*begins, line] if table != CONDITIONS else [line]), flush=True)
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Return the rows of a file that a Report wrote, none if it does not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def read_rows(path: Path, first: int = 0) -> list[dict]:
+    """Return the rows that Reports wrote to a file, none if it does not exist.
+
+    Args:
+      first: byte of the file that they begin at.
+    """
+    return [json.loads(line) for line in path.read_bytes()[first:].splitlines()] if path.exists() else []
 
 
 def to_markdown(rows: Iterable[dict]) -> str:

@@ -1,6 +1,7 @@
 """Stages that check results: the golden numbers at exact precision, and a killed run that is resumed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from benchmarks.stages.report import CONDITIONS, Report
 from mvar_jax.errors import InputError
 from mvar_jax.ops.precision import EXACT, computing
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 
 
 def run_golden(args, report: Report) -> bool:
@@ -31,9 +33,16 @@ def mvar(*arguments) -> list[str]:
     return [sys.executable, "-m", "mvar_jax", *map(str, arguments)]
 
 
+def start(command: list[str]) -> subprocess.Popen:
+    """Start a command that finds this checkout's mvar_jax, whatever the current folder is."""
+    folders = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    return subprocess.Popen(command, env=environment)
+
+
 def succeed(command: list[str]) -> None:
     """Run a command. Raises InputError unless it exits with 0; what it printed says why."""
-    if status := subprocess.run(command).returncode:
+    if status := start(command).wait():
         message = f"`{' '.join(command[1:4])}` must exit with 0, got {status}"
         raise InputError(message, field="stages", given=status, expected="0")
 
@@ -48,7 +57,7 @@ def losses_of(run: Path) -> dict[tuple, float]:
 
 def kill_after(step: int, command: list[str], run: Path) -> int:
     """Start a training, kill it once it logged `step`, and return the last step that it logged."""
-    process = subprocess.Popen(command)
+    process = start(command)
     while process.poll() is None and max(losses_of(run), default=(0, ""))[0] < step:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

@@ -1,9 +1,16 @@
 """benchmarks/accelerator.py on a CPU: its processes by a stand-in for the script, its stages at tiny sizes."""
 
 import argparse
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +18,7 @@ import numpy as np
 import pytest
 
 from benchmarks import accelerator
-from benchmarks.stages import models, operations, traces
+from benchmarks.stages import models, operations, runs, torch_programs, traces
 from benchmarks.stages.measure import TINY
 from benchmarks.stages.report import Report, read_rows, to_markdown
 from benchmarks.window_cases import CASES
@@ -54,21 +61,124 @@ def test_a_failing_and_a_stopped_stage_leave_the_others_and_their_rows(run, tmp_
             super().__init__(daemon=True)
 
         def run(self):
-            while self.limit_s == 2 * accelerator.STAGES["resume"].limit_s:
-                if read_rows(tmp_path / "out" / "resume.jsonl"):
-                    return self.stop()
-                time.sleep(0.01)
+            if self.limit_s == 2 * accelerator.STAGES["resume"].limit_s:
+                with contextlib.suppress(AssertionError):
+                    wait_for(lambda: read_rows(tmp_path / "out" / "rows.jsonl")[-2:-1] == [{"stage": "resume"}])
+                self.stop()
 
         def cancel(self):
             self.join()
 
-    monkeypatch.setattr(accelerator.threading, "Timer", TimerOfResume)
+    monkeypatch.setattr(threading, "Timer", TimerOfResume)
     status, results, out = run("--stages", "kernels,resume,golden", "--limit_factor", "2")
     assert status == 1
     assert [(x["stage"], x["status"]) for x in results] == [("kernels", 1), ("resume", -9), ("golden", 0)]
     assert [len(x["rows"]) for x in results] == [1, 1, 1]
-    assert (out / "resume.log").read_text() == "hello from resume\n"
+    assert {path.name for path in out.iterdir()} == {"accelerator.json", "rows.jsonl", "log.txt"}
+    assert "\n== resume: expected 90 s on an H100, limit 400 s\nhello from resume\n" in (out / "log.txt").read_text()
+    stages = [row["stage"] for row in read_rows(out / "rows.jsonl") if "stage" in row]
+    assert stages == ["kernels", "resume", "golden"]
     assert "1 of 3 passed; not: kernels; resume" in capsys.readouterr().out
+
+
+def test_the_stages_share_the_total_and_those_that_no_longer_fit_are_named(run, tmp_path, monkeypatch, capsys):
+    now, limits = [0.0], []
+
+    def spend(command, show, limit_s, environment):
+        limits.append(limit_s)
+        now[0] += {"golden": 150, "sampler": 100}.get(command[command.index("--rows") - 1], 55)
+        return 0
+
+    monkeypatch.setattr(accelerator.apart, "run", spend)
+    monkeypatch.setattr(accelerator.time, "monotonic", lambda: now[0])
+    chosen = ("--stages", "golden,sampler,training,attention", "--total_s", "315")
+    status, results, _ = run(*chosen, "--record", str(tmp_path / "RESULTS.md"))
+    assert status == 1 and limits == [180, 165, 65]
+    assert [x["status"] for x in results] == [0, 0, None, 0]
+    assert "3 of 4 passed; not run: training, Triton products off" in capsys.readouterr().out
+    assert "Not run: too little of --total_s was left." in (tmp_path / "RESULTS.md").read_text()
+
+
+# the script in a process of its own, with the stand-in for its stages
+PARENT = "import sys; from benchmarks import accelerator; accelerator.__file__ = {!r}; sys.exit(accelerator.start())"
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Start the script with a stand-in for `resume`, which writes its row and hangs; return (process, out)."""
+    monkeypatch.setenv("PYTHONPATH", str(accelerator.ROOT))
+    started = []
+
+    def start_script(text: str, *argv):
+        (script := tmp_path / "stand_in.py").write_text(text)
+        command = [sys.executable, "-c", PARENT.format(str(script)), "--stages", "resume", *argv]
+        started.append(subprocess.Popen([*command, "--out", str(tmp_path / "out")], stdout=subprocess.DEVNULL))
+        wait_for(lambda: len(read_rows(tmp_path / "out" / "rows.jsonl")) > 1)
+        return started[0], tmp_path / "out"
+
+    yield start_script
+    started[0].kill()
+    started[0].wait(timeout=10)
+
+
+def wait_for(is_done, seconds: float = 60.0) -> None:
+    """Wait until `is_done()`; fail after some seconds."""
+    end = time.monotonic() + seconds
+    while not is_done():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_what_is_known_is_written_if_the_script_is_told_to_stop(start, tmp_path):
+    process, out = start(STAND_IN, "--record", str(tmp_path / "RESULTS.md"))
+    process.terminate()
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    (result,) = json.loads((out / "accelerator.json").read_text())
+    assert result["stage"] == "resume" and result["status"] == -9 and len(result["rows"]) == 1
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "### resume\n\nStopped after" in text and "| 2 (1..3) |" in text
+
+
+# a stage that is the script itself, hangs and writes its number as a row
+HANGING = """
+import json, os, sys, time
+from benchmarks import accelerator
+
+def hang(name, args):
+    with open(args.rows, "a") as file:
+        file.write(json.dumps({"pid": os.getpid()}) + chr(10))
+    time.sleep(600)
+
+accelerator.run_here = hang
+accelerator.main(sys.argv[1:])
+"""
+
+
+def test_a_stage_ends_with_a_script_that_is_killed(start):
+    process, out = start(HANGING)
+    pid = read_rows(out / "rows.jsonl")[-1]["pid"]
+    process.kill()
+    process.wait(timeout=10)
+    try:
+        wait_for(lambda: not is_running(pid), 20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_row_is_written_before_it_is_printed(tmp_path, monkeypatch):
+    """Printing fails if the reader of a pipe is gone."""
+    monkeypatch.setattr("builtins.print", lambda *_, **__: (_ for _ in ()).throw(BrokenPipeError()))
+    with pytest.raises(BrokenPipeError):
+        Report(tmp_path / "rows.jsonl").add("a", x=1)
+    assert read_rows(tmp_path / "rows.jsonl") == [{"table": "a", "x": 1}]
 
 
 def test_products_by_triton_are_compared_where_stages_have_products(run):
@@ -113,7 +223,7 @@ def test_kernels_stage_writes_a_row_for_each_form_and_fails_beyond_its_limit(tmp
     monkeypatch.setattr(operations, "FILTERS", ((4, 0.9),))
     argv = ["--size", TINY, "--stages", "kernels", "--rows", str(tmp_path / "rows.jsonl")]
     assert accelerator.main(argv) == 0
-    conditions, draws, window, scales = read_rows(tmp_path / "rows.jsonl")
+    conditions, window, scales, draws = read_rows(tmp_path / "rows.jsonl")
     assert conditions["jax"] == jax.__version__ and conditions["device"] == "cpu"
     assert draws["draws"] == 6 and draws["ok"]
     assert (window["form"], scales["form"]) == ("dense", "auto")
@@ -124,10 +234,83 @@ def test_kernels_stage_writes_a_row_for_each_form_and_fails_beyond_its_limit(tmp
     assert read_rows(tmp_path / "rows.jsonl")[-1]["ok"] is False
 
 
+def test_draws_that_fail_leave_the_rows_of_attention(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no kernel here")
+
+    monkeypatch.setattr(operations, "add_draws", fail)
+    monkeypatch.setattr(operations, "subjects", lambda args: [wrong_subject(0.0)])
+    report = Report()
+    assert operations.run_kernels(ARGS, report) is False
+    _, form, failed = report.rows
+    assert form["ok"] and failed["case"] == "filters and draw" and failed["reason"] == "RuntimeError: no kernel here"
+
+
+def test_the_gathered_form_is_compared_in_float32_only():
+    """Its gradients add 49 numbers in bfloat16, so its error there is not that of a kernel."""
+    forms = {one.arrays[0].dtype.name: one.forms for one in operations.subjects(ARGS) if "scales" not in one.name}
+    assert "gather" in forms["float32"] and "gather" not in forms["bfloat16"] and "tiled" in forms["bfloat16"]
+
+
 def wrong_subject(offset: float) -> operations.Subject:
     """A form whose output is off, with the right gradients."""
     forms = {"reference": lambda q, k, v: q * k - v, "wrong": lambda q, k, v: q * k - v + offset}
     return operations.Subject("wrong", [jnp.full(3, x) for x in (1.0, 2.0, 3.0, 4.0)], forms)
+
+
+def test_commands_of_a_stage_run_this_checkout_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    root = str(accelerator.ROOT)
+    runs.succeed([sys.executable, "-c", f"import mvar_jax, sys; sys.exit({root!r} not in mvar_jax.__file__)"])
+
+
+@pytest.fixture
+def torch(monkeypatch):
+    """A stand-in for torch, which notes what is asked of it and times nothing."""
+    noted = []
+
+    class Array:
+        def requires_grad_(self):
+            return self
+
+    def randn(shape, **_):
+        noted.append(shape)
+        return Array()
+
+    class Device:
+        name = "cpu"
+        torch = types.SimpleNamespace(
+            randn=randn,
+            bfloat16="bfloat16",
+            set_grad_enabled=lambda _: contextlib.nullcontext(),
+            _dynamo=types.SimpleNamespace(reset=lambda: noted.append("reset")),
+        )
+        conditions = staticmethod(dict)
+        time = staticmethod(lambda run, rounds, num: [1.0] * rounds)
+
+    monkeypatch.setattr(torch_programs, "Device", Device)
+    monkeypatch.setattr(torch_programs, "attention_forms", lambda *_: {"a": lambda *_: None})
+    return noted
+
+
+def test_torch_compiles_each_map_anew_and_takes_the_maps_that_are_chosen(torch):
+    """A function that torch compiled for eight shapes is interpreted from the ninth on."""
+    args = argparse.Namespace(size="256", maps=[16, 64], rounds=2)
+    report = Report()
+    assert torch_programs.run_torch(args, report)
+    assert torch == ["reset", *[(64, 16, 256, 64)] * 4, "reset", *[(16, 16, 4096, 64)] * 4]
+    assert [row["map"] for row in report.rows[1:]] == ["16x16"] * 2 + ["64x64"] * 2
+
+
+def test_maps_are_chosen_by_their_sides(capsys):
+    assert accelerator.make_parser().parse_args(["--maps", "16,13"]).maps == [16, 13]
+    assert [case.height for case in operations.timed_cases(accelerator.make_parser().parse_args([]))] == [
+        *(13, 16, 32, 64)
+    ]
+    with pytest.raises(SystemExit):
+        accelerator.make_parser().parse_args(["--maps", "17"])
+    assert "13, 16, 32, 64, got 17" in capsys.readouterr().err
 
 
 def test_a_loop_of_attention_is_that_many_calls():
@@ -169,7 +352,8 @@ def test_programs_are_timed_from_small_to_large_and_a_failure_is_a_row(products)
     for row in rows:
         assert row["compiled, MiB"] == pytest.approx(8 * row["batch"] ** 2 / 2**20)
         assert row["images/s"] == pytest.approx(1e3 * row["batch"] / np.median(row["ms"]))
-        assert row["MFU"] is None and row["peak, MiB"] is None  # a CPU has neither
+        assert row["MFU"] is None  # a CPU has none
+        assert "peak, MiB" not in row  # that of a process that compiled is not the program's
 
 
 def test_profile_counts_the_kernels_of_a_call_by_kind_part_and_name(products, tmp_path):

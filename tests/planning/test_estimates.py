@@ -61,7 +61,7 @@ def test_the_devices_here_have_the_rates_of_small_programs(monkeypatch):
     """If each took two seconds: its products or bytes in that time, and a loop's kernels share it."""
     called = []
 
-    def least_s(call, x):
+    def least_s(call, x, num_calls=1):
         called.append(jax.tree.map(jnp.shape, call(x)))
         return 2.0
 
@@ -76,6 +76,40 @@ def test_the_devices_here_have_the_rates_of_small_programs(monkeypatch):
     assert rates.allocation_s == 0.0  # a new array took no longer than one in place
     monkeypatch.setattr(calibration, "measure_rates", lambda: rates)
     assert machine_for("here").launch_s == rates.launch_s and machine_for("here").flops == rates.flops
+
+
+def test_an_accelerator_is_asked_once_for_several_calls(monkeypatch):
+    """So that neither the way to the device nor the wait for it counts. A CPU is asked for each, as the plan does."""
+    asked, waited = [], []
+    monkeypatch.setattr(calibration.jax, "block_until_ready", lambda x: waited.append(x) or x)
+    assert calibration._least_s(lambda x: asked.append(x) or x + 1, 0, 10) < 1e-3
+    assert asked == list(range(len(asked))) and len(asked) == 10 * len(waited)
+    found = []
+    monkeypatch.setattr(calibration, "_least_s", lambda call, x, num_calls=1: found.append(num_calls) or 1.0)
+    for platform, num in (("gpu", 10), ("cpu", 1)):
+        found.clear()
+        monkeypatch.setattr(calibration, "SIZES", {True: (8, 2**12), False: (8, 2**12)})
+        monkeypatch.setattr(calibration, "current_platform", lambda platform=platform: platform)
+        calibration.measure_rates.__wrapped__()
+        assert found == [num, num, *[1] * (platform == "cpu"), num, 1]
+
+
+def test_operands_of_the_measured_programs_vary_and_stay_finite(monkeypatch):
+    """Numbers that are all equal draw less power, and an accelerator clocks higher."""
+    sizes = []
+
+    def least_s(call, x, num_calls=1):
+        if x is None or x.shape != (8, 8):  # not the tiny ones of the launches
+            for _ in range(60):
+                x = call(x)
+            x = x.astype("float32")
+            sizes.append((float(jnp.std(x) / jnp.abs(x).max()), float(jnp.abs(x).max())))
+        return 1.0
+
+    monkeypatch.setattr(calibration, "SIZES", {True: (16, 2**12), False: (16, 2**12)})
+    monkeypatch.setattr(calibration, "_least_s", least_s)
+    calibration.measure_rates.__wrapped__()
+    assert len(sizes) == 4 and all(spread > 0.01 and 0 < most < 100 for spread, most in sizes)
 
 
 def small_task():

@@ -1,0 +1,159 @@
+"""What one program takes on the devices here: peak memory and seconds, on constant weights and inputs."""
+
+import ctypes
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.stages.measure import peak_mib
+from mvar_jax.errors import InputError
+from mvar_jax.hardware.compiling import MIB
+from mvar_jax.sharding import use_mesh
+
+POLL_S = 1e-3
+SETTLE_S = 0.1  # in which a CPU frees what the program before it used
+# of glibc's mallinfo2; hblkhd are the bytes of large arrays, uordblks those of all others
+HEAP_FIELDS = (
+    "arena",
+    "ordblks",
+    "smblks",
+    "hblks",
+    "hblkhd",
+    "usmblks",
+    "fsmblks",
+    "uordblks",
+    "fordblks",
+    "keepcost",
+)
+
+
+class HeapInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in HEAP_FIELDS]
+
+
+class Heap:
+    """The most bytes that this process's heap held within the `with` block beyond those at its begin."""
+
+    def __init__(self):
+        library = ctypes.CDLL(None)
+        if not hasattr(library, "mallinfo2"):
+            raise InputError("the memory of a CPU is measured with glibc 2.33 or newer, got another C library")
+        self._info = library.mallinfo2
+        self._info.restype = HeapInfo
+        self.grown_bytes = 0
+
+    def _held_bytes(self) -> int:
+        info = self._info()
+        return info.uordblks + info.hblkhd
+
+    def __enter__(self) -> "Heap":
+        self._begin_bytes, self._ended = self._held_bytes(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._ended.wait(POLL_S):
+            self.grown_bytes = max(self.grown_bytes, self._held_bytes() - self._begin_bytes)
+
+    def __exit__(self, *_) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def make(shapes):
+    """Return arrays for a program's arguments: floats of one value, integers zero, keys of seed 0."""
+
+    def one(x):
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            return x
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.device_put(jax.random.key(0), x.sharding)
+        value = 0.02 if jnp.issubdtype(x.dtype, jnp.floating) else 0
+        # JAX's own memory: what lies in numpy's cannot be donated, and the step would make another state
+        return jnp.full(x.shape, value, x.dtype, device=x.sharding)
+
+    return jax.tree.map(one, shapes, is_leaf=lambda x: isinstance(x, jax.ShapeDtypeStruct))
+
+
+def is_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+class Kept:
+    """A jitted function that keeps the program that `lower(...).compile()` makes of it, and calls that one."""
+
+    def __init__(self, jitted):
+        self._jitted = jitted
+
+    def lower(self, *arguments) -> "Kept":
+        self._lowered = self._jitted.lower(*arguments)
+        return self
+
+    def compile(self, **options):
+        self._program = self._lowered.compile(**options)
+        return self._program
+
+    def __call__(self, *arguments):
+        return self._program(*(one for one in arguments if not _is_static(one)))
+
+
+def _is_static(argument) -> bool:
+    """Return whether an argument is an option, which a compiled program does not take."""
+    return not all(
+        isinstance(x, jax.Array | np.ndarray | np.generic | float | int) for x in jax.tree.leaves(argument)
+    )
+
+
+class Loads:
+    """The number of programs that were found in the cache of compiled programs within the `with` block."""
+
+    def __enter__(self) -> "Loads":
+        self.number = 0
+        jax.monitoring.register_event_listener(self._note)
+        return self
+
+    def _note(self, event: str, **_) -> None:
+        self.number += event == "/jax/compilation_cache/cache_hits"
+
+    def __exit__(self, *_) -> None:
+        jax.monitoring.unregister_event_listener(self._note)
+
+
+def run(task, program, argument_bytes: int, rounds: int) -> tuple[list[float | None], list[float]]:
+    """Return (MiB, seconds) of some rounds.
+
+    A CPU has separate rounds for each, since reading a heap takes time. Elsewhere the peak of this process is that of
+    the program if it is the only one here, and None if it was not found in the cache of compiled programs: to compile
+    it can take more.
+    """
+    peaks: list[float | None] = []
+    seconds, on_cpu = [], is_cpu()
+
+    def call() -> float:
+        arguments = jax.block_until_ready(make(program.arguments))  # a training step takes its own away
+        begin = time.perf_counter()
+        jax.block_until_ready(program.jitted(*arguments))
+        return time.perf_counter() - begin
+
+    with use_mesh(task.run.mesh):
+        arguments = jax.block_until_ready(make(program.arguments))
+        with Loads() as loads:
+            jax.block_until_ready(program.jitted(*arguments))
+        del arguments
+        for _ in range(rounds):
+            seconds.append(call())
+            if on_cpu:
+                arguments = jax.block_until_ready(make(program.arguments))
+                time.sleep(SETTLE_S)
+                with Heap() as heap:
+                    jax.block_until_ready(program.jitted(*arguments))
+                peaks.append((argument_bytes + heap.grown_bytes) / MIB)
+            elif loads.number:
+                peaks.append(peak_mib())
+    return peaks or [None], seconds
