@@ -18,6 +18,7 @@ from mvar_jax.checkpoints.manager import Checkpoints
 from mvar_jax.errors import InputError, RunError
 from mvar_jax.files.paths import as_path
 from mvar_jax.hardware.machines import peak_flops
+from mvar_jax.processes import group
 from mvar_jax.processes.holding import hold
 from mvar_jax.processes.join import join_initialized
 from mvar_jax.processes.shared import check_shared
@@ -110,14 +111,13 @@ def run(
                     say(f"the best checkpoint was chosen by {others}: it is chosen anew by {measured_by}")
             start = int(state.step)
             check_first(state, workdir, None if newest is None else start)
-            was_end = start > 0 and has_line(workdir, "eval", start)
             with (
                 MetricLog(workdir, start) as log,
                 StepProgress(start, settings.num_steps, task.examples_per_step) as progress,
                 Profiler(workdir, settings.profile_steps) as profiler,
             ):
                 saver = Saver(workdir, checkpoints, config_json, None if newest is None else start)
-                loop = _Loop(task, settings, checkpoints, saver, log, progress, profiler, start if was_end else 0)
+                loop = _Loop(task, settings, checkpoints, saver, log, progress, profiler)
                 step, interrupted = loop.train(state, task.batches(start), start, stop)
     return RunResult(step, interrupted, time.monotonic() - started_s)
 
@@ -131,7 +131,6 @@ class _Loop:
     _log: MetricLog
     _progress: StepProgress
     _profiler: Profiler
-    _evaluated_step: int  # evaluated again, since the line of its evaluation was dropped
 
     def __post_init__(self):
         self._best = Metric.parse(self._settings.keep_best)
@@ -181,8 +180,7 @@ class _Loop:
     def _observe(self, state: Any, step: int, is_last: bool) -> None:
         """Write pictures and evaluate, if due."""
         settings = self._settings
-        has_evaluation = step == self._evaluated_step or _is_due(step, settings.eval_every_steps)
-        has_evaluation = is_last or (has_evaluation and self._task.has_evaluation)
+        has_evaluation = is_last or (_is_due(step, settings.eval_every_steps) and self._task.has_evaluation)
         every = settings.picture_every_steps
         has_pictures = every >= 0 and (is_last or (step > 0 and _is_due(step, every)))
         if not (has_evaluation or has_pictures):
@@ -242,8 +240,12 @@ class _Loop:
 
 
 def _is_complete(workdir: Path, newest: int, num_steps: int) -> bool:
-    # The final evaluation comes after the final checkpoint: a kill in between leaves it to be done.
-    return newest > num_steps or (newest == num_steps and has_line(workdir, "eval", num_steps))
+    # The final evaluation comes after the final checkpoint: a kill in between leaves it to be done. One process reads
+    # the line for all: others may see the file late, or as the first one has rewritten it.
+    here = group.current()
+    has_end = here.index == 0 and has_line(workdir, "eval", num_steps)
+    is_complete = newest > num_steps or (newest == num_steps and has_end)
+    return here.gather("whether the run is complete", bool(is_complete))[0]
 
 
 def _is_due(step: int, every_steps: int) -> bool:
