@@ -19,6 +19,7 @@ from mvar_jax.checkpoints.quiet import quiet_orbax
 from mvar_jax.checkpoints.steps import atomicity_of, checkpoint_folder, list_steps, set_aside, unfinished
 from mvar_jax.checkpoints.trees import TREE_FILE, read_item
 from mvar_jax.errors import InputError, shorten
+from mvar_jax.files.json_files import read_json
 from mvar_jax.processes import group
 
 _META = "meta"
@@ -159,6 +160,10 @@ class Checkpoints:
                 self._set_aside(dict(zip(steps, damage, strict=False)), step, say)
             return state
         raise damage[0]
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """Return the `meta` that a checkpoint was saved with; `restore` has checked the file."""
+        return read_json(self._folder / str(step) / _META_FILE, dict[str, Any])
 
     def wait(self) -> None:
         """Return when the last `save` is stored and visible; raise what it raised."""

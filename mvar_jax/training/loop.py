@@ -23,6 +23,7 @@ from mvar_jax.processes.holding import hold
 from mvar_jax.processes.join import join_initialized
 from mvar_jax.processes.shared import check_shared
 from mvar_jax.training.logging import MetricLog, StepProgress, has_line
+from mvar_jax.training.newest import PER_SCALE, NewestPerScale
 from mvar_jax.training.profiling import Profiler
 from mvar_jax.training.protocol import Task
 from mvar_jax.training.resume_rules import check_resumable, describe_change, keep_identity
@@ -110,6 +111,7 @@ def run(
                 if others := checkpoints.measure_by(measured_by):
                     say(f"the best checkpoint was chosen by {others}: it is chosen anew by {measured_by}")
             start = int(state.step)
+            per_scale = NewestPerScale(None if newest is None else checkpoints.read_meta(start).get(PER_SCALE))
             check_first(state, workdir, None if newest is None else start)
             with (
                 MetricLog(workdir, start) as log,
@@ -117,7 +119,7 @@ def run(
                 Profiler(workdir, settings.profile_steps) as profiler,
             ):
                 saver = Saver(workdir, checkpoints, config_json, None if newest is None else start)
-                loop = _Loop(task, settings, checkpoints, saver, log, progress, profiler)
+                loop = _Loop(task, settings, checkpoints, saver, log, progress, profiler, per_scale)
                 step, interrupted = loop.train(state, task.batches(start), start, stop)
     return RunResult(step, interrupted, time.monotonic() - started_s)
 
@@ -131,6 +133,7 @@ class _Loop:
     _log: MetricLog
     _progress: StepProgress
     _profiler: Profiler
+    _newest: NewestPerScale
 
     def __post_init__(self):
         self._best = Metric.parse(self._settings.keep_best)
@@ -215,8 +218,12 @@ class _Loop:
             step, metrics = self._pending.popleft()
             is_bad = bool(metrics["is_bad"])  # waits for the step
             self._throughput.count_step(self._task.flops_of_step(step) if self._has_peak else 0.0)
+            scales = self._task.scales_of_step(step)
+            if scales is not None and not is_bad:
+                self._newest.note(scales, metrics)
             if step % self._settings.log_every_steps == 0 or step == self._settings.num_steps - 1:
-                self._log.write(step, "train", jax.device_get(metrics) | self._throughput.take())
+                values = jax.device_get(metrics) | self._newest.fetch()
+                self._log.write(step, "train", values | self._throughput.take())
             self._progress.count_step(metrics["loss"])
             self._num_bad = self._num_bad + 1 if is_bad else 0
             if self._num_bad >= self._settings.max_bad_steps:
@@ -231,7 +238,7 @@ class _Loop:
         self._read_finished(0)
         with self._throughput.pause():
             self._log.flush()  # a run resumed from this checkpoint does not write these lines again
-            self._saver.save(state, step, is_good=is_proven or not self._num_bad)
+            self._saver.save(state, step, is_proven or not self._num_bad, lambda: {PER_SCALE: self._newest.to_json()})
 
     def _is_proven_by_evaluation(self, state: Any) -> bool:
         """Return whether the weights after a bad last step are good: no step follows that would show it."""
