@@ -169,7 +169,7 @@ def with_steps(config: dict, run) -> dict:
 
 def describe_epochs(config: dict, task) -> str:
     """Return the steps that follow from the config's epochs, as a line; "" if it is given in steps."""
-    epochs, warmup = config.get("epochs"), config["optimizer"].get("warmup_epochs")
+    epochs, warmup = config.get("epochs", 0), config["optimizer"].get("warmup_epochs", 0)
     if not (epochs or warmup):
         return ""
     run, num_images = task.run, len(task.data["train"])
