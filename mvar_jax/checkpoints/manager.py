@@ -107,8 +107,12 @@ class Checkpoints:
         It is written in the background, after the checkpoint.
         """
         self._scores.add(step, score, self._manager.all_steps())
-        if group.current().index == 0:
-            self._written_scores = self._thread.submit(self._write_scores)
+        self._start_writing_scores()
+
+    def forget_scores_after(self, step: int) -> None:
+        """Forget the scores of later steps: a run that resumes from `step` saves them again."""
+        if self._scores.forget_after(step):
+            self._start_writing_scores()
 
     def drop_newest(self) -> int:
         """Remove the newest checkpoint if there is an older one, and return the step of the newest one left."""
@@ -116,6 +120,7 @@ class Checkpoints:
         if not older:
             return newest
         self._manager.delete(newest)
+        self.forget_scores_after(older[-1])
         return older[-1]
 
     def save(self, state: Any, meta: dict) -> None:
@@ -182,6 +187,10 @@ class Checkpoints:
         # Orbax calls this in the first process when all items are written, and before it makes the step visible.
         step, names = self._saving
         write_checksums(unfinished(self._folder, step), names)
+
+    def _start_writing_scores(self) -> None:
+        if group.current().index == 0:
+            self._written_scores = self._thread.submit(self._write_scores)
 
     def _write_scores(self) -> None:
         try:

@@ -106,11 +106,12 @@ def run(
                 state = checkpoints.restore(task.abstract_state(), strict, say)
                 newest = int(state.step)
                 say(f"resuming from step {newest} of {settings.num_steps} in {workdir}")
+            start = int(state.step)
+            checkpoints.forget_scores_after(start)
             if best is not None:
                 measured_by = best.describe(task.settings_of(best.name))
                 if others := checkpoints.measure_by(measured_by):
                     say(f"the best checkpoint was chosen by {others}: it is chosen anew by {measured_by}")
-            start = int(state.step)
             per_scale = NewestPerScale(None if newest is None else checkpoints.read_meta(start).get(PER_SCALE))
             check_first(state, workdir, None if newest is None else start)
             with (

@@ -66,6 +66,7 @@ class Saver:
         if self.saved_step == first_bad_step:
             self.wait()
             self.saved_step = self._checkpoints.drop_newest()
+            self.wait()
 
     def kept(self) -> str:
         """Return what is on disk, as the end of a sentence."""
