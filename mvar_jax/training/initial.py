@@ -74,7 +74,7 @@ def load_initial(path: str, transformer: Transformer, label_names: Sequence[str]
                 expected="a directory with a transformer",
             )
     else:
-        params = load_published(path, transformer.sides)[1]
+        params = load_published(path, transformer.sides, "config.init_from")[1]
     num_classes = len(params[CLASS_TABLE]) - 1
     check_shapes(directory, "transformer", transformer.clone(num_classes=num_classes), params)
     names = _names_of(directory, num_classes)
@@ -115,7 +115,7 @@ def load_initial_tokenizer(
         words += f"config.init_from={path}"
         raise InputError(words, field="config.model.sides", given=None, expected="the side of each token map")
     else:
-        found, params = load_published_tokenizer(path, tuple(sides))
+        found, params = load_published_tokenizer(path, tuple(sides), "config.init_from")
     fields = module_to_dict(found) | given
     module = module_from_dict("tokenizer", fields, "config.model")
     check_shapes(directory, "tokenizer", module, params)

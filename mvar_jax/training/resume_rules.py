@@ -143,10 +143,9 @@ def check_resumable(
     return changes
 
 
-def model_of_run(workdir: Path) -> dict[str, Any]:
-    """Return the model section of the run in a workdir, {} if it is unknown."""
-    stored = _read(workdir, CONFIG_FILE) or {}
-    return stored.get("model", {})
+def config_of_run(workdir: Path) -> dict[str, Any]:
+    """Return the config of the run in a workdir, {} if it is unknown."""
+    return _read(workdir, CONFIG_FILE) or {}
 
 
 def _as_json(content: dict) -> dict:

@@ -83,3 +83,9 @@ def test_number_of_classes_that_the_config_names_must_be_that_of_the_data(config
 def test_another_parameter_of_another_shape_is_refused(config):
     with pytest.raises(InputError, match="must have transformer .* of shape"):
         build.build_task(config | {"model": config["model"] | {"width": 48}})
+
+
+def test_initial_weights_that_do_not_exist_are_refused_by_their_key(config, tmp_path):
+    with pytest.raises(InputError, match="config.init_from=.*none.pth") as caught:
+        build.build_task(config | {"init_from": str(tmp_path / "none.pth")})
+    assert caught.value.field == "config.init_from"

@@ -35,6 +35,12 @@ def test_a_run_resumes_bit_equal_with_its_cache_elsewhere_and_another_way_of_com
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *trees))
 
 
+def test_a_run_resumes_although_the_weights_that_it_began_with_are_gone(run, started, capfd):
+    gone = [*run.train_transformer, "--config.init_from=models/gone", "--workdir", str(started)]
+    assert main(gone) == 0
+    assert "resuming from step 2 of 3" in capfd.readouterr().out
+
+
 def test_a_cache_of_other_images_is_refused(run, started, tmp_path, capfd):
     cache = [*run.cache, "--config.data.split_seed=1", "--out", str(tmp_path / "other")]
     assert main(cache) == 0
