@@ -244,7 +244,13 @@ class _Loop:
     def _is_proven_by_evaluation(self, state: Any) -> bool:
         """Return whether the weights after a bad last step are good: no step follows that would show it."""
         self._read_finished(0)
-        return bool(self._num_bad) and math.isfinite(self._task.evaluate(state).get("loss", math.nan))
+        if not self._num_bad:
+            return False
+        metrics = self._task.evaluate(state)
+        scalars = [value for value in metrics.values() if isinstance(value, int | float)]
+        if "loss" in metrics:
+            scalars = [metrics["loss"]]
+        return not scalars or any(map(math.isfinite, scalars))  # without any, finite weights are enough for `Saver`
 
 
 def _is_complete(workdir: Path, newest: int, num_steps: int) -> bool:
