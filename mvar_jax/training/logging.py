@@ -49,7 +49,7 @@ class MetricLog:
         """Open the file without the lines that this run writes again."""
         start, of_start = self._start_step, ("eval", self._start_step) if self._keeps_start else None
         is_kept = lambda line: line["step"] < start or (line["kind"], line["step"]) == of_start
-        return open_lines(self._workdir / METRICS_FILE, is_kept)
+        return open_lines(self._workdir / METRICS_FILE, lambda line: _is_whole(line) and is_kept(line))
 
     def __enter__(self) -> "MetricLog":
         return self
@@ -109,7 +109,12 @@ class MetricLog:
 def has_line(workdir: str | os.PathLike, kind: str, step: int) -> bool:
     """Return whether metrics.jsonl already has the line of this step."""
     lines = read_lines(as_path(workdir) / METRICS_FILE)
-    return any(line["kind"] == kind and line["step"] == step for line in lines)
+    return any(_is_whole(line) and (line["kind"], line["step"]) == (kind, step) for line in lines)
+
+
+def _is_whole(line: dict[str, Any]) -> bool:
+    """Return whether a line has what every line of the log has: one without is damaged, and dropped as cut ones are."""
+    return isinstance(line.get("step"), int) and isinstance(line.get("kind"), str)
 
 
 class StepProgress(Progress):
