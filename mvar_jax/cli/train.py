@@ -53,7 +53,8 @@ def run(args) -> int:
     from mvar_jax.training.saving import say
 
     settings = build.build_settings(config)
-    allowed = {key.strip().removeprefix("config.") for keys in args.allow_change for key in keys.split(",")}
+    given = (key.strip() for keys in args.allow_change for key in keys.split(","))
+    allowed = {key.removeprefix("config.") for key in given if key}
     check_allowed(allowed, config["task"])
     resumes = has_checkpoint(workdir)
     kept = read_classes(workdir, "workdir") if resumes else ()

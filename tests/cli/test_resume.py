@@ -95,7 +95,7 @@ def test_a_finished_run_goes_on_to_a_larger_number_of_steps_with_another_learnin
     slower = [*longer, "--config.optimizer.base_learning_rate=0.001"]
     assert main(slower) == 2
     assert "pass --allow_change=optimizer.base_learning_rate to go on with it" in capfd.readouterr().err
-    assert main([*slower, "--allow_change=config.optimizer.base_learning_rate,num_steps"]) == 0
+    assert main([*slower, "--allow_change=config.optimizer.base_learning_rate,num_steps,"]) == 0
     assert "from step 3 on, config.num_steps is 5 instead of 3; learning rate and" in capfd.readouterr().out
     after, trained = lines_of(workdir, "eval"), lines_of(workdir, "train")
     assert {step: line["loss"] for step, line in after.items()} == {
