@@ -113,7 +113,7 @@ def has_line(workdir: str | os.PathLike, kind: str, step: int) -> bool:
 
 
 def _is_whole(line: dict[str, Any]) -> bool:
-    """Return whether a line has what every line of the log has; one without is damaged, and dropped as a cut one is."""
+    """Return whether a line has what every line of the log has; one without is damaged and dropped."""
     return isinstance(line.get("step"), int) and isinstance(line.get("kind"), str)
 
 

@@ -93,7 +93,7 @@ def run(
         changes = check()
         keep_identity(workdir, config_json, task.data_identity, changes)
         for change in changes:
-            say(describe_change(**change))
+            say(describe_change(task.data_identity.get("train", {}).get("num_items"), **change))
         prepare()
         with Checkpoints(workdir, settings.keep_checkpoints) as checkpoints:
             newest = checkpoints.latest_step()

@@ -248,11 +248,17 @@ def _describe_difference(key: str, before: Any, now: Any) -> str:
     return f"whose {key} is {before!r}, not {now!r}"
 
 
-def describe_change(step: int, key: str, **ends) -> str:
-    """Return a change of `check_resumable` as a line."""
+def describe_change(num_images: int | None, step: int, key: str, **ends) -> str:
+    """Return a change of `check_resumable` as a line. num_images: of an epoch, None if they are not known."""
     line = f"from step {step} on, config.{key} is {ends['to']!r} instead of {ends['from']!r}"
     if key == "num_steps":
         line += f"; learning rate and weight decay follow their schedules over {ends['to']} steps"
+    if key == "batch_size":
+        place, word = step * ends["to"], "skipped" if ends["to"] > ends["from"] else "repeated"
+        where = f"{place:,} images"
+        if num_images:
+            where = f"{place % num_images:,} of the {num_images:,} images of epoch {place // num_images + 1:,}"
+        line += f"; the stream goes on after {where}, as if all steps had had this size, so images are {word}"
     return line
 
 
