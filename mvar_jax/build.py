@@ -255,7 +255,7 @@ def build_task(config: dict, initial: Any = None, resumes: bool = False):
         modules |= {"transformer": base.transformer, "refiner": module}
         return RefinerTask(run, options, base, task_data, scorer), modules, frozen | {"transformer": base.params}
     module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
-    initial = None if resumes else load_initial(config["init_from"], module, names)
+    initial = None if resumes else load_initial(config["init_from"], module, names, tokenizer)
     task = TransformerTask(run, module, options, tokenizer, task_data, initial, scorer)
     return task, modules | {"transformer": module}, frozen
 
