@@ -169,7 +169,7 @@ def with_steps(config: dict, run) -> dict:
 
 def describe_epochs(config: dict, task) -> str:
     """Return the steps that follow from the config's epochs, as a line; "" if it is given in steps."""
-    epochs, warmup = config.get("epochs"), config["optimizer"].get("warmup_epochs")
+    epochs, warmup = config.get("epochs", 0), config["optimizer"].get("warmup_epochs", 0)
     if not (epochs or warmup):
         return ""
     run, num_images = task.run, len(task.data["train"])
@@ -185,19 +185,22 @@ def _given_fields(cls: type, config: dict) -> dict[str, Any]:
 def with_initial_model(config: dict, workdir: Path | None = None) -> tuple[dict, Any]:
     """Return (config, initial weights of a tokenizer or None): with `init_from` its model section becomes whole.
 
-    workdir: a run that has a checkpoint there takes its own model instead, and needs no initial weights.
+    workdir: a run that has a checkpoint there takes its own model instead, and needs no initial weights; the config
+      names those that it began with.
     """
     from mvar_jax.checkpoints.manager import has_checkpoint
     from mvar_jax.training.initial import load_initial_tokenizer
-    from mvar_jax.training.resume_rules import model_of_run
+    from mvar_jax.training.resume_rules import config_of_run
 
     data, parts = build_data(config), config.get("train_parts", "all")
     path = config.get("init_from", "")
     if config["task"] != "tokenizer":
         return config, None
     if workdir is not None and has_checkpoint(workdir):
-        own = model_of_run(workdir) if path or parts != "all" else {}
-        return {**config, "model": own | config["model"]}, None
+        run = config_of_run(workdir)
+        path = path or run.get("init_from", "")
+        own = run.get("model", {}) if path or parts != "all" else {}
+        return {**config, **({"init_from": path} if path else {}), "model": own | config["model"]}, None
     if parts == "decoder" and not path:
         words = "config.train_parts=decoder needs config.init_from: a model directory, a workdir or a published file"
         raise InputError(words, field="config.init_from", given=path, expected="the weights to start from")
@@ -207,10 +210,10 @@ def with_initial_model(config: dict, workdir: Path | None = None) -> tuple[dict,
     return {**config, "model": fields}, initial
 
 
-def build_task(config: dict, initial: Any = None):
+def build_task(config: dict, initial: Any = None, resumes: bool = False):
     """Return (task, modules of model.json, weights of the frozen modules), the last two by kind.
 
-    initial: weights of `with_initial_model`.
+    initial: weights of `with_initial_model`. resumes: there is a checkpoint, so a transformer needs no initial ones.
     """
     from mvar_jax.scorers import make_scorer
     from mvar_jax.tokens.opening import open_tokens
@@ -252,7 +255,7 @@ def build_task(config: dict, initial: Any = None):
         modules |= {"transformer": base.transformer, "refiner": module}
         return RefinerTask(run, options, base, task_data, scorer), modules, frozen | {"transformer": base.params}
     module = with_classes_of(module, sources["train"], data.cache or data.path or data.name or data.source)
-    initial = load_initial(config["init_from"], module, names)
+    initial = None if resumes else load_initial(config["init_from"], module, names, tokenizer)
     task = TransformerTask(run, module, options, tokenizer, task_data, initial, scorer)
     return task, modules | {"transformer": module}, frozen
 

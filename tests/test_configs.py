@@ -189,5 +189,5 @@ def test_warm_up_in_both_units_is_refused():
 def test_warm_up_in_epochs_that_is_no_shorter_than_the_steps_is_refused_once_the_data_are_open():
     config = load("digits")
     config["optimizer"] |= {"warmup_steps": 0, "warmup_epochs": 30.0}
-    with pytest.raises(InputError, match="warmup_steps must be below config.num_steps=900, got 1350"):
+    with pytest.raises(InputError, match="warmup_epochs must be below 20, the epochs of 900 steps .*, got 30"):
         build.build_run(config).with_images(1437)

@@ -75,3 +75,10 @@ def inception_stub(monkeypatch):
 
     weights = NetworkWeights(inception_weights.NETWORK, {}, {}, None)
     monkeypatch.setattr(inception_weights, "load_inception", lambda path: weights)
+
+
+@pytest.mark.parametrize("name", ["eval_inception", "eval_reference"])
+def test_files_of_scores_without_samples_are_refused(name):
+    with pytest.raises(InputError, match=f"config.{name} must be '' if config.eval_samples is 0") as caught:
+        scorer_of(eval_samples=0, **{name: "x.npz"})
+    assert caught.value.field == f"config.{name}"

@@ -1,8 +1,9 @@
 """A toy task, and a process that trains it.
 
-python toy_run.py WORKDIR NUM_STEPS STEP_S [HOST:PORT,NUM,INDEX] [sharded|own]
+python toy_run.py WORKDIR NUM_STEPS STEP_S [HOST:PORT,NUM,INDEX] [sharded|own|slow]
 
-sharded: the state is. own: the program joins the processes itself, without `run_together`.
+sharded: the state is. own: the program joins the processes itself, without `run_together`. slow: files are slow in
+the second process.
 """
 
 import errno
@@ -19,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mvar_jax.errors import InputError
+from mvar_jax.files.lines import read_lines
 from mvar_jax.processes.together import run_together
 from mvar_jax.training import logging
 from mvar_jax.training.loop import LoopSettings, run
@@ -122,6 +124,13 @@ if __name__ == "__main__":
     def on_step(step):
         print("step", step, flush=True)
         fail_at(step)
+
+    def read_slowly(path):
+        time.sleep(3 * jax.process_index())
+        return read_lines(path)
+
+    if "slow" in sys.argv:
+        logging.read_lines = read_slowly
 
     def train():
         fail_at("start")

@@ -97,6 +97,13 @@ class Scores(PreservationPolicy):
         kept = {old: self._score_of_step[old] for old in steps if old in self._score_of_step}
         self._score_of_step = kept | {step: score}
 
+    def forget_after(self, step: int) -> bool:
+        """Forget the scores of later steps, whose checkpoints will be others; return whether there were any."""
+        kept = {old: score for old, score in self._score_of_step.items() if old <= step}
+        has_changed = kept != self._score_of_step
+        self._score_of_step = kept
+        return has_changed
+
     def write(self) -> None:
         """Write the scores: one process does."""
         content = {"measured_by": self._measured_by, "scores": self._score_of_step}

@@ -19,6 +19,7 @@ from mvar_jax.checkpoints.quiet import quiet_orbax
 from mvar_jax.checkpoints.steps import atomicity_of, checkpoint_folder, list_steps, set_aside, unfinished
 from mvar_jax.checkpoints.trees import TREE_FILE, read_item
 from mvar_jax.errors import InputError, shorten
+from mvar_jax.files.json_files import read_json
 from mvar_jax.processes import group
 
 _META = "meta"
@@ -106,8 +107,12 @@ class Checkpoints:
         It is written in the background, after the checkpoint.
         """
         self._scores.add(step, score, self._manager.all_steps())
-        if group.current().index == 0:
-            self._written_scores = self._thread.submit(self._write_scores)
+        self._start_writing_scores()
+
+    def forget_scores_after(self, step: int) -> None:
+        """Forget the scores of later steps: a run that resumes from `step` saves them again."""
+        if self._scores.forget_after(step):
+            self._start_writing_scores()
 
     def drop_newest(self) -> int:
         """Remove the newest checkpoint if there is an older one, and return the step of the newest one left."""
@@ -115,6 +120,7 @@ class Checkpoints:
         if not older:
             return newest
         self._manager.delete(newest)
+        self.forget_scores_after(older[-1])
         return older[-1]
 
     def save(self, state: Any, meta: dict) -> None:
@@ -160,6 +166,10 @@ class Checkpoints:
             return state
         raise damage[0]
 
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """Return the `meta` that a checkpoint was saved with; `restore` has checked the file."""
+        return read_json(self._folder / str(step) / _META_FILE, dict[str, Any])
+
     def wait(self) -> None:
         """Return when the last `save` is stored and visible; raise what it raised."""
         self._manager.wait_until_finished()
@@ -177,6 +187,10 @@ class Checkpoints:
         # Orbax calls this in the first process when all items are written, and before it makes the step visible.
         step, names = self._saving
         write_checksums(unfinished(self._folder, step), names)
+
+    def _start_writing_scores(self) -> None:
+        if group.current().index == 0:
+            self._written_scores = self._thread.submit(self._write_scores)
 
     def _write_scores(self) -> None:
         try:

@@ -53,12 +53,14 @@ def run(args) -> int:
     from mvar_jax.training.saving import say
 
     settings = build.build_settings(config)
-    allowed = {key.strip().removeprefix("config.") for keys in args.allow_change for key in keys.split(",")}
+    given = (key.strip() for keys in args.allow_change for key in keys.split(","))
+    allowed = {key.removeprefix("config.") for key in given if key}
     check_allowed(allowed, config["task"])
-    kept = read_classes(workdir, "workdir") if has_checkpoint(workdir) else ()
+    resumes = has_checkpoint(workdir)
+    kept = read_classes(workdir, "workdir") if resumes else ()
     config = build.with_class_order(config, kept)
     config, initial = build.with_initial_model(config, workdir)
-    task, modules, frozen = build.build_task(config, initial)
+    task, modules, frozen = build.build_task(config, initial, resumes)
     check_same_in_all(config, task)
     print_machine(task.run.mesh)
     for note in notes_on(task):

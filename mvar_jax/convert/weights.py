@@ -122,15 +122,15 @@ def convert(
 
 
 def load_published(
-    transformer_path: str | os.PathLike, patch_nums: tuple[int, ...] | None = None
+    path: str | os.PathLike, patch_nums: tuple[int, ...] | None = None, field: str = "transformer"
 ) -> tuple[dict, dict]:
-    """Load a published MVAR or VAR transformer, for a run that starts from its weights.
+    """Load a published MVAR or VAR transformer, for a run that starts from its weights. field: its name in errors.
 
     Returns (the fields of `Transformer` that follow from the weights: sides, vocab_size, code_width, num_classes,
     depth, width, num_heads, shared_aln; the parameter tree, float32 numpy). Raises InputError if the file cannot be
     converted.
     """
-    with open_weights("transformer", transformer_path) as file:
+    with open_weights(field, path) as file:
         state = find_state_dict("transformer", file)
         fields = transformer_fields(state, patch_nums)
         # placeholders, since neither the window nor the conditioning changes the parameters
@@ -138,12 +138,14 @@ def load_published(
         return fields, read_module("transformer", state, fields | whole)[1]
 
 
-def load_published_tokenizer(path: str | os.PathLike, sides: tuple[int, ...]) -> tuple[nn.Module, dict]:
-    """Load the tokenizer of a published VAR file, for a run that starts from its weights.
+def load_published_tokenizer(
+    path: str | os.PathLike, sides: tuple[int, ...], field: str = "tokenizer"
+) -> tuple[nn.Module, dict]:
+    """Load the tokenizer of a published VAR file, for a run that starts from its weights. field: its name in errors.
 
     Returns (module, parameters as float32 numpy). Raises InputError if the file cannot be converted.
     """
-    with open_weights("tokenizer", path) as file:
+    with open_weights(field, path) as file:
         state = find_state_dict("tokenizer", file)
         return read_module("tokenizer", state, tokenizer_fields(state, sides))
 

@@ -146,13 +146,16 @@ def _pieces_of(path: Path) -> list[Path]:
 
 
 def _texts_of(path: Path) -> list[str]:
-    texts = [text for piece in _pieces_of(path) for text in piece.read_text().splitlines()]
+    # a damaged line that is no UTF-8 is no JSON either, so `_parse` drops it alone
+    decode = lambda content: content.decode("utf-8", errors="surrogateescape")
+    texts = [text for piece in _pieces_of(path) for text in decode(piece.read_bytes()).splitlines()]
     return list(dict.fromkeys(texts)) if is_store(path) else texts
 
 
 def _parse(texts: Iterable[str]) -> Iterable[tuple[str, Any]]:
     for text in texts:
         with contextlib.suppress(ValueError):
+            text.encode()
             yield text, conform(parse_json(text), dict[str, Any], "a line")
 
 

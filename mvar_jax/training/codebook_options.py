@@ -69,12 +69,26 @@ class CodebookOptions:
             raise InputError(
                 words, field="config.codebook.revive_every_steps", given=self.revive_every_steps, expected="0"
             )
+        if self.revive_every_steps and not self.revive_until_step:
+            words = (
+                "config.codebook.revive_every_steps must be 0 if revive_until_step is 0, which replaces no codes, "
+            )
+            words += f"got {self.revive_every_steps}; give revive_until_step too"
+            field = "config.codebook.revive_every_steps"
+            raise InputError(words, field=field, given=self.revive_every_steps, expected="0")
         if self.entropy_weight and self.entropy_until_step <= self.warmup_steps:
             expected = f"above warmup_steps={self.warmup_steps} if entropy_weight is above 0"
             words = f"config.codebook.entropy_until_step must be {expected}, got {self.entropy_until_step}"
             raise InputError(
                 words, field="config.codebook.entropy_until_step", given=self.entropy_until_step, expected=expected
             )
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raise InputError if the run ends before the codebook is drawn from residuals. num_steps: of the run."""
+        if self.warmup_steps >= num_steps:
+            field, expected = "config.codebook.warmup_steps", f"below config.num_steps={num_steps}"
+            words = f"{field} must be {expected}, got {self.warmup_steps}: the codebook would stay random"
+            raise InputError(words, field=field, given=self.warmup_steps, expected=expected)
 
     def check_scales(self, num_scales: int) -> None:
         """Raise InputError if scale dropout keeps more scales than there are."""

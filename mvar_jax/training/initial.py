@@ -47,25 +47,33 @@ class Initial(NamedTuple):
     note: str = ""
 
 
-def load_initial(path: str, transformer: Transformer, label_names: Sequence[str]) -> Initial | None:
+def load_initial(
+    path: str, transformer: Transformer, label_names: Sequence[str], tokenizer: Networks | None = None
+) -> Initial | None:
     """Load the weights to start from: a model directory, a workdir or a published file (MVAR or VAR); None for "".
 
     If the other model has another number of classes, its class table gives the row of "no class" and those of the
     classes that have a name of `label_names` there. The other rows are the run's own. If it has the same classes in
-    another order, its rows go by name; as many other classes take over the rows as they are.
+    another order, its rows go by name; as many other classes take over the rows as they are. A model of a tokenizer
+    with other ids is taken too, and the note says so.
 
     Args:
       path: of the weights.
       transformer: the model of the run.
       label_names: names of its classes.
+      tokenizer: networks of the data's tokenizer; None compares no ids.
 
     Raises InputError if another parameter has another shape than the transformer's.
     """
     if not path:
         return None
-    directory = as_path(path, "config.init_from")
+    directory, note = as_path(path, "config.init_from"), ""
     if directory.is_dir():
-        params = load_model(directory)[1].get("transformer")
+        modules, trees = load_model(directory)
+        params = trees.get("transformer")
+        if tokenizer is not None and (differing := _differing_ids(modules, trees, tokenizer)):
+            note = f"config.init_from={path} was trained with a tokenizer of other ids than the data's "
+            note += f"({differing[0]} and {differing[1]}): its weights have to learn the new ids"
         if params is None:
             raise InputError(
                 f"config.init_from={path} holds no transformer",
@@ -74,18 +82,30 @@ def load_initial(path: str, transformer: Transformer, label_names: Sequence[str]
                 expected="a directory with a transformer",
             )
     else:
-        params = load_published(path, transformer.sides)[1]
+        params = load_published(path, transformer.sides, "config.init_from")[1]
     num_classes = len(params[CLASS_TABLE]) - 1
     check_shapes(directory, "transformer", transformer.clone(num_classes=num_classes), params)
     names = _names_of(directory, num_classes)
     found = [names.numbers_named(name) for name in label_names]
     sources = [numbers[0] if len(numbers) == 1 else None for numbers in found]  # unknown there, or of several classes
+    initial, own = Initial(params), list(range(num_classes))
     if num_classes != transformer.num_classes:
-        return _with_classes(path, params, sources)
-    own = list(range(num_classes))
-    if None not in sources and sorted(sources) == own != sources:
-        return _in_order(path, params, sources)
-    return Initial(params)
+        initial = _with_classes(path, params, sources)
+    elif None not in sources and sorted(sources) == own != sources:
+        initial = _in_order(path, params, sources)
+    return initial._replace(note="; ".join(filter(None, [initial.note, note])))
+
+
+def _differing_ids(modules: dict, trees: dict, tokenizer: Networks) -> tuple[str, str] | None:
+    """Return the fingerprints of the ids of a model's own tokenizer and of the data's, None if they are equal.
+
+    None too if the model has no tokenizer.
+    """
+    if "tokenizer" not in modules:
+        return None
+    there = ids_fingerprint(modules["tokenizer"], trees["tokenizer"])
+    ours = ids_fingerprint(tokenizer.tokenizer, tokenizer.tokenizer_params)
+    return None if there == ours else (there, ours)
 
 
 def load_initial_tokenizer(
@@ -115,7 +135,7 @@ def load_initial_tokenizer(
         words += f"config.init_from={path}"
         raise InputError(words, field="config.model.sides", given=None, expected="the side of each token map")
     else:
-        found, params = load_published_tokenizer(path, tuple(sides))
+        found, params = load_published_tokenizer(path, tuple(sides), "config.init_from")
     fields = module_to_dict(found) | given
     module = module_from_dict("tokenizer", fields, "config.model")
     check_shapes(directory, "tokenizer", module, params)
@@ -157,12 +177,11 @@ def load_base(path: str, refiner: Refiner, tokenizer: Networks, label_names: Seq
         check_base(refiner, transformer)
     except InputError as error:
         raise put_below(error, "config.model") from None
-    if "tokenizer" in modules:
-        there = ids_fingerprint(modules["tokenizer"], params["tokenizer"])
-        if there != (ours := ids_fingerprint(tokenizer.tokenizer, tokenizer.tokenizer_params)):
-            words = f"{field}={path} was trained with a tokenizer of other ids than the data's: their fingerprints "
-            words += f"are {there} and {ours}; name the transformer of these data"
-            raise InputError(words, field=field, given=there, expected=ours)
+    if differing := _differing_ids(modules, params, tokenizer):
+        there, ours = differing
+        words = f"{field}={path} was trained with a tokenizer of other ids than the data's: their fingerprints "
+        words += f"are {there} and {ours}; name the transformer of these data"
+        raise InputError(words, field=field, given=there, expected=ours)
     num_classes, own = transformer.num_classes, read_classes(directory, field)
     if num_classes != len(label_names) or own not in ((), tuple(label_names)):
         words = f"{field}={path} must have the {len(label_names)} classes of the data in their order, "

@@ -19,7 +19,7 @@ from mvar_jax.errors import RunError, shorten
 from mvar_jax.files.atomic import write_atomically
 from mvar_jax.files.directories import local_folder, upload_folder
 from mvar_jax.files.images import to_picture
-from mvar_jax.files.lines import open_lines, read_lines
+from mvar_jax.files.lines import Lines, open_lines, read_lines
 from mvar_jax.files.paths import as_path, is_store
 from mvar_jax.progress import Progress
 
@@ -33,15 +33,23 @@ class MetricLog:
     """The scalars, vectors (one value per scale) and images of a run; only the first process writes.
 
     A run that resumes at `start_step` logs every step from there on again, so lines of these steps are dropped first:
-    the file has each logged step once.
+    the file has each logged step once. The evaluation of `start_step` itself, of the weights that the run resumes
+    from, keeps its line until it is repeated.
     """
 
     def __init__(self, workdir: str | os.PathLike, start_step: int):
-        self._workdir = as_path(workdir, "workdir")
+        self._workdir, self._start_step = as_path(workdir, "workdir"), start_step
         self._is_writing = jax.process_index() == 0
+        self._keeps_start = start_step > 0  # without a checkpoint another config may have written it
         if self._is_writing:
-            self._lines = open_lines(self._workdir / METRICS_FILE, lambda line: line["step"] < start_step)
+            self._lines = self._open()
             self._tensorboard = _TensorBoard(self._workdir / TENSORBOARD_FOLDER)
+
+    def _open(self) -> Lines:
+        """Open the file without the lines that this run writes again."""
+        start, of_start = self._start_step, ("eval", self._start_step) if self._keeps_start else None
+        is_kept = lambda line: line["step"] < start or (line["kind"], line["step"]) == of_start
+        return open_lines(self._workdir / METRICS_FILE, lambda line: _is_whole(line) and is_kept(line))
 
     def __enter__(self) -> "MetricLog":
         return self
@@ -58,6 +66,10 @@ class MetricLog:
         if not self._is_writing:
             return
         values = {name: _round(value) for name, value in metrics.items()}
+        if self._keeps_start and (kind, step) == ("eval", self._start_step):
+            self._call(self._lines.close)
+            self._keeps_start = False
+            self._lines = self._open()
         self._lines.write({"step": step, "kind": kind, **values})
         self._tensorboard.add("write_scalars", step, _name_scalars(kind, values))
 
@@ -97,7 +109,12 @@ class MetricLog:
 def has_line(workdir: str | os.PathLike, kind: str, step: int) -> bool:
     """Return whether metrics.jsonl already has the line of this step."""
     lines = read_lines(as_path(workdir) / METRICS_FILE)
-    return any(line["kind"] == kind and line["step"] == step for line in lines)
+    return any(_is_whole(line) and (line["kind"], line["step"]) == (kind, step) for line in lines)
+
+
+def _is_whole(line: dict[str, Any]) -> bool:
+    """Return whether a line has what every line of the log has; one without is damaged and dropped."""
+    return isinstance(line.get("step"), int) and isinstance(line.get("kind"), str)
 
 
 class StepProgress(Progress):

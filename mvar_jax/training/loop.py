@@ -18,10 +18,12 @@ from mvar_jax.checkpoints.manager import Checkpoints
 from mvar_jax.errors import InputError, RunError
 from mvar_jax.files.paths import as_path
 from mvar_jax.hardware.machines import peak_flops
+from mvar_jax.processes import group
 from mvar_jax.processes.holding import hold
 from mvar_jax.processes.join import join_initialized
 from mvar_jax.processes.shared import check_shared
 from mvar_jax.training.logging import MetricLog, StepProgress, has_line
+from mvar_jax.training.newest import PER_SCALE, NewestPerScale
 from mvar_jax.training.profiling import Profiler
 from mvar_jax.training.protocol import Task
 from mvar_jax.training.resume_rules import check_resumable, describe_change, keep_identity
@@ -91,7 +93,7 @@ def run(
         changes = check()
         keep_identity(workdir, config_json, task.data_identity, changes)
         for change in changes:
-            say(describe_change(**change))
+            say(describe_change(task.data_identity.get("train", {}).get("num_items"), **change))
         prepare()
         with Checkpoints(workdir, settings.keep_checkpoints) as checkpoints:
             newest = checkpoints.latest_step()
@@ -104,20 +106,21 @@ def run(
                 state = checkpoints.restore(task.abstract_state(), strict, say)
                 newest = int(state.step)
                 say(f"resuming from step {newest} of {settings.num_steps} in {workdir}")
+            start = int(state.step)
+            checkpoints.forget_scores_after(start)
             if best is not None:
                 measured_by = best.describe(task.settings_of(best.name))
                 if others := checkpoints.measure_by(measured_by):
                     say(f"the best checkpoint was chosen by {others}: it is chosen anew by {measured_by}")
-            start = int(state.step)
+            per_scale = NewestPerScale(None if newest is None else checkpoints.read_meta(start).get(PER_SCALE))
             check_first(state, workdir, None if newest is None else start)
-            was_end = start > 0 and has_line(workdir, "eval", start)
             with (
                 MetricLog(workdir, start) as log,
                 StepProgress(start, settings.num_steps, task.examples_per_step) as progress,
                 Profiler(workdir, settings.profile_steps) as profiler,
             ):
                 saver = Saver(workdir, checkpoints, config_json, None if newest is None else start)
-                loop = _Loop(task, settings, checkpoints, saver, log, progress, profiler, start if was_end else 0)
+                loop = _Loop(task, settings, checkpoints, saver, log, progress, profiler, per_scale)
                 step, interrupted = loop.train(state, task.batches(start), start, stop)
     return RunResult(step, interrupted, time.monotonic() - started_s)
 
@@ -131,7 +134,7 @@ class _Loop:
     _log: MetricLog
     _progress: StepProgress
     _profiler: Profiler
-    _evaluated_step: int  # evaluated again, since the line of its evaluation was dropped
+    _newest: NewestPerScale
 
     def __post_init__(self):
         self._best = Metric.parse(self._settings.keep_best)
@@ -181,8 +184,7 @@ class _Loop:
     def _observe(self, state: Any, step: int, is_last: bool) -> None:
         """Write pictures and evaluate, if due."""
         settings = self._settings
-        has_evaluation = step == self._evaluated_step or _is_due(step, settings.eval_every_steps)
-        has_evaluation = is_last or (has_evaluation and self._task.has_evaluation)
+        has_evaluation = is_last or (_is_due(step, settings.eval_every_steps) and self._task.has_evaluation)
         every = settings.picture_every_steps
         has_pictures = every >= 0 and (is_last or (step > 0 and _is_due(step, every)))
         if not (has_evaluation or has_pictures):
@@ -217,8 +219,12 @@ class _Loop:
             step, metrics = self._pending.popleft()
             is_bad = bool(metrics["is_bad"])  # waits for the step
             self._throughput.count_step(self._task.flops_of_step(step) if self._has_peak else 0.0)
+            scales = self._task.scales_of_step(step)
+            if scales is not None and not is_bad:
+                self._newest.note(scales, metrics)
             if step % self._settings.log_every_steps == 0 or step == self._settings.num_steps - 1:
-                self._log.write(step, "train", jax.device_get(metrics) | self._throughput.take())
+                values = jax.device_get(metrics) | self._newest.fetch()
+                self._log.write(step, "train", values | self._throughput.take())
             self._progress.count_step(metrics["loss"])
             self._num_bad = self._num_bad + 1 if is_bad else 0
             if self._num_bad >= self._settings.max_bad_steps:
@@ -233,17 +239,27 @@ class _Loop:
         self._read_finished(0)
         with self._throughput.pause():
             self._log.flush()  # a run resumed from this checkpoint does not write these lines again
-            self._saver.save(state, step, is_good=is_proven or not self._num_bad)
+            self._saver.save(state, step, is_proven or not self._num_bad, lambda: {PER_SCALE: self._newest.to_json()})
 
     def _is_proven_by_evaluation(self, state: Any) -> bool:
         """Return whether the weights after a bad last step are good: no step follows that would show it."""
         self._read_finished(0)
-        return bool(self._num_bad) and math.isfinite(self._task.evaluate(state).get("loss", math.nan))
+        if not self._num_bad:
+            return False
+        metrics = self._task.evaluate(state)
+        scalars = [value for value in metrics.values() if isinstance(value, int | float)]
+        if "loss" in metrics:
+            scalars = [metrics["loss"]]
+        return not scalars or any(map(math.isfinite, scalars))  # without any, finite weights are enough for `Saver`
 
 
 def _is_complete(workdir: Path, newest: int, num_steps: int) -> bool:
-    # The final evaluation comes after the final checkpoint: a kill in between leaves it to be done.
-    return newest > num_steps or (newest == num_steps and has_line(workdir, "eval", num_steps))
+    # The final evaluation comes after the final checkpoint: a kill in between leaves it to be done. One process reads
+    # the line for all: others may see the file late, or as the first one has rewritten it.
+    here = group.current()
+    has_end = here.index == 0 and has_line(workdir, "eval", num_steps)
+    is_complete = newest > num_steps or (newest == num_steps and has_end)
+    return here.gather("whether the run is complete", bool(is_complete))[0]
 
 
 def _is_due(step: int, every_steps: int) -> bool:

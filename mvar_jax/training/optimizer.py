@@ -58,6 +58,12 @@ class OptimizerOptions:
     def __post_init__(self):
         check_fields(self, "config.optimizer")
         check_schedule(self.schedule)
+        if self.schedule == "exp" and not self.final_factor:
+            words = (
+                "config.optimizer.final_factor must be above 0 with config.optimizer.schedule=exp, whose learning "
+            )
+            words += "rate would be 0 at once, got 0; choose lin for a rate that falls to 0"
+            raise InputError(words, field="config.optimizer.final_factor", given=0.0, expected="above 0")
         if self.ema_ramp and not self.ema_decay:
             words = "config.optimizer.ema_ramp must be False with config.optimizer.ema_decay=0, got True"
             raise InputError(words, field="config.optimizer.ema_ramp", given=True, expected="False")

@@ -43,6 +43,10 @@ class Task(abc.ABC):
         not finite. Such a step must leave the weights as they were.
         """
 
+    def scales_of_step(self, step: int) -> tuple[int, ...] | None:
+        """Return the scales of the [S] vectors that a step measures, None if every step measures all."""
+        return None
+
     @abc.abstractmethod
     def flops_of_step(self, step: int) -> float:
         """Return the model's FLOPs of a step, forward and backward, on all devices together."""

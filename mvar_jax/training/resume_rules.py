@@ -143,10 +143,9 @@ def check_resumable(
     return changes
 
 
-def model_of_run(workdir: Path) -> dict[str, Any]:
-    """Return the model section of the run in a workdir, {} if it is unknown."""
-    stored = _read(workdir, CONFIG_FILE) or {}
-    return stored.get("model", {})
+def config_of_run(workdir: Path) -> dict[str, Any]:
+    """Return the config of the run in a workdir, {} if it is unknown."""
+    return _read(workdir, CONFIG_FILE) or {}
 
 
 def _as_json(content: dict) -> dict:
@@ -249,11 +248,17 @@ def _describe_difference(key: str, before: Any, now: Any) -> str:
     return f"whose {key} is {before!r}, not {now!r}"
 
 
-def describe_change(step: int, key: str, **ends) -> str:
-    """Return a change of `check_resumable` as a line."""
+def describe_change(num_images: int | None, step: int, key: str, **ends) -> str:
+    """Return a change of `check_resumable` as a line. num_images: of an epoch, None if they are not known."""
     line = f"from step {step} on, config.{key} is {ends['to']!r} instead of {ends['from']!r}"
     if key == "num_steps":
         line += f"; learning rate and weight decay follow their schedules over {ends['to']} steps"
+    if key == "batch_size":
+        place, word = step * ends["to"], "skipped" if ends["to"] > ends["from"] else "repeated"
+        where = f"{place:,} images"
+        if num_images:
+            where = f"{place % num_images:,} of the {num_images:,} images of epoch {place // num_images + 1:,}"
+        line += f"; the stream goes on after {where}, as if all steps had had this size, so images are {word}"
     return line
 
 

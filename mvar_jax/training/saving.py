@@ -1,5 +1,6 @@
 """What a run keeps: checkpoints of weights that are proven good, and no others."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ class Saver:
         self._workdir, self._checkpoints, self._config_json = workdir, checkpoints, config_json
         self.saved_step, self.is_owed = saved_step, False
 
-    def save(self, state: Any, step: int, is_good: bool) -> None:
+    def save(self, state: Any, step: int, is_good: bool, more_meta: Callable[[], dict[str, Any]] = dict) -> None:
         """Start saving the state unless its step is on disk. Every process must call this.
 
         Args:
           state: the state after `step` updates.
           step: its step.
           is_good: whether the last step or an evaluation of these weights was finite.
+          more_meta: returns what the checkpoint's meta data hold beside the step and the config.
 
         Raises RunError if this save or the previous one, which ran in the background, failed.
         """
@@ -47,7 +49,7 @@ class Saver:
             self.is_owed = True
             return
         try:
-            self._checkpoints.save(state, {"step": step, "config": self._config_json})
+            self._checkpoints.save(state, {"step": step, "config": self._config_json, **more_meta()})
         except Exception as error:
             raise self._error(error) from error
         self.saved_step, self.is_owed = step, False
@@ -64,6 +66,7 @@ class Saver:
         if self.saved_step == first_bad_step:
             self.wait()
             self.saved_step = self._checkpoints.drop_newest()
+            self.wait()
 
     def kept(self) -> str:
         """Return what is on disk, as the end of a sentence."""

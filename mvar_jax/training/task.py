@@ -93,6 +93,12 @@ class RunOptions:
             _ = self.eval_sampling
         except InputError as error:
             raise put_below(error, "config.eval", "_") from None
+        for name in ("eval_inception", "eval_reference"):
+            if (given := getattr(self, name)) and not self.eval_samples:
+                words = (
+                    f"config.{name} must be '' if config.eval_samples is 0, which scores no images, got {given!r}; "
+                )
+                raise InputError(f"{words}give eval_samples too", field=f"config.{name}", given=given, expected="''")
         if self.eval_samples == 1:
             words = "config.eval_samples must be 0 (none) or at least 2, got 1: a covariance needs two images"
             raise InputError(words, field="config.eval_samples", given=1, expected="0 or at least 2")
@@ -120,6 +126,10 @@ class RunOptions:
         steps_per_epoch = -(-num_images // self.batch_size)
         num_steps = self.num_steps or max(1, round(self.epochs * steps_per_epoch))
         optimizer = self.optimizer.with_steps(steps_per_epoch)
+        if (given := self.optimizer.warmup_epochs) and optimizer.warmup_steps >= num_steps:
+            field, expected = "config.optimizer.warmup_epochs", f"below {num_steps / steps_per_epoch:g}"
+            words = f"{field} must be {expected}, the epochs of {num_steps} steps of {self.batch_size} images, "
+            raise InputError(f"{words}got {given:g}", field=field, given=given, expected=expected)
         return dataclasses.replace(self, num_steps=num_steps, epochs=0.0, optimizer=optimizer)
 
     def rates(self, step: int) -> tuple[np.float32, np.float32]:

@@ -17,7 +17,7 @@ from mvar_jax.files.images import min_zoom, side_by_side, tile_columns, to_uint8
 from mvar_jax.models.init import abstract_params
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import Tokenizer, factor_codebook, fold_codebook, ids_params
-from mvar_jax.ops.metrics import perplexity, psnr_of_error, usage_percent
+from mvar_jax.ops.metrics import SSIM_WINDOW, perplexity, psnr_of_error, usage_percent
 from mvar_jax.ops.pixels import as_images, from_levels
 from mvar_jax.sampling.sampler import decode_in_chunks
 from mvar_jax.sharding import batch_like, place, spec_of, use_mesh
@@ -50,8 +50,6 @@ class TokenizerTask(DataTask):
       train_parts: see `TokenizerRecipe`.
     """
 
-    metrics = ("loss", "psnr_db", "codebook_used_percent")
-
     def __init__(
         self,
         run: RunOptions,
@@ -70,9 +68,13 @@ class TokenizerTask(DataTask):
             raise InputError(words, field="config.codebook.simvq", given=True, expected="False")
         self.tokenizer, self.options, self.adversary = tokenizer, options, adversary
         self._image_shape = (tokenizer.image_size, tokenizer.image_size, tokenizer.channels)
+        has_ssim, has_lpips = tokenizer.image_size >= SSIM_WINDOW, fixed is not None and fixed.perceptual is not None
+        names = ("loss", "psnr_db", "ssim" * has_ssim, "lpips" * has_lpips, "codebook_used_percent")
+        self.metrics = tuple(filter(None, names))
         self._has_frozen = train_parts != "all"
         options.check_scales(len(tokenizer.sides))
         options.check_images(self._image_shape)
+        options.check_steps(run.num_steps)
         if adversary is not None:
             adversary.check(run, self._image_shape, options.last_redraw)
         recipe = tokenizer_step.TokenizerRecipe(

@@ -84,6 +84,10 @@ class TokenTask(DataTask):
         """Return the phases that iteration `step` trains by the schedule."""
         return self.options.due(self.phases, step)
 
+    def scales_of_step(self, step: int) -> tuple[int, ...]:
+        """Return the scales of the step's phases."""
+        return tuple(scale for phase in self.phases_of_step(step) for scale in range(phase.first, phase.last + 1))
+
     @abc.abstractmethod
     def networks_of(self, params, tokenizer: Networks) -> Networks:
         """Return the networks whose trained weights are `params`. tokenizer: the frozen ones."""

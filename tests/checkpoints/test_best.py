@@ -5,7 +5,7 @@ import pytest
 from toy_run import NoWriter, ToyTask, make_settings
 
 from mvar_jax.checkpoints.best import Metric, best_step
-from mvar_jax.errors import InputError
+from mvar_jax.errors import InputError, RunError
 from mvar_jax.training import logging
 from mvar_jax.training.loop import run
 
@@ -79,6 +79,48 @@ def test_score_without_its_checkpoint_does_not_count(tmp_path):
     path = tmp_path / "checkpoints/scores.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"21": 0.0}))
     assert best_step(tmp_path) == 10
+
+
+def damage(folder):
+    path = folder / "params/kernel_DD/c/0/0"
+    data = bytearray(path.read_bytes())
+    data[9] ^= 1
+    path.write_bytes(data)
+
+
+def read_scores(workdir):
+    return json.loads((workdir / "checkpoints/scores.json").read_text())["scores"]
+
+
+def test_score_of_a_checkpoint_that_was_set_aside_does_not_come_back_with_its_step(tmp_path, monkeypatch):
+    """The run passes step 10 again, with another score, which is worse than that of the damaged checkpoint."""
+    settings = {"save_every_steps": 5, "keep_best": "loss"}
+    run(Scripted(), tmp_path, make_settings(10, **settings), CONFIG)
+    assert best_step(tmp_path) == 10
+    damage(tmp_path / "checkpoints/10")
+    monkeypatch.setitem(LOSSES, 10, 2.5)
+    run(Scripted(), tmp_path, make_settings(15, **settings), CONFIG)
+    assert best_step(tmp_path) == 15 and read_scores(tmp_path) == {"10": -2.5, "15": -2.0}
+
+
+def test_stale_scores_are_gone_before_the_first_step(tmp_path):
+    def fail(step):
+        raise ValueError("killed")
+
+    settings = {"save_every_steps": 5, "keep_best": "loss"}
+    run(Scripted(), tmp_path, make_settings(10, **settings), CONFIG)
+    damage(tmp_path / "checkpoints/10")
+    with pytest.raises(ValueError, match="killed"):
+        run(Scripted(on_step=fail), tmp_path, make_settings(15, **settings), CONFIG)
+    assert read_scores(tmp_path) == {"5": -3.0}
+
+
+def test_score_of_a_dropped_checkpoint_is_forgotten(tmp_path):
+    """Step 10 is saved and scored, and then turns out to be poisoned: the first of three bad steps is step 10."""
+    settings = make_settings(23, save_every_steps=5, keep_best="loss")
+    with pytest.raises(RunError, match="for 3 steps in a row, up to step 12.*checkpoint of step 5"):
+        run(Scripted(bad_steps=range(10, 23)), tmp_path, settings, CONFIG)
+    assert checkpoints_of(tmp_path) == [5] and read_scores(tmp_path) == {"5": -3.0}
 
 
 def test_metric_that_no_evaluation_has_is_refused_with_those_it_has(tmp_path):

@@ -10,10 +10,11 @@ from PIL import Image
 
 from mvar_jax import build
 from mvar_jax.checkpoints.class_names import CLASSES_FILE
-from mvar_jax.checkpoints.model_directory import load_model, save_model
+from mvar_jax.checkpoints.model_directory import ids_fingerprint, load_model, save_model
 from mvar_jax.cli.configuration import read_config
 from mvar_jax.errors import InputError
 from mvar_jax.files.paths import as_path
+from mvar_jax.models.networks import Networks
 from mvar_jax.training.initial import load_initial
 
 
@@ -83,3 +84,21 @@ def test_number_of_classes_that_the_config_names_must_be_that_of_the_data(config
 def test_another_parameter_of_another_shape_is_refused(config):
     with pytest.raises(InputError, match="must have transformer .* of shape"):
         build.build_task(config | {"model": config["model"] | {"width": 48}})
+
+
+def test_initial_weights_that_do_not_exist_are_refused_by_their_key(config, tmp_path):
+    with pytest.raises(InputError, match="config.init_from=.*none.pth") as caught:
+        build.build_task(config | {"init_from": str(tmp_path / "none.pth")})
+    assert caught.value.field == "config.init_from"
+
+
+def test_weights_that_were_trained_with_a_tokenizer_of_other_ids_are_taken_with_a_note(run):
+    modules, params = load_model(as_path(run.transformer))
+    names = [str(digit) for digit in range(10)]
+    own = Networks(modules["tokenizer"], params["tokenizer"])
+    assert load_initial(run.transformer, modules["transformer"], names, own).note == ""
+    other = own.replace(tokenizer_params={**params["tokenizer"], "codebook": params["tokenizer"]["codebook"] + 1})
+    initial = load_initial(run.transformer, modules["transformer"], names, other)
+    ids = [ids_fingerprint(x.tokenizer, x.tokenizer_params) for x in (own, other)]
+    words = f"config.init_from={run.transformer} was trained with a tokenizer of other ids than the data's "
+    assert initial.note == words + f"({ids[0]} and {ids[1]}): its weights have to learn the new ids"

@@ -35,6 +35,12 @@ def test_a_run_resumes_bit_equal_with_its_cache_elsewhere_and_another_way_of_com
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *trees))
 
 
+def test_a_run_resumes_although_the_weights_that_it_began_with_are_gone(run, started, capfd):
+    gone = [*run.train_transformer, "--config.init_from=models/gone", "--workdir", str(started)]
+    assert main(gone) == 0
+    assert "resuming from step 2 of 3" in capfd.readouterr().out
+
+
 def test_a_cache_of_other_images_is_refused(run, started, tmp_path, capfd):
     cache = [*run.cache, "--config.data.split_seed=1", "--out", str(tmp_path / "other")]
     assert main(cache) == 0
@@ -89,7 +95,7 @@ def test_a_finished_run_goes_on_to_a_larger_number_of_steps_with_another_learnin
     slower = [*longer, "--config.optimizer.base_learning_rate=0.001"]
     assert main(slower) == 2
     assert "pass --allow_change=optimizer.base_learning_rate to go on with it" in capfd.readouterr().err
-    assert main([*slower, "--allow_change=config.optimizer.base_learning_rate,num_steps"]) == 0
+    assert main([*slower, "--allow_change=config.optimizer.base_learning_rate,num_steps,"]) == 0
     assert "from step 3 on, config.num_steps is 5 instead of 3; learning rate and" in capfd.readouterr().out
     after, trained = lines_of(workdir, "eval"), lines_of(workdir, "train")
     assert {step: line["loss"] for step, line in after.items()} == {

@@ -41,7 +41,7 @@ def train(workdir, **environment):
     program = ROOT / "tests/training/plain_train.py"
     command = [sys.executable, str(program), "train", "--config", "debug", "--workdir", str(workdir)]
     return subprocess.run(
-        [*command, "--distributed", "auto", "--config.num_steps=3", "--config.picture_every_steps=-1"],
+        [*command, "--distributed", "auto", "--config.num_steps=5", "--config.picture_every_steps=-1"],
         env=os.environ | environment,
         cwd=workdir.parent,
         capture_output=True,

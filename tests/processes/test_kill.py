@@ -32,13 +32,13 @@ def free_address():
         return f"localhost:{free.getsockname()[1]}"
 
 
-def start(workdir, placing, count=COUNT):
+def start(workdir, *kinds, count=COUNT, num_steps=NUM_STEPS):
     address = free_address()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "tests/toy_run.py", str(workdir), str(NUM_STEPS), "0.02"]
+    command = [sys.executable, "tests/toy_run.py", str(workdir), str(num_steps), "0.02"]
     return [
         subprocess.Popen(
-            [*command, f"{address},{count},{index}", placing],
+            [*command, f"{address},{count},{index}", *kinds],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -112,3 +112,15 @@ def test_any_process_may_be_killed_at_any_moment(tmp_path, placing, undisturbed,
     assert statuses == [0] * COUNT, errors
     assert step < 6 or re.search(r"resuming from step \d+ of", outputs[0])
     assert result_of(tmp_path) == undisturbed
+
+
+def test_processes_extend_a_run_although_one_reads_its_files_late(tmp_path):
+    """All must agree on which evaluations are due, whenever each of them reads metrics.jsonl.
+
+    The first process rewrites that file as soon as it can, and an evaluation of a sharded state needs all processes.
+    """
+    for num_steps in (12, 14):
+        statuses, _, errors = end_all(start(tmp_path, "sharded", "slow", count=2, num_steps=num_steps), 100)
+        assert statuses == [0, 0], errors
+    lines, _ = result_of(tmp_path)
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [0, 5, 10, 12, 14]

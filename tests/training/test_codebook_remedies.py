@@ -258,6 +258,7 @@ def test_evaluation_tells_psnr_and_usage_of_each_scale(trained):
         ({"scale_dropout_first": 0}, "scale_dropout_first", "a whole number of at least 1"),
         ({"simvq": True, "revive_every_steps": 5}, "revive_every_steps", "0 with simvq"),
         ({"entropy_weight": 0.1}, "entropy_until_step", "above warmup_steps=0"),
+        ({"revive_every_steps": 5}, "revive_every_steps", "0 if revive_until_step is 0"),
         ({"entropy_temperature": 0.0}, "entropy_temperature", "a number above 0"),
     ],
 )

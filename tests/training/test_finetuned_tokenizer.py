@@ -144,6 +144,16 @@ def test_a_run_takes_its_model_from_a_directory_and_resumes_without_it(workdir, 
     assert initial is None and build.build_module(config) == MODEL
 
 
+def test_a_run_resumes_with_its_model_although_the_config_names_no_initial_weights_any_more(workdir):
+    """Also the next time: config.json keeps what the run began with."""
+    from mvar_jax.cli.configuration import read_config
+
+    options = [text for text in line("", "", "train_parts=all") if text.startswith("--config.")]
+    config, _ = build.with_initial_model(read_config("tokenizer_finetune", options), workdir)
+    assert build.build_module(config) == MODEL
+    assert config["init_from"] == json.loads((workdir / "config.json").read_text())["init_from"] != ""
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -62,6 +62,17 @@ def test_resumed_log_has_each_step_once(tmp_path, writer):
     assert [(line["step"], line["loss"]) for line in lines] == [(i, 0 if i < 4 else 4) for i in range(6)]
 
 
+@pytest.mark.parametrize("damaged", [b'{"kind": "\xff"}', b'{"kind": "eval"}', b'{"step": "3", "kind": "eval"}'])
+def test_a_damaged_line_is_dropped_and_the_others_stay(tmp_path, writer, damaged):
+    with MetricLog(tmp_path, 0) as log:
+        log.write(2, "train", {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(damaged + b"\n")
+    assert has_line(tmp_path, "train", 2) and not has_line(tmp_path, "eval", 3)
+    with MetricLog(tmp_path, 6):
+        assert [line["step"] for line in read_lines(tmp_path)] == [2]
+
+
 def test_finished_evaluation_is_found(tmp_path, writer):
     assert not has_line(tmp_path, "eval", 3)
     with MetricLog(tmp_path, 0) as log:

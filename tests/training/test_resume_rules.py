@@ -13,7 +13,7 @@ from mvar_jax.errors import InputError
 from mvar_jax.fields import flatten
 from mvar_jax.files.paths import as_path
 from mvar_jax.training import resume_rules
-from mvar_jax.training.resume_rules import check_allowed, check_resumable, keep_identity, rules_of
+from mvar_jax.training.resume_rules import check_allowed, check_resumable, describe_change, keep_identity, rules_of
 
 DATA = {"train": {"num_items": 40}, "val": {"num_items": 10}}
 
@@ -251,3 +251,26 @@ def test_config_is_kept_and_checked_in_a_store(store, monkeypatch):
     check_resumable(workdir, load("debug_transformer"), DATA)
     with pytest.raises(InputError, match=f"config.seed is 9, but the run in {workdir} has 0"):
         check_resumable(workdir, change(load("debug_transformer"), "seed", 9), DATA)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "new", "words"),
+    [
+        (
+            6400,
+            64,
+            "after 0 of the 6,400 images of epoch 2, as if all steps had had this size, so images are s",
+        ),
+        (
+            3000,
+            16,
+            "after 1,600 of the 3,000 images of epoch 1, as if all steps had had this size, so images are r",
+        ),
+        (None, 16, "after 1,600 images, as if"),
+    ],
+)
+def test_another_batch_size_says_where_the_stream_goes_on(num_images, new, words):
+    change = {"step": 100, "key": "batch_size", "from": 32, "to": new}
+    assert f"config.batch_size is {new} instead of 32; the stream goes on {words}" in describe_change(
+        num_images, **change
+    )

@@ -97,6 +97,22 @@ def test_a_bad_last_step_is_complete_if_its_weights_evaluate(tmp_path, skips_bad
     assert kept_steps(tmp_path) == [8, 10]
 
 
+@pytest.mark.parametrize("metrics", [{"fid_1k": 2.0, "other": float("nan")}, {}])
+def test_a_bad_last_step_is_complete_without_a_loss_in_its_evaluation(tmp_path, skips_bad_updates, metrics):
+    """A scorer without a validation split gives other scalars; without any evaluation finite weights are enough."""
+    task = ToyTask(bad_steps=(9,))
+    task.evaluate = lambda state: metrics
+    assert run(task, tmp_path, make_settings(10), CONFIG)[:2] == (10, None)
+    assert kept_steps(tmp_path) == [8, 10]
+
+
+def test_a_bad_last_step_is_not_good_if_the_loss_is_not_although_another_number_is(tmp_path, skips_bad_updates):
+    task = ToyTask(bad_steps=(9,))
+    task.evaluate = lambda state: {"loss": float("nan"), "codebook_used_percent": 5.0}
+    with pytest.raises(RunError, match="the weights of the last step, 10, are not good to keep"):
+        run(task, tmp_path, make_settings(10), CONFIG)
+
+
 def test_a_run_stopped_after_a_bad_step_keeps_the_older_checkpoint(tmp_path, skips_bad_updates, capsys):
     stop = lambda step: step == 6 and os.kill(os.getpid(), signal.SIGTERM)
     result = run(ToyTask(bad_steps=(6,), on_step=stop), tmp_path, make_settings(10), CONFIG)

@@ -72,6 +72,7 @@ def test_unknown_schedules_are_refused(name):
         ({"warmup_steps": 100}, "warmup_steps"),
         ({"warmup_steps": -1}, "warmup_steps"),
         ({"schedule": "flat"}, "schedule"),
+        ({"schedule": "exp", "final_factor": 0.0}, "final_factor"),
     ],
 )
 def test_optimizer_options_out_of_range_are_refused(changes, field):
