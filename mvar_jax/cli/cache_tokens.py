@@ -49,15 +49,17 @@ def run(args) -> int:
     import jax
 
     from mvar_jax.api import load
+    from mvar_jax.models.networks import check_same
     from mvar_jax.processes.holding import owned_folder
     from mvar_jax.stopping import StopFlag
     from mvar_jax.tokens.cache_reader import read_meta
     from mvar_jax.tokens.encode import write_cache
+    from mvar_jax.tokens.opening import image_size_of
 
     if group.current().count > 1:
         print_machine()
     model = load(tokenizer, precision=args.precision)
-    model.tokenizer.check(data.image_size)
+    check_same(image_size_of(model.tokenizer, data))
     sources = data.open_all()
     if jax.process_index() == 0:
         for source in sources.values():
