@@ -47,6 +47,7 @@ def run(args) -> int:
     use_compilation_cache(args.compilation_cache)
 
     import jax
+    import numpy as np
 
     from mvar_jax.api import load
     from mvar_jax.models.networks import check_same
@@ -83,10 +84,12 @@ def run(args) -> int:
             wait=lambda: group.current().wait_for_all("cache_tokens"),
             check_stop=stop.raise_if_set,
         )
-    splits = read_meta(out)["splits"] if jax.process_index() == 0 else {}
-    for split, entry in splits.items():
-        per_image = entry["bytes"] / max(1, entry["num_records"])
+    meta = read_meta(out) if jax.process_index() == 0 else {"splits": {}}
+    num_tokens = sum(side**2 for side in model.tokenizer.sides)
+    for split, entry in meta["splits"].items():
         bad = f", {len(entry['skipped'])} skipped" if entry.get("skipped") else ""
-        print(f"{split}: {entry['num_records']} images, {entry['num_views']} views, {per_image:.0f} bytes each{bad}")
+        per_image = entry["num_views"] * num_tokens * np.dtype(meta["dtype"]).itemsize
+        sizes = f"{per_image:,} bytes of tokens an image, {entry['bytes']:,} bytes of files"
+        print(f"{split}: {entry['num_records']} images, {entry['num_views']} views, {sizes}{bad}")
     print(f"{args.out}: {'written' if is_new else 'already complete'}")
     return 0

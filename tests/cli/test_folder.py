@@ -238,3 +238,11 @@ def test_config_that_differs_from_the_tokenizer_names_every_key_at_once(folder, 
     wanted = {"data.image_size": 10, "model.sides": (1, 2, 4, 5), "model.vocab_size": 16, "model.code_width": 4}
     for key, value in wanted.items():
         assert f"config.{key} must be {value} as in the tokenizer, got " in error
+
+
+def test_encoding_says_the_bytes_of_an_image_s_tokens_and_of_the_files(folder, own_tokenizer, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["cache_tokens", *_data(folder), "--tokenizer", str(own_tokenizer), "--out", str(out)]) == 0
+    size = json.loads((out / "cache.json").read_text())["splits"]["train"]["bytes"]
+    words = f"train: 13 images, 2 views, {2 * 46 * 2} bytes of tokens an image, {size:,} bytes of files, 2 skipped"
+    assert words in capsys.readouterr().out.splitlines()
