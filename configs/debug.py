@@ -1,7 +1,7 @@
-"""A tiny tokenizer on generated images: checks in seconds that `train` runs here, from first step to last image.
+"""A tiny tokenizer on generated images: checks in under a minute that `train` runs here.
 
 Command:  python -m mvar_jax train --config configs/debug.py --workdir runs/debug
-Hardware: one CPU core, seconds.
+Hardware: one CPU core, under a minute.
 Score:    none; the loss falls.
 """
 

@@ -4,7 +4,8 @@ VAR's own training was not published; rates, losses and lengths merge those of t
 (vaex, XQGAN, BitVAE). The discriminator works on patches; heads over a frozen DINO ViT-S/16, which scored better in
 XQGAN, need its file: --config.adversary.kind=dino --config.adversary.file=dino.npz (`mvar convert --dino`).
 
-Needs:    data/imagenet2012 (launch/prepare_imagenet.sh) and lpips.npz (`mvar convert --lpips`).
+Needs:    ImageNet in ~/tensorflow_datasets (launch/prepare_imagenet.sh), elsewhere with --config.data.path=DATA, and
+          lpips.npz (`mvar convert --lpips`).
 Command:  python -m mvar_jax train --config configs/tokenizer_imagenet256.py --workdir runs/tokenizer_imagenet256
 Hardware: 8 cards of 80 GB; of 24 GB with --config.model.remat=True --config.accumulate_steps=4.
 Hours:    not yet run; by arithmetic 28 on 8 H100: 128 million images of 1.9 TFLOP at 300 TFLOP/s a card.

@@ -163,8 +163,8 @@ added counts as its default in an older run.
 A run that has reached its end goes on if `num_steps` or `epochs` is larger now. `train --allow_change KEY` lets a run
 go on with another value of a key marked `allow`; the other keys never change. `config.json` notes both kinds of
 change as `history`: time, step, key, old and new value. The stream of images goes on at step times `batch_size`, so a
-larger batch skips images and a smaller one repeats some. Learning rate and weight decay are functions of the step and
-of `num_steps` as it is now: a run that goes on has the rates of a run that was as long from its first step.
+larger batch skips images and a smaller one repeats some. After extending a run, its rates are those of a run started
+with the new length.
 """
 
 

@@ -44,3 +44,9 @@ choose_environment() { # set PYTHON and VENV
   fi
   VENV=${VENV:-.venv-$version}
 }
+
+need_environment() { # [CHECKOUT]: end with status 2 unless setup.sh has made the environment of this checkout
+  [ -x "${1:-.}/.venv/bin/python" ] && return
+  echo "error: ${1:+$1/}.venv is missing: run \`bash ${1:+$1/}launch/setup.sh\` first, with EXTRAS=cuda12, cuda13 or tpu for cards" >&2
+  exit 2
+}

@@ -12,5 +12,7 @@ fi
 config=$1 workdir=$2
 shift 2
 checkout=$(cd "$(dirname "$0")/.." && pwd)
+source "$checkout/launch/environment.sh"
+need_environment "$checkout"
 # PYTHONSAFEPATH: a folder mvar_jax where you are, such as the checkout itself, must not hide the package
 PYTHONSAFEPATH=1 exec "$checkout/.venv/bin/python" -m mvar_jax train --config "$config" --workdir "$workdir" "$@"

@@ -15,6 +15,8 @@ fi
 TARS=$(realpath -m "$1")
 DATA=$(realpath -m "${2:-$HOME/tensorflow_datasets}")
 cd "$(dirname "$0")/.."
+source launch/environment.sh
+need_environment
 for name in train val; do
   [ -f "$TARS/ILSVRC2012_img_$name.tar" ] || {
     echo "error: $TARS/ILSVRC2012_img_$name.tar is missing; download it from https://image-net.org" >&2

@@ -32,6 +32,6 @@ worker_command() { # FOLDER [WORDS of --distributed]: print what a worker runs; 
   [ "$verb" = start ] && more=(-- "${training[@]}" "$2")
   [ "$verb" = log ] && more=(--follow)
   # shellcheck disable=SC2016  # the hostname is the worker's: its checkout may lie in a home folder that all share
-  printf 'cd %s && %s.venv/bin/python launch/supervise.py %s "runs/workers/$(hostname)"' "$1" "${SUDO:+$SUDO }" "$verb"
+  printf 'cd %s && bash -c "source launch/environment.sh; need_environment" && %s.venv/bin/python launch/supervise.py %s "runs/workers/$(hostname)"' "$1" "${SUDO:+$SUDO }" "$verb"
   [ ${#more[@]} -eq 0 ] || printf ' %q' "${more[@]}"
 }

@@ -56,6 +56,13 @@ class Progress:
             for name in ("initial", "n", "last_print_n"):  # what tqdm takes its rate from
                 setattr(self._bar, name, getattr(self._bar, name) + num_skipped)
 
+    def start_here(self) -> None:
+        """Take rates and the time that is left from the units that follow."""
+        self._began_s = self._shown_s = time.monotonic()
+        self._first = self._shown = self._done
+        if self._bar is not None:
+            self._bar.start_t = self._bar.last_print_t = time.time()
+
     def update(self, num: int = 1, note: Callable[[float], str] | None = None) -> None:
         """Count `num` more units and show the progress, if due.
 

@@ -105,6 +105,9 @@ class ClassNames:
             raise InputError(words, field="labels", given=text, expected=near[0])
         expected = "class names or numbers" if self.names else "class numbers"
         words = f"labels must be {expected} separated by commas, such as 207,360 or 0-9, got {show(text)}"
+        if self.names:
+            first = ", ".join(f"{number} {name}" for number, name in enumerate(self.names[:5]))
+            words += f"; the classes are {first}" if len(self.names) <= 5 else f"; the first classes are {first}, ..."
         if any("," in name for name in self.names):
             words += "; a comma inside a name is written \\,"
         raise InputError(words, field="labels", given=text, expected=expected)

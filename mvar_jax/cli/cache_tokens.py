@@ -47,17 +47,20 @@ def run(args) -> int:
     use_compilation_cache(args.compilation_cache)
 
     import jax
+    import numpy as np
 
     from mvar_jax.api import load
+    from mvar_jax.models.networks import check_same
     from mvar_jax.processes.holding import owned_folder
     from mvar_jax.stopping import StopFlag
     from mvar_jax.tokens.cache_reader import read_meta
     from mvar_jax.tokens.encode import write_cache
+    from mvar_jax.tokens.opening import image_size_of
 
     if group.current().count > 1:
         print_machine()
     model = load(tokenizer, precision=args.precision)
-    model.tokenizer.check(data.image_size)
+    check_same(image_size_of(model.tokenizer, data))
     sources = data.open_all()
     if jax.process_index() == 0:
         for source in sources.values():
@@ -81,10 +84,12 @@ def run(args) -> int:
             wait=lambda: group.current().wait_for_all("cache_tokens"),
             check_stop=stop.raise_if_set,
         )
-    splits = read_meta(out)["splits"] if jax.process_index() == 0 else {}
-    for split, entry in splits.items():
-        per_image = entry["bytes"] / max(1, entry["num_records"])
+    meta = read_meta(out) if jax.process_index() == 0 else {"splits": {}}
+    num_tokens = sum(side**2 for side in model.tokenizer.sides)
+    for split, entry in meta["splits"].items():
         bad = f", {len(entry['skipped'])} skipped" if entry.get("skipped") else ""
-        print(f"{split}: {entry['num_records']} images, {entry['num_views']} views, {per_image:.0f} bytes each{bad}")
+        per_image = entry["num_views"] * num_tokens * np.dtype(meta["dtype"]).itemsize
+        sizes = f"{per_image:,} bytes of tokens an image, {entry['bytes']:,} bytes of files"
+        print(f"{split}: {entry['num_records']} images, {entry['num_views']} views, {sizes}{bad}")
     print(f"{args.out}: {'written' if is_new else 'already complete'}")
     return 0

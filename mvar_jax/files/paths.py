@@ -41,7 +41,7 @@ def as_path(text: str | os.PathLike, field: str = "path") -> Path:
     scheme = scheme_of(text)
     if scheme is None:
         return Path(text)
-    from mvar_jax.files.stores import STORES, StorePath
+    from mvar_jax.files.stores import EXTRAS, STORES, StorePath
 
     given = os.fspath(text)
     if scheme not in STORES:
@@ -49,7 +49,9 @@ def as_path(text: str | os.PathLike, field: str = "path") -> Path:
         raise InputError(f"{field} must be {expected}, got {given!r}", field=field, given=given, expected=expected)
     package = STORES[scheme]
     if importlib.util.find_spec(package) is None:
-        message = f"{field}={given} needs the package {package}: pip install {package}"
+        extra = EXTRAS[scheme]
+        message = f"{field}={given} needs the package {package}, the extra {extra}: "
+        message += f'pip install ".[{extra}]" in the checkout'
         raise InputError(message, field=field, given=given, expected=f"{package} to be installed")
     bucket, _, rest = _SCHEME.sub("", given, count=1).partition("/")
     if not bucket:

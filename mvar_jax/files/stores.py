@@ -25,6 +25,7 @@ from mvar_jax.errors import shorten
 
 # scheme -> the package through which fsspec reaches the store
 STORES = {"gs": "gcsfs", "s3": "s3fs"}
+EXTRAS = {"gs": "gcs", "s3": "s3"}  # of this package, which install them
 # packages whose exceptions mean that a store did not do what it was asked for
 _STORE_LIBRARIES = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs"}
 

@@ -162,10 +162,26 @@ def apply_tokenizer(networks: Networks, x: jax.Array, method: str) -> jax.Array:
     return networks.apply_tokenizer(x, method=method)
 
 
-def check_fit(tokenizer: Tokenizer, transformer: Transformer) -> None:
-    """Raise InputError unless both have the same scales and codebook sizes."""
-    for name in ("sides", "vocab_size", "code_width"):
-        ours, theirs = getattr(transformer, name), getattr(tokenizer, name)
-        if ours != theirs:
-            words = f"{name} must be {theirs} as in the tokenizer, got {ours}"
-            raise InputError(words, field=name, given=ours, expected=str(theirs))
+def check_fit(tokenizer: Tokenizer, transformer: Transformer, section: str = "") -> None:
+    """Raise InputError unless both have the same scales and codebook sizes. section: see `fit_of`."""
+    check_same(fit_of(tokenizer, transformer, section))
+
+
+def fit_of(tokenizer: Tokenizer, transformer: Transformer, section: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return field -> (the transformer's value, the tokenizer's) of what both must have in common.
+
+    section: what is put in front of the fields' names, such as "config.model.".
+    """
+    names = ("sides", "vocab_size", "code_width")
+    return {section + name: (getattr(transformer, name), getattr(tokenizer, name)) for name in names}
+
+
+def check_same(values: dict[str, tuple[Any, Any]]) -> None:
+    """Raise InputError that names every field whose two values, the given and the tokenizer's, differ."""
+    differing = [(field, ours, theirs) for field, (ours, theirs) in values.items() if ours != theirs]
+    if differing:
+        words = "; ".join(
+            f"{field} must be {theirs} as in the tokenizer, got {ours}" for field, ours, theirs in differing
+        )
+        field, ours, theirs = differing[0]
+        raise InputError(words, field=field, given=ours, expected=str(theirs))

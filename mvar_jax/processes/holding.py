@@ -204,9 +204,18 @@ def check_options(field: str, what: str, stored: dict[str, Any], identity: dict[
     there = dict(flatten(stored))
     for name, value in flatten(identity):
         if there.get(name) != value:
-            given, expected = show(value), show(there.get(name))
-            words = f"{name}={given} differs from {expected}, used for {what}; choose another --{field}"
-            raise InputError(words, field=name, given=value, expected=expected)
+            words = f"{_describe_difference(what, name, there.get(name), value)}; choose another --{field}"
+            raise InputError(words, field=name, given=value, expected=show(there.get(name)))
+
+
+def _describe_difference(what: str, name: str, before: Any, now: Any) -> str:
+    if name == "refiner":
+        # `edit` keeps "off" or None, which means on; `sample` keeps the weights or None, which means off
+        off = "off" if "off" in (before, now) else None
+        if (before == off) != (now == off):
+            drawn, asked = ("without", "one") if before == off else ("with", "none")
+            return f"{what} were drawn {drawn} a refiner, but you asked for {asked}"
+    return f"{name}={show(now)} differs from {show(before)}, used for {what}"
 
 
 def _own_names(folder: Path, output: Output) -> list[str]:

@@ -4,7 +4,7 @@ import os
 
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.processes import group
-from mvar_jax.processes.cluster import check_devices, count_cards, find_place
+from mvar_jax.processes.cluster import VARIABLES, check_devices, count_cards, find_place
 from mvar_jax.processes.hub import Hub
 
 OFF = "off"
@@ -31,6 +31,10 @@ def join(option: str) -> None:
             **place.arguments, heartbeat_timeout_seconds=_HEARTBEAT_S, shutdown_timeout_seconds=_SHUTDOWN_S
         )
     except (ValueError, RuntimeError) as error:
+        if place.how == "JAX" and "coordinator_address should be defined" in str(error):
+            words = f"--distributed={option} found neither {VARIABLES[0]} nor Open MPI, Slurm or a TPU slice: use "
+            words += f"--distributed={OFF} for one process, or set {', '.join(VARIABLES[:2])} and {VARIABLES[2]}"
+            raise InputError(words, field="distributed", given=option, expected=OFF) from None
         words = f"--distributed={option}: the processes of the run did not meet: {shorten(error)}"
         raise InputError(words, field="distributed", given=option, expected="processes that can meet") from None
     group.set_current(_join_group())

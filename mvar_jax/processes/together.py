@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable
 
 from mvar_jax.errors import InputError, RunError, describe_file_error, is_file_error, is_input_error, shorten
-from mvar_jax.processes import group
+from mvar_jax.processes import group, platforms
 from mvar_jax.processes.join import OFF, join, part
 from mvar_jax.stopping import STOPPED_STATUS, Stopped
 
@@ -16,9 +16,10 @@ CONSEQUENCE_S = 1.0
 def run_together(program: Callable[[], int], distributed: str = OFF) -> int:
     """Join the other processes, run a program and return its exit status.
 
-    InputError and a file that is missing or not permitted are reported in one line with status 2, RunError and other
-    errors of a file or its disk with status 1, an interruption with 130 and another signal with STOPPED_STATUS. In a
-    run of several processes these and any other exception end all processes, see `group.Group.fail`.
+    InputError, a file that is missing or not permitted, and devices that jax cannot start are reported in one line
+    with status 2, RunError and other errors of a file or its disk with status 1, an interruption with 130 and another
+    signal with STOPPED_STATUS. In a run of several processes these and any other exception end all processes, see
+    `group.Group.fail`.
 
     Args:
       program: returns an exit status; 0 if all went well.
@@ -29,8 +30,8 @@ def run_together(program: Callable[[], int], distributed: str = OFF) -> int:
         status = program()
         part()
         return status
-    except InputError as error:
-        return _end(2, str(error))
+    except InputError as error:  # such as "checkpoint cannot be read", because its arrays need a device
+        return _end(2, str(platforms.explain(error) or error))
     except RunError as error:
         _let_the_cause_come()
         return _end(1, str(error))
@@ -42,6 +43,8 @@ def run_together(program: Callable[[], int], distributed: str = OFF) -> int:
         _let_the_cause_come()
         if isinstance(error, OSError) and is_file_error(error):
             return _end(2 if is_input_error(error) else 1, describe_file_error(error))
+        if unstarted := platforms.explain(error):
+            return _end(2, str(unstarted))
         if group.current().count == 1:
             raise
         traceback.print_exc()

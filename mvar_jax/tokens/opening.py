@@ -5,9 +5,8 @@ from typing import Any
 from mvar_jax.checkpoints.model_directory import load_model
 from mvar_jax.data.options import DataOptions
 from mvar_jax.errors import InputError
-from mvar_jax.fields import put_below
 from mvar_jax.files.paths import as_path
-from mvar_jax.models.networks import Networks, check_fit
+from mvar_jax.models.networks import Networks, check_fit, check_same, fit_of
 from mvar_jax.tokens.cache_reader import TokenCache, describe_tokenizer, has_ids_of, read_meta
 
 
@@ -26,11 +25,11 @@ def open_tokens(data: DataOptions, transformer: Any):
         )
     if not data.cache:
         networks = load_tokenizer(data.tokenizer).with_precision(transformer.precision)
-        check_transformer_fits(transformer, networks.tokenizer)
-        networks.tokenizer.check(data.image_size)
+        sizes = image_size_of(networks.tokenizer, data)
+        check_same(sizes | fit_of(networks.tokenizer, transformer, "config.model."))
         return networks, data.open_all(), data.transform(networks.tokenizer.channels)
     networks = load_tokenizer_of_cache(data).with_precision(transformer.precision)
-    check_transformer_fits(transformer, networks.tokenizer)
+    check_fit(networks.tokenizer, transformer, "config.model.")
     expected = {
         "expect_sides": networks.tokenizer.sides,
         "expect_vocab_size": networks.tokenizer.vocab_size,
@@ -86,9 +85,6 @@ def load_tokenizer(directory: str):
     return Networks(modules["tokenizer"], params["tokenizer"])
 
 
-def check_transformer_fits(transformer, tokenizer) -> None:
-    """Raise InputError unless both have the same scales and codebook sizes."""
-    try:
-        check_fit(tokenizer, transformer)
-    except InputError as error:
-        raise put_below(error, "config.model") from None
+def image_size_of(tokenizer: Any, data: DataOptions) -> dict[str, tuple[int, int]]:
+    """Return the config key of the images' size -> (the config's value, the tokenizer's), for `check_same`."""
+    return {"config.data.image_size": (data.image_size, tokenizer.image_size)}

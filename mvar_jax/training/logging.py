@@ -123,9 +123,17 @@ class StepProgress(Progress):
     def __init__(self, start_step: int, num_steps: int, examples_per_step: int):
         super().__init__("step", num_steps, "step", done=start_step, is_shown=jax.process_index() == 0)
         self._examples_per_step = examples_per_step
+        self._is_compiling = True
 
     def count_step(self, loss: Any) -> None:
-        """Count a step. `loss` is a scalar array, fetched only if the progress is shown."""
+        """Count a step. `loss` is a scalar array, fetched only if the progress is shown.
+
+        The first step, whose program is compiled, counts in no rate.
+        """
+        if self._is_compiling and self._done + 1 < self._total:
+            self._is_compiling = False
+            self.skip_to(self._done + 1)
+            return self.start_here()
         examples = self._examples_per_step
         self.update(note=lambda rate: f"{rate * examples:.1f} images/s, loss {float(loss):.4f}, {describe_memory()}")
 

@@ -91,6 +91,11 @@ def run(
     check()  # before the lock, so a refused run leaves no trace
     with RunStopFlag() as stop, hold("workdir", workdir, has_lock, kept="the newest checkpoint is intact"):
         changes = check()
+        if changes and _is_complete(workdir, newest := changes[0]["step"], settings.num_steps):
+            # kept in config.json, the changes would refuse the command that made the run
+            stays = ", ".join(f"config.{change['key']} stays {change['from']!r}" for change in changes)
+            say(f"{_complete(workdir, newest, settings)}, so {stays}; a larger config.num_steps continues the run")
+            return RunResult(newest, None, time.monotonic() - started_s)
         keep_identity(workdir, config_json, task.data_identity, changes)
         for change in changes:
             say(describe_change(task.data_identity.get("train", {}).get("num_items"), **change))
@@ -98,7 +103,7 @@ def run(
         with Checkpoints(workdir, settings.keep_checkpoints) as checkpoints:
             newest = checkpoints.latest_step()
             if newest is not None and _is_complete(workdir, newest, settings.num_steps):
-                say(f"{workdir} already holds step {newest} of {settings.num_steps}: nothing to do")
+                say(_complete(workdir, newest, settings))
                 return RunResult(newest, None, time.monotonic() - started_s)
             if newest is None:
                 state = task.init_state()
@@ -251,6 +256,10 @@ class _Loop:
         if "loss" in metrics:
             scalars = [metrics["loss"]]
         return not scalars or any(map(math.isfinite, scalars))  # without any, finite weights are enough for `Saver`
+
+
+def _complete(workdir: Path, newest: int, settings: LoopSettings) -> str:
+    return f"{workdir} already holds step {newest} of {settings.num_steps}: nothing to do"
 
 
 def _is_complete(workdir: Path, newest: int, num_steps: int) -> bool:

@@ -179,3 +179,12 @@ def test_a_list_of_names_that_does_not_fit_is_refused(tmp_path, content, words):
     with pytest.raises(InputError) as refusal:
         class_names_of(tmp_path)
     assert words in str(refusal.value) and str(tmp_path) in str(refusal.value)
+
+
+def test_unknown_name_without_a_near_one_lists_the_first_classes():
+    with pytest.raises(
+        InputError, match=r"got 'zzzz'; the first classes are 0 tench, 1 goldfish, .*, 4 \S.*, \.\.\.$"
+    ):
+        IMAGENET.numbers_of("zzzz")
+    with pytest.raises(InputError, match=r"got 'x'; the classes are 0 ant, 1 bee$"):
+        ClassNames([("ant",), ("bee",)]).numbers_of("x")

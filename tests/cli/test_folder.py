@@ -214,3 +214,35 @@ def test_two_processes_write_the_cache_that_one_writes(folder, tmp_path):
     assert (tmp_path / "two" / "tokenizer" / "model.json").exists()
     assert len(one) == 1 + 4 + 2  # cache.json, shards of 15 and of 6 images
     assert one == two
+
+
+@pytest.fixture
+def own_tokenizer(tmp_path):
+    save_model(tmp_path / "tokenizer", {"tokenizer": TOKENIZER}, {"tokenizer": seeded_params(TOKENIZER)})
+    return tmp_path / "tokenizer"
+
+
+def test_encoding_at_another_size_than_the_tokenizer_s_names_the_key(folder, own_tokenizer, tmp_path, capsys):
+    command = ["cache_tokens", "--config=configs/folder.py", f"--config.data.path={folder}"]
+    assert main([*command, "--tokenizer", str(own_tokenizer), "--out", str(tmp_path / "out")]) == 2
+    words = "error: config.data.image_size must be 10 as in the tokenizer, got 256\n"
+    assert capsys.readouterr().err == words and not (tmp_path / "out").exists()
+
+
+def test_config_that_differs_from_the_tokenizer_names_every_key_at_once(folder, own_tokenizer, tmp_path, capsys):
+    command = ["train", "--config=configs/folder.py", f"--config.data.path={folder}"]
+    command += [f"--config.data.tokenizer={own_tokenizer}", "--workdir", str(tmp_path / "workdir")]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and not (tmp_path / "workdir").exists()
+    wanted = {"data.image_size": 10, "model.sides": (1, 2, 4, 5), "model.vocab_size": 16, "model.code_width": 4}
+    for key, value in wanted.items():
+        assert f"config.{key} must be {value} as in the tokenizer, got " in error
+
+
+def test_encoding_says_the_bytes_of_an_image_s_tokens_and_of_the_files(folder, own_tokenizer, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["cache_tokens", *_data(folder), "--tokenizer", str(own_tokenizer), "--out", str(out)]) == 0
+    size = json.loads((out / "cache.json").read_text())["splits"]["train"]["bytes"]
+    words = f"train: 13 images, 2 views, {2 * 46 * 2} bytes of tokens an image, {size:,} bytes of files, 2 skipped"
+    assert words in capsys.readouterr().out.splitlines()

@@ -71,11 +71,17 @@ def samples(run, refiner, tmp_path_factory):
     return folder
 
 
-def test_samples_are_drawn_by_the_refiner_unless_it_is_off(refiner, samples):
+def test_samples_are_drawn_by_the_refiner_unless_it_is_off(refiner, samples, capfd):
     base, off = (load_npz(samples / name / "tokens.npz")["ids"] for name in ("base", "off"))
     np.testing.assert_array_equal(off, base)
     # three tiny steps move no draw; the folder's identity shows that the refiner drew
-    assert main(["sample", "--checkpoint", str(refiner), "--out", str(samples / "on"), "--labels=0-3"]) == 2
+    capfd.readouterr()
+    same = ["sample", "--checkpoint", str(refiner), "--save_tokens", "--labels=0-3", "--num=1", "--batch_size=4"]
+    assert main([*same, "--refiner=off", "--out", str(samples / "on")]) == 2
+    words = "were drawn with a refiner, but you asked for none; choose another --out"
+    assert capfd.readouterr().err == f"error: the samples in {samples / 'on'} {words}\n"
+    assert main([*same, "--out", str(samples / "off")]) == 2
+    assert "were drawn without a refiner, but you asked for one; choose" in capfd.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:a Frechet distance of")  # there are too few images for one

@@ -111,3 +111,16 @@ def test_a_finished_run_goes_on_to_a_larger_number_of_steps_with_another_learnin
         (3, "num_steps", 5),
         (3, "optimizer.base_learning_rate", 0.001),
     ]
+
+
+def test_change_of_a_finished_run_that_trains_no_step_is_not_kept(run, tmp_path, capfd):
+    workdir = tmp_path / "workdir"
+    shutil.copytree(run.transformer, workdir)
+    before = (workdir / "config.json").read_bytes()
+    same = [*run.train_transformer, "--workdir", str(workdir)]
+    key = "optimizer.base_learning_rate"
+    assert main([*same, f"--config.{key}=0.001", f"--allow_change={key}"]) == 0
+    said = capfd.readouterr().out
+    assert f"nothing to do, so config.{key} stays 0." in said and "a larger config.num_steps continues" in said
+    assert (workdir / "config.json").read_bytes() == before
+    assert main(same) == 0

@@ -59,5 +59,5 @@ def test_every_path_option_names_the_missing_package_and_writes_nothing(tiny_mod
     assert result.returncode == 0, result.stderr
     for line, (status, errors) in zip(lines, json.loads(result.stdout), strict=True):
         assert status == 2 and len(errors.splitlines()) == 1, (line, status, errors)
-        assert "needs the package gcsfs: pip install gcsfs" in errors, (line, errors)
+        assert 'needs the package gcsfs, the extra gcs: pip install ".[gcs]"' in errors, (line, errors)
     assert not os.listdir(tmp_path)

@@ -215,7 +215,8 @@ def test_missing_package_is_named_with_status_2_and_no_folder_appears(tmp_path):
     options = ["--images=gs://bucket/images", "--checkpoint=model", "--out=out"]
     command = [sys.executable, "-c", code, "reconstruct", *options]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    expected = "error: images=gs://bucket/images needs the package gcsfs: pip install gcsfs\n"
+    advice = 'pip install ".[gcs]" in the checkout'
+    expected = f"error: images=gs://bucket/images needs the package gcsfs, the extra gcs: {advice}\n"
     assert (result.returncode, result.stderr) == (2, expected) and not list(tmp_path.iterdir())
 
 

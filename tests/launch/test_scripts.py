@@ -85,3 +85,20 @@ def test_missing_arguments_are_one_line_and_status_2(record, script):
     result, words = record(script, "configs/debug.py")
     assert result.returncode == 2 and not words
     assert result.stderr.count("\n") == 1 and "CONFIG and WORKDIR are required" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["local.sh", "slurm.sbatch", "prepare_imagenet.sh"])
+def test_script_without_its_environment_names_the_setup_with_status_2(record, tmp_path, script):
+    (tmp_path / "copy/.venv/bin/python").unlink()
+    for name in ("train", "val"):
+        (tmp_path / f"ILSVRC2012_img_{name}.tar").touch()
+    arguments = [str(tmp_path)] if script == "prepare_imagenet.sh" else ["configs/debug.py", "runs/x"]
+    result, words = record(script, *arguments)
+    assert result.returncode == 2 and not words
+    assert result.stderr.count("\n") == 1 and "launch/setup.sh` first" in result.stderr
+
+
+def test_slurm_script_outside_a_checkout_says_so(record, tmp_path):
+    result, words = record("slurm.sbatch", "configs/debug.py", "runs/x", cwd=tmp_path)
+    assert result.returncode == 2 and not words
+    assert result.stderr == f"error: {tmp_path} is no checkout of mvar_jax: submit the job from the checkout\n"

@@ -113,6 +113,14 @@ def test_run_that_lacks_a_host_is_not_left_half_started(machines):
     assert "running" not in workers.call("ssh.sh", "status", HOSTS="node1").stdout
 
 
+def test_host_without_its_environment_names_the_setup(machines):
+    workers = machines("node1")
+    (workers.folder / "node1/mvar_jax/.venv/bin/python").unlink()
+    result = workers.call("ssh.sh", *TRAINING, HOSTS="node1")
+    assert result.returncode == 1
+    assert result.stderr.startswith("node1: error: .venv is missing: run `bash launch/setup.sh` first")
+
+
 class Queue:
     """One worker of a queued slice, whose code comes from a git repository."""
 

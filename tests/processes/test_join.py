@@ -61,3 +61,13 @@ def test_the_first_line_names_processes_devices_and_mesh(tmp_path):
     result = train(tmp_path / "run", **SLURM, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.splitlines()[0] == "1 process x 2 devices (cpu), mesh data=2"
+
+
+def test_run_without_any_source_of_processes_is_told_to_stay_alone(tmp_path):
+    result = train(tmp_path / "run", JAX_PLATFORMS="cpu")
+    assert result.returncode == 2 and not (tmp_path / "run").exists()
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith(
+        "error: --distributed=auto found neither JAX_COORDINATOR_ADDRESS nor Open MPI, Slurm or a"
+    )
+    assert "use --distributed=off for one process, or set JAX_COORDINATOR_ADDRESS" in error

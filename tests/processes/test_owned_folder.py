@@ -37,6 +37,11 @@ def test_options_are_in_the_folder_before_the_first_file_and_the_same_ones_write
     [
         ("edit", {**OPTIONS, "seed": 1}, "seed=1 differs from 0, used for the edits in {}; choose another --out"),
         ("edit", {**OPTIONS, "new": 1}, "new=1 differs from None, used for the edits in {}; choose another --out"),
+        (
+            "edit",
+            {**OPTIONS, "refiner": "off"},
+            "the edits in {} were drawn with a refiner, but you asked for none; choose another --out",
+        ),
         ("sample", OPTIONS, "out={} holds the edits of `edit`; choose another --out"),
         ("reconstruct", OPTIONS, "out={} holds the edits of `edit`; choose another --out"),
     ],

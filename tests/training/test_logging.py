@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mvar_jax import progress
 from mvar_jax.errors import RunError
 from mvar_jax.files import lines
 from mvar_jax.files.lines import read_lines as read_json_lines
@@ -136,12 +137,30 @@ def test_pictures_are_files_too(tmp_path, writer):
 
 
 def test_progress_on_a_file_is_plain_lines(tmp_path, capfd):
-    with StepProgress(0, 3, 8) as progress:
+    with StepProgress(0, 3, 8) as shown:
         for _ in range(3):
-            progress.count_step(np.float32(0.5))
+            shown.count_step(np.float32(0.5))
     text = capfd.readouterr().err
     assert text.startswith("step 3/3, ") and "loss 0.5000" in text and "MiB" in text
     assert "\r" not in text and text.count("\n") == 1
+
+
+def test_rates_of_the_progress_leave_out_the_first_step_which_compiles(monkeypatch, capfd):
+    now_s = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now_s[0])
+    with StepProgress(5, 10, 8) as shown:
+        for seconds in (100.0, *[10.0] * 4):
+            now_s[0] += seconds
+            shown.count_step(np.float32(0.5))
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split(", ")[:2] for line in lines] == [[f"step {i}/10", "0.8 images/s"] for i in (7, 8, 9, 10)]
+    assert lines[0].endswith("00:30 left")
+
+
+def test_run_of_one_step_is_shown(capfd):
+    with StepProgress(0, 1, 8) as shown:
+        shown.count_step(np.float32(0.5))
+    assert capfd.readouterr().err.startswith("step 1/1, ")
 
 
 def test_real_event_files_hold_scalars_and_pictures(tmp_path):
