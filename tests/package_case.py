@@ -38,7 +38,7 @@ def main(model: Path, golden: Path, out: Path) -> None:
     assert mvar([*sample, "--out", str(out / "samples")]) == 0
 
     config = str(Path(__file__).parent.parent / "configs" / "debug.py")
-    small = ["--config.num_steps=3", "--config.eval_every_steps=3"]
+    small = ["--config.num_steps=5", "--config.eval_every_steps=5"]
     assert mvar(["train", "--config", config, *small, "--workdir", str(out / "run")]) == 0
     assert (out / "run" / "metrics.jsonl").read_text().count("\n") >= 3
 
