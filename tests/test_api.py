@@ -60,7 +60,7 @@ def test_interpolation_goes_from_one_class_to_the_other(model):
     _, ids = model.interpolate("ant", "tom cat", num=3, index=5, cfg=1.0)
     _, ends = model.sample([0, 1, 2], index=[5, 5, 5], cfg=1.0)
     np.testing.assert_array_equal(np.asarray(ids)[[0, 2]], np.asarray(ends)[[0, 2]])
-    with pytest.raises(InputError, match=r"^weights must be .* of shape \[M, 3\], got shape \[2, 4\]"):
+    with pytest.raises(InputError, match=r"^weights must be .* of shape \[M, 3\], got float64 \[2, 4\]"):
         model.mix_classes(np.ones((2, 4)))
 
 

@@ -26,6 +26,6 @@ def test_the_judge_prefers_real_digits_and_right_labels(monkeypatch):
 
 
 def test_images_that_the_judge_cannot_reduce_are_refused():
-    with pytest.raises(InputError, match="config.data.image_size must be a multiple of 8 .* got 12") as caught:
+    with pytest.raises(InputError, match="config.data.image_size must be a multiple of 8, .* got 12") as caught:
         DigitScorer(12, 0, 0.2, 100)
     assert caught.value.field == "config.data.image_size"
