@@ -80,7 +80,6 @@ def measure_one(task, program: Program, rounds: int) -> dict:
     if not footprint.is_cpu():  # nothing else may run here: it could be the peak
         peaks, seconds = footprint.run(task, program, bytes_on_device(program.arguments), rounds)
         return {"peaks": peaks, "seconds": seconds}
-    program = program._replace(jitted=footprint.Kept(program.jitted))
     figures = compile_figures(task, program, HERE)
     before = predicted_s(figures)
     peaks, seconds = footprint.run(task, program, figures.argument_bytes, rounds)

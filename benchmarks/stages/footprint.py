@@ -6,7 +6,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.stages.measure import peak_mib
 from mvar_jax.errors import InputError
@@ -83,31 +82,6 @@ def make(shapes):
 
 def is_cpu() -> bool:
     return jax.default_backend() == "cpu"
-
-
-class Kept:
-    """A jitted function that keeps the program that `lower(...).compile()` makes of it, and calls that one."""
-
-    def __init__(self, jitted):
-        self._jitted = jitted
-
-    def lower(self, *arguments) -> "Kept":
-        self._lowered = self._jitted.lower(*arguments)
-        return self
-
-    def compile(self, **options):
-        self._program = self._lowered.compile(**options)
-        return self._program
-
-    def __call__(self, *arguments):
-        return self._program(*(one for one in arguments if not _is_static(one)))
-
-
-def _is_static(argument) -> bool:
-    """Return whether an argument is an option, which a compiled program does not take."""
-    return not all(
-        isinstance(x, jax.Array | np.ndarray | np.generic | float | int) for x in jax.tree.leaves(argument)
-    )
 
 
 class Loads:

@@ -148,13 +148,8 @@ def test_an_accelerators_programs_are_found_in_the_cache_that_another_process_fi
     assert (name, measured) == ("cache tokens of 64", "7 (7..7)") and float(predicted) > 0
 
 
-def test_a_program_on_a_cpu_is_compiled_once():
-    task, compiled = small_task(), []
-    note = lambda event, _, fun_name="", **__: compiled.append(fun_name) if "backend_compile" in event else None
-    jax.monitoring.register_event_duration_secs_listener(note)
-    try:
-        found = planned.measure_one(task, planned.chosen(programs_of(task, 2), ["train"])[0], 2)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(note)
-    assert compiled.count("jit(_take_step)") == 1
-    assert len(found["peaks"]) == len(found["seconds"]) == len(found["predicted_s"]) == 2 and found["peak_bytes"] > 0
+def test_a_program_on_a_cpu_is_measured_beside_its_plan():
+    task = small_task()
+    found = planned.measure_one(task, planned.chosen(programs_of(task, 2), ["train"])[0], 2)
+    assert len(found["peaks"]) == len(found["seconds"]) == len(found["predicted_s"]) == 2
+    assert 0 < found["peak_bytes"] < 2 * MIB * min(found["peaks"])
