@@ -2,7 +2,7 @@
 
     python benchmarks/accelerator.py --out out --record                     # every stage; minutes on an H100
     python benchmarks/accelerator.py --stages sampler,profile --triton_gemm both
-    python benchmarks/accelerator.py --out out --total_s 540                # a device that is lent for minutes
+    python benchmarks/accelerator.py --out out --total_s 540                # a device for some minutes
     python benchmarks/accelerator.py --size tiny --depth 1 --batches 2 --train_batches 2    # a dry run on a CPU
 
 Weights are random. A stage is a process of its own with a time limit; one that fails or is stopped leaves the others
@@ -123,7 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--published", type=published_folder, metavar="DIR", help="a checkout of CVL-UESTC/MVAR")
     parser.add_argument("--limit_factor", type=float, default=1, help="multiply the limits, for a slower machine")
     parser.add_argument(
-        "--total_s", type=float, default=math.inf, help="of all stages; those that no longer fit are named"
+        "--total_s", type=float, default=math.inf, help="seconds for all stages; one that no longer fits is not run"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for rows.jsonl, log.txt and accelerator.json")
     parser.add_argument(
@@ -179,7 +179,7 @@ def run_apart(name: str, triton_gemm: str, limit_s: float, argv: list[str], out:
 def run_stages(stages: list[str], args, argv: list[str], out: Path, results: list[dict]) -> None:
     """Run stages one after the other; append the result of each to `results`, and write them after each.
 
-    A stage of which less than the expected seconds are left of --total_s is not run; a shorter one after it may be.
+    A stage is not run if less than its expected seconds are left of --total_s; a shorter one after it may be.
     """
     end = time.monotonic() + args.total_s
     choices = ("off", "on") if args.triton_gemm == "both" else (args.triton_gemm,)

@@ -43,7 +43,7 @@ CASES = (
 
 # sides that benchmarks time, from the pyramids of 256, 512 and 1024 pixels; heads of MVAR-d16
 BENCHMARK_SIDES = (8, 10, 13, 16, 24, 32, 48, 64)
-# those that accelerator.py times -> their batch
+# side of each map that accelerator.py times -> batch size
 TIMED_MAPS = {13: 64, 16: 64, 32: 64, 64: 16}
 
 

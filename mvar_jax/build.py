@@ -185,8 +185,8 @@ def _given_fields(cls: type, config: dict) -> dict[str, Any]:
 def with_initial_model(config: dict, workdir: Path | None = None) -> tuple[dict, Any]:
     """Return (config, initial weights of a tokenizer or None): with `init_from` its model section becomes whole.
 
-    workdir: a run that has a checkpoint there takes its own model instead, and needs no initial weights; the config
-      names those that it began with.
+    workdir: if a run there has a checkpoint, its own model is taken and no initial weights are needed. The returned
+      config then names the weights that the run began with.
     """
     from mvar_jax.checkpoints.manager import has_checkpoint
     from mvar_jax.training.initial import load_initial_tokenizer

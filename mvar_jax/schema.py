@@ -103,7 +103,7 @@ def conform(value: Any, kind: Any, where: str) -> Any:
         return value
     expected, given = words_of(kind), show(value)
     if origin is Annotated and _is_of(value, kind) and isinstance(args[1], Range) and value > args[1].limit:
-        expected = f"at most {args[1].limit:g}" if args[1].limit == MOST_FLOAT else f"at most {args[1].limit}"
+        expected = f"at most {args[1].limit:.10g}"
     raise InputError(f"{where} must be {expected}, got {given}", field=where, given=value, expected=expected)
 
 

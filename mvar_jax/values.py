@@ -51,6 +51,11 @@ def as_real(value: Any, field: str, least: float, greatest: float, expected: str
     return number
 
 
+def as_num_each(num: Any, num_labels: int) -> int:
+    """Return the number of samples of each label. Raises InputError unless all of them can have a number."""
+    return as_integer(num, "num", 1, MAX_INDEX // max(1, num_labels))
+
+
 def as_flag(value: Any, field: str) -> bool:
     """Return a truth value of Python, numpy or jax as a bool. Raises InputError unless it is true, false, 1 or 0."""
     flag = _scalar(value, bool, "biu")

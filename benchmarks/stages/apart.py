@@ -40,7 +40,7 @@ def run(command: list[str], show: Callable[[str], None], limit_s: float | None =
 
 
 def end_with(parent: int) -> None:
-    """End this process and those that it started once its parent is gone, by whatever signal.
+    """End this process, and those that it started, as soon as its parent is gone, however that ended.
 
     Args:
       parent: number of the process that called `run`, as --parent gives it.

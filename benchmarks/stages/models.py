@@ -110,8 +110,8 @@ def training_programs(args, batches: list[int]) -> dict[str, Program]:
 def measure_programs(table: str, programs: dict[str, Program], rounds: int, report: Report) -> dict[str, list[float]]:
     """Compile all programs, time each and add its row. Return the milliseconds of the programs that ran.
 
-    From the smallest to the largest, so that those that fit come first. Memory is the compiler's figure: the peak of
-    this process is that of XLA's choice among convolutions, and planned.py measures that of a program.
+    The smallest runs first: if a large one does not fit, the others have their rows. Memory is the compiler's figure,
+    since the peak of this process is that of XLA trying convolutions; planned.py measures the peak of a program.
     """
     compiled, seconds = compile_all({name: program.lower for name, program in programs.items()})
     limit, times = peak_flops(jax.devices()[0].device_kind), {}

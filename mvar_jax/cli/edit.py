@@ -130,7 +130,7 @@ def run(args) -> int:
     from mvar_jax.checkpoints.class_names import class_names_of
     from mvar_jax.cli.machine import AUTO, use_compilation_cache
     from mvar_jax.files.paths import as_path
-    from mvar_jax.values import MAX_INDEX, as_integer, as_seed
+    from mvar_jax.values import as_num_each, as_seed
 
     options = sampling_options(args)
     check_choice(args)
@@ -146,7 +146,7 @@ def run(args) -> int:
     use_compilation_cache(AUTO)
     model = load_as_asked(args)
     labels = model.labels(labels)
-    as_integer(args.num, "num", 1, MAX_INDEX // len(labels))
+    as_num_each(args.num, len(labels))
     options.check_scales(len(model.tokenizer.sides))
     square = read_square(args, model.tokenizer.image_size, model.tokenizer.channels)
     check_border(args.border, args.softness, square.side)

@@ -14,7 +14,7 @@ from mvar_jax.models.networks import Networks
 from mvar_jax.ops.precision import EXACT
 from mvar_jax.processes.holding import OUTPUTS
 from mvar_jax.sampling.sampler import SampleOptions
-from mvar_jax.values import MAX_INDEX, as_integer, as_seed
+from mvar_jax.values import as_integer, as_num_each, as_seed
 
 ORDER_KEY = "order"
 
@@ -42,7 +42,7 @@ class Order:
 
     def __post_init__(self):
         as_seed(self.seed)
-        as_integer(self.num, "num", 1, MAX_INDEX // max(1, len(self.labels)))
+        as_num_each(self.num, len(self.labels))
         as_integer(self.batch_size, "batch_size", 1)
 
     @functools.cached_property

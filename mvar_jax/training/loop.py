@@ -77,14 +77,7 @@ def run(
       RunError: too many steps in a row without a finite loss and gradient, no more batches, or a failed save.
     """
     started_s = time.monotonic()
-    if settings.keep_best and not task.has_evaluation:
-        words = f"config.keep_best={settings.keep_best} needs an evaluation, but the data have no validation split: "
-        words += "set it to '', or hold images out with config.data.val_fraction"
-        raise InputError(words, field="keep_best", given=settings.keep_best, expected="''")
-    workdir = as_path(workdir, "workdir")
-    best = Metric.parse(settings.keep_best)
-    if best is not None and task.metrics:
-        best.check(task.metrics)
+    workdir, best = as_path(workdir, "workdir"), _metric_of(settings, task)
     join_initialized()
     check_shared("workdir", workdir)
     check = functools.partial(check_resumable, workdir, config_json, task.data_identity, allow_change)
@@ -128,6 +121,18 @@ def run(
                 loop = _Loop(task, settings, checkpoints, saver, log, progress, profiler, per_scale)
                 step, interrupted = loop.train(state, task.batches(start), start, stop)
     return RunResult(step, interrupted, time.monotonic() - started_s)
+
+
+def _metric_of(settings: LoopSettings, task: Task) -> Metric | None:
+    """Return the metric of keep_best. Raises InputError if no evaluation of the task has it."""
+    if settings.keep_best and not task.has_evaluation:
+        words = f"config.keep_best={settings.keep_best} needs an evaluation, but the data have no validation split: "
+        words += "set it to '', or hold images out with config.data.val_fraction"
+        raise InputError(words, field="keep_best", given=settings.keep_best, expected="''")
+    best = Metric.parse(settings.keep_best)
+    if best is not None and task.metrics:
+        best.check(task.metrics)
+    return best
 
 
 @dataclasses.dataclass

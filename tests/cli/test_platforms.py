@@ -65,7 +65,7 @@ def test_device_that_does_not_start_is_reported_with_the_reason_of_jax(monkeypat
 
 
 def test_reason_is_found_below_an_error_of_our_own(monkeypatch):
-    """Whoever reads a checkpoint reports every failure as damage; without a device it is none."""
+    """Code that reads a checkpoint reports every failure as damage; a missing device is no damage."""
     monkeypatch.setenv("JAX_PLATFORMS", "cdua")
 
     def program():
