@@ -7,10 +7,10 @@ Each program of the config runs in a process of its own on constant weights and 
 from the smallest. On an accelerator that process finds it compiled by another one: the peak never falls, and XLA's
 choice among convolutions while it compiles takes more than the program. On a CPU the process compiles its program
 itself, since the heap is read only while the program runs.
-The memory is what the allocator reports: on a CPU the program's arguments and what glibc's heap grows by while it
-runs, elsewhere the peak of the device. The rates behind the prediction are measured once on an accelerator, by the
-process that compiles. On a CPU they are measured before and after each program, and the slower ones count, since
-other work may change meanwhile.
+The memory is the most that the allocator reports in any round: on a CPU the program's arguments and what glibc's heap
+grows by while it runs, elsewhere the peak of the device. The rates behind the prediction are measured once on an
+accelerator, by the process that compiles. On a CPU they are measured before and after each program, and the slower
+ones count, since other work may change meanwhile.
 Prints a row as soon as it is known, and appends the table to RESULTS.md with --record; the exit status is 1 if a
 training step is outside the bounds or a program fails.
 """
@@ -115,7 +115,7 @@ def add_row(report: Report, program: dict) -> bool:
     """Add the row of a program; return whether it is no training step or within the bounds."""
     peaks, seconds = program["peaks"], program["seconds"]
     peak, predicted = program["peak_bytes"] / MIB, max(program["predicted_s"])
-    error = None if None in peaks else median(peaks) / peak - 1
+    error = None if None in peaks else max(peaks) / peak - 1
     ratio = median(seconds) / predicted
     report.add(
         "Predicted and measured",

@@ -153,7 +153,7 @@ def _product_flops(it: Instruction, lhs: Array, pattern: str) -> float:
     return 2.0 * math.prod(it.arrays[0].sides) * math.prod(lhs.sides[axis] for axis in axes)
 
 
-def _labels(it: Instruction) -> tuple[str, str, str]:
+def labels_of(it: Instruction) -> tuple[str, str, str]:
     """Return the names of the dimensions of a convolution's input, kernel and output."""
     found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", it.line)
     assert found is not None
@@ -162,7 +162,7 @@ def _labels(it: Instruction) -> tuple[str, str, str]:
 
 def _convolution_flops(it: Instruction, operands: list[Array]) -> float:
     """Return the FLOPs of a convolution; products with padding do not count: TPUs write matrix products so."""
-    of_input, of_kernel, of_output = _labels(it)
+    of_input, of_kernel, of_output = labels_of(it)
     sides, kernel, out = operands[0].sides, operands[1].sides, it.arrays[0].sides
     macs = out[of_output.index("b")] * out[of_output.index("f")] * kernel[of_kernel.index("i")]
     for axis in (label for label in of_output if label.isdigit()):
@@ -202,5 +202,5 @@ def _cudnn_flops(target: str, it: Instruction, operands: list[Array]) -> float:
         out = operands[0]
     elif "BackwardFilter" in target:
         out, kernel = operands[1], it.arrays[0]
-    num_features = out.sides[_labels(it)[2].index("f")]
+    num_features = out.sides[labels_of(it)[2].index("f")]
     return 2.0 * math.prod(out.sides) * math.prod(kernel.sides) / num_features

@@ -23,8 +23,9 @@ from mvar_jax.fields import from_dict
 from mvar_jax.files.atomic import write_json
 from mvar_jax.files.json_files import parse_json
 from mvar_jax.hardware.compiling import OutOfMemory
-from mvar_jax.hardware.machines import HERE
+from mvar_jax.hardware.machines import HERE, platform_of
 from mvar_jax.hardware.program_text import Array
+from mvar_jax.hardware.scratch import num_cores, scratch_bytes
 from mvar_jax.hardware.work import Collective, Work, work_of
 from mvar_jax.ops.cost import attention_kernel_flops
 from mvar_jax.planning.tasks import bytes_on_device, compile_program
@@ -45,7 +46,7 @@ class Figures:
       params_bytes: of the trained parameters; of a program without a training state, of all arguments.
       optimizer_bytes: of the rest of the training state.
       argument_bytes: of all arguments, these included.
-      activation_bytes: of what lives only while the program runs.
+      activation_bytes: of what lives only while the program runs, on a CPU with what its libraries hold.
       is_refused: the compiler found the program too large for the device: its work is not known, and its activations
         are 0 unless the compiler named what it needs.
       compile_s: seconds of compilation.
@@ -169,6 +170,8 @@ def compile_figures(task: DataTask, program: Program, target: str) -> Figures:
         compiled = compile_program(task, program, target)
         work, collectives = work_of(compiled.text, hosts, functools.partial(_kernel_flops, task))
         argument_bytes, activation_bytes = compiled.argument_bytes, compiled.total_bytes - compiled.argument_bytes
+        if platform_of(target) == "cpu":
+            activation_bytes += scratch_bytes(compiled.text, num_cores())
     except OutOfMemory as error:
         is_refused, activation_bytes = True, max(0, error.needed_bytes - argument_bytes)
     return Figures(
@@ -211,7 +214,7 @@ def _digest(config: dict, target: str, program: Program) -> str:
     versions = {name: _version(name) for name in COMPILERS}
     flags = {name: os.environ.get(name, "") for name in COMPILER_FLAGS}
     here = [(device.device_kind, device.client.platform_version) for device in jax.devices()[:1]]
-    machine = here if target == HERE else []
+    machine = [*here, num_cores()] if target == HERE else []
     parts = [config, target, machine, program.name, str(arguments), versions, flags, _code_digest()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

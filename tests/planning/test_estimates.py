@@ -12,6 +12,7 @@ from plan_case import CONFIG, MACHINE, STEP, TOKENIZER
 
 from mvar_jax.hardware.compiling import _out_of_memory
 from mvar_jax.hardware.machines import machine_of
+from mvar_jax.hardware.scratch import scratch_bytes
 from mvar_jax.hardware.work import Collective, Work
 from mvar_jax.ops.cost import attention_kernel_flops, keys_seen
 from mvar_jax.planning import advice, calibration, compare, figures, plan, report
@@ -19,7 +20,7 @@ from mvar_jax.planning.calibration import machine_for
 from mvar_jax.planning.figures import Figures
 from mvar_jax.planning.report import Plan
 from mvar_jax.planning.roofline import estimate
-from mvar_jax.planning.tasks import make_task, programs_of
+from mvar_jax.planning.tasks import compile_program, make_task, programs_of
 from mvar_jax.scales import Pyramid
 from mvar_jax.sharding import MESH_AXES, make_mesh, mesh_shapes
 
@@ -200,6 +201,21 @@ def test_a_program_that_the_compiler_refuses_is_reported_with_what_it_named(monk
     assert not planned.is_fitting and "refused" in report.describe(planned)
     assert report.verdict(planned).startswith("does not fit: ")
     assert _out_of_memory(RuntimeError("INTERNAL: no memory of this")) is None
+
+
+def test_a_plan_for_this_cpu_has_what_its_libraries_hold(monkeypatch):
+    """On several cores they hold more than on one: a plan that is kept for one number is not one for another."""
+    task = small_task()
+    program = programs_of(task, 2)[0]
+    compiled = compile_program(task, program, "here")
+    found, digests = [], set()
+    for cores in (1, 2):
+        monkeypatch.setattr(figures, "num_cores", lambda number=cores: number)
+        found.append(figures.compile_figures(task, program, "here").peak_bytes - compiled.total_bytes)
+        digests.add(figures._digest({}, "here", program))
+    assert 0 < found[0] < found[1]
+    assert found == [scratch_bytes(compiled.text, cores) for cores in (1, 2)]
+    assert len(digests) == 2
 
 
 @pytest.mark.parametrize("share", ["90%", "1.5", "0", "nan"])
