@@ -1,8 +1,11 @@
 """What one program takes on the devices here: peak memory and seconds, on constant weights and inputs."""
 
-import ctypes
-import threading
+import contextlib
+import importlib.util
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,57 +15,24 @@ from mvar_jax.errors import InputError
 from mvar_jax.hardware.compiling import MIB
 from mvar_jax.sharding import use_mesh
 
-POLL_S = 1e-3
 SETTLE_S = 0.1  # in which a CPU frees what the program before it used
-# of glibc's mallinfo2; hblkhd are the bytes of large arrays, uordblks those of all others
-HEAP_FIELDS = (
-    "arena",
-    "ordblks",
-    "smblks",
-    "hblks",
-    "hblkhd",
-    "usmblks",
-    "fsmblks",
-    "uordblks",
-    "fordblks",
-    "keepcost",
-)
 
 
-class HeapInfo(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
+@contextlib.contextmanager
+def count_allocations() -> Iterator[list[int]]:
+    """Count every allocation of this process within the `with` block, of all libraries.
 
-    _fields_ = [(name, ctypes.c_size_t) for name in HEAP_FIELDS]
+    Yields a list which has, after the block, the most bytes that were held at once of what it allocated.
+    """
+    if importlib.util.find_spec("memray") is None:
+        raise InputError("the memory of a CPU is counted by memray: pip install memray", field="memray")
+    import memray
 
-
-class Heap:
-    """The most bytes that this process's heap held within the `with` block beyond those at its begin."""
-
-    def __init__(self):
-        library = ctypes.CDLL(None)
-        if not hasattr(library, "mallinfo2"):
-            raise InputError("the memory of a CPU is measured with glibc 2.33 or newer, got another C library")
-        self._info = library.mallinfo2
-        self._info.restype = HeapInfo
-        self.grown_bytes = 0
-
-    def _held_bytes(self) -> int:
-        info = self._info()
-        return info.uordblks + info.hblkhd
-
-    def __enter__(self) -> "Heap":
-        self._begin_bytes, self._ended = self._held_bytes(), threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._ended.wait(POLL_S):
-            self.grown_bytes = max(self.grown_bytes, self._held_bytes() - self._begin_bytes)
-
-    def __exit__(self, *_) -> None:
-        self._ended.set()
-        self._thread.join()
+    peaks: list[int] = []
+    with tempfile.TemporaryDirectory() as folder:
+        with memray.Tracker(file := Path(folder) / "allocations"):
+            yield peaks
+        peaks.append(memray.FileReader(file).metadata.peak_memory)
 
 
 def make(shapes):
@@ -102,7 +72,7 @@ class Loads:
 def run(task, program, argument_bytes: int, rounds: int) -> tuple[list[float | None], list[float]]:
     """Return (MiB, seconds) of some rounds.
 
-    A CPU has separate rounds for each, since reading a heap takes time. Elsewhere the peak of this process is that of
+    A CPU has separate rounds for each, since counting takes time. Elsewhere the peak of this process is that of
     the program if it is the only one here, and None if it was not found in the cache of compiled programs: to compile
     it can take more.
     """
@@ -125,9 +95,9 @@ def run(task, program, argument_bytes: int, rounds: int) -> tuple[list[float | N
             if on_cpu:
                 arguments = jax.block_until_ready(make(program.arguments))
                 time.sleep(SETTLE_S)
-                with Heap() as heap:
+                with count_allocations() as counted:
                     jax.block_until_ready(program.jitted(*arguments))
-                peaks.append((argument_bytes + heap.grown_bytes) / MIB)
+                peaks.append((argument_bytes + counted[0]) / MIB)
             elif loads.number:
                 peaks.append(peak_mib())
     return peaks or [None], seconds

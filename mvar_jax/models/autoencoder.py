@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mvar_jax.ops.convolution import convolve
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.precision import precision_of
 from mvar_jax.sharding import constrain, named_axes
@@ -30,6 +31,7 @@ def conv(
         dtype=dtype,
         kernel_init=named_axes(CONV_INIT, "space", None, "channels_in", "channels_out"),
         precision=precision_of(part, dtype),
+        conv_general_dilated=convolve,
         name=name,
     )
 
@@ -53,15 +55,13 @@ class UpConv(nn.Module):
         rows = merge(kernel.astype(jnp.float32))  # for even (0) and odd (1) rows of the large map, then its columns
         kernels = [k.swapaxes(0, 1).astype(self.dtype) for row in rows for k in merge(row.swapaxes(0, 1))]
 
-        def convolve(kernel, *padding):
-            x, numbers = x_BYXC.astype(self.dtype), ("NHWC", "HWIO", "NHWC")
-            return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=numbers)
+        at = lambda kernel, *padding: convolve(x_BYXC.astype(self.dtype), kernel, (1, 1), padding)
 
         places = ((0, 0), (0, 1), (1, 0), (1, 1))
         if current_platform() == "cpu":  # one convolution would take longer there
-            parts = [convolve(k, (1 - i, i), (1 - j, j)) for k, (i, j) in zip(kernels, places, strict=True)]
+            parts = [at(k, (1 - i, i), (1 - j, j)) for k, (i, j) in zip(kernels, places, strict=True)]
         else:  # one convolution, padded on all sides: odd rows and columns begin one later
-            y = convolve(jnp.stack(kernels, axis=3).reshape(2, 2, C, -1), (1, 1), (1, 1))
+            y = at(jnp.stack(kernels, axis=3).reshape(2, 2, C, -1), (1, 1), (1, 1))
             y = y.reshape(B, Y + 1, X + 1, 4, self.features)
             parts = [y[:, i : i + Y, j : j + X, n] for n, (i, j) in enumerate(places)]
         rows = [jnp.stack(parts[:2], axis=3), jnp.stack(parts[2:], axis=3)]

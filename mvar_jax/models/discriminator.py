@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from mvar_jax.errors import InputError
 from mvar_jax.models.autoencoder import GroupNorm
+from mvar_jax.ops.convolution import convolve
 from mvar_jax.ops.precision import precision_of
 from mvar_jax.schema import Count, Layers
 from mvar_jax.sharding import constrain, named_axes
@@ -66,8 +67,17 @@ class PatchDiscriminator(nn.Module):
     def _conv(self, features: int, stride: int, name: str) -> nn.Conv:
         init = named_axes(nn.initializers.normal(0.02), "space", None, "channels_in", "channels_out")
         precision = precision_of("discriminator", self.dtype)
-        size = (KERNEL, KERNEL)
-        return nn.Conv(features, size, stride, 1, dtype=self.dtype, kernel_init=init, precision=precision, name=name)
+        return nn.Conv(
+            features,
+            (KERNEL, KERNEL),
+            stride,
+            1,
+            dtype=self.dtype,
+            kernel_init=init,
+            precision=precision,
+            conv_general_dilated=convolve,
+            name=name,
+        )
 
     def check(self, image_shape: tuple[int, int, int]) -> None:
         """Raise InputError if images `[Y, X, C]` are too small."""

@@ -10,6 +10,7 @@ from benchmarks import planned
 from benchmarks.stages import footprint
 from mvar_jax import build
 from mvar_jax.cli.configuration import read_config
+from mvar_jax.errors import InputError
 from mvar_jax.planning.tasks import make_task, programs_of
 from mvar_jax.training.programs import Program
 
@@ -17,17 +18,23 @@ MIB = 2**20
 FLAGS = ["--config", "debug_transformer", "--tokenizer", "debug", "--samples", "2", "--rounds", "2"]
 
 
-def test_a_heap_has_grown_by_what_was_held_at_once():
-    with footprint.Heap() as heap:
+def test_the_memory_of_a_cpu_is_the_most_that_was_held_at_once():
+    kept = np.ones(32 * MIB, np.uint8)
+    with footprint.count_allocations() as counted:
         for _ in range(3):
             held = np.ones(8 * MIB, np.uint8)
-            footprint.threading.Event().wait(20 * footprint.POLL_S)
             del held
-    assert 7 * MIB <= heap.grown_bytes < 12 * MIB  # other threads free a little meanwhile
+    assert 8 * MIB <= counted[0] < 9 * MIB and kept.size
 
 
-def compiled(name: str, part: str = "train", is_refused: bool = False) -> dict:
-    return {"name": name, "part": part, "is_refused": is_refused, "peak_bytes": 100 * MIB, "predicted_s": []}
+def test_a_cpu_without_the_library_that_counts_is_told_what_to_install(monkeypatch):
+    monkeypatch.setattr(footprint.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install memray"), footprint.count_allocations():
+        pass
+
+
+def compiled(name: str, is_step: bool = True, is_refused: bool = False) -> dict:
+    return {"name": name, "is_step": is_step, "is_refused": is_refused, "peak_bytes": 100 * MIB, "predicted_s": []}
 
 
 @pytest.fixture
@@ -47,7 +54,7 @@ def answers(monkeypatch):
 @pytest.mark.parametrize(("slow", "status"), [(1, 0), (2, 1)])
 def test_training_steps_are_held_to_the_bounds_of_memory_and_time(answers, tmp_path, slow, status):
     """A step that takes what is predicted passes; one that takes twice as long does not. The sampler may."""
-    answers["programs"] = [compiled("step"), compiled("sample 2", "sample")]
+    answers["programs"] = [compiled("step"), compiled("sample 2", is_step=False)]
     answers["step"] = {"peaks": [90.0, 104.0], "seconds": [slow * 1.0] * 2, "predicted_s": [1.0, 0.5]}
     answers["sample 2"] = {"peaks": [150.0] * 2, "seconds": [9.0] * 2, "predicted_s": [1.0]}
     results = tmp_path / "RESULTS.md"
