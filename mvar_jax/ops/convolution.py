@@ -14,13 +14,28 @@ NUMBERS = ("NHWC", "HWIO", "NHWC")
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
-def convolve(x_BYXC, kernel_yxCO, strides: Sequence[int], padding: Sequence[Sequence[int]], *, precision=None, **_):
-    """Return the convolution of maps; it fits `flax.linen.Conv.conv_general_dilated`, without dilation or groups.
+def convolve(
+    x_BYXC,
+    kernel_yxCO,
+    strides: Sequence[int],
+    padding: Sequence[Sequence[int]],
+    *,
+    precision=None,
+    lhs_dilation: Sequence[int] = (1, 1),
+    rhs_dilation: Sequence[int] = (1, 1),
+    feature_group_count: int = 1,
+    dimension_numbers=None,
+):
+    """Return the convolution of maps; it fits `flax.linen.Conv.conv_general_dilated`.
 
     On a CPU XLA takes the gradient of a kernel as a convolution with a window as large as the map, at an eighth of
     the rate of the convolution itself if maps are 256 x 256. For many channels it is a sum of products over blocks of
     rows here, which takes less memory too (benchmarks/RESULTS.md).
+
+    Raises ValueError for dilation and groups. dimension_numbers is flax's: dimensions are those of the names.
     """
+    if {*lhs_dilation, *rhs_dilation, feature_group_count} != {1}:
+        raise ValueError("convolve has neither dilation nor groups; use jax.lax.conv_general_dilated")
     steps, pads = tuple(strides), tuple(tuple(pair) for pair in padding)
     if current_platform() == "cpu" and kernel_yxCO.shape[2] * kernel_yxCO.shape[3] >= LEAST_KERNEL:
         return _convolve_by_blocks(x_BYXC, kernel_yxCO, steps, pads, precision)

@@ -1,5 +1,6 @@
 """The convolution of autoencoder and discriminator beside XLA's own, gradients included."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +81,13 @@ def test_the_precision_of_products_is_that_of_the_convolution():
     products = jaxpr.count("dot_general[") + jaxpr.count("conv_general_dilated[")
     assert jaxpr.count("dot_general[") == 9
     assert products == jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+
+
+@pytest.mark.parametrize("options", [{"kernel_dilation": 2}, {"input_dilation": (2, 1)}, {"feature_group_count": 2}])
+def test_what_it_does_not_do_is_refused(options):
+    layer = nn.Conv(4, (3, 3), conv_general_dilated=convolve, padding=1, **options)
+    with pytest.raises(ValueError, match="neither dilation nor groups"):
+        layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 4)))
 
 
 def test_maps_and_kernels_that_lie_on_several_devices_have_the_same_gradient():
