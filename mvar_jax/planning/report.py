@@ -71,17 +71,22 @@ class Plan:
         return one.model_flops / time.total_s / self.machine.peak("bfloat16") / self.num_devices
 
 
+def show_number(x: float) -> str:
+    """Return a number of three digits such as "5.71", above 999 with all its digits such as "1,234"."""
+    return f"{x:,.0f}" if x >= 999.5 else f"{x:.3g}"
+
+
 def show_bytes(num_bytes: float) -> str:
     """Return a size such as "5.71 GiB"."""
     for name, unit in (("GiB", GIB), ("MiB", 2**20)):
         if num_bytes >= unit:
-            return f"{num_bytes / unit:.3g} {name}" if num_bytes < 1000 * unit else f"{num_bytes / unit:,.0f} {name}"
-    return f"{num_bytes / 2**10:.3g} KiB" if num_bytes else "0"
+            return f"{show_number(num_bytes / unit)} {name}"
+    return f"{show_number(num_bytes / 2**10)} KiB" if num_bytes else "0"
 
 
 def show_time(seconds: float) -> str:
     """Return a time such as "41.2 ms"."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    return f"{show_number(seconds)} s" if seconds >= 1 else f"{show_number(1e3 * seconds)} ms"
 
 
 def describe(plan: Plan) -> str:
@@ -109,8 +114,8 @@ def _row(plan: Plan, one: Figures) -> tuple[str, ...]:
         return *cells, *[""] * 3, "refused", *[""] * 3
     time = estimate(one, plan.machine)
     sent, mfu = sum(part.sent_bytes for part in one.collectives), plan.mfu(one, time)
-    rate = f"{one.images / time.total_s:,.0f}" if one.images and time.total_s else ""
-    work = f"{one.flops / 1e12:.3g}", show_bytes(one.num_bytes), show_bytes(sent)
+    rate = show_number(one.images / time.total_s) if one.images and time.total_s else ""
+    work = show_number(one.flops / 1e12), show_bytes(one.num_bytes), show_bytes(sent)
     return *cells, *work, time.bound, show_time(time.total_s), rate, "" if mfu is None else f"{100 * mfu:.0f}%"
 
 
@@ -139,7 +144,7 @@ def _whole_run(plan: Plan) -> list[str]:
     if plan.run_s is None:
         return []
     hours = plan.run_s / 3600
-    took = f"{hours / 24:.3g} days" if hours >= 24 else f"{hours:.3g} hours"
+    took = f"{show_number(hours / 24)} days" if hours >= 24 else f"{show_number(hours)} hours"
     return [
         f"whole run: {plan.num_steps:,} steps, {took}, {hours * plan.num_devices:,.0f} device-hours at least: each "
         "instruction at the peak of its machine, nothing beside the steps"

@@ -203,6 +203,20 @@ def test_a_program_that_the_compiler_refuses_is_reported_with_what_it_named(monk
     assert _out_of_memory(RuntimeError("INTERNAL: no memory of this")) is None
 
 
+@pytest.mark.parametrize(
+    ("x", "text"), [(0.1453, "0.145"), (5.714, "5.71"), (566.4, "566"), (999.7, "1,000"), (1234567.0, "1,234,567")]
+)
+def test_numbers_have_three_digits_and_no_exponent(x, text):
+    assert report.show_number(x) == text
+
+
+def test_a_slow_step_has_a_rate_and_a_long_one_its_seconds():
+    """A slow machine takes seven seconds for an image, or an hour for a batch."""
+    slow = dataclasses.replace(STEP, work=(Work(1, 2e12, 10, "float32"),), images=300)
+    row = next(line for line in report.describe(plan_of(slow, usable_bytes=2**28)).splitlines() if "step " in line)
+    assert "2,000 s" in row and row.split("2,000 s")[1].split()[0] == "0.15"
+
+
 def test_a_plan_for_this_cpu_has_what_its_libraries_hold(monkeypatch):
     """On several cores they hold more than on one: a plan that is kept for one number is not one for another."""
     task = small_task()
