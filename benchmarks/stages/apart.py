@@ -40,7 +40,7 @@ def run(command: list[str], show: Callable[[str], None], limit_s: float | None =
 
 
 def end_with(parent: int) -> None:
-    """End this process, and those that it started, as soon as its parent is gone, however that ended.
+    """Kill this process and those that it started as soon as its parent has ended, even if the parent was killed.
 
     Args:
       parent: number of the process that called `run`, as --parent gives it.

@@ -13,7 +13,7 @@ from mvar_jax.hardware.program_text import Computation, Instruction, parse
 from mvar_jax.hardware.work import labels_of
 
 YNNPACK = "__ynn_fusion"
-MOST_DEPTH = 528  # values of a window that Eigen copies at once: what fits into the first cache, twice
+MOST_DEPTH = 528  # values of a window that Eigen copies at once: counted for a window of 784 values
 # Eigen's copies: all windows of a convolution, the products of a transposed one. YNNPACK's: the second operand of a
 # product, inner values of a fusion that are read in another shape.
 WINDOWS, TRANSPOSED, SECOND, RESHAPED = "windows", "transposed", "second", "reshaped"

@@ -55,13 +55,13 @@ class UpConv(nn.Module):
         rows = merge(kernel.astype(jnp.float32))  # for even (0) and odd (1) rows of the large map, then its columns
         kernels = [k.swapaxes(0, 1).astype(self.dtype) for row in rows for k in merge(row.swapaxes(0, 1))]
 
-        at = lambda kernel, *padding: convolve(x_BYXC.astype(self.dtype), kernel, (1, 1), padding)
+        apply = lambda kernel, *padding: convolve(x_BYXC.astype(self.dtype), kernel, (1, 1), padding)
 
         places = ((0, 0), (0, 1), (1, 0), (1, 1))
         if current_platform() == "cpu":  # one convolution would take longer there
-            parts = [at(k, (1 - i, i), (1 - j, j)) for k, (i, j) in zip(kernels, places, strict=True)]
+            parts = [apply(k, (1 - i, i), (1 - j, j)) for k, (i, j) in zip(kernels, places, strict=True)]
         else:  # one convolution, padded on all sides: odd rows and columns begin one later
-            y = at(jnp.stack(kernels, axis=3).reshape(2, 2, C, -1), (1, 1), (1, 1))
+            y = apply(jnp.stack(kernels, axis=3).reshape(2, 2, C, -1), (1, 1), (1, 1))
             y = y.reshape(B, Y + 1, X + 1, 4, self.features)
             parts = [y[:, i : i + Y, j : j + X, n] for n, (i, j) in enumerate(places)]
         rows = [jnp.stack(parts[:2], axis=3), jnp.stack(parts[2:], axis=3)]

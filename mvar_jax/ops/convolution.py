@@ -30,7 +30,7 @@ def convolve(
 
     On a CPU XLA takes the gradient of a kernel as a convolution with a window as large as the map, at an eighth of
     the rate of the convolution itself if maps are 256 x 256. For many channels it is a sum of products over blocks of
-    rows here, which takes less memory too (benchmarks/RESULTS.md).
+    rows here, which takes less memory too if maps are large (benchmarks/RESULTS.md).
 
     Raises ValueError for dilation and groups. dimension_numbers is flax's: dimensions are those of the names.
     """
