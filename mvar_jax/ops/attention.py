@@ -54,8 +54,12 @@ def normalise_query_key(q: jax.Array, k: jax.Array, log_scale_H: jax.Array) -> t
     See docs/method.md, Attention.
     """
     dtype = q.dtype
-    scale = jnp.exp(jnp.minimum(log_scale_H.astype(jnp.float32), np.log(100.0)))[:, None]
-    return (unit_norm(q) * scale).astype(dtype), unit_norm(k).astype(dtype)
+    return (unit_norm(q) * head_scale(log_scale_H)[:, None]).astype(dtype), unit_norm(k).astype(dtype)
+
+
+def head_scale(log_scale_H: jax.Array) -> jax.Array:
+    """Return the factor of each head's normalised queries, float32."""
+    return jnp.exp(jnp.minimum(log_scale_H.astype(jnp.float32), np.log(100.0)))
 
 
 def unit_norm(x: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
-"""Attention by Triton kernels, one forward and two backward, for any rule that says which keys a query sees.
+"""Attention by Triton kernels, one forward and one backward, for any rule that says which keys a query sees.
 
 A program owns `block_q` consecutive queries and loops over the range of keys that they see, with a running softmax;
 the mask is computed in registers, so there is no array of queries times keys. The forward pass saves the log-sum-exp
-of each query, from which the backward pass recomputes the weights.
+of each query, from which the backward pass recomputes the weights. There, a program owns its tokens twice: first as
+queries, then as keys. Queries, keys and values come prepared, or from a raw product (ops/triton_operands.py).
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from mvar_jax.ops.attention import MASKED
 from mvar_jax.ops.per_device import per_device
 from mvar_jax.ops.precision import precision_of
 from mvar_jax.ops.products import PRODUCT
+from mvar_jax.ops.triton_operands import Prepared, Raw, load, store
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_HEAD_WIDTH = 128
@@ -44,9 +46,10 @@ class Rule(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A rule and the shape of a program; one compiled kernel for each value."""
+    """A rule, the form of the operands and the shape of a program; one compiled kernel for each value."""
 
     rule: Any  # a Rule
+    form: Any  # Prepared or Raw
     scale: float
     block_q: int
     block_k: int
@@ -54,20 +57,27 @@ class Kernel:
     num_stages: int = 2
     interpret: bool = False
 
-    def pallas_call(self, body, block: int, inputs, outputs):
-        """Run `body` for each block of tokens, sample and head; arrays are `[B, N, H, K]` or `[B, H, N]`."""
-        B, N, H, _ = inputs[0].shape
+    @property
+    def num_blocks(self) -> int:
+        return pl.cdiv(self.rule.num_tokens, self.block_q)
 
-        def whole(x):
-            if x.ndim == 4:
-                return pl.BlockSpec((None, N, None, x.shape[3]), lambda i, b, h: (b, 0, h, 0))
-            return pl.BlockSpec((None, None, N), lambda i, b, h: (b, h, 0))
+    def pallas_call(self, body, inputs, outputs, in_axes: tuple[str, ...], out_axes: tuple[str, ...]):
+        """Run `body` for each block of tokens, sample and head.
+
+        in_axes, out_axes: b for samples, h for heads and i for blocks, which a program sees its own of; any other
+        letter for an axis that it sees whole.
+        """
+        B, H = (inputs[0].shape[in_axes[0].index(axis)] for axis in "bh")
+
+        def own(x, axes: str):
+            sizes = [None if axis in "bhi" else size for axis, size in zip(axes, x.shape, strict=True)]
+            return pl.BlockSpec(tuple(sizes), lambda i, b, h: tuple({"b": b, "h": h, "i": i}.get(a, 0) for a in axes))
 
         return pl.pallas_call(
             functools.partial(body, self),
-            grid=(pl.cdiv(N, block), B, H),
-            in_specs=[whole(x) for x in inputs],
-            out_specs=[whole(x) for x in outputs],
+            grid=(self.num_blocks, B, H),
+            in_specs=list(map(own, inputs, in_axes)),
+            out_specs=list(map(own, outputs, out_axes)),
             out_shape=outputs,
             compiler_params=plgpu.CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages),
             interpret=self.interpret,
@@ -75,45 +85,25 @@ class Kernel:
         )(*inputs)
 
 
-def rows_of(ref, begin, size: int):
-    """Return the slices of rows begin .. begin + size of a `[N, K]` or `[N]` reference, and the mask of those in it.
-
-    Triton's vectors have power-of-two sizes, so a head width is padded with zeros.
-    """
-    rows = begin + jnp.arange(size) < ref.shape[0]
-    if len(ref.shape) == 1:
-        return (pl.ds(begin, size),), rows
-    padded = max(16, pl.next_power_of_2(ref.shape[1]))
-    return (pl.ds(begin, size), pl.ds(0, padded)), rows[:, None] & (jnp.arange(padded) < ref.shape[1])[None]
-
-
-def load(ref, begin, size: int):
-    place, exists = rows_of(ref, begin, size)
-    return plgpu.load(ref.at[place], mask=exists, other=0.0)
-
-
-def store(ref, begin, value):
-    place, exists = rows_of(ref, begin, value.shape[0])
-    plgpu.store(ref.at[place], value.astype(ref.dtype), mask=exists)
-
-
 def dot(a, b, trans_a: bool = False, trans_b: bool = False):
     """Multiply with float32 accumulation; float32 operands are not rounded to TF32."""
     return plgpu.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=precision_of("attention", a.dtype))
 
 
-def attention_forward(kernel: Kernel, q_ref, k_ref, v_ref, out_ref, lse_ref):
-    """Write the output and log2-sum-exp2 of one block of queries."""
+def attention_forward(kernel: Kernel, *refs):
+    """Write the output and log2-sum-exp2 of one block of queries. refs: a form's operands, output, log2-sum-exp2."""
+    *inputs, out_ref, lse_ref = refs
+    operands = kernel.form(*inputs)
     begin = pl.program_id(0) * kernel.block_q
     end = jnp.minimum(begin + kernel.block_q, kernel.rule.num_tokens)
-    q = load(q_ref, begin, kernel.block_q)
+    q = operands.query(begin, kernel.block_q)
     query = jnp.minimum(begin + jnp.arange(kernel.block_q), kernel.rule.num_tokens - 1)
     first, last = kernel.rule.keys_of(begin, end)
 
     def visit(i, carry):
         out, top, total = carry
         at = first + i * kernel.block_k
-        k, v = load(k_ref, at, kernel.block_k), load(v_ref, at, kernel.block_k)
+        k, v = operands.key(at, kernel.block_k), operands.value(at, kernel.block_k)
         logits = dot(q, k, trans_b=True) * (kernel.scale * LOG2_E)
         logits = jnp.where(kernel.rule.is_seen(query, at + jnp.arange(kernel.block_k)), logits, MASKED)
         new_top = jnp.maximum(top, logits.max(-1))
@@ -132,39 +122,54 @@ def attention_forward(kernel: Kernel, q_ref, k_ref, v_ref, out_ref, lse_ref):
     store(lse_ref, begin, top + jnp.log2(total))
 
 
-def attention_backward_q(kernel: Kernel, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref):
-    """Write the gradient of one block of queries. delta: sum of out * dout of each query."""
+def attention_backward(kernel: Kernel, *refs):
+    """Write the gradients of one block of tokens.
+
+    refs: a form's operands; the output's gradient, log2-sum-exp2 and delta (sum of out * dout) of each query; the
+    form's gradients.
+    """
+    num_inputs = len(kernel.form.axes)
+    operands, of_queries = kernel.form(*refs[:num_inputs]), refs[num_inputs : num_inputs + 3]
+    gradients = refs[num_inputs + 3 :]
     begin = pl.program_id(0) * kernel.block_q
     end = jnp.minimum(begin + kernel.block_q, kernel.rule.num_tokens)
-    q, dout, lse, delta = (load(ref, begin, kernel.block_q) for ref in (q_ref, dout_ref, lse_ref, delta_ref))
+    operands.store_query_gradient(gradients, begin, query_gradient(kernel, operands, of_queries, begin, end))
+    operands.store_key_value_gradients(
+        gradients, begin, *key_value_gradients(kernel, operands, of_queries, begin, end)
+    )
+
+
+def query_gradient(kernel: Kernel, operands, of_queries, begin, end):
+    """Return the gradient of one block of queries, float32."""
+    q = operands.query(begin, kernel.block_q)
+    dout, lse, delta = (load(ref, begin, kernel.block_q) for ref in of_queries)
     query = jnp.minimum(begin + jnp.arange(kernel.block_q), kernel.rule.num_tokens - 1)
     first, last = kernel.rule.keys_of(begin, end)
 
     def visit(i, dq):
         at = first + i * kernel.block_k
-        k, v = load(k_ref, at, kernel.block_k), load(v_ref, at, kernel.block_k)
+        k, v = operands.key(at, kernel.block_k), operands.value(at, kernel.block_k)
         logits = dot(q, k, trans_b=True) * (kernel.scale * LOG2_E)
         seen = kernel.rule.is_seen(query, at + jnp.arange(kernel.block_k))
         weights = jnp.where(seen, jnp.exp2(logits - lse[:, None]), 0.0)
         dlogits = weights * (dot(dout, v, trans_b=True) - delta[:, None]) * kernel.scale
         return dq + dot(dlogits.astype(k.dtype), k)
 
-    dq = jnp.zeros(q.shape, jnp.float32)
-    store(dq_ref, begin, jax.lax.fori_loop(0, pl.cdiv(last - first, kernel.block_k), visit, dq))
+    zeros = jnp.zeros(q.shape, jnp.float32)
+    return jax.lax.fori_loop(0, pl.cdiv(last - first, kernel.block_k), visit, zeros)
 
 
-def attention_backward_kv(kernel: Kernel, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref):
-    """Write the gradients of one block of `block_q` keys and values, reading `block_k` queries at a time."""
-    begin = pl.program_id(0) * kernel.block_q
-    end = jnp.minimum(begin + kernel.block_q, kernel.rule.num_tokens)
-    k, v = load(k_ref, begin, kernel.block_q), load(v_ref, begin, kernel.block_q)
+def key_value_gradients(kernel: Kernel, operands, of_queries, begin, end):
+    """Return the gradients of one block of `block_q` keys and values, float32; reads `block_k` queries at a time."""
+    k, v = operands.key(begin, kernel.block_q), operands.value(begin, kernel.block_q)
     key = begin + jnp.arange(kernel.block_q)
     first, last = kernel.rule.queries_of(begin, end)
 
     def visit(i, carry):
         dk, dv = carry
         at = first + i * kernel.block_k
-        q, dout, lse, delta = (load(ref, at, kernel.block_k) for ref in (q_ref, dout_ref, lse_ref, delta_ref))
+        q = operands.query(at, kernel.block_k)
+        dout, lse, delta = (load(ref, at, kernel.block_k) for ref in of_queries)
         query = at + jnp.arange(kernel.block_k)
         seen = kernel.rule.is_seen(query, key) & (query < kernel.rule.num_tokens)[:, None]
         logits = dot(q, k, trans_b=True) * (kernel.scale * LOG2_E)
@@ -174,51 +179,49 @@ def attention_backward_kv(kernel: Kernel, q_ref, k_ref, v_ref, dout_ref, lse_ref
         return dk + dot(dlogits.astype(q.dtype), q, trans_a=True), dv
 
     zeros = jnp.zeros(k.shape, jnp.float32)
-    dk, dv = jax.lax.fori_loop(0, pl.cdiv(last - first, kernel.block_k), visit, (zeros, zeros))
-    store(dk_ref, begin, dk)
-    store(dv_ref, begin, dv)
+    return jax.lax.fori_loop(0, pl.cdiv(last - first, kernel.block_k), visit, (zeros, zeros))
 
 
-def like(x, shape=None, dtype=None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape or x.shape, dtype or x.dtype)
-
-
-def run_forward(kernel: Kernel, q, k, v):
-    B, N, H, _ = q.shape
-    outputs = [like(q), like(q, (B, H, N), jnp.float32)]
-    return tuple(kernel.pallas_call(attention_forward, kernel.block_q, (q, k, v), outputs))
-
-
-def run_backward(kernel: Kernel, q, k, v, dout, lse, delta):
-    inputs = (q, k, v, dout, lse, delta)
-    (dq,) = kernel.pallas_call(attention_backward_q, kernel.block_q, inputs, [like(q)])
-    dk, dv = kernel.pallas_call(attention_backward_kv, kernel.block_q, inputs, [like(k), like(v)])
-    return dq, dk, dv
+FORWARD_AXES = ("bnhk", "bhn")  # output, log2-sum-exp2
+OF_QUERIES_AXES = ("bnhk", "bhn", "bhn")  # gradient of the output, log2-sum-exp2, delta
 
 
 @functools.cache
 def operations(kernel: Kernel):
     """Return the forward and backward functions of a kernel, with vmap and sharding rules."""
-    forward = per_device(functools.partial(run_forward, kernel), (4,) * 3, (4, 3))
-    backward = per_device(functools.partial(run_backward, kernel), (4,) * 4 + (3, 3), (4,) * 3)
-    return forward, backward
+    form = kernel.form
+
+    def forward(*inputs):
+        B, N, H, K = (inputs[0].shape[form.axes[0].index(axis)] for axis in "bnhk")
+        outputs = [jax.ShapeDtypeStruct((B, N, H, K), inputs[0].dtype), jax.ShapeDtypeStruct((B, H, N), jnp.float32)]
+        return tuple(kernel.pallas_call(attention_forward, inputs, outputs, form.axes, FORWARD_AXES))
+
+    def backward(*inputs):
+        outputs = form.gradients_like(inputs[: len(form.axes)], kernel.num_blocks)
+        in_axes = form.axes + OF_QUERIES_AXES
+        return tuple(kernel.pallas_call(attention_backward, inputs, outputs, in_axes, form.gradient_axes))
+
+    return (
+        per_device(forward, form.axes, FORWARD_AXES),
+        per_device(backward, form.axes + OF_QUERIES_AXES, form.gradient_axes),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend_flat(kernel: Kernel, q_BNHK, k_BNHK, v_BNHK):
-    return operations(kernel)[0](q_BNHK, k_BNHK, v_BNHK)[0]
+def attend_flat(kernel: Kernel, *operands):
+    return operations(kernel)[0](*operands)[0]
 
 
-def attend_flat_forward(kernel, q, k, v):
+def attend_flat_forward(kernel, *operands):
     # kept by rematerialisation: the backward pass would otherwise run the forward kernel again
-    out, lse = (checkpoint_name(x, PRODUCT) for x in operations(kernel)[0](q, k, v))
-    return out, (q, k, v, out, lse)
+    out, lse = (checkpoint_name(x, PRODUCT) for x in operations(kernel)[0](*operands))
+    return out, (operands, out, lse)
 
 
 def attend_flat_backward(kernel, residuals, dout):
-    q, k, v, out, lse = residuals
+    operands, out, lse = residuals
     delta = jnp.einsum("bnhk,bnhk->bhn", out, dout, preferred_element_type=jnp.float32)
-    return operations(kernel)[1](q, k, v, dout, lse, delta)
+    return kernel.form.sum_gradients(operations(kernel)[1](*operands, dout, lse, delta))
 
 
 attend_flat.defvjp(attend_flat_forward, attend_flat_backward)
@@ -247,5 +250,18 @@ def why_not(dtype, head_width: int) -> str | None:
 
 def attend(rule: Rule, q_BNHK, k_BNHK, v_BNHK, scale: float, interpret: bool = False) -> jax.Array:
     """Attend by a rule on a CUDA GPU; `interpret` runs it on any platform, slowly."""
-    kernel = Kernel(rule, float(scale), *block_shape(q_BNHK.dtype, q_BNHK.shape[-1]), interpret=interpret)
+    shape = block_shape(q_BNHK.dtype, q_BNHK.shape[-1])
+    kernel = Kernel(rule, Prepared, float(scale), *shape, interpret=interpret)
     return attend_flat(kernel, q_BNHK, k_BNHK, v_BNHK)
+
+
+def attend_raw(rule: Rule, qkv_BNPHK, q_bias_HK, v_bias_HK, scale_H, interpret: bool = False) -> jax.Array:
+    """Attend with the raw product of queries, keys and values, as `attend` does with prepared ones and scale 1.
+
+    The kernels add the biases, L2-normalise q and k per head, scale q by scale_H, and write the product's gradient.
+    One small array holds all parameters, so that they take one launch of a layer.
+    """
+    scale_HK = jnp.broadcast_to(scale_H[:, None], q_bias_HK.shape)
+    rows_PHK = jnp.stack([x.astype(jnp.float32) for x in (q_bias_HK, scale_HK, v_bias_HK)])
+    kernel = Kernel(rule, Raw, 1.0, *block_shape(qkv_BNPHK.dtype, qkv_BNPHK.shape[-1]), interpret=interpret)
+    return attend_flat(kernel, qkv_BNPHK, rows_PHK)

@@ -75,7 +75,9 @@ def operations(height: int, width: int, kernel_size: int, scale: float, interpre
         *qkv, dout = arrays[len(constants) :]
         return jax.vjp(functools.partial(run_splash, kernel, scale), *qkv)[1](dout)
 
-    return per_device(forward, (4,) * 3, (4,), constants), per_device(backward, (4,) * 4, (4,) * 3, constants)
+    return per_device(forward, ("bnhk",) * 3, ("bnhk",), constants), per_device(
+        backward, ("bnhk",) * 4, ("bnhk",) * 3, constants
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

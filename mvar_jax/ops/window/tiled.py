@@ -161,7 +161,9 @@ class Tiling:
 def operations(tiling: Tiling):
     """Return the forward and backward functions of a tiling, with vmap and sharding rules."""
     mask = (tile_mask(*tiling.axes),)
-    return per_device(tiling.forward, (4,) * 3, (4,), mask), per_device(tiling.backward, (4,) * 4, (4,) * 3, mask)
+    return per_device(tiling.forward, ("bnhk",) * 3, ("bnhk",), mask), per_device(
+        tiling.backward, ("bnhk",) * 4, ("bnhk",) * 3, mask
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
