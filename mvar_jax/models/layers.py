@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvar_jax.ops.attention import block_causal_mask, dense_attention, normalise_query_key
-from mvar_jax.ops.block_diagonal import block_diagonal_attention
+from mvar_jax.ops import block_diagonal
+from mvar_jax.ops import window as window_attention
+from mvar_jax.ops.attention import block_causal_mask, dense_attention, head_scale, normalise_query_key
 from mvar_jax.ops.gelu import gelu
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.precision import precision_of
 from mvar_jax.ops.products import add_bias, multiply, multiply_rows
-from mvar_jax.ops.window import local_window_attention
 from mvar_jax.scales import BLOCK_CAUSAL, BLOCK_DIAGONAL, Phase, Pyramid
 from mvar_jax.sharding import constrain, is_split, named_axes
 
@@ -73,19 +73,24 @@ def branch_dtype(dtype: Any) -> Any:
 def query_key_value(module: nn.Module, x_BND: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return queries, keys and values, `[B, N, H, K]` each, with q and k normalised and biases added.
 
-    Call inside a compact method: the parameters are those of `module`, which has num_heads, init_std and dtype.
+    Call inside a compact method: the parameters are those of `module`, see `query_key_value_parameters`.
     """
-    D, H = x_BND.shape[-1], module.num_heads
-    K = D // H
+    kernel, q_bias, v_bias, log_scale = query_key_value_parameters(module, x_BND.shape[-1])
+    q, k, v = project(x_BND, kernel, module.dtype)
+    q, k = normalise_query_key(add_bias(q, q_bias), k, log_scale)
+    return q, k, add_bias(v, v_bias)
+
+
+def query_key_value_parameters(module: nn.Module, width: int) -> tuple[jax.Array, ...]:
+    """Return kernel, q_bias, v_bias and log_scale of `module`, which has num_heads, init_std and dtype."""
+    H, K = module.num_heads, width // module.num_heads
     init = named_axes(normal(module.init_std), "width", None, "heads", "head_width")
-    kernel = module.param("qkv", init, (D, 3, H, K))
+    kernel = module.param("qkv", init, (width, 3, H, K))
     bias_axes = ("heads", "head_width")
     q_bias = module.param("q_bias", named_axes(nn.initializers.zeros, *bias_axes), (H, K))
     v_bias = module.param("v_bias", named_axes(nn.initializers.zeros, *bias_axes), (H, K))
     log_scale = module.param("log_scale", named_axes(nn.initializers.constant(np.log(4.0)), "heads"), (H,))
-    q, k, v = project(x_BND, kernel, module.dtype)
-    q, k = normalise_query_key(add_bias(q, q_bias), k, log_scale)
-    return q, k, add_bias(v, v_bias)
+    return kernel, q_bias, v_bias, log_scale
 
 
 @jax.named_scope("project")
@@ -100,11 +105,16 @@ def project(x_BND: jax.Array, kernel_D3HK: jax.Array, dtype: Any) -> tuple[jax.A
         return tuple(constrain(qkv, None, *axes))
     # one product on a GPU that has all heads: XLA would join three and copy their weights side by side each time
     if platform == "gpu" and not is_split("heads"):
-        qkv = multiply_rows(x_BND, kernel_D3HK, dtype, precision)
+        qkv = project_together(x_BND, kernel_D3HK, dtype)
         return tuple(constrain(qkv[:, :, i], *axes) for i in range(3))
     # one product each: columns of all three together would mix whole axes with one that a mesh may split
     parts = (multiply_rows(x_BND, kernel_D3HK[:, i], dtype, precision) for i in range(3))
     return tuple(constrain(part, *axes) for part in parts)
+
+
+def project_together(x_BND: jax.Array, kernel_D3HK: jax.Array, dtype: Any) -> jax.Array:
+    """Return the product with all parts of a kernel, `[B, N, 3, H, K]`."""
+    return multiply_rows(x_BND, kernel_D3HK, dtype, precision_of("blocks", dtype))
 
 
 class Attention(nn.Module):
@@ -120,14 +130,44 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BND: jax.Array, cache: tuple[jax.Array, jax.Array] | None, layer: jax.Array):
-        D = x_BND.shape[-1]
-        q, k, v = query_key_value(self, x_BND.astype(self.dtype))
-        if cache is not None:
-            cache, (k, v) = self.extend_cache(cache, (k, v), layer)
-        y_BNHK = self.attend(q, k, v)
+        D, x_BND = x_BND.shape[-1], x_BND.astype(self.dtype)
+        rule = self.triton_rule(x_BND) if cache is None else None
+        if rule is not None:
+            y_BNHK = self.attend_raw(rule, x_BND)
+        else:
+            q, k, v = query_key_value(self, x_BND)
+            if cache is not None:
+                cache, (k, v) = self.extend_cache(cache, (k, v), layer)
+            y_BNHK = self.attend(q, k, v)
         init = named_axes(normal(self.init_std, 1 / np.sqrt(2 * self.depth)), "heads", "head_width", "width")
         out = Linear(D, init, self.dtype, self.dtype, num_axes=2, sum_dtype=branch_dtype(self.dtype), name="proj")
         return out(y_BNHK), cache
+
+    def triton_rule(self, x_BND):
+        """Return the rule of the Triton kernels if they are to read the raw product, or None.
+
+        They do so in half precision, if one product has all heads and they would attend anyway.
+        """
+        if current_platform() != "gpu" or is_split("heads") or x_BND.dtype == jnp.float32:
+            return None
+        head_width, phase = x_BND.shape[-1] // self.num_heads, self.phase
+        if phase.attention == BLOCK_DIAGONAL:
+            return block_diagonal.triton_rule(self.areas, x_BND.dtype, head_width)
+        if phase.attention == BLOCK_CAUSAL:
+            return None
+        side, window = self.pyramid.sides[phase.first], self.pyramid.window(phase.first)
+        shape = (x_BND.shape[0], side, side, self.num_heads, head_width)
+        return window_attention.triton_rule(jax.ShapeDtypeStruct(shape, x_BND.dtype), window, self.window_backend)
+
+    def attend_raw(self, rule, x_BND):
+        """Attend with kernels that add the biases and normalise q and k themselves, without passes of their own."""
+        from mvar_jax.ops import triton_attention  # Pallas is slow to import
+
+        kernel, q_bias, v_bias, log_scale = query_key_value_parameters(self, x_BND.shape[-1])
+        with jax.named_scope("project"):
+            qkv = project_together(x_BND, kernel, self.dtype)
+            qkv = constrain(qkv, "batch", "tokens", None, "heads", "head_width")
+        return triton_attention.attend_raw(rule, qkv, q_bias, v_bias, head_scale(log_scale))
 
     def extend_cache(self, cache, new, layer):
         """Write the phase's keys and values; return the cache and the layer's part of it up to the phase's end."""
@@ -142,18 +182,23 @@ class Attention(nn.Module):
         k, v = (extend(*pair) for pair in zip(cache, new, strict=True))
         return (k[0], v[0]), (k[1], v[1])
 
+    @property
+    def areas(self) -> tuple[int, ...]:
+        """Return the number of tokens of each scale of the phase."""
+        return self.pyramid.areas[self.phase.first : self.phase.last + 1]
+
     def attend(self, q, k, v):
         """Attend by the phase's rule: scale-Markov, spatial-Markov or VAR (docs/method.md, Attention)."""
-        phase, areas = self.phase, self.pyramid.areas[self.phase.first : self.phase.last + 1]
+        phase = self.phase
         if phase.attention == BLOCK_DIAGONAL:
-            return block_diagonal_attention(q, k, v, areas)
+            return block_diagonal.block_diagonal_attention(q, k, v, self.areas)
         if phase.attention == BLOCK_CAUSAL:
             mask = block_causal_mask(self.pyramid.areas[: phase.last + 1])[phase.begin :]
             return dense_attention(q, k, v, None if mask.all() else mask)
         side = self.pyramid.sides[phase.first]
         window = self.pyramid.window(phase.first)
         q, k, v = (x.reshape(x.shape[0], side, side, *x.shape[2:]) for x in (q, k, v))
-        y_BYXHK = local_window_attention(q, k, v, window, backend=self.window_backend)
+        y_BYXHK = window_attention.local_window_attention(q, k, v, window, backend=self.window_backend)
         return y_BYXHK.reshape(y_BYXHK.shape[0], side * side, *y_BYXHK.shape[3:])
 
 

@@ -67,3 +67,12 @@ def unit_norm(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+def unit_norm_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Return the gradient of x, float32, from that of unit_norm(x); autodiff's takes more registers in a kernel."""
+    x = x.astype(jnp.float32)
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+    along = jnp.sum(x * gradient, axis=-1, keepdims=True) * jnp.square(inverse)
+    return inverse * (gradient - x * jnp.where(square > 1e-24, along, 0.0))

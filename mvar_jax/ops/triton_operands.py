@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from mvar_jax.ops.attention import unit_norm
+from mvar_jax.ops.attention import unit_norm, unit_norm_gradient
 from mvar_jax.ops.products import add_bias
 
 QUERY, KEY, VALUE = range(3)
@@ -89,10 +89,6 @@ class Prepared(NamedTuple):
         store(to[VALUE], begin, dv)
 
 
-def normalise_query(q, bias, scale):
-    return unit_norm(add_bias(q, bias)) * scale
-
-
 class Raw(NamedTuple):
     """The raw product `[B, N, 3, H, K]`, and float32 rows `[3, H, K]`: bias of q, scale of q, bias of v.
 
@@ -125,7 +121,7 @@ class Raw(NamedTuple):
 
     def query(self, begin, size: int):
         q = load(self.product, begin, size, QUERY)
-        return normalise_query(q, self.row(QUERY_BIAS), self.row(QUERY_SCALE)).astype(q.dtype)
+        return (unit_norm(add_bias(q, self.row(QUERY_BIAS))) * self.row(QUERY_SCALE)).astype(q.dtype)
 
     def key(self, begin, size: int):
         k = load(self.product, begin, size, KEY)
@@ -136,23 +132,22 @@ class Raw(NamedTuple):
 
     def store_query_gradient(self, to, begin, dq):
         dproduct, drows = to
-        size = dq.shape[0]
         # read again: kept from before the loop, the block would take registers in it
-        q = load(self.product, begin, size, QUERY)
-        _, pull_back = jax.vjp(normalise_query, q, self.row(QUERY_BIAS), self.row(QUERY_SCALE))
-        # rows beyond the last token hold a query of the bias alone
-        exists = begin + jnp.arange(size) < self.product.shape[0]
-        dq, dbias, dscale = pull_back(jnp.where(exists[:, None], dq, 0.0))
+        biased = add_bias(load(self.product, begin, dq.shape[0], QUERY), self.row(QUERY_BIAS))
+        # a row beyond the last token is a query of the bias alone
+        exists = begin + jnp.arange(dq.shape[0]) < self.product.shape[0]
+        dq = jnp.where(exists[:, None], dq, 0.0)
+        store_row(drows, QUERY_SCALE, jnp.sum(dq * unit_norm(biased), axis=0))
+        dq = unit_norm_gradient(biased, dq * self.row(QUERY_SCALE))
         store(dproduct, begin, dq, QUERY)
-        store_row(drows, QUERY_BIAS, dbias)
-        store_row(drows, QUERY_SCALE, dscale)
+        store_row(drows, QUERY_BIAS, jnp.sum(dq, axis=0))
 
     def store_key_value_gradients(self, to, begin, dk, dv):
         dproduct, drows = to
-        _, pull_back = jax.vjp(unit_norm, load(self.product, begin, dk.shape[0], KEY))
-        store(dproduct, begin, pull_back(dk)[0], KEY)
+        # values first: their registers are free for the keys
         store(dproduct, begin, dv, VALUE)
         store_row(drows, VALUE_BIAS, jnp.sum(dv, axis=0))
+        store(dproduct, begin, unit_norm_gradient(load(self.product, begin, dk.shape[0], KEY), dk), KEY)
 
 
 def store_row(ref, number: int, value):

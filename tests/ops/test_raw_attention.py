@@ -1,6 +1,7 @@
 """Attention kernels that read the raw product of queries, keys and values, in Pallas' interpreter."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -40,15 +41,13 @@ class Case:
     def arrays(self):
         """Return qkv, q_bias, v_bias, log_scale and a cotangent.
 
-        One key is zero and one query is minus its bias: their norms are 0. The last head's scale is clipped.
+        The last head's scale is clipped.
         """
         rng = np.random.default_rng(0)
         normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
         N, H, K = self.rule.num_tokens, self.num_heads, self.head_width
         q_bias, v_bias = np.asarray(jnp.asarray(normal(2, H, K), self.dtype), np.float32)
         qkv = 2 * normal(2, N, 3, H, K)
-        qkv[1, N // 2, 0, 0] = -q_bias[0]
-        qkv[0, N // 2, 1, 1] = 0
         log_scale = np.asarray([np.log(4.0), -0.5, 4.7], np.float32)
         low = lambda x: jnp.asarray(x, self.dtype)
         return low(qkv), jnp.asarray(q_bias), jnp.asarray(v_bias), jnp.asarray(log_scale), low(normal(2, N, H, K))
@@ -76,35 +75,44 @@ def by_kernel(rule, qkv, q_bias, v_bias, log_scale):
     return triton_attention.attend_raw(rule, qkv, q_bias, v_bias, head_scale(log_scale), interpret=True)
 
 
+def heads_first(name: str, x) -> np.ndarray:
+    """Return an output or gradient as rows of numbers, one for each head."""
+    axis = {"out": 2, "dqkv": 3}.get(name, 0)
+    return np.moveaxis(np.asarray(x, np.float64), axis, 0).reshape(x.shape[axis], -1)
+
+
+def errors_of(results, exact) -> dict[str, np.ndarray]:
+    """Return |x - exact| / |exact| of each output and gradient by name and, as norms, for each head."""
+    errors = {}
+    for name, ours, expected in zip(NAMES, results, exact, strict=True):
+        ours, expected = heads_first(name, ours), heads_first(name, expected)
+        errors[name] = np.linalg.norm(ours - expected, axis=1) / (np.linalg.norm(expected, axis=1) + 1e-30)
+    return errors
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_of_the_raw_product_equal_the_layers_in_outputs_and_all_gradients(case):
     """Equal to biases, unit norms and dense attention, each by XLA, and differentiated by it.
 
-    The gradients of float32 arrays are exact up to the order of sums; where a norm is 0 they are 1e12 times those of
-    the logits. A missing bias, projection or scale, a wrong part of the product or a row beyond the last token breaks
-    it.
+    Float32 is exact up to the order of sums. Half precision is as near to the float32 result as the layers are. A
+    missing bias, projection or scale, a wrong part of the product or a row beyond the last token breaks it.
     """
     *arrays, cotangent = case.arrays()
 
-    @quick_jit
-    def run(cotangent, *arrays):
-        attends = (lambda *x: by_kernel(case.rule, *x)), (lambda *x: by_layers(case.mask, *x))
-        pulls = [jax.vjp(attend, *arrays) for attend in attends]
-        return [(out, *pull_back(cotangent)) for out, pull_back in pulls]
+    def run(attend, *arrays):
+        *arrays, cotangent = arrays
+        out, pull_back = jax.vjp(attend, *arrays)
+        return out, *pull_back(cotangent)
 
-    zeros = np.zeros(arrays[0].shape, bool)
-    N = case.rule.num_tokens
-    zeros[1, N // 2, 0, 0] = zeros[0, N // 2, 1, 1] = True
-    for name, ours, expected in zip(NAMES, *run(cotangent, *arrays), strict=True):
-        assert ours.dtype == expected.dtype, name
-        ours, expected = np.asarray(ours, np.float32), np.asarray(expected, np.float32)
-        if name == "dqkv":
-            assert (np.abs(expected[zeros]).max() > 1e6) and np.isfinite(ours).all()
-            np.testing.assert_allclose(ours[zeros], expected[zeros], rtol=0.03, atol=1e10)
-            ours, expected = ours[~zeros], expected[~zeros]
-        if name == "dq_bias":  # the query of norm 0 dominates its head
-            ours, expected = ours[1:], expected[1:]
-        print(name, np.abs(ours-expected).max(), np.abs(expected).max())
-        tolerance = {"atol": 2e-5, "rtol": 2e-5} if case.dtype == "float32" else {"atol": 0.06, "rtol": 0.03}
-        np.testing.assert_allclose(ours, expected, **tolerance, err_msg=name)
-    assert ours[2] == 0 and np.all(ours[:2] != 0)
+    ours = quick_jit(functools.partial(run, functools.partial(by_kernel, case.rule)))(*arrays, cotangent)
+    layers = quick_jit(functools.partial(run, functools.partial(by_layers, case.mask)))
+    expected = layers(*arrays, cotangent)
+    exact = layers(*(x.astype(jnp.float32) for x in (*arrays, cotangent)))
+    print({n: e.max() for n, e in errors_of(ours, exact).items()})
+    print({n: e.max() for n, e in errors_of(expected, exact).items()})
+    assert [x.dtype for x in ours] == [x.dtype for x in expected]
+    own = errors_of(expected, exact)
+    for name, error in errors_of(ours, exact).items():
+        limit = 2e-5 if case.dtype == "float32" else 1.2 * own[name] + 1e-3
+        assert (error <= limit).all(), (name, error, limit)
+    assert ours[-1][2] == 0 and (ours[-1][:2] != 0).all()

@@ -90,6 +90,33 @@ def log_once(message: str) -> None:
     logger.info(message)
 
 
+def resolve_backend(q_BYXHK: jax.Array | jax.ShapeDtypeStruct, window: int, backend: str) -> str:
+    """Return the backend that `local_window_attention` uses for queries of this shape and dtype.
+
+    Raises InputError if it is unknown or does not support this platform or these arrays.
+    """
+    name = choose_backend(q_BYXHK, window) if backend == "auto" else backend
+    if name not in BACKENDS:
+        expected = f"auto or one of {', '.join(sorted(BACKENDS))}"
+        message = f"window_backend must be {expected}, got {backend!r}"
+        raise InputError(message, field="window_backend", given=backend, expected=expected)
+    if reason := why_not(name, q_BYXHK):
+        expected = f"auto or one of {', '.join(other for other in BACKENDS if not why_not(other, q_BYXHK))}"
+        message = f"window_backend {name} cannot be used: {reason}; use {expected}"
+        raise InputError(message, field="window_backend", given=name, expected=expected)
+    if backend == "auto":
+        Y, X = q_BYXHK.shape[1:3]
+        log_once(f"local window {window} on {Y} x {X}, {q_BYXHK.dtype}, {current_platform()}: {name}")
+    return name
+
+
+def triton_rule(q_BYXHK: jax.ShapeDtypeStruct, window: int, backend: str):
+    """Return the rule of the Triton kernels (ops/triton_attention) if they are the backend, or None."""
+    if resolve_backend(q_BYXHK, window, backend) != "pallas_gpu":
+        return None
+    return _from_kernel("pallas_gpu", "rule_of")(*q_BYXHK.shape[1:3], window)
+
+
 def local_window_attention(
     q_BYXHK: jax.Array,
     k_BYXHK: jax.Array,
@@ -124,16 +151,5 @@ def local_window_attention(
         expected = "[batch, rows, columns, heads, head width]"
         message = f"q must have shape {expected}, got {list(q_BYXHK.shape)}"
         raise InputError(message, field="q", given=q_BYXHK.shape, expected=expected)
-    name = choose_backend(q_BYXHK, window) if backend == "auto" else backend
-    if name not in BACKENDS:
-        expected = f"auto or one of {', '.join(sorted(BACKENDS))}"
-        message = f"window_backend must be {expected}, got {backend!r}"
-        raise InputError(message, field="window_backend", given=backend, expected=expected)
-    if reason := why_not(name, q_BYXHK):
-        expected = f"auto or one of {', '.join(other for other in BACKENDS if not why_not(other, q_BYXHK))}"
-        message = f"window_backend {name} cannot be used: {reason}; use {expected}"
-        raise InputError(message, field="window_backend", given=name, expected=expected)
-    if backend == "auto":
-        Y, X = q_BYXHK.shape[1:3]
-        log_once(f"local window {window} on {Y} x {X}, {q_BYXHK.dtype}, {current_platform()}: {name}")
+    name = resolve_backend(q_BYXHK, window, backend)
     return BACKENDS[name](q_BYXHK, k_BYXHK, v_BYXHK, window, scale)

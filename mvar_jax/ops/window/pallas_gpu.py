@@ -52,9 +52,13 @@ def why_not(q_BYXHK) -> str | None:
     return triton_attention.why_not(q_BYXHK.dtype, q_BYXHK.shape[-1])
 
 
+def rule_of(height: int, width: int, window: int) -> Window:
+    return Window(height, width, min(window, height), min(window, width))
+
+
 def attend(q_BYXHK, k_BYXHK, v_BYXHK, kernel_size: int, scale: float, interpret: bool = False) -> jax.Array:
     """Compute local-window attention on a CUDA GPU; `interpret` runs it on any platform, slowly."""
     B, Y, X, H, K = q_BYXHK.shape
-    rule = Window(Y, X, min(kernel_size, Y), min(kernel_size, X))
     q, k, v = (x.reshape(B, Y * X, H, K) for x in (q_BYXHK, k_BYXHK, v_BYXHK))
+    rule = rule_of(Y, X, kernel_size)
     return triton_attention.attend(rule, q, k, v, scale, interpret).reshape(q_BYXHK.shape)
