@@ -13,11 +13,16 @@ from benchmarks.stages.report import CONDITIONS, Report, median
 from benchmarks.window_cases import CASES, TIMED_MAPS, Case, benchmark_case
 from mvar_jax.hardware.compiling import MIB
 from mvar_jax.ops import draw_gpu
-from mvar_jax.ops.attention import block_diagonal_mask, dense_attention
-from mvar_jax.ops.block_diagonal import block_diagonal_attention
+from mvar_jax.ops.attention import block_diagonal_mask, dense_attention, head_scale, normalise_query_key
+from mvar_jax.ops.block_diagonal import Segments, block_diagonal_attention
+from mvar_jax.ops.platform import current_platform
+from mvar_jax.ops.products import add_bias
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.ops.sampling import draw, filter_logits
+from mvar_jax.ops.triton_attention import attend_raw
 from mvar_jax.ops.window import BACKENDS, local_window_attention, why_not
+from mvar_jax.ops.window.geometry import window_mask
+from mvar_jax.ops.window.pallas_gpu import rule_of
 from mvar_jax.scales import KNOWN_SIDES, areas_of
 
 LIMITS = {"float32": 2e-5, "bfloat16": 1.2e-2}  # |ours - oracle| / |oracle|, norms
@@ -73,7 +78,10 @@ def window_forms(case: Case, q: jax.Array) -> dict[str, Callable]:
 
 
 def subjects(args) -> list[Subject]:
-    """Return window attention by every backend, and attention within the coarse scales, trained in one phase."""
+    """Return window attention by every backend, and attention within the coarse scales, trained in one phase.
+
+    Both also by the kernels that read the raw product of queries, keys and values.
+    """
     found = []
     for case in parity_cases(args):
         arrays = arrays_of(case)
@@ -84,7 +92,30 @@ def subjects(args) -> list[Subject]:
     for dtype in LIMITS:
         arrays = [x.reshape(2, -1, *x.shape[3:]) for x in arrays_of(Case(1, sum(areas), 1, 16, 64, 2, dtype))]
         found.append(Subject(f"{len(areas)} scales, {dtype}", arrays, {"reference": masked, "auto": here}))
-    return found
+    side, window = (3, 3) if args.size == TINY else (16, 7)
+    rules = (
+        (Segments(areas), block_diagonal_mask(areas)),
+        (rule_of(side, side, window), window_mask(side, side, window)),
+    )
+    return found + [raw_subject(rule, mask, dtype) for rule, mask in rules for dtype in LIMITS]
+
+
+def raw_subject(rule, mask: np.ndarray, dtype: str) -> Subject:
+    """Return attention from the raw product by the Triton kernels; in Pallas's interpreter if this is no GPU."""
+    arrays = [x.reshape(2, -1, *x.shape[3:]) for x in arrays_of(Case(1, rule.num_tokens, 1, 16, 64, 2, dtype))]
+    q_bias, v_bias = jax.random.normal(jax.random.key(1), (2, *arrays[0].shape[2:]))
+    log_scale = jnp.linspace(-1.0, 3.0, len(q_bias))
+
+    def by_layers(q, k, v):
+        q, k = normalise_query_key(add_bias(q, q_bias), k, log_scale)
+        return dense_attention(q, k, add_bias(v, v_bias), mask)
+
+    def by_kernels(q, k, v):
+        product, scale = jnp.stack([q, k, v], axis=2), head_scale(log_scale)
+        return attend_raw(rule, product, q_bias, v_bias, scale, interpret=current_platform() != "gpu")
+
+    name = f"raw product, {type(rule).__name__.lower()} of {rule.num_tokens}, {dtype}"
+    return Subject(name, arrays, {"reference": by_layers, "kernels": by_kernels})
 
 
 def with_gradients(attend: Callable, q, k, v, cotangent):

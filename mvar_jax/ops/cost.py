@@ -58,7 +58,7 @@ def phase_macs(pyramid: Pyramid, phase: Phase, depth: int, width: int, vocab_siz
 
 
 # products of queries by keys in an attention kernel, by a part of its name: 2 forward; backward they are made again
-_KERNEL_PRODUCTS = {"backward_kv": 4, "backward_q": 3, "dkv": 4, "dq": 3, "forward": 2, "fwd": 2, "splash": 2}
+_KERNEL_PRODUCTS = {"attention_backward": 7, "dkv": 4, "dq": 3, "forward": 2, "fwd": 2, "splash": 2}
 
 
 def attention_kernel_flops(pyramid: Pyramid, name: str, sides: tuple[int, ...]) -> float:

@@ -227,16 +227,18 @@ def attend_flat_backward(kernel, residuals, dout):
 attend_flat.defvjp(attend_flat_forward, attend_flat_backward)
 
 
-def block_shape(dtype, head_width: int) -> tuple[int, int, int]:
+def block_shape(form, dtype, head_width: int) -> tuple[int, int, int]:
     """Return (block_q, block_k, num_warps).
 
-    bfloat16 up to width 64: the fastest of twelve shapes on an H100 (benchmarks/RESULTS.md). Otherwise: the largest
-    without register spills on sm_90, found by compiling for it.
+    Prepared bfloat16 up to width 64: the fastest of twelve shapes on an H100 (benchmarks/RESULTS.md). Otherwise: the
+    largest without register spills on sm_90, found by compiling for it. The raw form needs more registers.
     """
-    is_wide = head_width > 64
+    is_wide, is_raw = head_width > 64, form is Raw
     if dtype == jnp.float32:
-        return (16, 16, 8) if is_wide else (32, 32, 8)
-    return (32, 32, 4) if is_wide else (64, 64, 4)
+        return (16, 16, 8) if is_wide or is_raw else (32, 32, 8)
+    if is_wide:
+        return (32, 32, 8 if is_raw else 4)
+    return (64, 32 if is_raw else 64, 4)
 
 
 def why_not(dtype, head_width: int) -> str | None:
@@ -250,7 +252,7 @@ def why_not(dtype, head_width: int) -> str | None:
 
 def attend(rule: Rule, q_BNHK, k_BNHK, v_BNHK, scale: float, interpret: bool = False) -> jax.Array:
     """Attend by a rule on a CUDA GPU; `interpret` runs it on any platform, slowly."""
-    shape = block_shape(q_BNHK.dtype, q_BNHK.shape[-1])
+    shape = block_shape(Prepared, q_BNHK.dtype, q_BNHK.shape[-1])
     kernel = Kernel(rule, Prepared, float(scale), *shape, interpret=interpret)
     return attend_flat(kernel, q_BNHK, k_BNHK, v_BNHK)
 
@@ -263,5 +265,5 @@ def attend_raw(rule: Rule, qkv_BNPHK, q_bias_HK, v_bias_HK, scale_H, interpret: 
     """
     scale_HK = jnp.broadcast_to(scale_H[:, None], q_bias_HK.shape)
     rows_PHK = jnp.stack([x.astype(jnp.float32) for x in (q_bias_HK, scale_HK, v_bias_HK)])
-    kernel = Kernel(rule, Raw, 1.0, *block_shape(qkv_BNPHK.dtype, qkv_BNPHK.shape[-1]), interpret=interpret)
+    kernel = Kernel(rule, Raw, 1.0, *block_shape(Raw, qkv_BNPHK.dtype, qkv_BNPHK.shape[-1]), interpret=interpret)
     return attend_flat(kernel, qkv_BNPHK, rows_PHK)

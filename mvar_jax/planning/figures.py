@@ -195,8 +195,12 @@ def _kernel_flops(task: DataTask, name: str, operands: list[Array]) -> float:
     """Return the FLOPs of an attention kernel by ops/cost; 0 for other kernels, which have no products."""
     transformer = getattr(task, "transformer", None)
     # a TPU's kernels have tables of the mask's blocks before the queries
-    sides = next((one.sides for one in operands if len(one.sides) == 4 and one.dtype in ("bf16", "f16", "f32")), None)
-    return attention_kernel_flops(transformer.pyramid, name, sides) if transformer and sides else 0
+    sides = next((one.sides for one in operands if len(one.sides) > 3 and one.dtype in ("bf16", "f16", "f32")), None)
+    if not transformer or not sides:
+        return 0
+    if len(sides) == 5:  # a raw product `[B, N, 3, H, K]`
+        sides = sides[:2] + sides[3:]
+    return attention_kernel_flops(transformer.pyramid, name, sides)
 
 
 def _merged(items: list) -> Iterator[Any]:

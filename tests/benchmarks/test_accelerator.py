@@ -224,11 +224,13 @@ def test_kernels_stage_writes_a_row_for_each_form_and_fails_beyond_its_limit(tmp
     monkeypatch.setattr(operations, "FILTERS", ((4, 0.9),))
     argv = ["--size", TINY, "--stages", "kernels", "--rows", str(tmp_path / "rows.jsonl")]
     assert accelerator.main(argv) == 0
-    conditions, window, scales, draws = read_rows(tmp_path / "rows.jsonl")
+    conditions, window, scales, raw_scales, raw_window, draws = read_rows(tmp_path / "rows.jsonl")
     assert conditions["jax"] == jax.__version__ and conditions["device"] == "cpu"
     assert draws["draws"] == 6 and draws["ok"]
     assert (window["form"], scales["form"]) == ("dense", "auto")
     assert window["ok"] and scales["ok"] and 0 < window["dq"] < 2e-5
+    assert raw_scales["form"] == raw_window["form"] == "kernels"
+    assert raw_scales["ok"] and raw_window["ok"] and 0 < raw_window["dq"] < 2e-5
     monkeypatch.setattr(operations, "add_draws", lambda *_: True)
     monkeypatch.setattr(operations, "subjects", lambda args: [wrong_subject(float("nan"))])
     assert accelerator.main(argv) == 1
@@ -383,7 +385,7 @@ def test_part_of_the_model_by_an_instructions_name(name, part):
 @pytest.mark.parametrize(
     ("kernel", "kind"),
     [
-        ("attention_backward_kv", "attention, ours"),
+        ("attention_backward", "attention, ours"),
         ("wrapped_reduce-window", "fusions that reduce"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention, cuDNN"),
         ("sm90_xmma_fprop_implicit_gemm_f32f32_nhwc", "convolutions"),

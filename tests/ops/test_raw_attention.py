@@ -75,18 +75,34 @@ def by_kernel(rule, qkv, q_bias, v_bias, log_scale):
     return triton_attention.attend_raw(rule, qkv, q_bias, v_bias, head_scale(log_scale), interpret=True)
 
 
+def pulled_back(attend, *arrays):
+    """Return the output and all gradients. arrays: arguments and the output's cotangent."""
+    *arrays, cotangent = arrays
+    out, pull_back = jax.vjp(attend, *arrays)
+    return out, *pull_back(cotangent)
+
+
+def run_kernel(case):
+    return quick_jit(functools.partial(pulled_back, functools.partial(by_kernel, case.rule)))
+
+
+def run_layers(case):
+    return quick_jit(functools.partial(pulled_back, functools.partial(by_layers, case.mask)))
+
+
 def heads_first(name: str, x) -> np.ndarray:
-    """Return an output or gradient as rows of numbers, one for each head."""
+    """Return rows of numbers, one for each head; one row for all scales, whose gradients may cancel in a head."""
     axis = {"out": 2, "dqkv": 3}.get(name, 0)
-    return np.moveaxis(np.asarray(x, np.float64), axis, 0).reshape(x.shape[axis], -1)
+    x = np.moveaxis(np.asarray(x, np.float64), axis, 0)
+    return x[None] if name == "dlog_scale" else x.reshape(x.shape[0], -1)
 
 
 def errors_of(results, exact) -> dict[str, np.ndarray]:
-    """Return |x - exact| / |exact| of each output and gradient by name and, as norms, for each head."""
+    """Return |x - exact| / |exact| of each output and gradient by name, as norms of `heads_first`."""
     errors = {}
     for name, ours, expected in zip(NAMES, results, exact, strict=True):
         ours, expected = heads_first(name, ours), heads_first(name, expected)
-        errors[name] = np.linalg.norm(ours - expected, axis=1) / (np.linalg.norm(expected, axis=1) + 1e-30)
+        errors[name] = np.linalg.norm(ours - expected, axis=1) / np.linalg.norm(expected, axis=1)
     return errors
 
 
@@ -97,22 +113,54 @@ def test_kernels_of_the_raw_product_equal_the_layers_in_outputs_and_all_gradient
     Float32 is exact up to the order of sums. Half precision is as near to the float32 result as the layers are. A
     missing bias, projection or scale, a wrong part of the product or a row beyond the last token breaks it.
     """
-    *arrays, cotangent = case.arrays()
-
-    def run(attend, *arrays):
-        *arrays, cotangent = arrays
-        out, pull_back = jax.vjp(attend, *arrays)
-        return out, *pull_back(cotangent)
-
-    ours = quick_jit(functools.partial(run, functools.partial(by_kernel, case.rule)))(*arrays, cotangent)
-    layers = quick_jit(functools.partial(run, functools.partial(by_layers, case.mask)))
-    expected = layers(*arrays, cotangent)
-    exact = layers(*(x.astype(jnp.float32) for x in (*arrays, cotangent)))
-    print({n: e.max() for n, e in errors_of(ours, exact).items()})
-    print({n: e.max() for n, e in errors_of(expected, exact).items()})
+    arrays = case.arrays()
+    ours, layers = run_kernel(case)(*arrays), run_layers(case)
+    expected, exact = layers(*arrays), layers(*(x.astype(jnp.float32) for x in arrays))
     assert [x.dtype for x in ours] == [x.dtype for x in expected]
-    own = errors_of(expected, exact)
+    of_layers = errors_of(expected, exact)
     for name, error in errors_of(ours, exact).items():
-        limit = 2e-5 if case.dtype == "float32" else 1.2 * own[name] + 1e-3
+        limit = 2e-5 if case.dtype == "float32" else np.maximum(1.2 * of_layers[name], 0.01)
         assert (error <= limit).all(), (name, error, limit)
-    assert ours[-1][2] == 0 and (ours[-1][:2] != 0).all()
+    assert ours[-1][2] == 0 and (ours[-1][:2] != 0).all()  # a clipped scale learns nothing
+
+
+def test_gradients_of_a_zero_key_and_query_are_finite_and_equal_those_of_the_layers():
+    """At a norm of 0 the gradient is 1e12 times that of the unit vector, without the part along it."""
+    case = CASES[0]
+    qkv, q_bias, *others = case.arrays()
+    qkv = qkv.at[1, 6, 0, 0].set(-q_bias[0]).at[0, 8, 1, 1].set(0)
+    ours, expected = (run(case)(qkv, q_bias, *others)[1] for run in (run_kernel, run_layers))
+    for place in ((1, 6, 0, 0), (0, 8, 1, 1)):
+        assert np.abs(expected[place]).max() > 1e9
+        np.testing.assert_allclose(ours[place], expected[place], rtol=1e-3, atol=1e-5 * np.abs(expected[place]).max())
+    rest = np.asarray(expected) < 1e6
+    np.testing.assert_allclose(ours[rest], expected[rest], atol=1e-3)
+
+
+@pytest.mark.parametrize("mapped", [(0, None, None, None), (0, None, 0, 0)], ids=["product", "product and parameters"])
+def test_vmap_gives_each_member_its_own_output_and_gradients(mapped):
+    case = CASES[0]
+    *arrays, cotangent = case.arrays()
+    loss = lambda *arrays: jnp.sum(by_kernel(case.rule, *arrays) * cotangent)
+    pull = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))
+    stacked = [x if axis is None else jnp.stack([x, 0.5 * x]) for x, axis in zip(arrays, mapped, strict=True)]
+    together = quick_jit(jax.vmap(pull, in_axes=mapped))(*stacked)
+    alone = quick_jit(pull)
+    for i in range(2):
+        one = alone(*(x if axis is None else x[i] for x, axis in zip(stacked, mapped, strict=True)))
+        np.testing.assert_allclose(together[0][i], one[0], rtol=1e-4)
+        for ours, expected in zip(together[1], one[1], strict=True):
+            np.testing.assert_allclose(ours[i], expected, atol=1e-4)
+
+
+PHASES = {"within scales": (0, 2), "window": (3, 3)}
+
+
+def attention_jaxpr(platform: str, phase: str, dtype: str, **options) -> str:
+    """Return the trace of one attention layer."""
+    pyramid = Pyramid((1, 2, 3, 5), 4, 3)
+    first, last = PHASES[phase]
+    (chosen,) = (p for p in pyramid.markov_phases if (p.first, p.last) == (first, last))
+    module = Attention(pyramid, chosen, 2, 0.02, 1, options.pop("backend", "auto"), jnp.dtype(dtype))
+    x = jax.ShapeDtypeStruct((2, chosen.num_tokens, options.pop("width", 128)), dtype)
+    return module, x
