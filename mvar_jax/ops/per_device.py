@@ -38,7 +38,8 @@ def partition_batch_and_heads(kernel, in_axes, out_axes, constant_ranks):
     def infer(mesh, operands, results):
         return shardings_like(operands[num_constants].sharding, in_axes[0], out_axes)
 
-    others = sorted(set("".join((*in_axes, *out_axes))) - {BATCH, HEADS})
+    # in the order of their first use, as the partitioner asks
+    others = [axis for axis in dict.fromkeys("".join((*in_axes, *out_axes))) if axis not in (BATCH, HEADS)]
     call.def_partition(
         partition=partition,
         infer_sharding_from_operands=infer,

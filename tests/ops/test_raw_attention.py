@@ -133,11 +133,13 @@ def test_gradients_of_a_zero_key_and_query_are_finite_and_equal_those_of_the_lay
     for place in ((1, 6, 0, 0), (0, 8, 1, 1)):
         assert np.abs(expected[place]).max() > 1e9
         np.testing.assert_allclose(ours[place], expected[place], rtol=1e-3, atol=1e-5 * np.abs(expected[place]).max())
-    rest = np.asarray(expected) < 1e6
+    rest = np.abs(np.asarray(expected)) < 1e6
     np.testing.assert_allclose(ours[rest], expected[rest], atol=1e-3)
 
 
-@pytest.mark.parametrize("mapped", [(0, None, None, None), (0, None, 0, 0)], ids=["product", "product and parameters"])
+@pytest.mark.parametrize(
+    "mapped", [(0, None, None, None), (0, None, 0, 0)], ids=["product", "product and parameters"]
+)
 def test_vmap_gives_each_member_its_own_output_and_gradients(mapped):
     case = CASES[0]
     *arrays, cotangent = case.arrays()
@@ -151,16 +153,3 @@ def test_vmap_gives_each_member_its_own_output_and_gradients(mapped):
         np.testing.assert_allclose(together[0][i], one[0], rtol=1e-4)
         for ours, expected in zip(together[1], one[1], strict=True):
             np.testing.assert_allclose(ours[i], expected, atol=1e-4)
-
-
-PHASES = {"within scales": (0, 2), "window": (3, 3)}
-
-
-def attention_jaxpr(platform: str, phase: str, dtype: str, **options) -> str:
-    """Return the trace of one attention layer."""
-    pyramid = Pyramid((1, 2, 3, 5), 4, 3)
-    first, last = PHASES[phase]
-    (chosen,) = (p for p in pyramid.markov_phases if (p.first, p.last) == (first, last))
-    module = Attention(pyramid, chosen, 2, 0.02, 1, options.pop("backend", "auto"), jnp.dtype(dtype))
-    x = jax.ShapeDtypeStruct((2, chosen.num_tokens, options.pop("width", 128)), dtype)
-    return module, x

@@ -1,4 +1,4 @@
-"""Every backend on four virtual devices: batch and heads sharded, and inside shard_map."""
+"""Every backend on four virtual devices: batch and heads sharded, and inside shard_map; a raw product, sharded."""
 
 import os
 import subprocess
@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from mvar_jax.ops.platform import compiling_for
+from mvar_jax.ops.triton_attention import attend_raw
 from mvar_jax.ops.window import BACKENDS
+from mvar_jax.ops.window.pallas_gpu import Window
 from mvar_jax.sharding import make_mesh, spec_of, use_mesh
 
 x = np.random.default_rng(0).normal(size=(3, 4, 5, 6, 4, 8))
@@ -36,6 +38,24 @@ for name in sys.argv[1:]:
         for ours, theirs in zip(results, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=name)
     print("equal", name)
+
+# a raw product: the parameters' gradients are sums over the batch
+rule = Window(5, 6, 3, 3)
+product = jnp.stack([part.reshape(4, 30, 4, 8) for part in (q, k, v)], axis=2)
+rows = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 8)), jnp.float32)
+raw = (product, rows[0], rows[1], jnp.asarray([1.0, 2.0, 3.0, 4.0]))
+pull_raw = jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(attend_raw(rule, *x, interpret=True))), argnums=(0, 1, 2, 3))
+expected = jax.jit(pull_raw)(*raw)
+for heads in (None, "h"):
+    specs = (P("b", None, None, heads), P(heads), P(heads), P(heads))
+    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+    out_shardings = (NamedSharding(mesh, P()), shardings)
+    program = jax.jit(pull_raw, in_shardings=shardings, out_shardings=out_shardings).lower(*raw).compile()
+    for word in ("all-gather", "all-to-all", "collective-permute"):
+        assert word not in program.as_text(), ("raw", heads, word)
+    for ours, theirs in zip(jax.tree.leaves(program(*raw)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5, err_msg=f"raw {heads}")
+    print("equal raw", heads)
 
 # what TPUs use: shard_map over the context's mesh
 mesh = make_mesh(data=2, tensor=2)
@@ -69,5 +89,5 @@ def test_sharded_batch_and_heads_give_the_same_numbers_without_communication():
     command = [sys.executable, "-c", FOUR_DEVICES, *BACKENDS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [*(f"equal {name}" for name in BACKENDS), "mapped tiled", "mapped band"]
+    lines = [*(f"equal {name}" for name in BACKENDS), "equal raw None", "equal raw h", "mapped tiled", "mapped band"]
     assert done.stdout.splitlines() == lines
