@@ -13,9 +13,11 @@ from mvar_jax.hardware.compiling import compile_for, devices_of
 from mvar_jax.hardware.machines import platform_of
 from mvar_jax.hardware.work import work_of
 from mvar_jax.ops import draw_gpu
-from mvar_jax.ops.block_diagonal import block_diagonal_attention
+from mvar_jax.ops.block_diagonal import Segments, block_diagonal_attention
 from mvar_jax.ops.platform import current_platform
+from mvar_jax.ops.triton_attention import attend_raw
 from mvar_jax.ops.window import local_window_attention, pallas_tpu
+from mvar_jax.ops.window.pallas_gpu import Window
 from mvar_jax.planning.figures import _kernel_flops
 from mvar_jax.scales import Pyramid
 from mvar_jax.sharding import make_mesh, spec_of, use_mesh
@@ -116,6 +118,42 @@ def test_attention_within_scales_compiles_to_triton_kernels_without_spills():
     text = compile_for("h100", program, x, x, x, x, options=FAIL_ON_SPILLS).text
     assert "attention_forward" in text
     assert "attention_backward" in text
+
+
+@pytest.mark.deviceless
+@pytest.mark.parametrize(
+    ("rule", "dtype", "head_width"),
+    [
+        (Segments((1, 4, 9, 16, 25, 36, 64, 100)), "bfloat16", 64),
+        (Segments((1, 4, 9, 16, 25, 36, 64, 100)), "float16", 128),
+        (Window(13, 13, 7, 7), "bfloat16", 24),
+        (Window(13, 13, 7, 7), "bfloat16", 64),
+        (Window(13, 13, 7, 7), "bfloat16", 96),
+        (Window(13, 13, 7, 7), "float32", 64),
+    ],
+    ids=lambda value: type(value).__name__.lower() if isinstance(value, (Segments, Window)) else str(value),
+)
+def test_kernels_of_a_raw_product_have_no_spills_and_no_copies_and_their_products_are_counted(
+    rule, dtype, head_width
+):
+    """2 products forward, 7 backward; no temporary is as large as a third of the product."""
+    devices_or_skip("h100")
+    B, N, H, K = 2, rule.num_tokens, 2, head_width
+    like = lambda *shape, of=dtype: jax.ShapeDtypeStruct(shape, jnp.dtype(of))
+    parameters = like(H, K, of="float32"), like(H, K, of="float32"), like(H, of="float32")
+
+    def program(qkv, q_bias, v_bias, scale, cotangent):
+        out, pull_back = jax.vjp(functools.partial(attend_raw, rule), qkv, q_bias, v_bias, scale)
+        return out, pull_back(cotangent)
+
+    operands = like(B, N, 3, H, K), *parameters, like(B, N, H, K)
+    compiled = compile_for("h100", program, *operands, options=FAIL_ON_SPILLS)
+    assert compiled.temp_bytes < B * N * H * K * jnp.dtype(dtype).itemsize
+    sides, first_window = ((1, 2, 3, 4, 5, 6, 8, 10), 8) if isinstance(rule, Segments) else ((1, 13), 1)
+    task = SimpleNamespace(transformer=SimpleNamespace(pyramid=Pyramid(sides, first_window, 7)))
+    work, _ = work_of(compiled.text, (0,), functools.partial(_kernel_flops, task))
+    pairs = sum(area**2 for area in rule.lengths) if isinstance(rule, Segments) else 13**2 * 7**2
+    assert sum(one.times * one.flops for one in work) == 9 * 2 * pairs * B * H * K
 
 
 def logits_and_keys(batch: int, num_codes: int):
