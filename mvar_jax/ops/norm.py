@@ -21,8 +21,8 @@ def moments_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def modulated_norm(x_BND: jax.Array, scale_B1D: jax.Array, shift_B1D: jax.Array) -> jax.Array:
     """Return layer_norm(x) * (1 + scale) + shift, `[B, N, D] float32`; scale and shift are float32.
 
-    The gradient is written out. Left to autodiff, XLA writes products of x and the result's gradient to a GPU's memory
-    in float32, because it sums them along two axes.
+    The gradient is written out. Left to autodiff, XLA writes products of x and the result's gradient to a GPU's
+    memory in float32, because it sums them along two axes.
     """
     return layer_norm(x_BND) * (1 + scale_B1D) + shift_B1D
 
