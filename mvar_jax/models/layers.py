@@ -12,6 +12,7 @@ from mvar_jax.ops import block_diagonal
 from mvar_jax.ops import window as window_attention
 from mvar_jax.ops.attention import block_causal_mask, dense_attention, head_scale, normalise_query_key
 from mvar_jax.ops.gelu import gelu
+from mvar_jax.ops.norm import modulated_norm
 from mvar_jax.ops.platform import current_platform
 from mvar_jax.ops.precision import precision_of
 from mvar_jax.ops.products import add_bias, multiply, multiply_rows
@@ -27,13 +28,6 @@ def normal(std: float, factors: np.ndarray | float = 1.0):
         return (x * factors).astype(dtype)
 
     return init
-
-
-def layer_norm(x: jax.Array) -> jax.Array:
-    """Normalise over the last axis without affine parameters, eps 1e-6, in float32."""
-    x = x.astype(jnp.float32)
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
 class Linear(nn.Module):
@@ -301,10 +295,10 @@ class Block(nn.Module):
             self.window_backend,
             self.dtype,
             name="attention",
-        )(layer_norm(x_BND) * (1 + scale1) + shift1, cache, layer)
+        )(modulated_norm(x_BND, scale1, shift1), cache, layer)
         x_BND = self.add_branch(x_BND, gamma1 * y, path_2B, 0)
         feed_forward = FeedForward(self.init_std, 1 / np.sqrt(2 * self.depth), self.dtype, name="ffn")
-        y = feed_forward(layer_norm(x_BND) * (1 + scale2) + shift2)
+        y = feed_forward(modulated_norm(x_BND, scale2, shift2))
         x_BND = self.add_branch(x_BND, gamma2 * y, path_2B, 1)
         return (x_BND, cache), None
 

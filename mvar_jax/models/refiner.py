@@ -18,9 +18,10 @@ from mvar_jax.errors import InputError
 from mvar_jax.fields import FREE, check_fields
 from mvar_jax.models.draw_order import neighbors, num_neighbors, visible, visible_mask
 from mvar_jax.models.init import LINEN_FIELDS
-from mvar_jax.models.layers import FeedForward, Linear, branch_dtype, layer_norm, normal, query_key_value
+from mvar_jax.models.layers import FeedForward, Linear, branch_dtype, normal, query_key_value
 from mvar_jax.models.transformer import Transformer, head_of
 from mvar_jax.ops.attention import dense_attention, softmax_attention
+from mvar_jax.ops.norm import layer_norm
 from mvar_jax.ops.precision import PRECISIONS, STANDARD, dtype_of_ends, in_own_precision
 from mvar_jax.ops.sampling import guide
 from mvar_jax.scales import areas_of, check_sides, check_window, offsets_of

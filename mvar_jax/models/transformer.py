@@ -11,7 +11,8 @@ import numpy as np
 from mvar_jax.errors import InputError
 from mvar_jax.fields import FREE, check_fields
 from mvar_jax.models.init import LINEN_FIELDS
-from mvar_jax.models.layers import Adaptive, Block, Linear, alternate, layer_norm, normal
+from mvar_jax.models.layers import Adaptive, Block, Linear, alternate, normal
+from mvar_jax.ops.norm import modulated_norm
 from mvar_jax.ops.precision import PRECISIONS, STANDARD, computing, dtype_of_ends, in_own_precision
 from mvar_jax.ops.products import PRODUCT
 from mvar_jax.ops.sampling import guide
@@ -178,7 +179,7 @@ class Transformer(nn.Module):
             ends = Adaptive(2, std, (self.init_adaptive,) * 2, name="head_adaptive")(cond_BD)
         else:
             ends = alternate([part.head for part in modulation])
-        x_BND = layer_norm(x_BND) * (1 + ends[:, None, 0]) + ends[:, None, 1]
+        x_BND = modulated_norm(x_BND, ends[:, None, 0], ends[:, None, 1])
         if guidance is not None:
             pairs_B2ND = x_BND.reshape(-1, 2, *x_BND.shape[1:])
             x_BND = guide(pairs_B2ND[:, 0], pairs_B2ND[:, 1], guidance)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mvar_jax.ops.platform import current_platform
+
 PRODUCT = "product"  # the name by which a rematerialisation policy keeps results
 
 
@@ -26,7 +28,10 @@ def _multiply(equation, dtype, precision, x, kernel):
 
 
 def _forward(equation, dtype, precision, x, kernel):
-    return _multiply(equation, dtype, precision, x, kernel), (x, kernel)
+    y = _multiply(equation, dtype, precision, x, kernel)
+    # on a GPU, XLA would multiply twice in a loop over layers: into the stacked results that the backward pass reads,
+    # and for the layer itself
+    return jax.lax.optimization_barrier(y) if current_platform() == "gpu" else y, (x, kernel)
 
 
 def _backward(equation, dtype, precision, residuals, dy):
