@@ -17,8 +17,9 @@ import numpy as np
 from mvar_jax.errors import InputError
 from mvar_jax.fields import FREE, check_fields
 from mvar_jax.models.draw_order import neighbors, num_neighbors, visible, visible_mask
-from mvar_jax.models.init import LINEN_FIELDS
-from mvar_jax.models.layers import FeedForward, Linear, branch_dtype, normal, query_key_value
+from mvar_jax.models.init import LINEN_FIELDS, normal
+from mvar_jax.models.layers import FeedForward, Linear, branch_dtype
+from mvar_jax.models.query_key_value import query_key_value
 from mvar_jax.models.transformer import Transformer, head_of
 from mvar_jax.ops.attention import dense_attention, softmax_attention
 from mvar_jax.ops.norm import layer_norm

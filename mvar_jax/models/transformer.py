@@ -10,8 +10,8 @@ import numpy as np
 
 from mvar_jax.errors import InputError
 from mvar_jax.fields import FREE, check_fields
-from mvar_jax.models.init import LINEN_FIELDS
-from mvar_jax.models.layers import Adaptive, Block, Linear, alternate, normal
+from mvar_jax.models.init import LINEN_FIELDS, normal
+from mvar_jax.models.layers import Adaptive, Block, Linear, alternate
 from mvar_jax.ops.norm import modulated_norm
 from mvar_jax.ops.precision import PRECISIONS, STANDARD, computing, dtype_of_ends, in_own_precision
 from mvar_jax.ops.products import PRODUCT

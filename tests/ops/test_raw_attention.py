@@ -41,13 +41,15 @@ class Case:
     def arrays(self):
         """Return qkv, q_bias, v_bias, log_scale and a cotangent.
 
-        The last head's scale is clipped.
+        The last head's scale is clipped. There, the last key is the bias of q, so that the logits of queries beyond
+        the last token, which are this bias alone, exceed the exponents of float32.
         """
         rng = np.random.default_rng(0)
         normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
         N, H, K = self.rule.num_tokens, self.num_heads, self.head_width
         q_bias, v_bias = np.asarray(jnp.asarray(normal(2, H, K), self.dtype), np.float32)
         qkv = 2 * normal(2, N, 3, H, K)
+        qkv[1, -1, 1, 2] = q_bias[2]
         log_scale = np.asarray([np.log(4.0), -0.5, 4.7], np.float32)
         low = lambda x: jnp.asarray(x, self.dtype)
         return low(qkv), jnp.asarray(q_bias), jnp.asarray(v_bias), jnp.asarray(log_scale), low(normal(2, N, H, K))
@@ -124,13 +126,13 @@ def test_kernels_of_the_raw_product_equal_the_layers_in_outputs_and_all_gradient
     assert ours[-1][2] == 0 and (ours[-1][:2] != 0).all()  # a clipped scale learns nothing
 
 
-def test_gradients_of_a_zero_key_and_query_are_finite_and_equal_those_of_the_layers():
-    """At a norm of 0 the gradient is 1e12 times that of the unit vector, without the part along it."""
+def test_gradients_of_zero_and_tiny_keys_and_queries_are_finite_and_equal_those_of_the_layers():
+    """At a norm below 1e-12 the gradient is 1e12 times that of the unit vector, the part along it included."""
     case = CASES[0]
     qkv, q_bias, *others = case.arrays()
-    qkv = qkv.at[1, 6, 0, 0].set(-q_bias[0]).at[0, 8, 1, 1].set(0)
+    qkv = qkv.at[1, 6, 0, 0].set(-q_bias[0]).at[0, 8, 1, 1].set(0).at[0, 9, 1, 1].set(1e-13)
     ours, expected = (run(case)(qkv, q_bias, *others)[1] for run in (run_kernel, run_layers))
-    for place in ((1, 6, 0, 0), (0, 8, 1, 1)):
+    for place in ((1, 6, 0, 0), (0, 8, 1, 1), (0, 9, 1, 1)):
         assert np.abs(expected[place]).max() > 1e9
         np.testing.assert_allclose(ours[place], expected[place], rtol=1e-3, atol=1e-5 * np.abs(expected[place]).max())
     rest = np.abs(np.asarray(expected)) < 1e6
