@@ -1,7 +1,9 @@
 """Stages of the whole model in jax, random weights: sampling from labels and steps of training."""
 
+import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +25,7 @@ from benchmarks.stages.report import CONDITIONS, Report, median
 from mvar_jax.hardware.machines import peak_flops
 from mvar_jax.models.networks import Networks
 from mvar_jax.models.tokenizer import quantizer_params
+from mvar_jax.models.transformer import Transformer
 from mvar_jax.ops.cost import phase_macs
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.sampler import sample
@@ -69,18 +72,17 @@ def sampler_programs(args, batches: list[int], what: list[str]) -> dict[str, Pro
 
 
 def training_programs(args, batches: list[int]) -> dict[str, Program]:
-    """Return a step of each phase and batch: float32 weights, AdamW without moving average, --remat."""
-    tokenizer, transformer = modules_of(args)
-    transformer = transformer.clone(remat=args.remat)
+    """Return a step of each phase, batch and pair of --loops: float32 weights, AdamW without moving average."""
+    tokenizer, base = modules_of(args)
     options = OptimizerOptions(ema_decay=0.0)
-    recipe = TransformerRecipe(transformer, options, PhaseOptions(ratio=COARSE_STEPS))
-    shapes = shapes_like(lambda: make_state(lambda: transformer.init_params(jax.random.key(0)), options))
+    transformers = [base.clone(remat=remat, scan_unroll=blocks) for remat, blocks in args.loops]
+    shapes = shapes_like(lambda: make_state(lambda: base.init_params(jax.random.key(0)), options))
     networks = Networks(tokenizer, quantizer_params(fill(params_of(tokenizer))))
     zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
     # every program donates the state and puts the next one back
     held = [shapes.replace(step=zeros(shapes.step), params=fill(shapes.params), opt_state=zeros(shapes.opt_state))]
 
-    def step(phase, state, batch, networks, rate, decay):
+    def step(recipe, phase, state, batch, networks, rate, decay):
         return train_step(recipe, (phase,), state, with_input(networks, batch), rate, decay)
 
     def call(inputs, program):
@@ -88,23 +90,29 @@ def training_programs(args, batches: list[int]) -> dict[str, Program]:
         return metrics["loss"]
 
     programs, rng = {}, np.random.default_rng(0)
-    sizes = (transformer.depth, transformer.width, transformer.vocab_size, transformer.code_width)
+    sizes = (base.depth, base.width, base.vocab_size, base.code_width)
     for batch in batches:
-        ids = rng.integers(0, transformer.vocab_size, (batch, transformer.pyramid.num_tokens))
-        labels = rng.integers(0, transformer.num_classes, batch)
+        ids = rng.integers(0, base.vocab_size, (batch, base.pyramid.num_tokens))
+        labels = rng.integers(0, base.num_classes, batch)
         rows = {"ids": jnp.asarray(ids, jnp.int32), "label": jnp.asarray(labels, jnp.int32)}
         rows["index"] = jnp.arange(batch, dtype=jnp.int32)
         inputs = (rows, networks, jnp.float32(1e-5), jnp.float32(0.05))
-        for phase in transformer.phases():
-            jitted = jax.jit(functools.partial(step, phase), donate_argnums=0)
-            programs[f"training, batch {batch}, {phase.num_tokens} tokens"] = Program(
-                {"batch": batch, "tokens": phase.num_tokens},
+        for transformer, phase in itertools.product(transformers, base.phases()):
+            recipe = TransformerRecipe(transformer, options, PhaseOptions(ratio=COARSE_STEPS))
+            jitted = jax.jit(functools.partial(step, recipe, phase), donate_argnums=0)
+            cells = {"batch": batch, "loop": loop_name(transformer), "tokens": phase.num_tokens}
+            programs[f"training, batch {batch}, {cells['loop']}, {phase.num_tokens} tokens"] = Program(
+                cells,
                 batch,
                 functools.partial(jitted.lower, shapes, *inputs),
                 functools.partial(call, inputs),
-                6.0 * batch * phase_macs(transformer.pyramid, phase, *sizes),
+                6.0 * batch * phase_macs(base.pyramid, phase, *sizes),
             )
     return programs
+
+
+def loop_name(transformer: Transformer) -> str:
+    return f"remat {transformer.remat}, {transformer.scan_unroll} of {transformer.depth} blocks"
 
 
 def measure_programs(table: str, programs: dict[str, Program], rounds: int, report: Report) -> dict[str, list[float]]:
@@ -144,21 +152,22 @@ def run_sampler(args, report: Report) -> bool:
 
 
 def run_training(args, report: Report) -> bool:
-    """Time a step of each phase at each batch of --train_batches, and the paper's cycle; return whether all ran."""
+    """Time a step of each phase, batch and pair of --loops, and the cycle; return whether all ran."""
     report.add(CONDITIONS, **jax_conditions())
     programs = training_programs(args, args.train_batches)
-    title = f"training, d{args.depth}, {args.size}, remat {args.remat}"
-    times = measure_programs(title, programs, args.rounds, report)
-    for batch in args.train_batches:
-        names = [name for name, program in programs.items() if program.batch == batch]
+    times = measure_programs(f"training, d{args.depth}, {args.size}", programs, args.rounds, report)
+    cycles = collections.defaultdict(list)
+    for name, program in programs.items():
+        cycles[program.batch, program.cells["loop"]].append(name)
+    for (batch, loop), names in cycles.items():
         if all(name in times for name in names):
-            add_cycle(batch, [median(times[name]) for name in names], report)
+            add_cycle(batch, loop, [median(times[name]) for name in names], report)
     return len(times) == len(programs)
 
 
-def add_cycle(batch: int, ms: list[float], report: Report) -> None:
+def add_cycle(batch: int, loop: str, ms: list[float], report: Report) -> None:
     """Add the paper's cycle, from the milliseconds of a step of each phase."""
     coarse, *others = ms
     seconds, steps = (COARSE_STEPS * coarse + sum(others)) / 1e3, COARSE_STEPS + len(others)
-    cells = {"batch": batch, "steps": f"{COARSE_STEPS} + {len(others)}", "s": seconds}
+    cells = {"batch": batch, "loop": loop, "steps": f"{COARSE_STEPS} + {len(others)}", "s": seconds}
     report.add("a cycle of training", **cells, **{"images/s": batch * steps / seconds})

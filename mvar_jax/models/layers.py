@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from mvar_jax.models.init import normal
 from mvar_jax.models.query_key_value import project_together, query_key_value, query_key_value_parameters
@@ -190,6 +191,14 @@ class Adaptive(nn.Module):
         return constrain(y_BnD, "batch", "adaptive", None)
 
 
+def in_rows(x_BND: jax.Array) -> jax.Array:
+    """Return x with the last axis innermost in a GPU's memory, and its gradient too.
+
+    XLA would put the batch innermost if no loop over the blocks keeps it from that, and copy before every product.
+    """
+    return with_layout_constraint(x_BND, Layout((0, 1, 2))) if current_platform() == "gpu" else x_BND
+
+
 def alternate(parts: tuple[jax.Array, ...]) -> jax.Array:
     """Return the rows of one part, or the rows of two parts interleaved; the second may have one row for all."""
     if len(parts) == 1:
@@ -261,4 +270,4 @@ class Block(nn.Module):
     def add_branch(self, x_BND, branch_BND, path_2B, i):
         if path_2B is not None:
             branch_BND = branch_BND * path_2B[i][:, None, None]
-        return constrain(x_BND + branch_BND.astype(x_BND.dtype), "batch", "tokens", None)
+        return in_rows(constrain(x_BND + branch_BND.astype(x_BND.dtype), "batch", "tokens", None))

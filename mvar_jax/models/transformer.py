@@ -149,7 +149,9 @@ class Transformer(nn.Module):
 
         block = Block
         if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            # without a loop that separates the two, XLA would keep what the backward pass is to compute again
+            is_loop = self.scan_unroll < self.depth
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not is_loop)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},

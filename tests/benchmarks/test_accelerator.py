@@ -23,7 +23,7 @@ from benchmarks.stages.measure import TINY
 from benchmarks.stages.report import Report, read_rows, to_markdown
 from benchmarks.window_cases import CASES
 
-ARGS = argparse.Namespace(size=TINY, depth=1, backend="auto", remat="dots", rounds=2)
+ARGS = argparse.Namespace(size=TINY, depth=1, backend="auto", loops=[("dots", 1)], rounds=2)
 # what a stage prints and writes, in place of the script: rows, status and seconds that its name asks for
 STAND_IN = """
 import json, os, sys, time
