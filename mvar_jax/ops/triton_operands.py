@@ -3,7 +3,8 @@
 A form reads blocks of q, k and v that are ready for products, and writes the gradients of its arrays from theirs.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -49,22 +50,25 @@ def load(ref, begin, size: int, part: int | None = None):
 
 
 def store(ref, begin, value, part: int | None = None):
+    """Write rows from `begin` on, in the reference's dtype; those beyond its end are left out."""
     place, exists = rows_of(ref, begin, value.shape[0], part)
     plgpu.store(ref.at[place], value.astype(ref.dtype), mask=exists)
 
 
-class Prepared(NamedTuple):
-    """Three arrays `[B, N, H, K]`: normalised or not, they are multiplied as they are."""
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Three arrays `[B, N, H, K]`, which are multiplied as they are."""
 
     q: Any
     k: Any
     v: Any
 
-    axes = ("bnhk",) * 3
-    gradient_axes = ("bnhk",) * 3
+    axes: ClassVar[tuple[str, ...]] = ("bnhk",) * 3
+    gradient_axes: ClassVar[tuple[str, ...]] = ("bnhk",) * 3
 
     @staticmethod
     def gradients_like(inputs, num_blocks: int):
+        """Return the shapes of what the backward kernel writes."""
         return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
 
     @staticmethod
@@ -89,7 +93,8 @@ class Prepared(NamedTuple):
         store(to[VALUE], begin, dv)
 
 
-class Raw(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Raw:
     """The raw product `[B, N, 3, H, K]`, and float32 rows `[3, H, K]`: bias of q, scale of q, bias of v.
 
     Biases, unit norms and the scale are applied to each block after it is read, and rounded as by `add_bias` and
@@ -100,11 +105,12 @@ class Raw(NamedTuple):
     product: Any
     rows: Any
 
-    axes = ("bnphk", "phk")
-    gradient_axes = ("bnphk", "bhipk")
+    axes: ClassVar[tuple[str, ...]] = ("bnphk", "phk")
+    gradient_axes: ClassVar[tuple[str, ...]] = ("bnphk", "bhipk")
 
     @staticmethod
     def gradients_like(inputs, num_blocks: int):
+        """Return the shapes of what the backward kernel writes."""
         product, (_, H, K) = inputs[0], inputs[1].shape
         sums = jax.ShapeDtypeStruct((product.shape[0], H, num_blocks, 3, K), jnp.float32)
         return [jax.ShapeDtypeStruct(product.shape, product.dtype), sums]
@@ -116,6 +122,7 @@ class Raw(NamedTuple):
         return product, jnp.sum(sums_BHiPK, axis=(0, 2)).swapaxes(0, 1)
 
     def row(self, number: int):
+        """Return one row of the parameters, `[K]`, padded with zeros."""
         columns, exists = columns_of(self.rows.shape[-1])
         return plgpu.load(self.rows.at[number_of(number), columns], mask=exists, other=0.0)
 

@@ -49,10 +49,12 @@ KERNELS = {
     "pallas_tpu": ("tpu", _from_kernel("pallas_tpu", "why_not")),
 }
 
+Queries = jax.Array | jax.ShapeDtypeStruct  # what is decided from their shape and dtype needs no values
+
 logger = logging.getLogger(__name__)
 
 
-def why_not(backend: str, q_BYXHK: jax.Array) -> str | None:
+def why_not(backend: str, q_BYXHK: Queries) -> str | None:
     """Return the reason that a backend does not support q on the current platform, or None if it does."""
     if backend not in KERNELS:
         return None
@@ -63,7 +65,7 @@ def why_not(backend: str, q_BYXHK: jax.Array) -> str | None:
     return refuses(q_BYXHK)
 
 
-def choose_backend(q_BYXHK: jax.Array, kernel_size: int) -> str:
+def choose_backend(q_BYXHK: Queries, kernel_size: int) -> str:
     """Return the backend that `auto` means, from the measurements in benchmarks/RESULTS.md.
 
     GPU, measured on an H100: the Triton kernel, faster than every XLA form at 13x13, 16x16, 32x32 and 64x64, forward
@@ -90,7 +92,7 @@ def log_once(message: str) -> None:
     logger.info(message)
 
 
-def resolve_backend(q_BYXHK: jax.Array | jax.ShapeDtypeStruct, window: int, backend: str) -> str:
+def resolve_backend(q_BYXHK: Queries, window: int, backend: str) -> str:
     """Return the backend that `local_window_attention` uses for queries of this shape and dtype.
 
     Raises InputError if it is unknown or does not support this platform or these arrays.
@@ -110,7 +112,7 @@ def resolve_backend(q_BYXHK: jax.Array | jax.ShapeDtypeStruct, window: int, back
     return name
 
 
-def triton_rule(q_BYXHK: jax.ShapeDtypeStruct, window: int, backend: str):
+def triton_rule(q_BYXHK: Queries, window: int, backend: str):
     """Return the rule of the Triton kernels (ops/triton_attention) if they are the backend, or None."""
     if resolve_backend(q_BYXHK, window, backend) != "pallas_gpu":
         return None
