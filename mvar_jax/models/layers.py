@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
         They do so in half precision, if one product has all heads and they would attend anyway.
         """
-        if current_platform() != "gpu" or is_split("heads") or x_BND.dtype == jnp.float32:
+        if is_split("heads") or x_BND.dtype == jnp.float32:
             return None
         head_width, phase = x_BND.shape[-1] // self.num_heads, self.phase
         if phase.attention == BLOCK_DIAGONAL:
