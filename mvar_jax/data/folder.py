@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from mvar_jax.data.decoding import SUFFIXES, BadImage
+from mvar_jax.data.decoding import SUFFIXES
 from mvar_jax.data.file_source import FileSource, list_some, note_empty, note_ignored
+from mvar_jax.data.file_reading import read_or_skip, size_on_disk
 from mvar_jax.data.label_file import read_labels
 from mvar_jax.data.names import Names
 from mvar_jax.errors import InputError, shorten
@@ -230,21 +231,11 @@ class FolderSource(FileSource):
             return np.concatenate(list(threads.map(self._stat, parts)))
 
     def _stat(self, numbers: np.ndarray) -> np.ndarray:
-        return np.array([_size_of(f"{self._folder}/{self.name_of(number)}") for number in numbers.tolist()], np.int64)
+        return np.array([size_on_disk(f"{self._folder}/{self.name_of(number)}") for number in numbers.tolist()], np.int64)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            data = (self._folder / self.name_of(index)).read_bytes()
-        except OSError as error:
-            raise BadImage(f"cannot be read: {shorten(error)}") from None
-        return {"image": data, "label": int(self.labels[index])}
-
-
-def _size_of(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+        path = self._folder / self.name_of(index)
+        return {"image": read_or_skip(path.read_bytes, path), "label": int(self.labels[index])}
 
 
 def _labels_file(val: Path, val_labels: str) -> Path | None:

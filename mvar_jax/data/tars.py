@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from mvar_jax.data.decoding import SUFFIXES, BadImage
+from mvar_jax.data.decoding import SUFFIXES
+from mvar_jax.data.file_reading import read_or_skip
 from mvar_jax.data.file_source import FileSource, note_empty, note_ignored
 from mvar_jax.data.names import Names
 from mvar_jax.data.tar_index import read_index, refuse
 from mvar_jax.errors import InputError, shorten
-from mvar_jax.files.limits import OUT_OF_RESOURCES, allow_open_files
+from mvar_jax.files.limits import allow_open_files
 from mvar_jax.files.paths import as_path, is_store
 from mvar_jax.progress import track
 
@@ -72,18 +73,19 @@ class TarSource(FileSource):
         index = range(len(self))[index]
         tar = int(self._tar[index])
         offset, size = int(self._offset[index]), int(self._size[index])
-        try:
-            if is_store(self._tars[tar]):
-                data = self._tars[tar].read_range(offset, size)  # type: ignore[attr-defined]
-                return {"image": data, "label": int(self.labels[index])}
-            if tar not in self._files:  # if two threads open it at once, one descriptor stays open unused
-                self._files[tar] = os.open(self._tars[tar], os.O_RDONLY)
-            data = os.pread(self._files[tar], size, offset)
-        except OSError as error:
-            if error.errno in OUT_OF_RESOURCES:  # of this process: the image is good
-                raise
-            raise BadImage(f"cannot be read: {shorten(error)}") from None
+        data = read_or_skip(lambda: self._read(tar, offset, size), self._tars[tar])
         return {"image": data, "label": int(self.labels[index])}
+
+    def _read(self, tar: int, offset: int, size: int) -> bytes:
+        if is_store(self._tars[tar]):
+            return self._tars[tar].read_range(offset, size)  # type: ignore[attr-defined]
+        if (file := self._files.get(tar)) is None:  # if two threads open it at once, one descriptor stays open unused
+            file = self._files[tar] = os.open(self._tars[tar], os.O_RDONLY)
+        try:
+            return os.pread(file, size, offset)
+        except OSError:
+            self._files.pop(tar, None)  # it may be stale; not closed, since another thread may be reading
+            raise
 
 
 def find_tars(path: str | os.PathLike, split: str) -> list[Path]:

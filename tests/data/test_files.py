@@ -1,6 +1,5 @@
 """Sources of files: folder trees and tars."""
 
-import errno
 import io
 import os
 import pickle
@@ -152,18 +151,6 @@ def test_tars_give_every_sample_with_the_label_beside_it(tar_folder):
     assert _items(pickle.loads(pickle.dumps(source))) == wanted
     val = open_source("tars", "val", path=str(tar_folder))
     assert len(val) == 3 and val.num_classes == 4
-
-
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
-def test_an_image_is_not_bad_because_too_many_files_are_open(tar_folder, monkeypatch, number):
-    source = open_source("tars", "train", path=str(tar_folder))
-
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("mvar_jax.data.tars.os.open", refuse)
-    with pytest.raises(OSError if number == errno.EMFILE else BadImage, match=os.strerror(number)):
-        source[0]
 
 
 def test_tar_index_is_read_once_and_made_anew_for_a_changed_tar(tar_folder, monkeypatch):
