@@ -120,7 +120,7 @@ def _read_classes(path: Path) -> tuple[str, ...]:
     """
     file = path / CLASSES_FILE
     if file.exists():
-        return tuple(file.read_text().rstrip("\n").split("\n"))
+        return _read_lines(file)
     texts = {text for tar in find_tars(path, "train") for text in np.unique(read_index(tar)["text"]).tolist()}
     names = sorted(text for text in texts if not _is_number(text))
     if not names:
@@ -136,6 +136,16 @@ def _read_classes(path: Path) -> tuple[str, ...]:
         given = f"{min(texts - set(names))} and {names[0]}"
         raise InputError(f"label must be {expected}, got {given}", field="label", given=given, expected=expected)
     return tuple(names)
+
+
+def _read_lines(file: Path) -> tuple[str, ...]:
+    """Return the lines of a text file without space around them and without empty ones at the end."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        expected = "a readable text in UTF-8"
+        raise refuse(f"{file} must be {expected} ({shorten(error)})", file, expected) from None
+    return tuple(line.strip() for line in text.rstrip().split("\n"))
 
 
 def _numbers_of(texts: np.ndarray, label_names: tuple[str, ...]) -> np.ndarray:
