@@ -142,6 +142,29 @@ def test_folder_that_is_none_is_refused_with_its_path(tree, tmp_path):
         open_source("folder", "train", path=str(tmp_path / "flat"))
 
 
+@pytest.mark.parametrize("name", ["valid", "validation", "Val"])
+def test_validation_folder_of_another_name_is_refused_not_replaced_by_training_images(tree, name):
+    os.rename(tree / "val", tree / name)
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match=f"got .*tree' with .*{name}.*: rename to train and val") as caught:
+            open_source("folder", split, path=str(tree))
+        assert caught.value.field == "data.path"
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_class_folder_with_the_name_of_an_image_keeps_its_images(tree, is_link):
+    before = [data for _, data, _ in _items(open_source("folder", "train", path=str(tree)))]
+    os.rename(tree / "train/cat", tree / "cat")
+    if is_link:
+        (tree / "train/cat.jpg").symlink_to(tree / "cat", target_is_directory=True)
+    else:
+        os.rename(tree / "cat", tree / "train/cat.jpg")
+    os.rename(tree / "val/cat", tree / "val/cat.jpg")
+    source = open_source("folder", "train", path=str(tree))
+    assert source.label_names == ("ant", "bee", "cat.jpg") and not source.notes
+    assert [data for _, data, _ in _items(source)] == before
+
+
 def test_tars_give_every_sample_with_the_label_beside_it(tar_folder):
     source = open_source("tars", "train", path=str(tar_folder))
     assert source.label_names == ("0", "1", "2", "3")
