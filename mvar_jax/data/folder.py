@@ -241,7 +241,9 @@ class FolderSource(FileSource):
             return np.concatenate(list(threads.map(self._stat, parts)))
 
     def _stat(self, numbers: np.ndarray) -> np.ndarray:
-        return np.array([size_on_disk(f"{self._folder}/{self.name_of(number)}") for number in numbers.tolist()], np.int64)
+        return np.array(
+            [size_on_disk(f"{self._folder}/{self.name_of(number)}") for number in numbers.tolist()], np.int64
+        )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self._folder / self.name_of(index)

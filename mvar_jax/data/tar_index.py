@@ -78,7 +78,11 @@ class _Members:
         elif member.isfile() and not member.issparse():
             offset, size = member.offset_data, member.size
         else:
-            return None if member.isdir() else self._ignore("symbolic links" if member.issym() else "special files", member.name)
+            return (
+                None
+                if member.isdir()
+                else self._ignore("symbolic links" if member.issym() else "special files", member.name)
+            )
         if member.name in self._targets:
             self._places[member.name] = offset, size
         if suffix in SUFFIXES:

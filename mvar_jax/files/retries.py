@@ -37,5 +37,7 @@ def read_patiently(read: Callable[[], T], name: str) -> T:
     except OSError as error:
         if is_input_error(error):
             raise
-        words = f"{name} cannot be read: {shorten(error)} ({len(PAUSES_S) + 1} tries); run the command again when the "
+        words = (
+            f"{name} cannot be read: {shorten(error)} ({len(PAUSES_S) + 1} tries); run the command again when the "
+        )
         raise RunError(f"{words}storage works, or remove the file if it alone is damaged") from error
