@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from mvar_jax.data.decoding import SUFFIXES
-from mvar_jax.data.file_source import FileSource, list_some, note_empty, note_ignored
 from mvar_jax.data.file_reading import read_or_skip, size_on_disk
+from mvar_jax.data.file_source import FileSource, list_some, note_empty, note_ignored
 from mvar_jax.data.label_file import read_labels
 from mvar_jax.data.names import Names
 from mvar_jax.errors import InputError, shorten

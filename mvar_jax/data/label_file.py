@@ -2,8 +2,8 @@
 
 A line is `FILE LABEL` (separated by a space, a tab or a comma; more columns are ignored), or a label alone: then the
 lines follow the file names in order. A label is the name of a class, such as n01440764 or golden retriever, or its
-number from 0. Several lines of one file must agree. The ILSVRC2012 devkit's list has numbers of an order of its own, which the `meta.mat` beside
-it explains.
+number from 0. Several lines of one file must agree. The ILSVRC2012 devkit's list has numbers of an order of its own,
+which the `meta.mat` beside it explains.
 """
 
 import io

@@ -2,8 +2,8 @@
 
 A sample is an image KEY.jpg (or another of `SUFFIXES`) and its label: KEY.cls, else the key "label" or "cls" of
 KEY.json, else KEY.txt. A label is a number from 0 or the name of a class. Of several images of one key the first by
-`SUFFIXES` is the sample, as if it were asked for by "jpg;jpeg;png": the others may be masks. The index is kept next to its tar as
-NAME.tar.index.npz if the folder is writable, and rebuilt if the tar has changed.
+`SUFFIXES` is the sample, as if it were asked for by "jpg;jpeg;png": the others may be masks. The index is kept next
+to its tar as NAME.tar.index.npz if the folder is writable, and rebuilt if the tar has changed.
 """
 
 import contextlib
