@@ -22,6 +22,7 @@ from mvar_jax.files.paths import as_path, is_store
 from mvar_jax.progress import track
 
 CLASSES_FILE = "classes.txt"
+_NAMES_OF_VAL = ("valid", "validation")  # folders that are not read
 _MAX_CLASSES = 10**6  # without names: more are no classes
 
 
@@ -101,8 +102,15 @@ def find_tars(path: str | os.PathLike, split: str) -> list[Path]:
 
 
 def has_val_tars(path: str | os.PathLike) -> bool:
-    """Return whether the data set has validation tars."""
-    return bool(_glob_tars(as_path(path, "data.path"), "val"))
+    """Return whether the data set has validation tars. Raises InputError if their folder has another name."""
+    folder = as_path(path, "data.path")
+    if _glob_tars(folder, "val"):
+        return True
+    if others := [name for name in _NAMES_OF_VAL if any((folder / name).glob("*.tar"))]:
+        expected = "a folder that holds val*.tar or val/*.tar"
+        words = f"data.path must be {expected}, got {str(path)!r} with {', '.join(others)}: rename to val"
+        raise refuse(words, path, expected)
+    return False
 
 
 def _glob_tars(folder: Path, split: str) -> list[Path]:

@@ -190,6 +190,14 @@ def test_tar_index_is_read_once_and_made_anew_for_a_changed_tar(tar_folder, monk
     assert len(open_source("tars", "val", path=str(tar_folder))) == 1 and scans[4:] == ["val.tar"]
 
 
+def test_validation_tars_in_a_folder_of_another_name_are_refused_not_replaced_by_training_images(tar_folder):
+    (tar_folder / "valid").mkdir()
+    os.rename(tar_folder / "val.tar", tar_folder / "valid" / "0.tar")
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match="data.path must be .* with valid: rename to val"):
+            open_source("tars", split, path=str(tar_folder))
+
+
 def test_tars_take_class_names_from_their_file(tar_folder):
     (tar_folder / "classes.txt").write_text("ant\nbee\ncat\ndog\neel\n")
     assert open_source("tars", "val", path=str(tar_folder)).label_names == ("ant", "bee", "cat", "dog", "eel")
