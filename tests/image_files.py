@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -41,3 +42,14 @@ def write_tree(
                 picture = Image.fromarray(noise(*size, seed=seed))
                 (root / split / name / f"{number}.jpg").write_bytes(encode(picture, "JPEG", quality=95))
     return root
+
+
+def write_tar(path: Path, members) -> None:
+    """A tar of (name, bytes), or (name, the name that a hard link leads to)."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            entry = tarfile.TarInfo(name)
+            if isinstance(data, str):
+                entry.type, entry.linkname = tarfile.LNKTYPE, data
+            entry.size = len(data) if isinstance(data, bytes) else 0
+            archive.addfile(entry, io.BytesIO(data) if isinstance(data, bytes) else None)

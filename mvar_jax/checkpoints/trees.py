@@ -1,13 +1,12 @@
 """Weight trees and the items of a checkpoint, written and read by Orbax.
 
-On a file system a tree is written under another name and renamed when complete, so a kill at any moment leaves the
-previous state readable.
+On a file system a tree is written under another name and renamed when complete. A kill at any moment leaves the
+previous state readable: `load_tree` also finds a tree that was set aside, and the next writer puts it back.
 """
 
 import functools
 import glob
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from mvar_jax.checkpoints.array_handler import tree_handler
 from mvar_jax.checkpoints.checksums import check_files, damaged, unreadable, write_checksums
 from mvar_jax.checkpoints.quiet import quiet_orbax
 from mvar_jax.errors import InputError, find_storage_error, shorten
-from mvar_jax.files.atomic import remove_leftovers, sync, sync_tree, temporary_path
+from mvar_jax.files.atomic import find_replaced, remove_leftovers, replace_directory, sync_tree, temporary_path
 from mvar_jax.files.paths import as_path, is_store
 
 TREE_FILE = ocp.path.format_utils.PYTREE_METADATA_FILE  # Orbax's description of a tree
@@ -45,14 +44,10 @@ def save_tree(path: str | os.PathLike, tree: Any) -> None:
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, f"{glob.escape(path.name)}.*")
-    fresh, old = temporary_path(path), temporary_path(path.with_name(f"{path.name}.old"))
+    fresh = temporary_path(path)
     _write_tree(fresh, tree, path)
     sync_tree(fresh)
-    if path.exists():
-        os.replace(path, old)
-    os.replace(fresh, path)
-    sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_directory(fresh, path)
 
 
 def load_tree(path: str | os.PathLike) -> Any:
@@ -61,10 +56,12 @@ def load_tree(path: str | os.PathLike) -> Any:
     Raises InputError if there is no such directory or it is damaged.
     """
     path = as_path(path)
+    if not is_store(path):
+        path = find_replaced(path.absolute())
     if not path.is_dir():
         words = f"{path} is not a directory of saved weights"
         raise InputError(words, field="checkpoint", given=str(path), expected="a directory of saved weights")
-    return read_item(path if is_store(path) else path.absolute())
+    return read_item(path)
 
 
 def read_item(folder: Path, name: str = "", abstract: Any = None) -> Any:

@@ -18,6 +18,8 @@ FROM_TORCH_OPTIONS = (
     "kernel_size",
     "refine_step",
     "conditioning",
+    "znorm",
+    "phi_ratio",
     "weights",
 )
 
@@ -47,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     forward.add_argument("--kernel_size", metavar="K", help="window side, or one per scale from refine_step on")
     forward.add_argument("--refine_step", metavar="N", help="first scale that attends to a local window")
     forward.add_argument("--conditioning", metavar="C", help="markov (MVAR) or full (VAR)")
+    words = "the tokenizer was trained with VAR's using_znorm (default: without)"
+    forward.add_argument("--znorm", action="store_true", default=None, help=words)
+    forward.add_argument("--phi_ratio", metavar="R", help="VAR's quant_resi of the tokenizer (default: 0.5)")
     scores = parser.add_argument_group("networks that score images or train a tokenizer, to one .npz file")
     scores.add_argument(
         "--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth or classify_image_graph_def.pb"
@@ -83,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
         "kernel_size": _one_or_all(_parse_integers("kernel_size", args.kernel_size)),
         "refine_step": _parse_integer("refine_step", args.refine_step),
         "conditioning": args.conditioning,
+        "znorm": args.znorm,
+        "phi_ratio": _parse_number("phi_ratio", args.phi_ratio),
         "weights": args.weights,
     }
     paths = {"tokenizer": args.tokenizer, "transformer": args.transformer}
@@ -177,6 +184,14 @@ def _parse_integer(field: str, text: str | None) -> int | None:
         expected = "one whole number"
         raise InputError(f"--{field} must be {expected}, got {text!r}", field=field, given=text, expected=expected)
     return numbers and numbers[0]
+
+
+def _parse_number(field: str, text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        message = f"--{field} must be a number, got {text!r}"
+        raise InputError(message, field=field, given=text, expected="a number") from None
 
 
 def _one_or_all(numbers: tuple[int, ...] | None) -> int | tuple[int, ...] | None:

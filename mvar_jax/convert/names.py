@@ -1,7 +1,7 @@
 """The table between the names and layouts of published tensors and ours (numpy only)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import numpy as np
 
@@ -28,6 +28,8 @@ SAME = Layout(lambda x: x, lambda x: x)
 LINEAR = Layout(lambda x: x.T, lambda x: x.T)
 CONV = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
 ROWS = Layout(lambda x: x[0], lambda x: x[None])
+PHI = "quantize.quant_resi."
+DEFAULT_NUM_PHI = 4  # of VAR's VQVAE
 PHI_KEYS = {"one": "qresi.", "shared": "qresi_ls.{}.", "each": "{}."}
 PUBLISHED_BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "quantize.ema_vocab_hit_SV")
 
@@ -96,8 +98,25 @@ def transformer_entries(depth: int, num_heads: int, shared_aln: bool) -> list[En
     ]
 
 
-def tokenizer_entries(ch_mult: tuple[int, ...], num_res_blocks: int, num_phi: int, num_scales: int) -> list[Entry]:
-    """List every parameter of the tokenizer."""
+def phi_kind_of(num_phi: int, num_scales: int) -> str:
+    """Return the key of PHI_KEYS by which VAR's VQVAE names its phi.
+
+    Its option `share_quant_resi` is 1 for one, 0 for one each of the scales, and else their number, by default 4.
+    """
+    if num_phi == 1:
+        return "one"
+    return "each" if num_phi == num_scales != DEFAULT_NUM_PHI else "shared"
+
+
+def find_phi_kind(names: Container[str]) -> str | None:
+    """Return the key of PHI_KEYS that a published file uses, None if it has no phi."""
+    return next((kind for kind, key in PHI_KEYS.items() if f"{PHI}{key.format(0)}weight" in names), None)
+
+
+def tokenizer_entries(
+    ch_mult: tuple[int, ...], num_res_blocks: int, num_phi: int, num_scales: int, phi_kind: str | None = None
+) -> list[Entry]:
+    """List every parameter of the tokenizer. phi_kind: a key of PHI_KEYS; None for that of `phi_kind_of`."""
     entries: list[Entry] = []
 
     def conv(path: str, published: str) -> None:
@@ -148,9 +167,9 @@ def tokenizer_entries(ch_mult: tuple[int, ...], num_res_blocks: int, num_phi: in
         conv(f"{side}/conv_out", f"{side}.conv_out")
     conv("quant_conv", "quant_conv")
     conv("post_quant_conv", "post_quant_conv")
-    kind = "one" if num_phi == 1 else "each" if num_phi == num_scales else "shared"
+    kind = phi_kind or phi_kind_of(num_phi, num_scales)
     for i in range(num_phi):
-        conv(f"phi_convs_{i}", ("quantize.quant_resi." + PHI_KEYS[kind].format(i)).rstrip("."))
+        conv(f"phi_convs_{i}", (PHI + PHI_KEYS[kind].format(i)).rstrip("."))
     entries.append(Entry(("codebook",), ("quantize.embedding.weight",), SAME))
     return entries
 

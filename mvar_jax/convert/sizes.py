@@ -10,6 +10,9 @@ CONDITIONING_OF_WRAPPER = {"mvar_wo_ddp": "markov", "var_wo_ddp": "full"}
 NUM_GROUPS = 32
 MAX_BLOCKS = 100  # of the encoder; the published tokenizer has 10
 MASK = "attn_bias_for_masking"
+PUBLISHED_WINDOW = {"kernel_size": 7, "refine_step": 8}  # for 256 px
+PUBLISHED_PHI = {"znorm": False, "phi_ratio": 0.5}
+CHANNELS = 3
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -59,17 +62,19 @@ def read_sides(state: StateDict, patch_nums: tuple[int, ...] | None) -> tuple[in
     return sides
 
 
-def window_fields(state: StateDict, sides: tuple[int, ...], given: dict) -> dict:
+def window_fields(state: StateDict, sides: tuple[int, ...], given: dict) -> tuple[dict, dict]:
     """Return `conditioning`, `kernel_size` and `refine_step`, which do not follow from the weights.
+
+    The second dict holds those of them that are assumed, since neither the user nor the file gives them.
 
     Values come from the user (`given`), else from a training checkpoint's settings, else from the published program,
     which fixes them for 256 px. Raises InputError if none of them determines a value.
     """
     conditioning = conditioning_of(state, given.get("conditioning"))
     fields = {"conditioning": conditioning}
-    defaults = {}
+    assumed, defaults = {}, {}
     if sides == KNOWN_SIDES[256]:
-        defaults = {"kernel_size": 7, "refine_step": 8}
+        defaults = PUBLISHED_WINDOW
     elif conditioning == "full":  # placeholders, since every scale attends in full
         defaults = {"kernel_size": 7, "refine_step": len(sides)}
     for name in ("kernel_size", "refine_step"):
@@ -80,11 +85,13 @@ def window_fields(state: StateDict, sides: tuple[int, ...], given: dict) -> dict
             raise InputError(message, field=name, given=setting, expected=f"--{name}")
         if value is None:
             value = defaults.get(name) if setting is None else setting
+            if setting is None and conditioning != "full":
+                assumed[name] = value
         if value is None:
             message = f"give --{name}: it does not follow from the weights, and no value is published for {sides}"
             raise InputError(message, field=name, given=None, expected=f"--{name}")
         fields[name] = value
-    return fields
+    return fields, assumed
 
 
 def conditioning_of(state: StateDict, given: str | None) -> str:
@@ -124,7 +131,9 @@ def conditioning_of_mask(state: StateDict) -> str | None:
 def tokenizer_fields(state: StateDict, sides: tuple[int, ...] | None) -> dict:
     """Return the fields of `Tokenizer` that follow from its weights, and `sides`, guessed if they are None."""
     vocab_size, code_width = state.sizes("quantize.embedding.weight", 2)
-    ch = state.sizes("encoder.conv_in.weight", 4)[0]
+    ch, channels = state.sizes("encoder.conv_in.weight", 4)[:2]
+    if channels != CHANNELS:
+        raise state.refuse(f"the published tokenizer has {CHANNELS} channels, got {channels}")
     num_levels = max(1, state.count(r"encoder\.down\.\d+\.block\.0\.conv1\.weight"))
     num_res_blocks = state.count(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
     if num_levels * num_res_blocks > MAX_BLOCKS:

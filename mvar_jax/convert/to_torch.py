@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -11,14 +12,16 @@ import numpy as np
 from mvar_jax.checkpoints.model_directory import load_model
 from mvar_jax.convert.names import to_published
 from mvar_jax.convert.safetensors_files import write_safetensors
-from mvar_jax.convert.sizes import NUM_GROUPS
+from mvar_jax.convert.sizes import CHANNELS, NUM_GROUPS, PUBLISHED_PHI, PUBLISHED_WINDOW
 from mvar_jax.convert.weights import entries_of
 from mvar_jax.errors import InputError
 from mvar_jax.files.directories import check_new, new_directory
 from mvar_jax.files.paths import as_path
 from mvar_jax.models.tokenizer import Tokenizer
 from mvar_jax.models.transformer import Transformer
+from mvar_jax.scales import KNOWN_SIDES
 
+SMALLEST_PHI_RATIO = 1e-6  # below it the published tokenizer has no phi
 STORAGES = {np.dtype(np.float32): b"FloatStorage", np.dtype(np.int64): b"LongStorage"}
 
 
@@ -60,7 +63,7 @@ def to_safetensors(checkpoint: str | os.PathLike, out: str | os.PathLike, shard_
 def published_states(checkpoint: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
     """Return the state dicts that the published programs would save, by name: vae, and mvar or var."""
     modules, params = load_model(as_path(checkpoint, "checkpoint"))
-    states = {}
+    states, notes = {}, []
     if "refiner" in modules:
         words = f"checkpoint {checkpoint} holds a refiner, for which the published programs have no form; "
         words += "convert the directory of its transformer"
@@ -68,20 +71,57 @@ def published_states(checkpoint: str | os.PathLike) -> dict[str, dict[str, np.nd
     for kind, module in modules.items():
         state = to_published(entries_of(kind, module), jax.tree.map(np.asarray, params[kind]))
         if kind == "tokenizer":
-            check_groups(module)
+            check_tokenizer(module)
             states["vae"] = state | tokenizer_buffers(module)
+            notes += describe_tokenizer(module)
         else:
             name = "var" if module.conditioning == "full" else "mvar"
             states[name] = state | transformer_buffers(module)
+            notes += describe_window(module)
+    for note in notes:
+        print(note, file=sys.stderr, flush=True)
     return states
 
 
-def check_groups(tokenizer: Tokenizer) -> None:
-    """Raise InputError if the published tokenizer would normalise in other groups."""
-    if tokenizer.num_groups != NUM_GROUPS:
-        expected = f"{NUM_GROUPS}, the number that the published program fixes"
-        message = f"num_groups must be {expected}, got {tokenizer.num_groups}"
-        raise InputError(message, field="num_groups", given=tokenizer.num_groups, expected=expected)
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Raise InputError if the published tokenizer has no option for one of the fields."""
+    for name, fixed in (("num_groups", NUM_GROUPS), ("channels", CHANNELS)):
+        if (given := getattr(tokenizer, name)) != fixed:
+            expected = f"{fixed}, the number that the published program fixes"
+            raise InputError(f"{name} must be {expected}, got {given}", field=name, given=given, expected=expected)
+    if tokenizer.phi_ratio < SMALLEST_PHI_RATIO:
+        expected = "above 0, since the published program has no phi then"
+        message = f"phi_ratio must be {expected}, got {tokenizer.phi_ratio}"
+        raise InputError(message, field="phi_ratio", given=tokenizer.phi_ratio, expected=expected)
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> list[str]:
+    """Return the line on what the tokenizer's file cannot hold; [] if the published program assumes it."""
+    names = [name for name, value in PUBLISHED_PHI.items() if getattr(tokenizer, name) != value]
+    if not names:
+        return []
+    option_of = {"znorm": "using_znorm", "phi_ratio": "quant_resi"}
+    value_of = {name: getattr(tokenizer, name) for name in names}
+    held = ", ".join(f"{name}={value}" for name, value in value_of.items())
+    theirs = ", ".join(f"{option_of[name]}={value}" for name, value in value_of.items())
+    ours = " ".join("--znorm" if name == "znorm" else f"--{name} {value}" for name, value in value_of.items())
+    return [
+        f"the tokenizer's file cannot hold {held}: pass {theirs} to VAR's VQVAE, and pass {ours} to convert it back"
+    ]
+
+
+def describe_window(transformer: Transformer) -> list[str]:
+    """Return the line on the window, which MVAR's file cannot hold; [] if the published program assumes it."""
+    window = {name: getattr(transformer, name) for name in PUBLISHED_WINDOW}
+    is_assumed = transformer.sides == KNOWN_SIDES[256] and window == PUBLISHED_WINDOW
+    if transformer.conditioning == "full" or is_assumed:
+        return []
+    sides = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value
+    held = ", ".join(f"{name}={value}" for name, value in window.items())
+    ours = " ".join(f"--{name} {sides(value)}" for name, value in window.items())
+    return [
+        f"the transformer's file cannot hold {held}: set them in MVAR's program, and pass {ours} to convert it back"
+    ]
 
 
 def tokenizer_buffers(tokenizer: Tokenizer) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import flax.linen as nn
 import numpy as np
@@ -12,13 +12,14 @@ from mvar_jax.checkpoints.model_directory import MODEL_FILE, module_from_dict, s
 from mvar_jax.convert.names import (
     PUBLISHED_BUFFERS,
     Entry,
+    find_phi_kind,
     published_shapes,
     to_tree,
     tokenizer_entries,
     transformer_entries,
 )
 from mvar_jax.convert.reader import open_weights
-from mvar_jax.convert.sizes import FLOATS, tokenizer_fields, transformer_fields, window_fields
+from mvar_jax.convert.sizes import FLOATS, PUBLISHED_PHI, tokenizer_fields, transformer_fields, window_fields
 from mvar_jax.convert.state_dicts import StateDict, find_state_dict, is_named
 from mvar_jax.errors import InputError
 from mvar_jax.files.directories import check_new, new_directory
@@ -72,6 +73,8 @@ def convert(
     kernel_size: int | tuple[int, ...] | None = None,
     refine_step: int | None = None,
     conditioning: str | None = None,
+    znorm: bool | None = None,
+    phi_ratio: float | None = None,
     weights: str | None = None,
 ) -> dict[str, nn.Module]:
     """Write the model directory `out` from one or two files of torch.save or of safetensors; return its modules.
@@ -80,29 +83,30 @@ def convert(
       patch_nums: side of each token map.
       kernel_size, refine_step: window side, or one per window scale, and the first window scale.
       conditioning: "markov" (MVAR) or "full" (VAR).
+      znorm, phi_ratio: of the tokenizer, VAR's `using_znorm` and `quant_resi`, which no file holds.
       weights: name of the state dict to take of a file that holds several, such as "ema".
 
-    Options that are None must follow from the files or from the published programs. Raises InputError if they do
-    not, or if a file cannot be converted, and then leaves nothing at `out`.
+    Options that are None must follow from the files or from the published programs; what is assumed of the latter is
+    printed. Raises InputError if they do not, or if a file cannot be converted, and then leaves nothing at `out`.
     """
     out = as_path(out, "out")
     check_new("out", out)
     given = {"kernel_size": kernel_size, "refine_step": refine_step, "conditioning": conditioning}
+    of_tokenizer = {"znorm": znorm, "phi_ratio": phi_ratio}
     if tokenizer_path is None and transformer_path is None:
         message = "give a file for --tokenizer, --transformer, or both"
         raise InputError(message, field="tokenizer", given=None, expected="a file")
-    if transformer_path is None:
-        for name, value in given.items():
-            if value is not None:
-                message = f"--{name} cannot be used without --transformer, got {value}"
-                raise InputError(message, field=name, given=value, expected="--transformer")
+    _check_unused("transformer", transformer_path, given)
+    _check_unused("tokenizer", tokenizer_path, of_tokenizer)
     modules, params, names = {}, {}, []
+    assumed: dict[str, object] = {}
     if transformer_path is not None:
         with open_weights("transformer", transformer_path) as file:
             state = find_state_dict("transformer", file, weights)
             names.append(state.name)
             fields = transformer_fields(state, patch_nums)
-            fields |= window_fields(state, fields["sides"], given)
+            window, assumed = window_fields(state, fields["sides"], given)
+            fields |= window
             modules["transformer"], params["transformer"] = read_module("transformer", state, fields)
         patch_nums = fields["sides"]
     if tokenizer_path is not None:
@@ -110,6 +114,9 @@ def convert(
             state = find_state_dict("tokenizer", file, weights)
             names.append(state.name)
             fields = tokenizer_fields(state, patch_nums)
+            unknown = {name: PUBLISHED_PHI[name] for name, value in of_tokenizer.items() if value is None}
+            fields |= of_tokenizer | unknown
+            assumed |= unknown
             check_pair(state, fields, modules.get("transformer"))
             modules["tokenizer"], params["tokenizer"] = read_module("tokenizer", state, fields)
     if weights is not None and not any(is_named(name, weights) for name in names):
@@ -118,7 +125,23 @@ def convert(
         raise InputError(message, field="weights", given=weights, expected=listed)
     with new_directory("out", out, MODEL_FILE) as temporary:
         save_model(temporary, modules, params)
+    _say_assumed(assumed)
     return modules
+
+
+def _say_assumed(fields: dict[str, object]) -> None:
+    if fields:
+        words = ", ".join(f"{name}={value}" for name, value in fields.items())
+        options = ", ".join(f"--{name}" for name in fields)
+        print(f"assumed {words}; pass {options} if the model was trained otherwise", file=sys.stderr, flush=True)
+
+
+def _check_unused(kind: str, path: str | os.PathLike | None, given: dict[str, object]) -> None:
+    """Raise InputError for an option of a module that is not converted."""
+    for name, value in given.items():
+        if path is None and value is not None:
+            message = f"--{name} cannot be used without --{kind}, got {value}"
+            raise InputError(message, field=name, given=value, expected=f"--{kind}")
 
 
 def load_published(
@@ -156,7 +179,7 @@ def read_module(kind: str, state: StateDict, fields: dict) -> tuple[nn.Module, d
     Raises InputError unless every tensor is used once and all values are finite.
     """
     module = module_from_dict(kind, fields)
-    entries = entries_of(kind, module)
+    entries = entries_of(kind, module, state)
     wanted = published_shapes(entries, nn.meta.unbox(abstract_params(module)))
     if misfits := find_misfits(wanted, state):
         raise MisfitError(state, kind, misfits)
@@ -176,11 +199,15 @@ def read_module(kind: str, state: StateDict, fields: dict) -> tuple[nn.Module, d
     return module, tree
 
 
-def entries_of(kind: str, module: nn.Module) -> list[Entry]:
-    """Return the table between the published tensors and the parameters of a "tokenizer" or "transformer"."""
+def entries_of(kind: str, module: nn.Module, names: Container[str] = ()) -> list[Entry]:
+    """Return the table between the published tensors and the parameters of a "tokenizer" or "transformer".
+
+    names: of the tensors of a file that is read; () for the names that the published program gives.
+    """
     if kind == "transformer":
         return transformer_entries(module.depth, module.num_heads, module.shared_aln)
-    return tokenizer_entries(module.ch_mult, module.num_res_blocks, module.num_phi, len(module.sides))
+    num_scales, phi_kind = len(module.sides), find_phi_kind(names)
+    return tokenizer_entries(module.ch_mult, module.num_res_blocks, module.num_phi, num_scales, phi_kind)
 
 
 def find_misfits(wanted: dict[str, tuple[int, ...]], state: StateDict) -> list[str]:

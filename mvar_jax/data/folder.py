@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from mvar_jax.data.decoding import SUFFIXES, BadImage
+from mvar_jax.data.decoding import SUFFIXES
+from mvar_jax.data.file_reading import read_or_skip, size_on_disk
 from mvar_jax.data.file_source import FileSource, list_some, note_empty, note_ignored
 from mvar_jax.data.label_file import read_labels
 from mvar_jax.data.names import Names
@@ -25,7 +26,8 @@ from mvar_jax.files.paths import as_path, is_store
 
 ONE_CLASS = "images"  # name of the class of a folder without class folders
 LABELS_FILE = "val.txt"
-_NAMES_OF_SPLITS = ("train", "training", "val", "valid", "validation")  # in any case: no classes
+_NAMES_OF_TRAIN = ("train", "training")
+_NAMES_OF_SPLITS = (*_NAMES_OF_TRAIN, "val", "valid", "validation")  # in any case: no classes
 _NUM_STAT_THREADS = 16  # a network file system answers slowly, but many at once
 
 
@@ -45,14 +47,22 @@ def _naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def train_folder(path: str | os.PathLike) -> Path:
-    """Return PATH/train, or PATH if it has neither train nor val. Raises InputError if there is no such folder."""
+    """Return PATH/train, or PATH if it has neither train nor val.
+
+    Raises InputError if there is no such folder, or if one of the two has another name, such as valid.
+    """
     root = as_path(path, "data.path")
-    if (root / "train").is_dir():
+    has_train = (root / "train").is_dir()
+    if has_train and (root / "val").is_dir():
         return root / "train"
     expected = "a folder that holds train/CLASS/"
     if not root.is_dir():
         raise _refuse(f"data.path must be {expected}, got {str(path)!r}", path, expected)
-    splits = [name for name in _list_folders(root) if name.lower() in _NAMES_OF_SPLITS]
+    with _naming(path):
+        splits = [name for name in _list_folders(root) if name.lower() in _NAMES_OF_SPLITS]
+    splits = [name for name in splits if not has_train or name.lower() not in _NAMES_OF_TRAIN]
+    if has_train and not splits:
+        return root / "train"
     if splits:
         message = f"data.path must be {expected}, got {str(path)!r} with {', '.join(splits)}: rename to train and val"
         raise _refuse(message, path, expected)
@@ -131,8 +141,9 @@ def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            # a file with such a suffix is not asked what it is: there may be millions
-            if entry.name.lower().endswith(SUFFIXES) or not entry.is_dir():
+            # below the class folders a link with such a suffix is not asked what it is: there may be millions
+            is_image = entry.name.lower().endswith(SUFFIXES)
+            if not entry.is_dir(follow_symlinks=not (is_image and prefix)):
                 yield prefix + entry.name
             elif not (entry.is_symlink() and os.path.realpath(entry.path) in above):
                 yield from _walk(entry.path, f"{prefix}{entry.name}/", above)
@@ -230,21 +241,13 @@ class FolderSource(FileSource):
             return np.concatenate(list(threads.map(self._stat, parts)))
 
     def _stat(self, numbers: np.ndarray) -> np.ndarray:
-        return np.array([_size_of(f"{self._folder}/{self.name_of(number)}") for number in numbers.tolist()], np.int64)
+        return np.array(
+            [size_on_disk(f"{self._folder}/{self.name_of(number)}") for number in numbers.tolist()], np.int64
+        )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            data = (self._folder / self.name_of(index)).read_bytes()
-        except OSError as error:
-            raise BadImage(f"cannot be read: {shorten(error)}") from None
-        return {"image": data, "label": int(self.labels[index])}
-
-
-def _size_of(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+        path = self._folder / self.name_of(index)
+        return {"image": read_or_skip(path.read_bytes, path), "label": int(self.labels[index])}
 
 
 def _labels_file(val: Path, val_labels: str) -> Path | None:

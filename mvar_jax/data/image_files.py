@@ -1,6 +1,7 @@
 """Image files in any folder as a source: no classes, sub-folders included, in the order of the names."""
 
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mvar_jax.data.decoding import SUFFIXES, BadImage
+from mvar_jax.data.file_reading import read_or_skip, size_on_disk
 from mvar_jax.data.protocols import ImageSource, digest
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.paths import is_store
@@ -53,15 +55,8 @@ def _sizes_of(folder: Path, names: list[str]) -> list[int]:
     if is_store(folder):  # one listing for all
         sizes = folder.find_sizes()  # type: ignore[attr-defined]
         return [sizes.get(name, -1) for name in names]
-
-    def size_of(name: str) -> int:
-        try:
-            return (folder / name).stat().st_size
-        except OSError:
-            return -1
-
     with ThreadPoolExecutor(NUM_THREADS) as threads:
-        return list(threads.map(size_of, names))
+        return list(threads.map(lambda name: size_on_disk(folder / name), names))
 
 
 def find_images(path: Path, out: Path, field: str = "images") -> tuple[Path, list[str], tuple[str, ...]]:
@@ -112,10 +107,11 @@ def _raise(error: OSError) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """Return the bytes of a file. Raises BadImage if it cannot be read."""
-    try:
-        if not (is_store(path) or path.is_file()):  # a pipe would never end
-            raise BadImage("is missing or no file")
+    """Return the bytes of a file. Raises as `read_or_skip`, and BadImage if it is no file."""
+
+    def read() -> bytes:
+        if not (is_store(path) or stat.S_ISREG(path.stat().st_mode)):  # a pipe would never end
+            raise BadImage("is no file")
         return path.read_bytes()
-    except OSError as error:
-        raise BadImage(f"cannot be read: {shorten(error)}") from None
+
+    return read_or_skip(read, path)

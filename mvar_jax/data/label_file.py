@@ -1,12 +1,13 @@
 """Label files of a flat folder of images, such as ImageNet's validation images.
 
 A line is `FILE LABEL` (separated by a space, a tab or a comma; more columns are ignored), or a label alone: then the
-lines follow the file names in order. A label is the name of a class, such as n01440764, or its number from 0. The
-ILSVRC2012 devkit's list has numbers of an order of its own, which the `meta.mat` beside it explains.
+lines follow the file names in order. A label is the name of a class, such as n01440764 or golden retriever, or its
+number from 0. Several lines of one file must agree. The ILSVRC2012 devkit's list has numbers of an order of its own,
+which the `meta.mat` beside it explains.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -34,7 +35,7 @@ def read_labels(file: Path, images: Sequence[str], classes: Sequence[str]) -> tu
       (labels int32, one of each image; number of lines that name no image).
 
     Raises:
-      InputError: the file is unreadable, an image has no label, or a label is no class.
+      InputError: the file is unreadable, an image has no label or two, or a label is no class.
     """
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -47,12 +48,20 @@ def read_labels(file: Path, images: Sequence[str], classes: Sequence[str]) -> tu
             raise _refuse(file, reason, "as many labels as there are images")
         texts, unused = _explain_devkit(file, lines, len(classes)), 0
     else:
-        label_of = dict(map(_split, lines))
+        known = {name for image in images for name in _names_of(image)}
+        label_of: dict[str, str] = {}
+        unused = 0
+        for line in lines:
+            name, text = _split(line, known)
+            label = _plain(text, names)
+            unused += name not in known
+            if name in known and label_of.setdefault(name, label) != label:
+                reason = f"it has both {label_of[name]!r} and {label!r} for {name}"
+                raise _refuse(file, reason, "one label for each validation image")
         texts = [_look_up(label_of, image) for image in images]
         missing = [image for image, text in zip(images, texts, strict=True) if text is None]
         if missing:
             raise _refuse(file, f"it has none for {missing[0]}", "a label for each validation image")
-        unused = max(0, len(label_of) - len(images))
     return _numbers_of(file, texts, classes), unused
 
 
@@ -60,26 +69,37 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def _split(line: str) -> tuple[str, str]:
-    """Return (name of the image, label) of a line."""
+def _split(line: str, known: Set[str]) -> tuple[str, str]:
+    """Return (name of the image, label and further columns) of a line. known: names of the images."""
     for separator in ("\t", ","):
         if separator in line:
             name, label = line.split(separator)[:2]
             return name.strip(), label.strip()
     name, _, label = line.rpartition(" ")
-    return name.strip(), label.strip()
+    while " " in name and name not in known:  # a name of a file, and one of a class, may hold spaces
+        name = name.rpartition(" ")[0]
+    if name not in known:
+        name = line.partition(" ")[0]
+    return name, line.removeprefix(name).strip()
+
+
+def _names_of(image: str) -> tuple[str, str, str]:
+    """Return the names by which a line may mean an image: with its folders, without them, without its suffix too."""
+    path = PurePosixPath(image)
+    return image, path.name, path.stem
 
 
 def _look_up(label_of: dict[str, str], image: str) -> str | None:
-    """Return an image's label by its name: with its folders, without them, or without its suffix too."""
-    path = PurePosixPath(image)
-    return next((label_of[name] for name in (image, path.name, path.stem) if name in label_of), None)
+    return next((label_of[name] for name in _names_of(image) if name in label_of), None)
+
+
+def _plain(text: str, classes: Set[str]) -> str:
+    """Return a label without further columns: Kaggle's list of ImageNet has boxes after the class."""
+    return text if text in classes or not text else text.split()[0]
 
 
 def _numbers_of(file: Path, texts: Sequence[str], classes: Sequence[str]) -> np.ndarray:
     number_of = {name: number for number, name in enumerate(classes)}
-    # Kaggle's list of ImageNet has boxes after the class
-    texts = [text if text in number_of else text.split()[0] if text else "" for text in texts]
     if all(text in number_of for text in texts):
         return np.array([number_of[text] for text in texts], np.int32)
     is_in_range = lambda text: _is_number(text) and int(text) < len(classes)

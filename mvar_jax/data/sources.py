@@ -128,9 +128,9 @@ def _open_digits(split: str, split_seed: int, val_fraction: float, size: int) ->
 
 def _open_tfds(name: str, path: str, split: str, split_seed: int, val_fraction: float) -> ImageSource:
     """Return the set's own validation or test split as "val", or part of its train split if it has neither."""
-    from mvar_jax.data.tfds_source import TfdsSource, tfds_split
+    from mvar_jax.data.tfds_source import TfdsSource, val_split
 
-    known = tfds_split(name, path, "val")
+    known = val_split(name, path)
     if split == "val" and known is not None:
         return TfdsSource(name, path, known)
     source = TfdsSource(name, path, "train")
@@ -179,10 +179,10 @@ def _has_val(name: str, path: str, tfds_name: str) -> bool:
     """Return whether a data set in files or of TFDS has a validation split of its own."""
     from mvar_jax.data.folder import has_val_folder
     from mvar_jax.data.tars import has_val_tars
-    from mvar_jax.data.tfds_source import tfds_split
+    from mvar_jax.data.tfds_source import val_split
 
     if name == "tfds":
-        return tfds_split(tfds_name, path, "val") is not None
+        return val_split(tfds_name, path) is not None
     return has_val_folder(path) if name == "folder" else has_val_tars(path)
 
 

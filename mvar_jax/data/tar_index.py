@@ -1,16 +1,18 @@
 """The index of a WebDataset-style tar: where its images lie, and their labels.
 
 A sample is an image KEY.jpg (or another of `SUFFIXES`) and its label: KEY.cls, else the key "label" or "cls" of
-KEY.json, else KEY.txt. A label is a number from 0 or the name of a class. The index is kept next to its tar as
-NAME.tar.index.npz if the folder is writable, and rebuilt if the tar has changed.
+KEY.json, else KEY.txt. A label is a number from 0 or the name of a class. Of several images of one key the first by
+`SUFFIXES` is the sample, as if it were asked for by "jpg;jpeg;png": the others may be masks. The index is kept next
+to its tar as NAME.tar.index.npz if the folder is writable, and rebuilt if the tar has changed.
 """
 
 import contextlib
 import json
 import tarfile
 import zipfile
+from collections.abc import Set
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -21,7 +23,7 @@ from mvar_jax.files.npz import load_npz, save_npz
 INDEX_SUFFIX = ".index.npz"
 LABEL_SUFFIXES = {".cls": 200, ".json": 2**20, ".txt": 200}  # by priority; largest size in bytes that is looked at
 _ARRAYS = ("offset", "size", "text", "name", "kind", "count", "first")
-_VERSION = 2
+_VERSION = 3
 _END_BYTES = 2**20  # what follows the end mark is looked at up to here: tar fills its last record with zeros
 
 
@@ -34,7 +36,7 @@ def read_index(path: Path) -> dict[str, np.ndarray]:
     """Return the index of one tar, from its index file if that was built from this very tar.
 
     `offset`, `size` int64 and `text` (the label), `name` str, each [N], in the tar's order. Of the files that are
-    neither images nor labels: `kind` (suffix) str, `count` int64 and `first` (a name) str.
+    neither images nor labels: `kind` (suffix or words) str, `count` int64 and `first` (a name) str.
 
     Raises:
       InputError: the tar is cut, damaged or no tar, or an image has no label.
@@ -53,48 +55,92 @@ def read_index(path: Path) -> dict[str, np.ndarray]:
 
 
 class _Members:
-    """The members of a tar, sorted by what they are for."""
+    """The members of a tar, sorted by what they are for. A member that is appended again replaces the earlier one.
 
-    def __init__(self):
+    Args:
+      targets: names of the members that hard links lead to, whose places are kept.
+    """
+
+    def __init__(self, targets: Set[str] = frozenset()):
         self.images: dict[str, tuple[int, int, str]] = {}  # by key: offset, size, name
-        self.labels: dict[str, tuple[int, str]] = {}  # by key: priority, label
-        self.others: dict[str, list[Any]] = {}  # by suffix: number, name of the first
+        self.labels: dict[str, dict[str, str]] = {suffix: {} for suffix in LABEL_SUFFIXES}  # by suffix and key
+        self.others: dict[str, list[Any]] = {}  # by kind: number, name of the first
+        self.linked: set[str] = set()
+        self._targets, self._places = targets, dict[str, tuple[int, int]]()
 
-    def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    def add(self, file: IO[bytes], member: tarfile.TarInfo) -> None:
         key, suffix = _split_key(member.name)
+        if member.islnk():
+            self.linked.add(member.linkname)
+            if self._targets and member.linkname not in self._places:
+                raise tarfile.ReadError(f"{member.name} is a hard link to {member.linkname}, which is not before it")
+            offset, size = self._places.get(member.linkname, (0, 0))
+        elif member.isfile() and not member.issparse():
+            offset, size = member.offset_data, member.size
+        else:
+            return (
+                None
+                if member.isdir()
+                else self._ignore("symbolic links" if member.issym() else "special files", member.name)
+            )
+        if member.name in self._targets:
+            self._places[member.name] = offset, size
         if suffix in SUFFIXES:
-            self.images[key] = (member.offset_data, member.size, member.name)
-        elif suffix not in LABEL_SUFFIXES:
-            self.others.setdefault(suffix, [0, member.name])[0] += 1
-        elif member.size <= LABEL_SUFFIXES[suffix]:
-            text = _read_label(suffix, archive.extractfile(member).read())  # type: ignore[union-attr]
-            found = (list(LABEL_SUFFIXES).index(suffix), text)
-            if text:
-                self.labels[key] = min(found, self.labels.get(key, found))
+            return self._add_image(key, (offset, size, member.name))
+        if suffix not in LABEL_SUFFIXES:
+            return self._ignore(suffix, member.name)
+        text = ""
+        if size <= LABEL_SUFFIXES[suffix]:
+            file.seek(offset)
+            text = _read_label(suffix, file.read(size))
+        self.labels[suffix][key] = text
+        return None
+
+    def _add_image(self, key: str, found: tuple[int, int, str]) -> None:
+        """Keep the image of a key. Of several formats the first in SUFFIXES is taken: a .png is often a mask."""
+        kept = self.images.get(key, found)
+        first, other = sorted((found, kept), key=lambda image: SUFFIXES.index(_split_key(image[2])[1]))
+        self.images[key] = first
+        if first[2] != other[2]:
+            self._ignore(f"{_split_key(other[2])[1]} beside another image of the key", other[2])
+
+    def _ignore(self, kind: str, name: str) -> None:
+        self.others.setdefault(kind, [0, name])[0] += 1
+
+    def label_of(self, key: str) -> str:
+        """Return the label of an image, "" if it has none."""
+        return next((text for texts in self.labels.values() if (text := texts.get(key))), "")
+
+
+def _read_members(path: Path, targets: Set[str] = frozenset()) -> _Members:
+    members = _Members(targets)
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+            members.add(file, member)
+        _check_end(file, archive.offset)  # type: ignore[attr-defined]
+    return members
 
 
 def _scan(path: Path) -> dict[str, np.ndarray]:
-    members = _Members()
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-                if member.isfile():
-                    members.add(archive, member)
-            _check_end(file, archive.offset)  # type: ignore[attr-defined]
+        members = _read_members(path)
+        if members.linked:  # hard links are rare, and the places of all members take memory
+            members = _read_members(path, members.linked)
     except (tarfile.TarError, OSError, ValueError) as error:
         expected = "a readable tar"
         raise refuse(f"{path} must be {expected} ({error})", path, expected) from None
-    images, labels, others = members.images, members.labels, members.others
-    for key, (_, _, name) in images.items():
-        if key not in labels:
+    images, others = members.images, members.others
+    labels = list(map(members.label_of, images))
+    for (_, _, name), label in zip(images.values(), labels, strict=True):
+        if not label:
             expected = "a .cls, .txt or .json file (with a label or cls) with the same key"
             image = f"{path}:{name}"
             raise refuse(f"{image} has no label; add {expected}", image, expected)
     offset, size, name = zip(*images.values(), strict=True) if images else ((), (), ())
     count, first = zip(*others.values(), strict=True) if others else ((), ())
     integers = {"offset": offset, "size": size, "count": count}
-    texts = {"text": [labels[key][1] for key in images], "name": name, "kind": list(others), "first": first}
+    texts = {"text": labels, "name": name, "kind": list(others), "first": first}
     return {
         **{key: np.array(value, np.int64) for key, value in integers.items()},
         **{key: np.array(value, np.str_) for key, value in texts.items()},

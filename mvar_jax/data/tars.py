@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from mvar_jax.data.decoding import SUFFIXES, BadImage
+from mvar_jax.data.decoding import SUFFIXES
+from mvar_jax.data.file_reading import read_or_skip
 from mvar_jax.data.file_source import FileSource, note_empty, note_ignored
 from mvar_jax.data.names import Names
 from mvar_jax.data.tar_index import read_index, refuse
 from mvar_jax.errors import InputError, shorten
-from mvar_jax.files.limits import OUT_OF_RESOURCES, allow_open_files
+from mvar_jax.files.limits import allow_open_files
 from mvar_jax.files.paths import as_path, is_store
 from mvar_jax.progress import track
 
 CLASSES_FILE = "classes.txt"
+_NAMES_OF_VAL = ("valid", "validation")  # folders that are not read
 _MAX_CLASSES = 10**6  # without names: more are no classes
 
 
@@ -72,18 +74,19 @@ class TarSource(FileSource):
         index = range(len(self))[index]
         tar = int(self._tar[index])
         offset, size = int(self._offset[index]), int(self._size[index])
-        try:
-            if is_store(self._tars[tar]):
-                data = self._tars[tar].read_range(offset, size)  # type: ignore[attr-defined]
-                return {"image": data, "label": int(self.labels[index])}
-            if tar not in self._files:  # if two threads open it at once, one descriptor stays open unused
-                self._files[tar] = os.open(self._tars[tar], os.O_RDONLY)
-            data = os.pread(self._files[tar], size, offset)
-        except OSError as error:
-            if error.errno in OUT_OF_RESOURCES:  # of this process: the image is good
-                raise
-            raise BadImage(f"cannot be read: {shorten(error)}") from None
+        data = read_or_skip(lambda: self._read(tar, offset, size), self._tars[tar])
         return {"image": data, "label": int(self.labels[index])}
+
+    def _read(self, tar: int, offset: int, size: int) -> bytes:
+        if is_store(self._tars[tar]):
+            return self._tars[tar].read_range(offset, size)  # type: ignore[attr-defined]
+        if (file := self._files.get(tar)) is None:  # if two threads open it at once, one descriptor stays open unused
+            file = self._files[tar] = os.open(self._tars[tar], os.O_RDONLY)
+        try:
+            return os.pread(file, size, offset)
+        except OSError:
+            self._files.pop(tar, None)  # it may be stale; not closed, since another thread may be reading
+            raise
 
 
 def find_tars(path: str | os.PathLike, split: str) -> list[Path]:
@@ -99,8 +102,15 @@ def find_tars(path: str | os.PathLike, split: str) -> list[Path]:
 
 
 def has_val_tars(path: str | os.PathLike) -> bool:
-    """Return whether the data set has validation tars."""
-    return bool(_glob_tars(as_path(path, "data.path"), "val"))
+    """Return whether the data set has validation tars. Raises InputError if their folder has another name."""
+    folder = as_path(path, "data.path")
+    if _glob_tars(folder, "val"):
+        return True
+    if others := [name for name in _NAMES_OF_VAL if any((folder / name).glob("*.tar"))]:
+        expected = "a folder that holds val*.tar or val/*.tar"
+        words = f"data.path must be {expected}, got {str(path)!r} with {', '.join(others)}: rename to val"
+        raise refuse(words, path, expected)
+    return False
 
 
 def _glob_tars(folder: Path, split: str) -> list[Path]:
@@ -118,7 +128,7 @@ def _read_classes(path: Path) -> tuple[str, ...]:
     """
     file = path / CLASSES_FILE
     if file.exists():
-        return tuple(file.read_text().rstrip("\n").split("\n"))
+        return _read_lines(file)
     texts = {text for tar in find_tars(path, "train") for text in np.unique(read_index(tar)["text"]).tolist()}
     names = sorted(text for text in texts if not _is_number(text))
     if not names:
@@ -134,6 +144,16 @@ def _read_classes(path: Path) -> tuple[str, ...]:
         given = f"{min(texts - set(names))} and {names[0]}"
         raise InputError(f"label must be {expected}, got {given}", field="label", given=given, expected=expected)
     return tuple(names)
+
+
+def _read_lines(file: Path) -> tuple[str, ...]:
+    """Return the lines of a text file without space around them and without empty ones at the end."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        expected = "a readable text in UTF-8"
+        raise refuse(f"{file} must be {expected} ({shorten(error)})", file, expected) from None
+    return tuple(line.strip() for line in text.rstrip().split("\n"))
 
 
 def _numbers_of(texts: np.ndarray, label_names: tuple[str, ...]) -> np.ndarray:

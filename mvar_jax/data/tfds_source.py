@@ -50,14 +50,16 @@ def _only_feature(builder, kind: type) -> str:
     return found[0]
 
 
-def tfds_split(name: str, data_dir: str, split: str) -> str | None:
-    """Return the set's name of "train" or "val" ("validation", "val" or else "test"), None if it has no such split.
+def val_split(name: str, data_dir: str) -> str | None:
+    """Return the set's name of its validation split: "validation", "val" or else "test", None if it has none.
 
-    Raises InputError if the set is unknown or not prepared.
+    Raises InputError if the set is unknown, not prepared or has no split "train".
     """
     splits = _find_builder(name, data_dir).info.splits
-    wanted = ("train",) if split == "train" else _VALIDATION_NAMES
-    return next((known for known in wanted if known in splits), None)
+    if "train" not in splits:
+        expected = "a data set with a split train"
+        raise _refuse(name, f", which has {', '.join(map(str, splits))}", expected)
+    return next((known for known in _VALIDATION_NAMES if known in splits), None)
 
 
 class TfdsSource(ImageSource):

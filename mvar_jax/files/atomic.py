@@ -6,6 +6,7 @@ synced, so that a file counts only once it also survives a power cut.
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from mvar_jax.files.paths import as_path, is_store
 
 NAME_BYTES = 255  # the longest name of a file on the usual file systems
 
+_OLD = ".old"  # ends the name of a directory that is being replaced
 _TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9_-]+-)?\d+\.tmp")  # of `temporary_path`; of older versions: without a host
 
 
@@ -63,7 +65,8 @@ def sync_tree(folder: Path) -> None:
 def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Remove what killed processes left of unfinished writes to `folder`/`name`; a pattern, by default of all names.
 
-    Call it only while no process writes there. What cannot be removed stays, since it harms nothing.
+    An old directory whose new one was not yet in its place is put back (`replace_directory`). Call it only while no
+    process writes there. What cannot be removed stays, since it harms nothing.
     """
     if is_store(folder):
         return  # unfinished uploads are no objects
@@ -71,10 +74,38 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
         if not _TEMPORARY.fullmatch(path.name):
             continue
         if path.is_dir():
+            with contextlib.suppress(OSError):
+                _put_back(path)
             shutil.rmtree(path, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def replace_directory(fresh: Path, path: Path) -> None:
+    """Put a finished directory of this machine in the place of `path`.
+
+    No call does this at once: after a kill in between, `find_replaced` returns the old directory.
+    """
+    old = temporary_path(path.with_name(f"{path.name}{_OLD}"))
+    if path.exists():
+        os.replace(path, old)
+    os.replace(fresh, path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_replaced(path: Path) -> Path:
+    """Return the old directory of a `replace_directory` that was killed in between, else `path` itself."""
+    if path.exists():
+        return path
+    return next((old for old in path.parent.glob(f".{glob.escape(path.name)}{_OLD}.*.tmp") if old.is_dir()), path)
+
+
+def _put_back(old: Path) -> None:
+    name, is_old, _ = old.name.removeprefix(".").rpartition(f"{_OLD}.")
+    if is_old and not (place := old.with_name(name)).exists():
+        os.replace(old, place)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """How many files a process may have open."""
 
 import contextlib
-import errno
 import os
 
 from mvar_jax.errors import InputError
@@ -11,8 +10,6 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-# errors of a process that has used up what it may have; they say nothing about the file
-OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 SPARE_FILES = 256  # of libraries, checkpoints and connections
 
 

@@ -30,6 +30,7 @@ DEFAULT_S = 60.0
 _BEATS = 6  # renewals of a lease until it would expire
 _SETTLE_S = 1.0  # then a lease that two processes took at once has one holder, who reads its own name
 _LEAVE_S = 3.0
+_GONE = (errno.ENOENT, errno.ESTALE)  # the latter of NFS, if another machine has removed the file
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -97,9 +98,12 @@ class _FileLock:
             raise
 
     def _is_in_place(self) -> bool:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
-        return False
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            return False
 
     def release(self) -> None:
         if not self._file.closed:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 import numpy as np
 
 from mvar_jax.checkpoints.model_directory import MODEL_FILE, fingerprint, ids_fingerprint, load_model
-from mvar_jax.data.protocols import TokenSource
+from mvar_jax.data.protocols import TokenSource, digest
 from mvar_jax.data.shared_memory import SharedArray
 from mvar_jax.errors import InputError, RunError, shorten
 from mvar_jax.files.json_files import read_json
@@ -169,6 +169,7 @@ class TokenCache(TokenSource):
         check_equal(path, "num_records", entry["num_records"], self._num_records, "the sum over the shards")
         self._copies: Copies | None = None
         self._transform = entry.get("transform") or {}
+        self._files = [shard.get("files", "") for shard in entry["shards"]]
         self._memory: SharedArray | None = None
         with self._naming_the_store():
             if is_store(self._dir):
@@ -208,6 +209,9 @@ class TokenCache(TokenSource):
         made_of = {"transform": transform, "tokenizer": self.meta["tokenizer_fingerprint"]}
         if "tokenizer_ids" in self.meta:
             made_of["tokenizer_ids"] = self.meta["tokenizer_ids"]
+        if all(self._files):
+            # by the number of shards, since digests of other parts of the images cannot be compared
+            made_of["files_of_shards"] = {str(len(self._files)): digest(self._files)}
         return {**super().identity(), "num_views": self._shape[0], **made_of}
 
     def read(self, numbers_B: np.ndarray, seed: int, index_B: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -245,6 +245,8 @@ def _describe_difference(key: str, before: Any, now: Any) -> str:
         return f"which had {before:,} {split} images, not {now:,}"
     if name in ("classes", "names", "files"):
         return f"whose {split} images had other {'classes' if name == 'classes' else 'names'}"
+    if name.startswith("files_of_shards."):
+        return f"whose token cache was made of other {split} images: files had other names, sizes or labels"
     return f"whose {key} is {before!r}, not {now!r}"
 
 

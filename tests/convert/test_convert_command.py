@@ -62,6 +62,16 @@ def test_one_window_for_each_scale(tmp_path):
     assert json.loads((tmp_path / "model" / "model.json").read_text())["transformer"]["kernel_size"] == [5, 7]
 
 
+def test_options_that_a_tokenizer_s_file_cannot_hold_go_there_and_back(tmp_path, capsys):
+    options = ["--patch_nums", "1,2,3,4,5,6,8,10,13,16", "--znorm", "--phi_ratio", "0.25"]
+    run("--tokenizer", TINY / "vae.pth", "--out", tmp_path / "model", *options)
+    run("--checkpoint", tmp_path / "model", "--to_torch", tmp_path / "torch")
+    assert " ".join(options[2:]) in capsys.readouterr().err
+    run("--tokenizer", tmp_path / "torch" / "vae.pth", "--out", tmp_path / "again", *options)
+    first, second = (json.loads((tmp_path / name / "model.json").read_text()) for name in ("model", "again"))
+    assert first == second and (first["tokenizer"]["znorm"], first["tokenizer"]["phi_ratio"]) == (True, 0.25)
+
+
 def test_every_misfit_is_printed_above_the_error(tmp_path, capsys):
     state = dict(np.load(TINY / "mvar.npz"))
     missing = [name for name in state if ".ffn." in name]
@@ -102,6 +112,9 @@ def test_files_come_from_the_hub_by_name(tmp_path, monkeypatch):
         (["--out", "OUT", "--tokenizer", "x", "--refine_step", "1,2"], "refine_step"),
         (["--out", "OUT", "--tokenizer", "x", "--kernel_size", "7.5"], "kernel_size"),
         (["--out", "OUT", "--tokenizer", "missing.pth"], "tokenizer"),
+        (["--out", "OUT", "--tokenizer", "x", "--phi_ratio", "half"], "phi_ratio"),
+        (["--out", "OUT", "--transformer", "x", "--znorm"], "znorm"),
+        (["--checkpoint", "x", "--to_torch", "OUT", "--znorm"], "znorm"),
         (["--checkpoint", "x"], "to_torch"),
         (["--to_torch", "OUT"], "checkpoint"),
         (["--checkpoint", "x", "--to_torch", "OUT"], "checkpoint"),

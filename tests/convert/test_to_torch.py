@@ -78,14 +78,58 @@ def test_writes_arrays_of_any_order_and_rank(tmp_path):
             np.testing.assert_array_equal(file.read(file.content["inner"][name]), value, strict=True)
 
 
-def test_tokenizer_of_other_groups_is_refused(tmp_path):
-    fields = {"sides": (1, 2), "vocab_size": 8, "code_width": 4, "ch": 8, "ch_mult": (1,), "num_phi": 1}
-    module = module_from_dict("tokenizer", fields | {"num_groups": None, "group_size": 4})
+def save_zeros(folder, kind, fields):
+    module = module_from_dict(kind, fields)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), nn.meta.unbox(abstract_params(module)))
-    save_model(tmp_path / "model", {"tokenizer": module}, {"tokenizer": params})
-    with pytest.raises(InputError, match="^num_groups must be 32, .*, got None$"):
+    save_model(folder, {kind: module}, {kind: params})
+
+
+TOKENIZER = {"sides": (1, 2), "vocab_size": 8, "code_width": 4, "ch": 32, "ch_mult": (1,), "num_phi": 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"ch": 8, "num_groups": None, "group_size": 4}, "num_groups must be 32, .*, got None"),
+        ({"channels": 1}, "channels must be 3, .*, got 1"),
+        ({"phi_ratio": 0.0}, "phi_ratio must be above 0, .*, got 0.0"),
+    ],
+)
+def test_tokenizer_that_the_published_program_has_no_option_for_is_refused(tmp_path, changed, words):
+    save_zeros(tmp_path / "model", "tokenizer", TOKENIZER | changed)
+    with pytest.raises(InputError, match=f"^{words}$"):
         to_torch(tmp_path / "model", tmp_path / "torch")
     assert not (tmp_path / "torch").exists()
+
+
+WINDOW = {"sides": (1, 2, 3), "vocab_size": 8, "code_width": 4, "num_classes": 2, "depth": 1, "width": 8}
+WINDOW |= {"num_heads": 1, "refine_step": 1, "kernel_size": (3, 1)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "held", "options"),
+    [
+        (
+            "tokenizer",
+            TOKENIZER | {"znorm": True, "phi_ratio": 0.25},
+            "znorm=True, phi_ratio=0.25: pass using_znorm=True, quant_resi=0.25 to VAR's VQVAE",
+            "--znorm --phi_ratio 0.25",
+        ),
+        (
+            "transformer",
+            WINDOW,
+            "kernel_size=(3, 1), refine_step=1: set them in MVAR's program",
+            "--kernel_size 3,1 --refine_step 1",
+        ),
+        ("tokenizer", TOKENIZER, None, None),
+        ("transformer", WINDOW | {"conditioning": "full"}, None, None),
+    ],
+)
+def test_what_a_file_cannot_hold_is_said_with_the_options_that_give_it(tmp_path, capsys, kind, fields, held, options):
+    save_zeros(tmp_path / "model", kind, fields)
+    to_torch(tmp_path / "model", tmp_path / "torch")
+    line = f"the {kind}'s file cannot hold {held}, and pass {options} to convert it back\n"
+    assert capsys.readouterr().err == (line if held else "")
 
 
 def test_no_model_or_a_taken_directory_is_refused(tmp_path):

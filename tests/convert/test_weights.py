@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -207,6 +208,12 @@ OTHERS = {
     "var": ("transformer", {"conditioning": "full"}, "blocks.1.attn.zero_k_bias", (64,)),
     "one_phi": ("tokenizer", {"num_phi": 1}, "quantize.quant_resi.qresi.weight", (4, 4, 3, 3)),
     "phi_per_scale": ("tokenizer", {"num_phi": 3}, "quantize.quant_resi.2.weight", (4, 4, 3, 3)),
+    "phi_per_scale_of_4": (
+        "tokenizer",
+        {"num_phi": 4, "sides": (1, 2, 3, 4)},
+        "quantize.quant_resi.qresi_ls.3.bias",
+        (4,),
+    ),
     "two_phi": ("tokenizer", {"num_phi": 2}, "quantize.quant_resi.qresi_ls.1.bias", (4,)),
     "three_blocks": ("tokenizer", {"num_res_blocks": 3}, "decoder.up.1.block.3.conv1.weight", (64, 64, 3, 3)),
     "one_level": ("tokenizer", {"ch_mult": (2,)}, "decoder.up.0.attn.2.qkv.weight", (192, 64, 1, 1)),
@@ -226,12 +233,52 @@ def test_other_structures_go_to_torch_and_back(tmp_path, case):
     with open_weights(kind, path) as file:
         assert file.content.get("mvar_wo_ddp", file.content)[key].shape == shape
     if kind == "tokenizer":
-        again = convert(path, None, tmp_path / "again", patch_nums=(1, 2, 3))
+        again = convert(path, None, tmp_path / "again", patch_nums=module.sides)
     else:
         options = {"kernel_size": 3, "refine_step": 2, "conditioning": module.conditioning}
         again = convert(None, path, tmp_path / "again", **options)
     assert again[kind] == module
     assert_same_trees(jax.tree.map(np.asarray, load_model(tmp_path / "again")[1][kind]), params)
+
+
+@pytest.mark.parametrize("names", ["qresi_ls.{}", "{}"])
+def test_phi_of_a_tokenizer_are_found_by_either_names(tmp_path, golden, names):
+    """VAR's VQVAE names four phi of four scales by its option share_quant_resi, 4 or 0."""
+    rename = lambda name: re.sub(r"qresi_ls\.(\d)", lambda found: names.format(found[1]), name)
+    state = {rename(name): value for name, value in golden["vae"].items()}
+    state["quantize.ema_vocab_hit_SV"] = state["quantize.ema_vocab_hit_SV"][:4]
+    modules = convert(save(tmp_path, state), None, tmp_path / "model", patch_nums=(1, 2, 4, 8))
+    assert modules["tokenizer"].num_phi == 4
+    params = load_model(tmp_path / "model")[1]["tokenizer"]
+    for i in range(4):
+        expected = golden["vae"][f"quantize.quant_resi.qresi_ls.{i}.bias"]
+        np.testing.assert_array_equal(params[f"phi_convs_{i}"]["bias"], expected)
+
+
+def test_options_of_a_tokenizer_that_no_file_holds_are_recorded(tmp_path, capsys):
+    convert(TINY / "vae.pth", None, tmp_path / "model", patch_nums=SIDES, znorm=True, phi_ratio=0.25)
+    tokenizer = load_model(tmp_path / "model")[0]["tokenizer"]
+    assert (tokenizer.znorm, tokenizer.phi_ratio) == (True, 0.25)
+    assert "assumed" not in capsys.readouterr().err
+
+
+def test_what_is_assumed_is_said(tmp_path, golden, capsys):
+    said = lambda: [line for line in capsys.readouterr().err.splitlines() if line.startswith("assumed ")]
+    convert(TINY / "vae.pth", TINY / "mvar.pth", tmp_path / "both")
+    words = "assumed kernel_size=7, refine_step=8, znorm=False, phi_ratio=0.5; "
+    options = "pass --kernel_size, --refine_step, --znorm, --phi_ratio"
+    assert said() == [f"{words}{options} if the model was trained otherwise"]
+    convert(None, TINY / "mvar.pth", tmp_path / "window", kernel_size=5)
+    assert said() == ["assumed refine_step=8; pass --refine_step if the model was trained otherwise"]
+    convert(None, TINY / "var.pth", tmp_path / "var", conditioning="full")  # it has no window
+    state = {"trainer": {"mvar_wo_ddp": golden["mvar"]}, "args": {"kernel_size": 5, "refine_step": 9}}
+    convert(None, save(tmp_path, state), tmp_path / "trainer")
+    assert said() == []
+
+
+def test_tokenizer_of_other_channels_is_refused(tmp_path, golden):
+    golden["vae"]["encoder.conv_in.weight"] = golden["vae"]["encoder.conv_in.weight"][:, :1]
+    assert "has 3 channels, got 1" in refuse(tmp_path, save(tmp_path, golden["vae"]), patch_nums=SIDES)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -353,8 +400,11 @@ def test_options_without_meaning_or_sense_are_refused(tmp_path):
     assert "--tokenizer" in refuse(tmp_path)
     for name, value in {"kernel_size": 7, "refine_step": 8, "conditioning": "markov"}.items():
         assert refusal(tmp_path, TINY / "vae.pth", patch_nums=SIDES, **{name: value}).field == name
+    for name, value in {"znorm": True, "phi_ratio": 0.25}.items():
+        assert refusal(tmp_path, None, TINY / "mvar.pth", **{name: value}).field == name
     for name, value in {"kernel_size": 4, "refine_step": 11, "conditioning": "half"}.items():
         assert refusal(tmp_path, transformer=TINY / "mvar.pth", **{name: value}).field == name
+    assert refusal(tmp_path, TINY / "vae.pth", patch_nums=SIDES, phi_ratio=1.5).field == "tokenizer.phi_ratio"
     assert "strictly increasing" in refuse(tmp_path, TINY / "vae.pth", patch_nums=(3, 2))
 
 

@@ -1,6 +1,5 @@
 """Sources of files: folder trees and tars."""
 
-import errno
 import io
 import os
 import pickle
@@ -143,6 +142,29 @@ def test_folder_that_is_none_is_refused_with_its_path(tree, tmp_path):
         open_source("folder", "train", path=str(tmp_path / "flat"))
 
 
+@pytest.mark.parametrize("name", ["valid", "validation", "Val"])
+def test_validation_folder_of_another_name_is_refused_not_replaced_by_training_images(tree, name):
+    os.rename(tree / "val", tree / name)
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match=f"got .*tree' with .*{name}.*: rename to train and val") as caught:
+            open_source("folder", split, path=str(tree))
+        assert caught.value.field == "data.path"
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_class_folder_with_the_name_of_an_image_keeps_its_images(tree, is_link):
+    before = [data for _, data, _ in _items(open_source("folder", "train", path=str(tree)))]
+    os.rename(tree / "train/cat", tree / "cat")
+    if is_link:
+        (tree / "train/cat.jpg").symlink_to(tree / "cat", target_is_directory=True)
+    else:
+        os.rename(tree / "cat", tree / "train/cat.jpg")
+    os.rename(tree / "val/cat", tree / "val/cat.jpg")
+    source = open_source("folder", "train", path=str(tree))
+    assert source.label_names == ("ant", "bee", "cat.jpg") and not source.notes
+    assert [data for _, data, _ in _items(source)] == before
+
+
 def test_tars_give_every_sample_with_the_label_beside_it(tar_folder):
     source = open_source("tars", "train", path=str(tar_folder))
     assert source.label_names == ("0", "1", "2", "3")
@@ -152,18 +174,6 @@ def test_tars_give_every_sample_with_the_label_beside_it(tar_folder):
     assert _items(pickle.loads(pickle.dumps(source))) == wanted
     val = open_source("tars", "val", path=str(tar_folder))
     assert len(val) == 3 and val.num_classes == 4
-
-
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
-def test_an_image_is_not_bad_because_too_many_files_are_open(tar_folder, monkeypatch, number):
-    source = open_source("tars", "train", path=str(tar_folder))
-
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("mvar_jax.data.tars.os.open", refuse)
-    with pytest.raises(OSError if number == errno.EMFILE else BadImage, match=os.strerror(number)):
-        source[0]
 
 
 def test_tar_index_is_read_once_and_made_anew_for_a_changed_tar(tar_folder, monkeypatch):
@@ -178,6 +188,14 @@ def test_tar_index_is_read_once_and_made_anew_for_a_changed_tar(tar_folder, monk
     assert scans[3:] == ["val.tar"]
     (tar_folder / "val.tar.index.npz").write_bytes(b"damaged")
     assert len(open_source("tars", "val", path=str(tar_folder))) == 1 and scans[4:] == ["val.tar"]
+
+
+def test_validation_tars_in_a_folder_of_another_name_are_refused_not_replaced_by_training_images(tar_folder):
+    (tar_folder / "valid").mkdir()
+    os.rename(tar_folder / "val.tar", tar_folder / "valid" / "0.tar")
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match="data.path must be .* with valid: rename to val"):
+            open_source("tars", split, path=str(tar_folder))
 
 
 def test_tars_take_class_names_from_their_file(tar_folder):

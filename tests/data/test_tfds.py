@@ -1,6 +1,8 @@
 """The real ImageNet builder of TFDS on tiny tars, and other sets; nothing is downloaded."""
 
 import io
+import json
+import shutil
 import sys
 import tarfile
 
@@ -93,6 +95,17 @@ def test_set_that_is_not_there_is_refused(tmp_path, name, message):
     with pytest.raises(InputError, match=message):
         open_source("tfds", "train", path=str(tmp_path), tfds_name=name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_set_without_a_training_split_is_refused_with_the_splits_that_it_has(imagenet, tmp_path):
+    shutil.copytree(imagenet[0] / "imagenet2012", tmp_path / "imagenet2012")
+    (file,) = tmp_path.rglob("dataset_info.json")
+    info = json.loads(file.read_text())
+    info["splits"] = [split for split in info["splits"] if split["name"] != "train"]
+    file.write_text(json.dumps(info))
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match="data.name must be a data set with a split train, .*, which has valid"):
+            open_source("tfds", split, path=str(tmp_path), tfds_name="imagenet2012")
 
 
 def test_missing_tfds_is_refused_with_the_extra_that_brings_it(monkeypatch):

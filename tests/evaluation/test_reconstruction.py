@@ -149,7 +149,7 @@ def test_bad_images_are_skipped_counted_and_named(reconstruct, tmp_path, capsys)
     assert printed.endswith("2 images, 3 skipped\n")
     for text in (printed, table):
         assert f"broken.jpg: not a {', '.join(FORMATS)} image (10 bytes)\n" in text
-        assert "pipe.png: is missing or no file\n" in text and "gone.png: is missing" in text
+        assert "pipe.png: is no file\n" in text and "gone.png: cannot be read: No such file" in text
     assert len(np.load(tmp_path / "out" / "reconstructions.npz")["arr_0"]) == 2
     assert "left out" not in printed
 

@@ -81,7 +81,7 @@ def test_json_that_cannot_be_written_keeps_the_old_file(tmp_path):
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
-    kept = {".b.tmp", "c.7.tmp", ".hidden", ".tree.x-y.tmp"}
+    kept = {"tree", ".b.tmp", "c.7.tmp", ".hidden", ".tree.x-y.tmp"}
     own = temporary_path(tmp_path / "d").name
     for name in (*kept, ".a.png.123.tmp", ".tree.7.tmp", ".tree.old.host-7.tmp", own):
         (tmp_path / name).mkdir() if "tree" in name else (tmp_path / name).write_text("half")

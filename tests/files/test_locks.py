@@ -1,5 +1,6 @@
 """Holders of a folder are real processes; what they leave is seen in the folder and in their exit statuses."""
 
+import errno
 import fcntl
 import json
 import os
@@ -94,6 +95,22 @@ def test_process_that_leaves_abruptly_removes_its_lease(start, tmp_path):
     process = start(tmp_path, "noflock", "leave")
     assert first_line(process) == "held" and (tmp_path / locks.LEASE_FILE).exists()
     assert end(process)[0] == 3 and not (tmp_path / locks.LEASE_FILE).exists()
+
+
+def test_lock_file_that_another_machine_has_removed_is_made_again(tmp_path, monkeypatch):
+    """NFS answers ESTALE for the name of a file that it still remembers."""
+    left = [1]
+
+    def stat(path, *rest, stat=Path.stat, **options):
+        if path.name == locks.LOCK_FILE and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return stat(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    lock = locks.acquire(tmp_path, "out")
+    assert left == [0] and (tmp_path / locks.LOCK_FILE).exists()
+    lock.release()
 
 
 def test_missing_locks_are_said_with_what_is_kept_instead(start, tmp_path):
