@@ -69,32 +69,34 @@ class _Members:
         self._targets, self._places = targets, dict[str, tuple[int, int]]()
 
     def add(self, file: IO[bytes], member: tarfile.TarInfo) -> None:
-        key, suffix = _split_key(member.name)
-        if member.islnk():
-            self.linked.add(member.linkname)
-            if self._targets and member.linkname not in self._places:
-                raise tarfile.ReadError(f"{member.name} is a hard link to {member.linkname}, which is not before it")
-            offset, size = self._places.get(member.linkname, (0, 0))
-        elif member.isfile() and not member.issparse():
-            offset, size = member.offset_data, member.size
-        else:
-            return (
-                None
-                if member.isdir()
-                else self._ignore("symbolic links" if member.issym() else "special files", member.name)
-            )
+        if member.isdir():
+            return
+        place = self._place_of(member)
+        if place is None:
+            self._ignore("symbolic links" if member.issym() else "special files", member.name)
+            return
         if member.name in self._targets:
-            self._places[member.name] = offset, size
+            self._places[member.name] = place
+        offset, size = place
+        key, suffix = _split_key(member.name)
         if suffix in SUFFIXES:
-            return self._add_image(key, (offset, size, member.name))
-        if suffix not in LABEL_SUFFIXES:
-            return self._ignore(suffix, member.name)
-        text = ""
-        if size <= LABEL_SUFFIXES[suffix]:
+            self._add_image(key, (offset, size, member.name))
+        elif suffix not in LABEL_SUFFIXES:
+            self._ignore(suffix, member.name)
+        elif size > LABEL_SUFFIXES[suffix]:
+            self.labels[suffix][key] = ""
+        else:
             file.seek(offset)
-            text = _read_label(suffix, file.read(size))
-        self.labels[suffix][key] = text
-        return None
+            self.labels[suffix][key] = _read_label(suffix, file.read(size))
+
+    def _place_of(self, member: tarfile.TarInfo) -> tuple[int, int] | None:
+        """Return offset and size of a member's bytes, of its target's if it is a hard link; None if it has none."""
+        if not member.islnk():
+            return (member.offset_data, member.size) if member.isfile() and not member.issparse() else None
+        self.linked.add(member.linkname)
+        if self._targets and member.linkname not in self._places:
+            raise tarfile.ReadError(f"{member.name} is a hard link to {member.linkname}, which is not before it")
+        return self._places.get(member.linkname, (0, 0))
 
     def _add_image(self, key: str, found: tuple[int, int, str]) -> None:
         """Keep the image of a key. Of several formats the first in SUFFIXES is taken: a .png is often a mask."""
