@@ -64,7 +64,7 @@ class Transformer(nn.Module):
       class_init_std: standard deviation of the initial class table; None for sqrt(1 / (3 * width)).
       window_backend: implementation of window attention; auto chooses by platform and size.
       remat: what the backward pass recomputes: dots (all but products with weights), full (all) or none.
-      scan_unroll: blocks in one iteration of the scan over depth; more compile longer.
+      scan_unroll: blocks in an iteration of the scan over depth in training; more compile longer. Sampling takes one.
       dtype: computation; parameters, norms, softmax and logits are float32.
       precision: of float32 products on accelerators: standard (exact if listed in ops/precision.py) or exact (all).
     """

@@ -152,7 +152,8 @@ def guided_logits(networks: Networks, labels_B: jax.Array, cfg: float | jax.Arra
             return both[scale >= networks.switch](scale, previous_BNc, cache)
 
         return of_both
-    model, params = networks.transformer, networks.params
+    # a program of all scales with a copy of every block for each would compile for many minutes
+    model, params = networks.transformer.clone(scan_unroll=1), networks.params
     pyramid, is_var = model.pyramid, model.conditioning == "full"
     is_array = isinstance(cfg, jax.Array)
     is_guided = is_array or (cfg != 0 and (is_var or cfg != 1))

@@ -220,6 +220,17 @@ def test_labels_and_no_class_are_one_product_unless_a_mesh_splits_the_batch(data
     assert widths == [6 * MODEL.width, 2 * MODEL.width] * num_products
 
 
+def test_a_model_that_was_trained_without_a_loop_over_blocks_is_sampled_with_one():
+    """Ten scales with a copy of every block each did not compile within minutes on a GPU."""
+
+    def program(scan_unroll: int) -> str:
+        networks = NETWORKS.replace(transformer=MODEL.clone(scan_unroll=scan_unroll))
+        draw = lambda labels_B, keys_B: sample(networks, labels_B, keys_B, OPTIONS)
+        return jax.jit(draw).lower(jnp.arange(2), keys_of_samples(0, np.arange(2))).as_text()
+
+    assert program(MODEL.depth) == program(1)
+
+
 def test_bfloat16_weights_draw_too():
     kind, keys_B = jnp.bfloat16, keys_of_samples(0, np.arange(3))
     params = jax.tree.map(lambda x: x.astype(kind), PARAMS)
