@@ -42,7 +42,7 @@ def add_arguments(parser) -> None:
         "--search",
         type=int,
         metavar="SECONDS",
-        help="try meshes, remat and accumulate_steps for so long, and report the fastest that fits",
+        help="try meshes, remat, accumulate_steps, on GPUs scan_unroll, for so long; report the fastest that fits",
     )
     words = "report VAR too, the same model with full conditioning, and its memory and time over MVAR's"
     modes.add_argument("--compare", choices=("var",), help=words)

@@ -1,4 +1,4 @@
-"""The fastest mesh, rematerialisation and number of micro-batches of a config that fit its machines."""
+"""The fastest mesh, rematerialisation, loop over blocks and micro-batches of a config that fit its machines."""
 
 import dataclasses
 import itertools
@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from mvar_jax.errors import InputError
+from mvar_jax.hardware.machines import platform_of
 from mvar_jax.planning.figures import Figures, run_together, say
 from mvar_jax.planning.plan import Request, make_plan
 from mvar_jax.planning.report import Plan, show_bytes, show_time, table, to_json
@@ -17,6 +18,7 @@ from mvar_jax.training.programs import TRAIN
 
 MAX_TENSOR = 4  # of the meshes that are tried
 TRIED_PARTS = (1, 2, 4, 8, 16)
+MODEL_KEYS = ("remat", "scan_unroll")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Try:
 def search(config: dict, request: Request, limit_s: float) -> list[Try]:
     """Return what was tried, the fastest that fits first.
 
-    Tries meshes, rematerialisation and micro-batches, the settings nearest to the config's own first. No try begins
+    Tries meshes, rematerialisation, on a GPU a transformer without a loop over its blocks, and micro-batches, the
+    settings nearest to the config's own first. No try begins
     if one as long as the longest so far would end after `limit_s` seconds. A try is judged by the training step with
     most products; the other steps of the best are compiled at the end, which may take longer than the limit.
     """
@@ -47,7 +50,7 @@ def search(config: dict, request: Request, limit_s: float) -> list[Try]:
     request = dataclasses.replace(request, parts=(TRAIN,))
     tries = [_try(config, request, {})]  # its errors are the caller's
     longest_s = time.monotonic() - begin_s
-    candidates = _candidates(config, tries[0].plan.mesh)
+    candidates = _candidates(config, tries[0].plan.mesh, platform_of(request.target))
     lock = threading.Lock()
 
     def try_others() -> None:
@@ -94,23 +97,35 @@ def _try(config: dict, request: Request, changes: dict) -> Try:
     return Try(changes, plan, step, step.images / seconds if seconds and plan.is_fitting else 0.0)
 
 
-def _candidates(config: dict, mesh: dict[str, int]) -> list[dict]:
+def _candidates(config: dict, mesh: dict[str, int], platform: str) -> list[dict]:
     """Return changes of a config whose mesh is `mesh`, nearest first: each doubling of an axis or part is a step."""
     model = config["model"]
     remats = (False, True) if config["task"] == "tokenizer" else ("none", "dots", "full")
-    remat, parts = model.get("remat", remats[0]), config.get("accumulate_steps", 1)
-    shapes = sorted(mesh_shapes(math.prod(mesh.values()), MAX_TENSOR), key=lambda shape: _steps_between(mesh, shape))
-    choices = itertools.product(shapes, remats, sorted({parts, *TRIED_PARTS}))
+    own = {
+        "mesh": mesh,
+        "remat": model.get("remat", remats[0]),
+        "scan_unroll": model.get("scan_unroll", 1),
+        "accumulate_steps": config.get("accumulate_steps", 1),
+    }
+    # on a TPU a loop costs nothing: it reads and writes stacked arrays in place
+    is_gpu_transformer = config["task"] == "transformer" and platform == "gpu"
+    tried = {
+        "mesh": sorted(
+            mesh_shapes(math.prod(mesh.values()), MAX_TENSOR), key=lambda shape: _steps_between(mesh, shape)
+        ),
+        "remat": remats,
+        "scan_unroll": sorted({own["scan_unroll"], *((1, model["depth"]) if is_gpu_transformer else ())}),
+        "accumulate_steps": sorted({own["accumulate_steps"], *TRIED_PARTS}),
+    }
 
-    def distance(choice: tuple) -> float:
-        shape, own_remat, own_parts = choice
-        remat_steps = abs(remats.index(own_remat) - remats.index(remat))
-        return _steps_between(mesh, shape) + remat_steps + abs(math.log2(own_parts / parts))
+    def distance(choice: dict) -> float:
+        remat_steps = abs(remats.index(choice["remat"]) - remats.index(own["remat"]))
+        part_steps = abs(math.log2(choice["accumulate_steps"] / own["accumulate_steps"]))
+        loop_steps = choice["scan_unroll"] != own["scan_unroll"]
+        return _steps_between(mesh, choice["mesh"]) + remat_steps + loop_steps + part_steps
 
-    found = []
-    for choice in sorted(choices, key=distance):
-        values = zip(("mesh", "remat", "accumulate_steps"), choice, (mesh, remat, parts), strict=True)
-        found.append({name: value for name, value, own in values if value != own})
+    choices = [dict(zip(tried, values, strict=True)) for values in itertools.product(*tried.values())]
+    found = [{key: x for key, x in choice.items() if x != own[key]} for choice in sorted(choices, key=distance)]
     return found[1:]  # the first is the config's own
 
 
@@ -121,10 +136,9 @@ def _steps_between(one: dict[str, int], other: dict[str, int]) -> float:
 
 
 def _changed(config: dict, changes: dict) -> dict:
-    config = dict(config)
-    if "remat" in changes:
-        config["model"] = config["model"] | {"remat": changes["remat"]}
-    return config | {name: value for name, value in changes.items() if name != "remat"}
+    of_model = {key: value for key, value in changes.items() if key in MODEL_KEYS}
+    others = {key: value for key, value in changes.items() if key not in MODEL_KEYS}
+    return config | {"model": config["model"] | of_model} | others
 
 
 def words_of(changes: dict) -> str:
@@ -134,7 +148,7 @@ def words_of(changes: dict) -> str:
         if name == "mesh":
             found += [f"--config.mesh.{axis}={size}" for axis, size in value.items()]
         else:
-            found.append(f"--config.{'model.' if name == 'remat' else ''}{name}={value}")
+            found.append(f"--config.{'model.' if name in MODEL_KEYS else ''}{name}={value}")
     return " ".join(found) or "the config as it is"
 
 

@@ -63,12 +63,28 @@ def test_search_compiles_all_steps_of_the_best_and_drops_it_if_one_does_not_fit(
 
 def test_search_tries_the_nearest_settings_first():
     config = CONFIG | {"model": CONFIG["model"] | {"remat": "dots"}}
-    found = search_module._candidates(config, {"data": 2, "fsdp": 128, "tensor": 1})
+    found = search_module._candidates(config, {"data": 2, "fsdp": 128, "tensor": 1}, "tpu")
     assert {tuple(one) for one in found[:5]} == {("mesh",), ("remat",), ("accumulate_steps",)}
     assert [one["mesh"]["fsdp"] for one in found if set(one) == {"mesh"} and one["mesh"]["tensor"] == 1] == [
         64, 256, 32, 16, 8, 4, 2, 1,
     ]  # fmt: skip
     assert {} not in found
+
+
+@pytest.mark.parametrize(
+    ("task", "platform", "unrolled"),
+    [("transformer", "gpu", {4}), ("transformer", "tpu", set()), ("refiner", "gpu", set())],
+)
+def test_search_tries_a_transformer_without_a_loop_over_its_blocks_on_a_gpu(task, platform, unrolled):
+    config = CONFIG | {"task": task, "model": CONFIG["model"] | {"depth": 4, "remat": "dots"}}
+    found = search_module._candidates(config, {"data": 1, "fsdp": 1, "tensor": 1}, platform)
+    assert {one["scan_unroll"] for one in found if "scan_unroll" in one} == unrolled
+    if unrolled:
+        assert {"scan_unroll": 4} in found[:5] and {"scan_unroll": 4, "remat": "none"} in found
+        changed = search_module._changed(config, found[found.index({"scan_unroll": 4, "remat": "none"})])
+        assert changed["model"]["scan_unroll"] == 4 and changed["model"]["remat"] == "none"
+        words = search_module.words_of({"scan_unroll": 4, "accumulate_steps": 2})
+        assert words == "--config.model.scan_unroll=4 --config.accumulate_steps=2"
 
 
 def test_an_error_in_one_thread_stops_the_others():
