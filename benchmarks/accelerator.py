@@ -97,6 +97,7 @@ def some_of(allowed, text: str) -> list[str]:
 
 
 def loops(text: str) -> list[tuple[str, int]]:
+    """Return pairs of remat and blocks in an iteration of the loop over blocks."""
     pairs = [part.partition(":") for part in text.split(",")]
     if missing := [remat for remat, colon, _ in pairs if not colon]:
         raise argparse.ArgumentTypeError(f"must be pairs REMAT:BLOCKS such as dots:1, got {missing[0]}")
@@ -125,14 +126,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile_batches", type=counts, default=[1, 64], help="of sampling in `profile`")
     parser.add_argument("--rounds", type=count, default=7, help="timed calls of each program, after a first one")
     parser.add_argument("--backend", default="auto", help="of the local window in sampling and training")
-    parser.add_argument(
-        "--loops",
-        type=loops,
-        default=[("dots", 1)],
-        metavar="REMAT:BLOCKS,...",
-        help="remat and blocks in an "
-        "iteration of the loop over blocks, in training; dots:1,none:16 compares the default with no loop in d16",
-    )
+    words = "of training: remat and blocks in an iteration; dots:1,none:16 compares the default with no loop in d16"
+    parser.add_argument("--loops", type=loops, default=[("dots", 1)], metavar="REMAT:BLOCKS,...", help=words)
     parser.add_argument("--triton_gemm", default="off", choices=("on", "off", "both"), help="XLA's Triton products")
     parser.add_argument("--compilation_cache", default="auto", metavar="auto|off|DIR")
     parser.add_argument("--published", type=published_folder, metavar="DIR", help="a checkout of CVL-UESTC/MVAR")

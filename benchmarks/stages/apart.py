@@ -40,7 +40,7 @@ def run(command: list[str], show: Callable[[str], None], limit_s: float | None =
 
 
 def end_with(parent: int) -> None:
-    """Kill this process and those that it started as soon as its parent has ended, even if the parent was killed.
+    """Kill this process and its children as soon as its parent has ended, even if the parent was killed.
 
     Args:
       parent: number of the process that called `run`, as --parent gives it.

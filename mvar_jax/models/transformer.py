@@ -147,35 +147,9 @@ class Transformer(nn.Module):
         elif self.shared_aln:
             shared = Adaptive(6, std, (1.0,) * 6, name="shared_adaptive")(cond_BD)
 
-        block = Block
-        if self.remat != "none":
-            # without a loop that separates the two, XLA would keep what the backward pass is to compute again
-            is_loop = self.scan_unroll < self.depth
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not is_loop)
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, 0, 0),
-            length=self.depth,
-            unroll=self.scan_unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
         # the cache is carried, not scanned over: XLA updates a carried array in place but would copy a stacked one
-        (x_BND, cache), _ = blocks(
-            self.pyramid,
-            phase,
-            self.num_heads,
-            self.depth,
-            std,
-            self.init_adaptive,
-            self.init_gamma,
-            self.shared_aln,
-            self.window_backend,
-            self.remat,
-            self.dtype,
-            name="blocks",
-        )((x_BND, cache), shared, adaptive, path_D2B, np.arange(self.depth))
+        blocks = self.scan_blocks(phase, std)
+        (x_BND, cache), _ = blocks((x_BND, cache), shared, adaptive, path_D2B, np.arange(self.depth))
 
         if modulation is None:
             ends = Adaptive(2, std, (self.init_adaptive,) * 2, name="head_adaptive")(cond_BD)
@@ -189,6 +163,37 @@ class Transformer(nn.Module):
             return constrain(x_BND, "batch", "tokens", None), cache
         logits = head_of(self, self.init_head, name="head")(x_BND)
         return constrain(logits, "batch", "tokens", "vocab"), cache
+
+    def scan_blocks(self, phase: Phase, std: float) -> nn.Module:
+        """Return the blocks of a phase as one module, a scan over depth; call inside the compact method."""
+        block = Block
+        if self.remat != "none":
+            # without a loop XLA sees both passes at once, and would keep what the backward pass is to compute again
+            is_loop = self.scan_unroll < self.depth
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not is_loop)
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0, 0, 0),
+            length=self.depth,
+            unroll=self.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(
+            self.pyramid,
+            phase,
+            self.num_heads,
+            self.depth,
+            std,
+            self.init_adaptive,
+            self.init_gamma,
+            self.shared_aln,
+            self.window_backend,
+            self.remat,
+            self.dtype,
+            name="blocks",
+        )
 
     @property
     def end_dtype(self) -> Any:

@@ -20,9 +20,9 @@ QUERY_BIAS, QUERY_SCALE, VALUE_BIAS = range(3)
 
 
 def columns_of(width: int):
-    """Return the slice of a head's columns and the mask of those that exist.
+    """Return the slice of a head's columns, padded to a power of two as Triton asks, and their mask.
 
-    Triton's vectors have power-of-two sizes, so a head width is padded with zeros.
+    The mask is false in the padding.
     """
     padded = max(16, pl.next_power_of_2(width))
     return pl.ds(0, padded), jnp.arange(padded) < width
@@ -50,7 +50,7 @@ def load(ref, begin, size: int, part: int | None = None):
 
 
 def store(ref, begin, value, part: int | None = None):
-    """Write rows from `begin` on, in the reference's dtype; those beyond its end are left out."""
+    """Write rows from `begin` on, in the reference's dtype; rows beyond its end are left out."""
     place, exists = rows_of(ref, begin, value.shape[0], part)
     plgpu.store(ref.at[place], value.astype(ref.dtype), mask=exists)
 
