@@ -84,6 +84,12 @@ def _cuda_devices(description: str, shape: str) -> tuple:
     return tuple(topology.devices)
 
 
+def compiling_for_target(target: str):
+    """Return a context in which programs are traced for a target, of this machine or not."""
+    capability = str(getattr(devices_of(target)[0], "compute_capability", "")) or None
+    return compiling_for(platform_of(target), capability)
+
+
 def compile_for(target: str, fn, *shapes, shardings=None, donate=(), options: dict | None = None) -> Compiled:
     """Compile fn(*shapes) for a target without running it; `auto` backends choose as on the target.
 
@@ -115,7 +121,7 @@ def compile_jitted(target: str, jitted, *arguments, options: dict | None = None)
             # jax 0.11's Triton needs the kind of GPU: a mesh without axes names it; `constrain` ignores that mesh
             mesh = Mesh(np.asarray(devices_of(target)), ("all",)).abstract_mesh
             named = use_abstract_mesh(AbstractMesh((), (), abstract_device=mesh.abstract_device))
-    with compiling_for(platform_of(target)), named:
+    with compiling_for_target(target), named:
         lowered = jitted.lower(*arguments)
         try:
             program = lowered.compile(compiler_options=options)

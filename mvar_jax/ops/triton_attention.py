@@ -19,9 +19,11 @@ from jax.experimental.pallas import triton as plgpu
 
 from mvar_jax.ops.attention import MASKED
 from mvar_jax.ops.per_device import per_device
+from mvar_jax.ops.platform import current_generation
 from mvar_jax.ops.precision import precision_of
 from mvar_jax.ops.products import PRODUCT
 from mvar_jax.ops.triton_operands import Prepared, Raw, load, store
+from mvar_jax.ops.triton_shapes import block_shapes
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_HEAD_WIDTH = 128
@@ -186,20 +188,34 @@ FORWARD_AXES = ("bnhk", "bhn")  # output, log2-sum-exp2
 OF_QUERIES_AXES = ("bnhk", "bhn", "bhn")  # gradient of the output, log2-sum-exp2, delta
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """The forward and the backward kernel of one rule and form; they differ in the shape of a program."""
+
+    forward: Kernel
+    backward: Kernel
+
+
+def kernels_for(rule: Rule, form, scale: float, dtype, head_width: int, interpret: bool) -> Kernels:
+    """Return the kernels with the shapes of programs for the GPU that they are traced for."""
+    shapes = block_shapes(form, dtype, head_width, current_generation())
+    return Kernels(*(Kernel(rule, form, scale, *shape, interpret=interpret) for shape in shapes))
+
+
 @functools.cache
-def operations(kernel: Kernel):
-    """Return the forward and backward functions of a kernel, with vmap and sharding rules."""
-    form = kernel.form
+def operations(kernels: Kernels):
+    """Return the forward and backward functions of two kernels, with vmap and sharding rules."""
+    form = kernels.forward.form
 
     def forward(*inputs):
         B, N, H, K = (inputs[0].shape[form.axes[0].index(axis)] for axis in "bnhk")
         outputs = [jax.ShapeDtypeStruct((B, N, H, K), inputs[0].dtype), jax.ShapeDtypeStruct((B, H, N), jnp.float32)]
-        return tuple(kernel.pallas_call(attention_forward, inputs, outputs, form.axes, FORWARD_AXES))
+        return tuple(kernels.forward.pallas_call(attention_forward, inputs, outputs, form.axes, FORWARD_AXES))
 
     def backward(*inputs):
-        outputs = form.gradients_like(inputs[: len(form.axes)], kernel.num_blocks)
+        outputs = form.gradients_like(inputs[: len(form.axes)], kernels.backward.num_blocks)
         in_axes = form.axes + OF_QUERIES_AXES
-        return tuple(kernel.pallas_call(attention_backward, inputs, outputs, in_axes, form.gradient_axes))
+        return tuple(kernels.backward.pallas_call(attention_backward, inputs, outputs, in_axes, form.gradient_axes))
 
     return (
         per_device(forward, form.axes, FORWARD_AXES),
@@ -208,37 +224,23 @@ def operations(kernel: Kernel):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend_flat(kernel: Kernel, *operands):
-    return operations(kernel)[0](*operands)[0]
+def attend_flat(kernels: Kernels, *operands):
+    return operations(kernels)[0](*operands)[0]
 
 
-def attend_flat_forward(kernel, *operands):
+def attend_flat_forward(kernels, *operands):
     # kept by rematerialisation: the backward pass would otherwise run the forward kernel again
-    out, lse = (checkpoint_name(x, PRODUCT) for x in operations(kernel)[0](*operands))
+    out, lse = (checkpoint_name(x, PRODUCT) for x in operations(kernels)[0](*operands))
     return out, (operands, out, lse)
 
 
-def attend_flat_backward(kernel, residuals, dout):
+def attend_flat_backward(kernels, residuals, dout):
     operands, out, lse = residuals
     delta = jnp.einsum("bnhk,bnhk->bhn", out, dout, preferred_element_type=jnp.float32)
-    return kernel.form.sum_gradients(operations(kernel)[1](*operands, dout, lse, delta))
+    return kernels.forward.form.sum_gradients(operations(kernels)[1](*operands, dout, lse, delta))
 
 
 attend_flat.defvjp(attend_flat_forward, attend_flat_backward)
-
-
-def block_shape(form, dtype, head_width: int) -> tuple[int, int, int]:
-    """Return (block_q, block_k, num_warps).
-
-    Prepared bfloat16 up to width 64: the fastest of twelve shapes on an H100 (benchmarks/RESULTS.md). Otherwise: the
-    largest without register spills on sm_90, found by compiling for it. The raw form needs more registers.
-    """
-    is_wide, is_raw = head_width > 64, form is Raw
-    if dtype == jnp.float32:
-        return (16, 16, 8) if is_wide or is_raw else (32, 32, 8)
-    if is_wide:
-        return (32, 32, 8 if is_raw else 4)
-    return (64, 32 if is_raw else 64, 4)
 
 
 def why_not(dtype, head_width: int) -> str | None:
@@ -252,9 +254,8 @@ def why_not(dtype, head_width: int) -> str | None:
 
 def attend(rule: Rule, q_BNHK, k_BNHK, v_BNHK, scale: float, interpret: bool = False) -> jax.Array:
     """Attend by a rule on a CUDA GPU; `interpret` runs it on any platform, slowly."""
-    shape = block_shape(Prepared, q_BNHK.dtype, q_BNHK.shape[-1])
-    kernel = Kernel(rule, Prepared, float(scale), *shape, interpret=interpret)
-    return attend_flat(kernel, q_BNHK, k_BNHK, v_BNHK)
+    kernels = kernels_for(rule, Prepared, float(scale), q_BNHK.dtype, q_BNHK.shape[-1], interpret)
+    return attend_flat(kernels, q_BNHK, k_BNHK, v_BNHK)
 
 
 def attend_raw(rule: Rule, qkv_BNPHK, q_bias_HK, v_bias_HK, scale_H, interpret: bool = False) -> jax.Array:
@@ -265,5 +266,5 @@ def attend_raw(rule: Rule, qkv_BNPHK, q_bias_HK, v_bias_HK, scale_H, interpret: 
     """
     scale_HK = jnp.broadcast_to(scale_H[:, None], q_bias_HK.shape)
     rows_PHK = jnp.stack([x.astype(jnp.float32) for x in (q_bias_HK, scale_HK, v_bias_HK)])
-    kernel = Kernel(rule, Raw, 1.0, *block_shape(Raw, qkv_BNPHK.dtype, qkv_BNPHK.shape[-1]), interpret=interpret)
-    return attend_flat(kernel, qkv_BNPHK, rows_PHK)
+    kernels = kernels_for(rule, Raw, 1.0, qkv_BNPHK.dtype, qkv_BNPHK.shape[-1], interpret)
+    return attend_flat(kernels, qkv_BNPHK, rows_PHK)

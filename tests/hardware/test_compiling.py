@@ -24,6 +24,7 @@ from mvar_jax.sharding import make_mesh, spec_of, use_mesh
 
 # as it is compiled for use: tests/conftest.py spares LLVM's work, and registers then spill
 FAIL_ON_SPILLS = {"xla_backend_optimization_level": 3, "xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+CARDS = ("h100", "a100-80", "rtx4090", "b200", "rtx5090")  # compute capabilities 9.0, 8.0, 8.9, 10.0 and 12.0
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
 
 
@@ -74,19 +75,21 @@ def test_platforms_of_targets():
 
 
 @pytest.mark.deviceless
+@pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("side", [16, 32, 64])
-def test_triton_kernels_compile_for_h100_in_twice_the_output_and_without_spills(side):
-    devices_or_skip("h100")
+def test_triton_kernels_compile_in_twice_the_output_and_without_spills(side, card):
+    devices_or_skip(card)
     qkv = qkv_like(side, 64)
     forward = lambda q, k, v, _: local_window_attention(q, k, v, 7)
     output_bytes = 2 * 64 * side**2 * 16 * 64
     for program in (forward, functools.partial(forward_and_backward, "pallas_gpu", 7)):
-        compiled = compile_for("h100", program, *qkv, options=FAIL_ON_SPILLS)
+        compiled = compile_for(card, program, *qkv, options=FAIL_ON_SPILLS)
         assert "attention_forward" in compiled.text
         assert compiled.temp_bytes <= 2 * output_bytes
 
 
 @pytest.mark.deviceless
+@pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize(
     ("side", "dtype", "head_width"),
     [
@@ -98,29 +101,31 @@ def test_triton_kernels_compile_for_h100_in_twice_the_output_and_without_spills(
         (16, "float32", 64),
     ],
 )
-def test_triton_kernels_have_no_spills_for_other_maps_and_heads(side, dtype, head_width):
-    devices_or_skip("h100")
+def test_triton_kernels_have_no_spills_for_other_maps_and_heads(side, dtype, head_width, card):
+    devices_or_skip(card)
     program = functools.partial(forward_and_backward, "pallas_gpu", 5)
-    compiled = compile_for("h100", program, *qkv_like(side, 2, dtype, 2, head_width), options=FAIL_ON_SPILLS)
+    compiled = compile_for(card, program, *qkv_like(side, 2, dtype, 2, head_width), options=FAIL_ON_SPILLS)
     assert "attention_backward" in compiled.text
 
 
 @pytest.mark.deviceless
-def test_attention_within_scales_compiles_to_triton_kernels_without_spills():
+@pytest.mark.parametrize("card", CARDS)
+def test_attention_within_scales_compiles_to_triton_kernels_without_spills(card):
     areas = (1, 4, 9, 16, 25, 36, 64, 100)
-    devices_or_skip("h100")
+    devices_or_skip(card)
     x = jax.ShapeDtypeStruct((2, sum(areas), 2, 64), jnp.bfloat16)
 
     def program(q, k, v, cotangent):
         out, pull_back = jax.vjp(lambda q, k, v: block_diagonal_attention(q, k, v, areas), q, k, v)
         return out, pull_back(cotangent)
 
-    text = compile_for("h100", program, x, x, x, x, options=FAIL_ON_SPILLS).text
+    text = compile_for(card, program, x, x, x, x, options=FAIL_ON_SPILLS).text
     assert "attention_forward" in text
     assert "attention_backward" in text
 
 
 @pytest.mark.deviceless
+@pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize(
     ("rule", "dtype", "head_width"),
     [
@@ -134,10 +139,10 @@ def test_attention_within_scales_compiles_to_triton_kernels_without_spills():
     ids=lambda value: type(value).__name__.lower() if isinstance(value, (Segments, Window)) else str(value),
 )
 def test_kernels_of_a_raw_product_have_no_spills_and_no_copies_and_their_products_are_counted(
-    rule, dtype, head_width
+    rule, dtype, head_width, card
 ):
     """2 products forward, 7 backward; no temporary is as large as a third of the product."""
-    devices_or_skip("h100")
+    devices_or_skip(card)
     B, N, H, K = 2, rule.num_tokens, 2, head_width
     like = lambda *shape, of=dtype: jax.ShapeDtypeStruct(shape, jnp.dtype(of))
     parameters = like(H, K, of="float32"), like(H, K, of="float32"), like(H, of="float32")
@@ -147,7 +152,7 @@ def test_kernels_of_a_raw_product_have_no_spills_and_no_copies_and_their_product
         return out, pull_back(cotangent)
 
     operands = like(B, N, 3, H, K), *parameters, like(B, N, H, K)
-    compiled = compile_for("h100", program, *operands, options=FAIL_ON_SPILLS)
+    compiled = compile_for(card, program, *operands, options=FAIL_ON_SPILLS)
     assert compiled.temp_bytes < B * N * H * K * jnp.dtype(dtype).itemsize
     sides, first_window = ((1, 2, 3, 4, 5, 6, 8, 10), 8) if isinstance(rule, Segments) else ((1, 13), 1)
     task = SimpleNamespace(transformer=SimpleNamespace(pyramid=Pyramid(sides, first_window, 7)))
@@ -162,11 +167,12 @@ def logits_and_keys(batch: int, num_codes: int):
 
 
 @pytest.mark.deviceless
+@pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize(("num_codes", "smooth"), [(4096, None), (draw_gpu.MAX_CODES, (3, 10))])
-def test_draw_kernel_compiles_for_h100_without_spills_or_arrays_of_logits(num_codes, smooth):
-    devices_or_skip("h100")
+def test_draw_kernel_compiles_without_spills_or_arrays_of_logits(num_codes, smooth, card):
+    devices_or_skip(card)
     draw = functools.partial(draw_gpu.draw_filtered, draw_gpu.Kernel(1200, 0.99, smooth=smooth))
-    compiled = compile_for("h100", draw, *logits_and_keys(8, num_codes), options=FAIL_ON_SPILLS)
+    compiled = compile_for(card, draw, *logits_and_keys(8, num_codes), options=FAIL_ON_SPILLS)
     assert "draw_row" in compiled.text
     assert compiled.temp_bytes <= 4096
 
