@@ -38,7 +38,7 @@ def current_platform() -> str:
 
 
 def current_generation() -> int:
-    """Return the major compute capability of the GPU that a program is traced for: 8 for Ampere and Ada, 9 for Hopper.
+    """Return the major compute capability of the GPU that a program is traced for: 8 is Ampere and Ada, 9 Hopper.
 
     Returns 0 for a GPU without one (ROCm), and Hopper's on other platforms, where kernels are only interpreted.
     """
