@@ -7,7 +7,7 @@ import jax
 from mvar_jax.errors import InputError
 
 PLATFORMS = ("cpu", "gpu", "tpu")
-HOPPER = 9
+HOPPER, BLACKWELL_DATACENTER = 9, 10  # major compute capabilities; GeForce cards of Blackwell have 12
 
 # part of jit's cache key, so that a program traced for one target is not reused for another
 _target = jax.make_user_context(None)
