@@ -1,6 +1,6 @@
 """Shapes of the programs of the Triton attention kernels: the largest without register spills, found by compiling.
 
-Hopper and the B200 multiply blocks from shared memory. Other GPUs keep both operands in registers, so their blocks are
+Hopper and the B200 multiply blocks from shared memory. Other GPUs keep both operands in registers: their blocks are
 smaller. Prepared bfloat16 on Hopper was also the fastest of twelve shapes measured there (benchmarks/RESULTS.md).
 """
 
