@@ -13,6 +13,8 @@ from collections.abc import Iterator
 # instructions without a kernel of their own
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 PARTS = {"dynamic-slice", "slice", "gather"}  # they read as much as they return
+# where the arrays of an asynchronous copy's type hold its result; the others are its operand and a mark
+STARTED = {"copy-start": slice(0, 1), "slice-start": slice(1, 2)}
 SAME_PLACES = {"bitcast", "convert"}  # a part of what they return is read from a part of their operand
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^}]*\})?")
@@ -47,8 +49,12 @@ class Instruction:
     @functools.cached_property
     def size(self) -> int:
         """Return the bytes of the result."""
-        arrays = self.arrays[:1] if self.op == "copy-start" else self.arrays  # the others are its operand and a mark
-        return sum(array.size for array in arrays)
+        return sum(array.size for array in self.arrays[STARTED.get(self.op, slice(None))])
+
+    @property
+    def allocates(self) -> bool:
+        """Return whether it only reserves memory, which no kernel writes."""
+        return 'custom_call_target="AllocateBuffer"' in self.line
 
     @property
     def is_root(self) -> bool:
@@ -114,7 +120,7 @@ class Text:
                 yield from self._visit(branch or "", times)
             elif it.op == "async-start":
                 yield from self._visit(it.called or "", times)
-            elif it.op not in FREE and not it.op.endswith(("-done", "-update")):
+            elif it.op not in FREE and not it.allocates and not it.op.endswith(("-done", "-update")):
                 yield Step(it, times, around)
 
     def _trips(self, loop: Instruction) -> int:
@@ -137,6 +143,9 @@ class Text:
             return sum(self._read_bytes(fused, i, size) for i, size in enumerate(sizes)) + self._written_bytes(fused)
         if it.op in PARTS:
             return 2 * it.size
+        if it.op == "slice-start":  # a TPU reads a part ahead, into its fast memory
+            (result,) = it.arrays[STARTED[it.op]]
+            return (math.prod(result.sides) * result.width if any(sizes) else 0) + it.size
         if it.op == "dynamic-update-slice":
             return 2 * sizes[1]
         return sum(sizes) + it.size

@@ -119,3 +119,19 @@ def test_a_kernel_with_attributes_on_several_lines_is_one_instruction():
     assert seen == [("splash_mha_fwd.1", (4, 1, 256, 64))]
     size = 2 * 4 * 256 * 64
     assert [(one.flops, one.num_bytes) for one in work] == [(8.0, 2 * size), (0.0, 2 * size)]
+
+
+AHEAD = """ENTRY %main (x: bf16[28,8,64]) -> bf16[7,8,64] {
+  %x = bf16[28,8,64]{2,1,0} parameter(0)
+  %space = bf16[28,8,64]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %slice-start.1 = ((bf16[28,8,64]{2,1,0}), bf16[7,8,64]{2,1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[21:28], [0:8], [0:64]}
+  %slice-done.1 = bf16[7,8,64]{2,1,0:T(8,128)(2,1)S(1)} slice-done(%slice-start.1)
+  ROOT %y = bf16[7,8,64]{2,1,0} negate(%slice-done.1)
+}
+"""
+
+
+def test_a_part_that_is_read_ahead_moves_itself_and_reserved_memory_nothing():
+    work, _ = work_of(AHEAD, (0,))
+    part = 2 * 7 * 8 * 64
+    assert [one.num_bytes for one in work] == [part, part]  # read ahead into fast memory; the result written
