@@ -49,8 +49,8 @@ def multiply_rows(x: jax.Array, kernel: jax.Array, dtype: Any, precision: Any) -
     """Return x `[..., D]` times a kernel `[D, ...]`, see `multiply`.
 
     On GPUs and CPUs as one product of two matrices: if rows or columns had several axes, XLA would copy the operands
-    of the gradients to other layouts, and on a CPU multiply those at half the rate. On a TPU the rows keep their axes:
-    an array `[B, N, D]` has every N filled up to a multiple of 8, so that `[B * N, D]` would be a copy.
+    of the gradients to other layouts, and on a CPU multiply those at half the rate. On a TPU the rows keep their
+    axes: it fills every N of `[B, N, D]` up to a multiple of 8, so that `[B * N, D]` would be a copy.
     """
     D = x.shape[-1]
     if current_platform() == "tpu":
