@@ -12,6 +12,7 @@ import pytest
 
 from mvar_jax.processes.hub import Hub
 from mvar_jax.processes.messages import Connection
+from mvar_jax.stopping import LOST_STATUS
 
 ROOT = Path(__file__).parents[2]
 COUNT = 4
@@ -94,7 +95,7 @@ def test_a_killed_process_ends_all(tmp_path, victim):
         members.wait_for_start()
         members.processes[victim].kill()
         statuses, _, errors = members.finish()
-    assert statuses == [-signal.SIGKILL if index == victim else 1 for index in range(COUNT)]
+    assert statuses == [-signal.SIGKILL if index == victim else LOST_STATUS for index in range(COUNT)]
     if victim:
         assert errors[0].startswith(f"error: process {victim} of 4: it ended without a word")
         assert "".join(errors).count("error: ") == 1
