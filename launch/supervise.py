@@ -6,9 +6,9 @@
     python launch/supervise.py log FOLDER [--follow]         print the end of the log
     python launch/supervise.py stop FOLDER                   SIGTERM: it saves and ends, and is not run again
 
-Any other status ends the supervision: a failure is not repeated. Nor is the loss of a process if it comes four times in
-a row within ten minutes of the start. Standard library only. Only one command runs in a FOLDER at a time; a lock
-that ends with the supervisor decides, so a FOLDER survives a reboot. Use a local FOLDER, one for each machine.
+Any other status ends the supervision: a failure is not repeated. Nor is the loss of a process if it comes four times
+in a row within ten minutes of the start. Only one command runs in a FOLDER at a time; a lock that ends with the
+supervisor decides, so a FOLDER survives a reboot. Use a local FOLDER, one for each machine. Needs no package.
 """
 
 import argparse

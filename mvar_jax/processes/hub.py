@@ -81,9 +81,8 @@ class Hub:
             connection.close()
             if index not in self._done:
                 self._dead.add(index)
-                self._note(
-                    index, LOST_STATUS, "it ended without a word (killed, out of memory, or its host was lost)"
-                )
+                words = "it ended without a word (killed, out of memory, or its host was lost)"
+                self._note(index, LOST_STATUS, words)
             return
         self._take(index, messages)
 
