@@ -93,6 +93,28 @@ def test_hosts_are_the_processes_of_one_run(machines):
     assert stopped.returncode == 0 and stopped.stdout.count("stopped: ended with status 75") == 2
 
 
+def test_hosts_are_stopped_together(machines):
+    """The processes of a run end together: if each host were asked after the one before, the first would not end."""
+    workers = machines("node1", "node2")
+    save = """def save(*_):
+    (home.parent / f"asked-{name}").touch()
+    deadline = time.monotonic() + 20
+    while len(list(home.parent.glob("asked-*"))) < 2:
+        if time.monotonic() > deadline:
+            sys.exit(1)
+        time.sleep(0.05)
+"""
+    for name in workers.names:
+        python = workers.folder / name / "mvar_jax/.venv/bin/python"
+        python.write_text(python.read_text().replace("def save(*_):\n", save))
+    assert workers.call("ssh.sh", *TRAINING, HOSTS="node1 node2").returncode == 0
+    for name in workers.names:
+        workers.wait_for(lambda name=name: "at work" in workers.log(name), f"the training of {name}")
+    stopped = workers.call("ssh.sh", "stop", HOSTS="node1 node2")
+    ends = [f"{name}: stopped: ended with status 75 in attempt 1" for name in workers.names]
+    assert stopped.returncode == 0 and stopped.stdout.splitlines() == ends
+
+
 def test_hosts_with_one_home_keep_their_logs_apart(machines):
     workers = machines("node1")
     (workers.folder / "node2").symlink_to(workers.folder / "node1")
