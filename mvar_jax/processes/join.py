@@ -16,8 +16,9 @@ from mvar_jax.processes.hub import Hub
 OFF = "off"
 AUTO = "auto"
 PORT_VARIABLE = "MVAR_PORT"
-# JAX's notice of a lost process is the second way to learn of it, for hosts that vanish without closing connections.
-_HEARTBEAT_S = 10
+# JAX aborts all processes if it does not hear of one for so long. The hub learns at once of a process that ended, and
+# after messages.VANISHED_S of a host that vanished. A host that stands still for less may go on.
+HEARTBEAT_S = 100
 _SHUTDOWN_S = 30
 MEET_S = 300.0  # a process that waits for the others longer gives up
 _AFTER_MEET_S = 60  # JAX, which would abort the process, gives up so much later
@@ -90,7 +91,7 @@ def _meet(option: str, place: Place) -> group.Group:
         jax.distributed.initialize(
             **place.arguments,
             initialization_timeout=int(MEET_S) + _AFTER_MEET_S,
-            heartbeat_timeout_seconds=_HEARTBEAT_S,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
             shutdown_timeout_seconds=_SHUTDOWN_S,
         )
     except (ValueError, RuntimeError) as error:
