@@ -6,6 +6,7 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
+from mvar_jax.processes import group
 from mvar_jax.processes.join import start_preemption_service
 from mvar_jax.stopping import StopFlag, raise_stopped
 
@@ -27,10 +28,16 @@ class RunStopFlag(StopFlag):
         return super().__enter__()
 
     def agreed_number(self, step: int) -> int | None:
-        """Return the signal that ends the run before `step`, the same in all processes. Call at every step."""
+        """Return the signal that ends the run before `step`, the same in all processes. Call at every step.
+
+        SIGINT counts most: who presses Ctrl-C does not want the run to be started again.
+        """
         if jax.process_count() == 1:
             return self._number
-        return (self._number or signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else None
+        if not multihost_utils.reached_preemption_sync_point(step):
+            return None
+        numbers = group.current().gather("the signal", self._number)  # None: no signal, or SIGTERM to JAX alone
+        return signal.SIGINT if signal.SIGINT in numbers else next(filter(None, numbers), signal.SIGTERM)
 
     def _catch(self, number: int, frame) -> None:
         if number == signal.SIGINT:
