@@ -197,7 +197,7 @@ def test_run_that_is_stopped_any_number_of_times_continues_to_its_end(jobset):
 
 @pytest.mark.parametrize("status", [LOST_STATUS, 128 + signal.SIGABRT])
 def test_pods_that_lost_another_one_continue_any_number_of_times(jobset, status):
-    """A node that is gone never says how its pod ended: only the pods that are left do. JAX ends them with SIGABRT."""
+    """A node that is gone never says how its pod ended: only the pods that are left do. JAX ends them by SIGABRT."""
     cluster = Cluster(jobset)
     for _ in range(50):
         cluster.end_pods(None, status)
