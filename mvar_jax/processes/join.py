@@ -12,6 +12,7 @@ from mvar_jax.errors import InputError, shorten
 from mvar_jax.processes import group
 from mvar_jax.processes.cluster import VARIABLES, Place, check_devices, count_cards, find_place
 from mvar_jax.processes.hub import Hub
+from mvar_jax.processes.patience import read_seconds
 
 OFF = "off"
 AUTO = "auto"
@@ -20,7 +21,9 @@ PORT_VARIABLE = "MVAR_PORT"
 # after messages.VANISHED_S of a host that vanished. A host that stands still for less may go on.
 HEARTBEAT_S = 100
 _SHUTDOWN_S = 30
+MEET_VARIABLE = "MVAR_MEET_SECONDS"
 MEET_S = 300.0  # a process that waits for the others longer gives up
+MEET_BELOW_S = 10**6
 _AFTER_MEET_S = 60  # JAX, which would abort the process, gives up so much later
 _REFUSAL_S = 5.0  # how long the first process waits for the others to read why it refuses
 _PREEMPTION_OPTION = "jax_enable_preemption_service"
@@ -30,7 +33,8 @@ _GROUP_KEY = "mvar_jax/group"
 def join(option: str) -> None:
     """Join the other processes as `--distributed` says; call before anything touches a device.
 
-    Signals are answered while it waits: JAX's own wait, which is deaf to them, has a thread of its own.
+    Wait for 300 s, or MVAR_MEET_SECONDS. Signals are answered meanwhile: JAX's own wait, which is deaf to them, has a
+    thread of its own.
 
     Raises InputError for an unusable option, or if the processes do not meet.
     """
@@ -39,13 +43,13 @@ def join(option: str) -> None:
     import jax
 
     place = find_place(os.environ, parse_distributed(option), count_cards())
-    alone = group.current()
+    seconds, alone = read_seconds(MEET_VARIABLE, MEET_S, MEET_BELOW_S), group.current()
     # the end of the process must not wait for JAX's thread: a group of several leaves at once
     group.set_current(group.Group(place.process_id or 0, max(2, place.num_processes or 0)))
     try:
-        joined = _call_in_thread(lambda: _meet(option, place), MEET_S)
+        joined = _call_in_thread(lambda: _meet(option, place, int(seconds) + _AFTER_MEET_S), seconds)
     except TimeoutError:
-        words = f"--distributed={option}: the processes of the run did not meet: {_describe_wait(place)}"
+        words = f"--distributed={option}: the processes of the run did not meet: {_describe_wait(place, seconds)}"
         raise InputError(words, field="distributed", given=option, expected="processes that can meet") from None
     except InputError:
         if _jax_state().client is None:  # no thread of JAX's has begun
@@ -81,7 +85,7 @@ def part() -> None:
     group.set_current(group.Group())
 
 
-def _meet(option: str, place: Place) -> group.Group:
+def _meet(option: str, place: Place, timeout_s: int) -> group.Group:
     """Return the group of this process, after waiting for all others."""
     import jax
 
@@ -90,7 +94,7 @@ def _meet(option: str, place: Place) -> group.Group:
     try:
         jax.distributed.initialize(
             **place.arguments,
-            initialization_timeout=int(MEET_S) + _AFTER_MEET_S,
+            initialization_timeout=timeout_s,
             heartbeat_timeout_seconds=HEARTBEAT_S,
             shutdown_timeout_seconds=_SHUTDOWN_S,
         )
@@ -182,14 +186,14 @@ def _call_in_thread(function: Callable[[], Any], seconds: float) -> Any:
     return outcome["value"]
 
 
-def _describe_wait(place: Place) -> str:
+def _describe_wait(place: Place, seconds: float) -> str:
     """Return for whom this process waited in vain."""
     state = _jax_state()
     index, count = state.process_id or place.process_id or 0, state.num_processes or place.num_processes
     address = state.coordinator_address or place.coordinator_address
     me = f"process {index} of {count}" if count else f"process {index}"
     if not address or index == 0:
-        return f"{me} waited {MEET_S:g} s for the others{f' at {address}' if address else ''}"
+        return f"{me} waited {seconds:g} s for the others{f' at {address}' if address else ''}"
     host, port = address.rsplit(":", 1)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -197,7 +201,7 @@ def _describe_wait(place: Place) -> str:
         reason = f"process 0 does not answer at {address} ({shorten(error)})"
     else:
         reason = "process 0 waits too"
-    return f"{me} waited {MEET_S:g} s for the others, {reason}"
+    return f"{me} waited {seconds:g} s for the others, {reason}"
 
 
 def _jax_state() -> Any:

@@ -19,6 +19,8 @@ from command_case import check_command
 from stand_ins import ROOT
 
 from mvar_jax.processes.cluster import find_place
+from mvar_jax.processes.join import MEET_BELOW_S, MEET_S, MEET_VARIABLE
+from mvar_jax.processes.patience import read_seconds
 from mvar_jax.stopping import LOST_STATUS, STOPPED_STATUS
 
 FOLDER = ROOT / "launch/k8s"
@@ -215,6 +217,13 @@ def test_run_that_fails_is_restarted_a_few_times_only(jobset, status):
         if cluster.state == "running":
             cluster.end_pods(status)
     assert cluster.state == "failed" and cluster.num_restarts == 3
+
+
+def test_pods_wait_for_a_node_that_comes_late(jobset, monkeypatch):
+    """Those that give up exit with 2, which counts."""
+    variables = {entry["name"]: entry.get("value") for entry in container_of(jobset)["env"]}
+    monkeypatch.setenv(MEET_VARIABLE, variables[MEET_VARIABLE])
+    assert read_seconds(MEET_VARIABLE, MEET_S, MEET_BELOW_S) >= 12 * 3600
 
 
 def test_stops_do_not_use_up_the_restarts_after_failures(jobset):

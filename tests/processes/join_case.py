@@ -1,9 +1,8 @@
-"""A process that joins others: python join_case.py OPTION [SECONDS], after which it gives up meeting them."""
+"""A process that joins others: python join_case.py OPTION."""
 
 import sys
 import time
 
-from mvar_jax.processes import join
 from mvar_jax.processes.together import run_together
 from mvar_jax.stopping import raise_on_signals
 
@@ -16,6 +15,5 @@ def work() -> int:
 
 if __name__ == "__main__":
     raise_on_signals()
-    join.MEET_S = float(sys.argv[2]) if len(sys.argv) > 2 else 60.0
     print("joining", flush=True)
     sys.exit(run_together(work, sys.argv[1]))

@@ -10,12 +10,15 @@ import time
 import pytest
 from test_kill import ROOT, end_all, free_address
 
+from mvar_jax.errors import InputError
+from mvar_jax.processes.join import join
+
 END_S = 30  # in which a process that is told to end has ended, on a busy machine too
 
 
-def start(option, *more, **environment):
+def start(option, **environment):
     return subprocess.Popen(
-        [sys.executable, "tests/processes/join_case.py", option, *more],
+        [sys.executable, "tests/processes/join_case.py", option],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment,
         stdout=subprocess.PIPE,
@@ -53,7 +56,8 @@ def test_a_signal_ends_the_wait_for_the_others_at_once(index, number, status):
 def test_processes_that_do_not_meet_say_so_in_one_line():
     """Two of three, and one whose first process is not there."""
     address, nowhere = free_address(), free_address()
-    processes = [start(f"{address},3,0", "6"), start(f"{address},3,1", "4"), start(f"{nowhere},2,1", "4")]
+    waits = {f"{address},3,0": "6", f"{address},3,1": "4", f"{nowhere},2,1": "4"}
+    processes = [start(option, MVAR_MEET_SECONDS=seconds) for option, seconds in waits.items()]
     statuses, _, errors = end_all(processes, 60)
     assert statuses == [2, 2, 2]
     words = "error: --distributed={},{}: the processes of the run did not meet: process {} waited {} s for the others"
@@ -92,3 +96,13 @@ def test_a_port_that_is_none_is_named_by_both_in_one_line():
     assert statuses == [2, 2], errors
     for text in errors:
         assert errors_of(text) == ["error: MVAR_PORT must be a port from 0 (any free one) to 65535, got 'many'"]
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "inf"])
+def test_a_wait_that_is_none_is_refused_in_one_line(monkeypatch, text):
+    monkeypatch.setenv("MVAR_MEET_SECONDS", text)
+    with pytest.raises(InputError) as caught:
+        join("localhost:1,2,0")
+    assert str(caught.value).startswith(
+        "MVAR_MEET_SECONDS must be a number of seconds above 0 and below 1000000, got "
+    )
