@@ -29,24 +29,41 @@ if [ "$verb" = log ]; then
   on_host "${hosts[0]}" "$(worker_command "${CHECKOUT:-~/mvar_jax}")"
   exit
 fi
-failed=()
+ask() { # VERB HOST...: ask all hosts at once, because the processes of a run end together; fail if a host does
+  local verb=$1 answers i failed=()
+  shift
+  answers=$(mktemp -d)
+  for ((i = 1; i <= $#; i++)); do
+    on_host "${!i}" "$(worker_command "${CHECKOUT:-~/mvar_jax}")" > "$answers/$i" 2>&1 || touch "$answers/$i.failed" &
+  done
+  wait
+  for ((i = 1; i <= $#; i++)); do
+    if [ -e "$answers/$i.failed" ]; then
+      [ -s "$answers/$i" ] || echo "not reached" > "$answers/$i"
+      failed+=("${!i}")
+      echo "${!i}: $(cat "$answers/$i")" >&2
+    else
+      echo "${!i}: $(cat "$answers/$i")"
+    fi
+  done
+  rm -rf "$answers"
+  [ ${#failed[@]} -eq 0 ] && return
+  echo "error: $verb did not succeed on ${failed[*]}; see above" >&2
+  return 1
+}
+
+if [ "$verb" != start ]; then
+  ask "$verb" "${hosts[@]}"
+  exit
+fi
 for i in "${!hosts[@]}"; do
   command=$(worker_command "${CHECKOUT:-~/mvar_jax}" "$coordinator,${#hosts[@]},$i")
   if said=$(on_host "${hosts[i]}" "$command" 2>&1); then
     echo "${hosts[i]}: $said"
-  else
-    echo "${hosts[i]}: ${said:-not reached}" >&2
-    failed+=("${hosts[i]}")
-    [ "$verb" = start ] && break # the run needs all of them
+    continue
   fi
+  echo "${hosts[i]}: ${said:-not reached}" >&2
+  ask stop "${hosts[@]:0:i}" > /dev/null 2>&1 || true # the run needs all of them
+  echo "error: start did not succeed on ${hosts[i]}; see above" >&2
+  exit 1
 done
-[ ${#failed[@]} -eq 0 ] && exit
-if [ "$verb" = start ]; then
-  verb=stop
-  for ((j = 0; j < i; j++)); do
-    on_host "${hosts[j]}" "$(worker_command "${CHECKOUT:-~/mvar_jax}")" > /dev/null || true
-  done
-  verb=start
-fi
-echo "error: $verb did not succeed on ${failed[*]}; see above" >&2
-exit 1

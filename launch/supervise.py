@@ -1,4 +1,4 @@
-"""Run a command apart from the terminal, and again whenever it stopped early with status 75. Standard library only.
+"""Run a command apart from the terminal, and again whenever it stopped early (75) or lost a process (76, 134).
 
     python launch/supervise.py start FOLDER -- COMMAND ...   start it and return; FOLDER/log gets its output
     python launch/supervise.py run FOLDER -- COMMAND ...     the same, but wait for its end and return its status
@@ -6,8 +6,9 @@
     python launch/supervise.py log FOLDER [--follow]         print the end of the log
     python launch/supervise.py stop FOLDER                   SIGTERM: it saves and ends, and is not run again
 
-Any other status ends the supervision: a failure is not repeated. Only one command runs in a FOLDER at a time; a lock
-that ends with the supervisor decides, so a FOLDER survives a reboot. Use a local FOLDER, one for each machine.
+Any other status ends the supervision: a failure is not repeated. Nor is the loss of a process if it comes four times
+in a row within ten minutes of the start. Only one command runs in a FOLDER at a time; a lock that ends with the
+supervisor decides, so a FOLDER survives a reboot. Use a local FOLDER, one for each machine. Needs no package.
 """
 
 import argparse
@@ -22,6 +23,8 @@ import time
 from pathlib import Path
 
 STOPPED_EARLY = 75
+LOST = (76, 134)  # another process of the run was lost, as this one noticed itself or as JAX did, which aborts
+MAX_LOST, LONG_S = 3, 600  # a loss soon after every start is a fault that a person should look at
 OUTCOMES = {0: "complete", 1: "failed", 2: "refused", STOPPED_EARLY: "stopped", 130: "interrupted"}
 PAUSE_S = 10  # for the other processes of the run to end too
 
@@ -87,12 +90,13 @@ class State:
 
 
 class Supervisor:
-    """Runs a command until it ends with another status than 75, or SIGTERM says to stop."""
+    """Runs a command until it is complete or failed (see `_is_repeated`), or SIGTERM says to stop."""
 
     def __init__(self, state: State, command: list[str], pause_s: float):
         self._state, self._command, self._pause_s = state, command, pause_s
         self._child: subprocess.Popen | None = None
         self._is_stopping = False
+        self._num_lost = 0  # attempts in a row that ended so, all but the first of them soon
 
     def run(self, on_ready=lambda: None) -> int:
         """Return the command's last status. `on_ready` is called once `stop` finds this process and its handler."""
@@ -102,12 +106,14 @@ class Supervisor:
         on_ready()
         attempt = 1
         while True:
+            started_s = time.monotonic()
             status = self._run_once(attempt)
             self._say(f"ended with status {status} ({OUTCOMES.get(status, 'failed')})")
-            if status != STOPPED_EARLY or self._is_stopping:
+            if not self._is_repeated(status, time.monotonic() - started_s) or self._is_stopping:
                 break
             attempt += 1
-            self._say(f"it stopped early and saved: attempt {attempt} starts in {self._pause_s:g} s")
+            why = "it stopped early and saved" if status == STOPPED_EARLY else "another process was lost"
+            self._say(f"{why}: attempt {attempt} starts in {self._pause_s:g} s")
             end_s = time.monotonic() + self._pause_s
             while time.monotonic() < end_s and not self._is_stopping:
                 time.sleep(0.05)
@@ -115,6 +121,11 @@ class Supervisor:
                 break
         self._state.write(attempt=attempt, status=status)
         return status
+
+    def _is_repeated(self, status: int, lasted_s: float) -> bool:
+        is_lost = status in LOST
+        self._num_lost = is_lost + (self._num_lost if is_lost and lasted_s < LONG_S else 0)
+        return status == STOPPED_EARLY or 0 < self._num_lost <= MAX_LOST
 
     def _run_once(self, attempt: int) -> int:
         """Return the command's exit status; death by signal n is 128 + n."""

@@ -10,14 +10,14 @@ from mvar_jax.cli.streams import guard_streams
 from mvar_jax.data.pillow_warnings import ignore_pillow_warnings
 from mvar_jax.processes.join import OFF
 from mvar_jax.processes.together import run_together
-from mvar_jax.stopping import STOPPED_STATUS, end_on_signals, raise_on_signals
+from mvar_jax.stopping import LOST_STATUS, STOPPED_STATUS, end_on_signals, raise_on_signals
 
 COMMANDS = ("train", "plan", "data", "cache_tokens", "sample", "edit", "reconstruct", "evaluate", "sweep", "convert")
 COMMANDS += ("report",)
 EXIT_STATUSES = (
     "Exit status: 0 complete; 1 failed; 2 bad input, nothing changed; 130 stopped by Ctrl-C; "
     f"{STOPPED_STATUS} stopped early by SIGTERM or SIGHUP (time limit, preemption, maintenance, lost terminal): the "
-    "same command continues."
+    f"same command continues; {LOST_STATUS} another process of the run was lost: the same command continues."
 )
 
 

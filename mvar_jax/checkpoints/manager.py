@@ -15,6 +15,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 from mvar_jax.checkpoints.array_handler import tree_handler
 from mvar_jax.checkpoints.best import Scores, read_scores
 from mvar_jax.checkpoints.checksums import DamagedError, check_files, error_fields, has_item, write_checksums
+from mvar_jax.checkpoints.preemption import UnaskingManager
 from mvar_jax.checkpoints.quiet import quiet_orbax
 from mvar_jax.checkpoints.steps import atomicity_of, checkpoint_folder, list_steps, set_aside, unfinished
 from mvar_jax.checkpoints.trees import TREE_FILE, read_item
@@ -53,7 +54,7 @@ class Checkpoints:
         with contextlib.ExitStack() as quiet:
             quiet.enter_context(quiet_orbax())
             try:
-                self._manager = ocp.CheckpointManager(
+                self._manager = UnaskingManager(
                     self._folder, options=self._options(keep), handler_registry=_handler_registry()
                 )
             except OSError as error:

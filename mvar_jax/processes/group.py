@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from mvar_jax.errors import InputError
 from mvar_jax.processes.messages import Connection
-from mvar_jax.stopping import STOPPED_STATUS
+from mvar_jax.stopping import LOST_STATUS, STOPPED_STATUS
 
 CONNECT_S = 30
 ANSWER_S = 10  # after which a process that failed no longer waits for the first one
@@ -111,7 +111,7 @@ class JoinedGroup(Group):
                 self._answers.put(message["values"])
         if not self._is_closing:
             words = "the first process ended without a word (killed, out of memory, or its host was lost)"
-            Group.fail(self, 1, words)
+            Group.fail(self, LOST_STATUS, words)
 
 
 def say_why(status: int, reason: str) -> None:

@@ -13,6 +13,7 @@ import time
 
 from mvar_jax.processes.group import say_why
 from mvar_jax.processes.messages import Connection
+from mvar_jax.stopping import LOST_STATUS
 
 # Of failures that come together a death counts most, then the lowest process: the others are often its consequence.
 FAILURES_TOGETHER_S = 0.5
@@ -80,7 +81,8 @@ class Hub:
             connection.close()
             if index not in self._done:
                 self._dead.add(index)
-                self._note(index, 1, "it ended without a word (killed, out of memory, or its host was lost)")
+                words = "it ended without a word (killed, out of memory, or its host was lost)"
+                self._note(index, LOST_STATUS, words)
             return
         self._take(index, messages)
 

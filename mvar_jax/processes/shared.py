@@ -1,7 +1,6 @@
 """Shared storage is checked, not assumed: every process must see what the first one writes."""
 
 import contextlib
-import os
 import secrets
 import socket
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.atomic import write_atomically
 from mvar_jax.processes import group
+from mvar_jax.processes.patience import read_seconds
 
 SECONDS_VARIABLE = "MVAR_SHARED_SECONDS"
 DEFAULT_S = 20.0
@@ -27,7 +27,7 @@ def check_shared(field: str, path: Path) -> None:
     here = group.current()
     if here.count == 1:
         return
-    seconds = _seconds()
+    seconds = read_seconds(SECONDS_VARIABLE, DEFAULT_S, 3600)
     is_new = here.index == 0 and not path.exists()
     name = _write_mark(field, path) if here.index == 0 else None
     name = here.gather(f"the mark in {field}", name)[0]
@@ -64,16 +64,3 @@ def _sees(mark: Path, seconds: float) -> bool:
                 return True
         time.sleep(_POLL_S)
     return False
-
-
-def _seconds() -> float:
-    text = os.environ.get(SECONDS_VARIABLE, str(DEFAULT_S))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if 0 < seconds < 3600:
-        return seconds
-    expected = "a number of seconds above 0 and below 3600"
-    words = f"{SECONDS_VARIABLE} must be {expected}, got {text!r}"
-    raise InputError(words, field=SECONDS_VARIABLE, given=text, expected=expected)

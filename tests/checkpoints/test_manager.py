@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -67,6 +68,20 @@ def test_state_is_bit_equal_and_keeps_its_types_after_restore(tmp_path, has_ema)
 def test_only_the_newest_are_kept(tmp_path):
     save(tmp_path, *(make_state(step) for step in (1, 2, 3, 4)), keep=2)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4"]
+
+
+def test_saving_never_tells_jax_a_step(tmp_path, monkeypatch):
+    """Only the loop may: a background thread would set this process back to the saved step.
+
+    Processes then agree to stop at a step that this one has passed, and SIGTERM to a run of several hangs for ever.
+    """
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (3, 7):
+            checkpoints.save(make_state(step), {})
+            checkpoints.wait()
+    assert list_steps(tmp_path / "checkpoints") == [3, 7] and asked == []
 
 
 def test_saved_values_are_those_at_the_call_when_the_state_is_donated(tmp_path):

@@ -8,6 +8,7 @@ files use, as the JobSet API v1alpha2 documents them. `Cluster` follows the docu
 import copy
 import math
 import re
+import signal
 from pathlib import Path
 
 import jsonschema
@@ -18,6 +19,9 @@ from command_case import check_command
 from stand_ins import ROOT
 
 from mvar_jax.processes.cluster import find_place
+from mvar_jax.processes.join import MEET_BELOW_S, MEET_S, MEET_VARIABLE
+from mvar_jax.processes.patience import read_seconds
+from mvar_jax.stopping import LOST_STATUS, STOPPED_STATUS
 
 FOLDER = ROOT / "launch/k8s"
 FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
@@ -145,12 +149,20 @@ class Cluster:
         self._job = job_of(jobset)["template"]["spec"]
         self.state, self.num_restarts, self._num_counted = "running", 0, 0
 
-    def end_pods(self, status: int, is_disrupted: bool = False) -> None:
-        """All pods of an attempt end with an exit status; `is_disrupted` if the cluster took their node away."""
-        if status == 0:
+    def end_pods(self, *statuses: int | None, is_disrupted: bool = False) -> None:
+        """The pods of an attempt end, in the order in which the controller sees them.
+
+        Args:
+          statuses: exit status of each pod, or one for all; None if a lost node keeps it from being known. The
+            backoffLimit is 0, so that the first pod that failed decides.
+          is_disrupted: the cluster took the node of the first pod away, and says so.
+        """
+        failed = [(status, is_disrupted and not i) for i, status in enumerate(statuses) if status not in (0, None)]
+        if not failed:
+            assert None not in statuses, "a pod that is never seen to end is not complete"
             self.state = "complete"
             return
-        reason = self._reason_of(status, is_disrupted)
+        reason = self._reason_of(*failed[0])
         action = "RestartJobSet"
         for rule in self._policy["rules"]:
             if reason in rule["onJobFailureReasons"]:
@@ -178,14 +190,27 @@ class Cluster:
 def test_run_that_is_stopped_any_number_of_times_continues_to_its_end(jobset):
     cluster = Cluster(jobset)
     for _ in range(50):
-        cluster.end_pods(75)
+        cluster.end_pods(STOPPED_STATUS)
         cluster.end_pods(137, is_disrupted=True)  # killed before it had saved: from its newest checkpoint
         assert cluster.state == "running"
     cluster.end_pods(0)
     assert cluster.state == "complete" and cluster.num_restarts == 100
 
 
-@pytest.mark.parametrize("status", [1, 2, 134, 137])
+@pytest.mark.parametrize("status", [LOST_STATUS, 128 + signal.SIGABRT])
+def test_pods_that_lost_another_one_continue_any_number_of_times(jobset, status):
+    """A node that is gone never says how its pod ended: only the pods that are left do. JAX ends them by SIGABRT."""
+    cluster = Cluster(jobset)
+    for _ in range(50):
+        cluster.end_pods(None, status)
+        cluster.end_pods(137, status, is_disrupted=True)
+        cluster.end_pods(status, 137)
+        assert cluster.state == "running"
+    cluster.end_pods(0, 0)
+    assert cluster.state == "complete" and cluster.num_restarts == 150
+
+
+@pytest.mark.parametrize("status", [1, 2, 137])
 def test_run_that_fails_is_restarted_a_few_times_only(jobset, status):
     cluster = Cluster(jobset)
     for _ in range(10):
@@ -194,9 +219,16 @@ def test_run_that_fails_is_restarted_a_few_times_only(jobset, status):
     assert cluster.state == "failed" and cluster.num_restarts == 3
 
 
+def test_pods_wait_for_a_node_that_comes_late(jobset, monkeypatch):
+    """Those that give up exit with 2, which counts."""
+    variables = {entry["name"]: entry.get("value") for entry in container_of(jobset)["env"]}
+    monkeypatch.setenv(MEET_VARIABLE, variables[MEET_VARIABLE])
+    assert read_seconds(MEET_VARIABLE, MEET_S, MEET_BELOW_S) >= 12 * 3600
+
+
 def test_stops_do_not_use_up_the_restarts_after_failures(jobset):
     cluster = Cluster(jobset)
-    for status in (75, 1, 75, 1, 75, 1, 75):
+    for status in (STOPPED_STATUS, 1, LOST_STATUS, 1, STOPPED_STATUS, 1, LOST_STATUS):
         cluster.end_pods(status)
     assert cluster.state == "running"
 

@@ -29,11 +29,25 @@ def test_job_is_queued_again_while_it_stops_early(slurm):
     assert all(f"attempt {i} at work" in log for i in range(3)), "the log is continued, not overwritten"
 
 
-@pytest.mark.parametrize("status", [0, 1, 2, 130, 134, 137])
+@pytest.mark.parametrize("status", [0, 1, 2, 130, 137])
 def test_job_that_is_complete_or_failed_is_not_queued_again(slurm, status):
     slurm.set_program(plan([status, status]))
     assert slurm.submit(*ARGUMENTS, options=["--ntasks-per-node=2"]) == status
     assert slurm.num_requeues == 0
+
+
+@pytest.mark.parametrize("status", [76, 134])
+def test_job_that_lost_a_process_is_queued_again_three_times_if_it_is_lost_at_once(slurm, status):
+    slurm.set_program(plan(*[[status, status]] * 6))
+    assert slurm.submit(*ARGUMENTS, options=["--ntasks-per-node=2"]) == status
+    assert slurm.num_requeues == 3
+
+
+def test_job_that_lost_a_process_after_long_work_is_queued_again_however_often(slurm):
+    script = slurm.copy / "launch/slurm.sbatch"
+    script.write_text(script.read_text().replace("set -euo pipefail", "set -euo pipefail; SECONDS=600", 1))
+    slurm.set_program(plan(*[[76]] * 6, [0]))
+    assert slurm.submit(*ARGUMENTS) == 0 and slurm.num_requeues == 6
 
 
 def test_process_that_leaves_first_lets_the_others_save(slurm):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mvar_jax.stopping import LOST_STATUS, STOPPED_STATUS
+
 SUPERVISE = Path(__file__).parents[2] / "launch" / "supervise.py"
 
 # saves and stops early on SIGTERM; "step" says that it is at work
@@ -73,9 +75,10 @@ def count(line: str = "") -> str:
 
 @pytest.mark.parametrize(
     ("statuses", "num_runs"),
-    [("0", 1), ("1", 1), ("2", 1), ("130", 1), ("134", 1), ("75 75 0", 3), ("75 1 0", 2), ("75 2 0", 2)],
+    [("0", 1), ("1", 1), ("2", 1), ("130", 1), ("137", 1), ("75 75 0", 3), ("75 1 0", 2), ("75 2 0", 2)]
+    + [("76 0", 2), ("134 76 75 0", 4), ("76 134 76 76 0", 4), ("76 76 76 75 76 76 76 0", 8)],
 )
-def test_command_runs_again_only_while_it_stops_early(supervised, statuses, num_runs):
+def test_command_runs_again_only_if_it_stops_early_or_loses_a_process(supervised, statuses, num_runs):
     (supervised.home / "statuses").write_text(statuses)
     result = supervised.call("run", count("echo output;"), "--pause", "0.1")
     last = int(statuses.split()[num_runs - 1])
@@ -84,6 +87,24 @@ def test_command_runs_again_only_while_it_stops_early(supervised, statuses, num_
     assert supervised.log.count("output") == num_runs, "the log keeps what earlier attempts wrote"
     words = {0: "complete", 2: "refused", 130: "interrupted"}.get(last, "failed")
     assert supervised.status == f"{words}: ended with status {last} in attempt {num_runs}"
+
+
+def test_command_that_loses_a_process_after_long_work_runs_again_however_often(supervised):
+    text = SUPERVISE.read_text().replace("MAX_LOST, LONG_S = 3, 600", "MAX_LOST, LONG_S = 3, 0.2")
+    (supervised.home / "supervise.py").write_text(text)
+    (supervised.home / "statuses").write_text("76 " * 6 + "0")
+    words = supervised.arguments("run", count("sleep 0.3;"), "--pause", "0")
+    words[1] = "supervise.py"
+    assert subprocess.run(words, cwd=supervised.home, timeout=60).returncode == 0
+    assert "complete: ended with status 0 in attempt 7" in supervised.status
+
+
+def test_statuses_that_a_supervisor_starts_again_are_those_of_the_commands():
+    """Its file and the sbatch script import nothing of the package."""
+    spec = importlib.util.spec_from_file_location("supervise", SUPERVISE)
+    supervise = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(supervise)
+    assert supervise.STOPPED_EARLY == STOPPED_STATUS and supervise.LOST == (LOST_STATUS, 128 + signal.SIGABRT)
 
 
 def test_start_returns_while_the_command_goes_on_without_a_terminal(supervised):

@@ -93,6 +93,28 @@ def test_hosts_are_the_processes_of_one_run(machines):
     assert stopped.returncode == 0 and stopped.stdout.count("stopped: ended with status 75") == 2
 
 
+def test_hosts_are_stopped_together(machines):
+    """The processes of a run end together: if each host were asked after the one before, the first would not end."""
+    workers = machines("node1", "node2")
+    save = """def save(*_):
+    (home.parent / f"asked-{name}").touch()
+    deadline = time.monotonic() + 20
+    while len(list(home.parent.glob("asked-*"))) < 2:
+        if time.monotonic() > deadline:
+            sys.exit(1)
+        time.sleep(0.05)
+"""
+    for name in workers.names:
+        python = workers.folder / name / "mvar_jax/.venv/bin/python"
+        python.write_text(python.read_text().replace("def save(*_):\n", save))
+    assert workers.call("ssh.sh", *TRAINING, HOSTS="node1 node2").returncode == 0
+    for name in workers.names:
+        workers.wait_for(lambda name=name: "at work" in workers.log(name), f"the training of {name}")
+    stopped = workers.call("ssh.sh", "stop", HOSTS="node1 node2")
+    ends = [f"{name}: stopped: ended with status 75 in attempt 1" for name in workers.names]
+    assert stopped.returncode == 0 and stopped.stdout.splitlines() == ends
+
+
 def test_hosts_with_one_home_keep_their_logs_apart(machines):
     workers = machines("node1")
     (workers.folder / "node2").symlink_to(workers.folder / "node1")
@@ -247,12 +269,13 @@ def test_existing_request_that_does_not_say_its_run_is_watched_with_a_notice(que
 
 @pytest.mark.parametrize(("status", "words"), [(1, "failed"), (2, "refused"), (134, "failed")])
 def test_run_that_failed_on_a_queued_slice_is_not_repeated(queue, status, words):
-    (queue.home / "statuses").write_text(str(status))
+    attempts = 4 if status == 134 else 1
+    (queue.home / "statuses").write_text(f"{status} " * attempts)
     with queue.start(*TRAINING) as process:
         out, err = process.communicate(timeout=120)
     assert process.returncode == (2 if status == 2 else 1)
-    assert f"error: {words}: ended with status {status} in attempt 1" in err
-    assert len(queue.workers.trained("worker0")) == 1 and len(queue.requests) == 1
+    assert f"error: {words}: ended with status {status} in attempt {attempts}" in err
+    assert len(queue.workers.trained("worker0")) == attempts and len(queue.requests) == 1
 
 
 def test_queued_slice_that_cannot_be_set_up_is_reported(queue):

@@ -112,7 +112,9 @@ def test_a_signal_to_one_lets_both_save_and_the_next_start_is_bit_equal(tmp_path
         pair[1].send_signal(number)
         statuses, outputs, errors = end_all(pair, 60)
         assert statuses == [0, 0], errors
-        last, step = step, int(outputs[0].split("result")[1].split()[0])
+        results = [output.split("result")[1].split() for output in outputs]
+        assert results[0] == results[1] and results[0][1] == str(int(number)), "all end with the status of one signal"
+        last, step = step, int(results[0][0])
         assert last < step < 200 and (tmp_path / "checkpoints" / str(step)).is_dir()
     statuses, _, errors = end_all(start([tmp_path] * 2, steps=200), 120)
     assert statuses == [0, 0], errors

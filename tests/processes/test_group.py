@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from mvar_jax.processes import join
+from mvar_jax.processes.group import JoinedGroup
 from mvar_jax.processes.hub import Hub
 from mvar_jax.processes.messages import Connection
+from mvar_jax.stopping import LOST_STATUS
 
 ROOT = Path(__file__).parents[2]
 COUNT = 4
@@ -94,7 +97,7 @@ def test_a_killed_process_ends_all(tmp_path, victim):
         members.wait_for_start()
         members.processes[victim].kill()
         statuses, _, errors = members.finish()
-    assert statuses == [-signal.SIGKILL if index == victim else 1 for index in range(COUNT)]
+    assert statuses == [-signal.SIGKILL if index == victim else LOST_STATUS for index in range(COUNT)]
     if victim:
         assert errors[0].startswith(f"error: process {victim} of 4: it ended without a word")
         assert "".join(errors).count("error: ") == 1
@@ -133,6 +136,20 @@ def test_storage_that_cannot_be_written_is_refused_by_all(tmp_path):
     with Members(tmp_path, "shared", lambda index: [str(tmp_path / "file")]) as members:
         statuses, _, errors = members.finish()
     assert statuses == [2] * COUNT and "workdir" in errors[0] and "cannot be written" in errors[0]
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="options of Linux")
+def test_connections_outlive_a_pause_and_notice_a_vanished_host_before_jax_aborts():
+    """The kernel's own options, on both ends: no test here can take a host away."""
+    hub = Hub(1)
+    member = JoinedGroup(0, 1, ("localhost", hub.port), hub.token)
+    assert member.gather("n", 1) == [1]
+    for sock in (member._connection.socket, hub._members[0].socket):
+        option = lambda name, sock=sock: sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        silent_s = option("TCP_KEEPIDLE") + option("TCP_KEEPINTVL") * option("TCP_KEEPCNT")
+        assert 60 <= silent_s < join.HEARTBEAT_S and option("TCP_USER_TIMEOUT") == 1000 * silent_s
+    member.close()
 
 
 @pytest.mark.parametrize("text", [b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"{}\n", b'{"index": 1, "token": "x"}\n', b""])

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from mvar_jax.checkpoints.manager import restore_weights
+from mvar_jax.stopping import LOST_STATUS
 
 ROOT = Path(__file__).parents[2]
 COUNT, NUM_STEPS = 4, 60
@@ -104,10 +105,10 @@ def test_any_process_may_be_killed_at_any_moment(tmp_path, placing, undisturbed,
     assert statuses[victim] == -signal.SIGKILL
     others = [status for index, status in enumerate(statuses) if index != victim]
     if victim:
-        assert others == [1] * (COUNT - 1), errors
+        assert others == [LOST_STATUS] * (COUNT - 1), errors
         assert f"error: process {victim} of {COUNT}: it ended without a word" in errors[0]
     else:
-        assert set(others) <= {1, -signal.SIGABRT}, "JAX may notice the first process's end before we do"
+        assert set(others) <= {LOST_STATUS, -signal.SIGABRT}, "JAX may notice the first process's end before we do"
     statuses, outputs, errors = end_all(start(tmp_path, placing), 200)
     assert statuses == [0] * COUNT, errors
     assert step < 6 or re.search(r"resuming from step \d+ of", outputs[0])
