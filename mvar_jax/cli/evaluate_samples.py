@@ -108,12 +108,12 @@ def draw_samples(args, preset) -> tuple[Any, Any]:
     model, networks, mesh = load_for_sampling(args)
     labels = model.labels(range(model.num_classes) if labels is None else labels)
     options.check_scales(len(model.tokenizer.sides))
-    each = -(-num // len(labels))
-    order = Order(tuple(labels.tolist()), each, options, args.seed, args.batch_size, truncates=args.truncate_uint8)
-    side, about = model.tokenizer.image_size, order.identity(networks) | {"num_samples": num}
+    drawing = {"seed": args.seed, "batch_size": args.batch_size, "truncates": args.truncate_uint8}
+    order = Order.of_total(tuple(labels.tolist()), num, options, **drawing)
+    side, about = model.tokenizer.image_size, {"num_samples": num, **order.identity(networks)}
     read = sample_reader(networks, order, mesh)
-    labels_N = order.labels_N[:num]
-    return SampleSet(args.checkpoint, num, (side, side), read, about, labels_N, sampling=about), model.transformer
+    classes = {"labels_N": order.labels_N, "num_model_classes": model.num_classes}
+    return SampleSet(args.checkpoint, num, (side, side), read, about, **classes, sampling=about), model.transformer
 
 
 def fill_in(args, preset) -> None:

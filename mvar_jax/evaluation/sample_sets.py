@@ -41,6 +41,7 @@ class SampleSet:
       labels_N: their classes; None if they are not known.
       num_jpeg: images stored as JPEG, which changes their scores.
       sampling: options that drew them; None if they are not known.
+      num_model_classes: classes of the model that draws them; None if it is not known.
     """
 
     name: str
@@ -51,6 +52,7 @@ class SampleSet:
     labels_N: np.ndarray | None = None
     num_jpeg: int = 0
     sampling: Mapping[str, Any] | None = None
+    num_model_classes: int | None = None
 
     def class_balance(self) -> dict[str, int] | None:
         """Return the number of classes, and the least and most images of a class; None if they are not known."""

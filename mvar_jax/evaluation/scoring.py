@@ -223,18 +223,29 @@ def find_warnings(comparison: Comparison) -> list[str]:
             f"{reference.name} has no spatial statistics, as pytorch-fid writes them, whose resizing and so features "
             "are others"
         )
-    balance = samples.class_balance() if samples else None
-    if balance and balance["fewest"] != balance["most"]:
-        found.append(
-            f"the labels are unbalanced, {balance['fewest']} to {balance['most']} images of each of "
-            f"{balance['num_classes']} classes: the scores are of this mixture"
-        )
+    found += find_label_warnings(samples) if samples else []
     if samples and samples.num_jpeg:
         found.append(f"{samples.num_jpeg} of {samples.num_images} samples are JPEG files, whose losses change scores")
     if comparison.weights.is_published is False:
         found.append("the Inception weights are not the published file: compare only with scores by the same file")
     if comparison.dtype != "float32":
         found.append(f"features in {comparison.dtype} give other scores than float32")
+    return found
+
+
+def find_label_warnings(samples: SampleSet) -> list[str]:
+    """Return why samples of these labels are no even mixture of all classes, as far as the labels are known."""
+    found, balance = [], samples.class_balance()
+    if balance is None:
+        return found
+    num, num_model = balance["num_classes"], samples.num_model_classes
+    if num_model is not None and num < num_model:
+        found.append(f"the labels are {num} of the model's {num_model} classes: the scores are of these classes alone")
+    if balance["fewest"] != balance["most"]:
+        found.append(
+            f"the labels are unbalanced, {balance['fewest']} to {balance['most']} images of each of {num} classes: "
+            "the scores are of this mixture"
+        )
     return found
 
 

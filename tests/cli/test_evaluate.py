@@ -5,18 +5,22 @@ import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import narrow_network
 import numpy as np
 import pytest
+import small_case
 from PIL import Image
 
 from mvar_jax.__main__ import main
+from mvar_jax.checkpoints.model_directory import save_model
 from mvar_jax.evaluation import frechet_distance, inception_score, precision_recall, scoring
 from mvar_jax.evaluation.reference import read_reference
 from mvar_jax.evaluation.report import SAMPLE_SCORES
 from mvar_jax.evaluation.sample_sets import of_npz
 from mvar_jax.files.locks import LOCK_FILE
 from mvar_jax.processes import group
+from mvar_jax.sampling import bulk
 
 SAMPLES = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3)).astype(np.uint8)
 OPTIONS_AND_LOCK = {"evaluation_options.json", LOCK_FILE}
@@ -176,6 +180,23 @@ def test_samples_of_a_model_are_those_of_sample_and_no_image_is_written(tiny_mod
     capsys.readouterr()
     evaluate(*drawing, "--num_samples", "12", "--seed", "1", status=2)
     assert "seed=1 differs from 0, used for the evaluation in out" in capsys.readouterr().err
+
+
+def test_few_samples_of_a_model_are_spread_over_its_classes_with_a_warning(tmp_path, monkeypatch, capsys):
+    transformer = small_case.TINY_MODULES["transformer"].clone(num_classes=10)
+    modules = small_case.TINY_MODULES | {"transformer": transformer}
+    save_model(tmp_path / "ten", modules, {kind: small_case.seeded_params(module) for kind, module in modules.items()})
+    drawn = []
+
+    def draw(networks, labels_B, keys_B, options, outputs):
+        drawn.extend(np.asarray(labels_B).tolist())
+        return (jnp.asarray(SAMPLES[: len(labels_B)]),)
+
+    monkeypatch.setattr(bulk, "sample", draw)
+    found = evaluate("--checkpoint", "ten", "--num_samples", "5", "--scores", "inception_score")
+    assert drawn == [0, 2, 4, 6, 8]
+    assert "the labels are 5 of the model's 10 classes" in found["warnings"][0]
+    assert "the labels are 5 of the model's 10 classes" in capsys.readouterr().err
 
 
 def test_a_preset_sets_the_published_sampling_options_and_refuses_others(tiny_model, capsys):

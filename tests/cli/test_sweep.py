@@ -27,9 +27,13 @@ GRID = ["--cfg", "0", "2", "--temperature", "1", "1.2,1"]
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """A model with a refiner, as a run on the digits would leave it."""
-    root = tmp_path_factory.mktemp("digits")
+    return save_digits(tmp_path_factory.mktemp("digits"))
+
+
+def save_digits(root: Path, num_classes: int = 3) -> Path:
     refiner = Refiner(SIDES, vocab_size=16, code_width=4, width=16, num_heads=2, depth=1)
     modules = {kind: module.clone(sides=SIDES) for kind, module in small_case.TINY_MODULES.items()}
+    modules["transformer"] = modules["transformer"].clone(num_classes=num_classes)
     modules["refiner"] = refiner
     save_model(root, modules, {kind: small_case.seeded_params(module) for kind, module in modules.items()})
     (root / "config.json").write_text(json.dumps({"data": {"source": "digits", "image_size": 8}}))
@@ -158,6 +162,30 @@ def test_with_a_reference_the_scores_are_those_of_evaluate(tiny_model, drawn, tm
         shuffled = ours.probabilities[np.random.default_rng(scoring.SHUFFLE_SEED).permutation(20)]
         assert float(row["inception_score"]) == pytest.approx(inception_score(shuffled), rel=1e-9)
     assert not Path("out/unfinished").exists()
+
+
+def test_few_samples_are_spread_over_the_classes_with_a_warning(drawn, tmp_path, monkeypatch, capsys):
+    save_digits(tmp_path / "ten", num_classes=10)
+    labels = []
+
+    def score(self, batches):
+        labels.extend(np.concatenate([labels_B for _, labels_B in batches]).tolist())
+        return dict.fromkeys(self.names, 1.0)
+
+    monkeypatch.setattr(DigitScorer, "score", score)
+    sweep(tmp_path / "ten", tmp_path / "out", "--num_samples", "5", "--refine_scales", "off")
+    assert labels == [0, 2, 4, 6, 8]
+    assert "warning: the labels are 5 of the model's 10 classes" in capsys.readouterr().err
+
+
+def test_the_warnings_of_evaluate_are_printed(tiny_model, drawn, tmp_path, monkeypatch, capsys):
+    narrow_network.install(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    np.savez("reference.npz", arr_0=np.zeros((60, 6, 6, 3), np.uint8))
+    sweep(tiny_model, "out", "--reference", "reference.npz", "--inception", "x.npz", "--num_samples", "5")
+    errors = capsys.readouterr().err
+    assert "warning: 5 samples are fewer than the 7 that a covariance of 6 features needs" in errors
+    assert "warning: the labels are unbalanced, 1 to 2 images of each of 3 classes" in errors
 
 
 @pytest.mark.parametrize(
