@@ -238,7 +238,7 @@ def judge_of_reference(args, some, unfinished, stack: contextlib.ExitStack) -> A
     reference = open_reference(args, some, stack)
     check_network(reference, weights)
     check_sets(some, reference, asked)
-    comparison = Comparison(some, reference, weights, asked, batch_size=args.inception_batch)
+    comparison = Comparison(some, reference, weights, asked, batch_size=args.inception_batch, reads_ahead=False)
 
     def score(samples) -> dict[str, float]:
         remove_tree(unfinished / "samples")  # features of another point
