@@ -84,7 +84,17 @@ def open_samples(args, preset, stack: contextlib.ExitStack) -> tuple[Any, Any]:
 
     if args.checkpoint is not None:
         return draw_samples(args, preset)
-    return (open_stored("samples", as_path(args.samples, "samples"), stack) if args.samples else None), None
+    if args.samples is None:
+        return None, None
+    samples = open_stored("samples", as_path(args.samples, "samples"), stack)
+    print_notes(samples.notes)
+    return samples, None
+
+
+def print_notes(notes: tuple[str, ...]) -> None:
+    """Print notes on images in the first process, a line each."""
+    for note in notes if group.current().index == 0 else ():
+        print(note, flush=True)
 
 
 def draw_samples(args, preset) -> tuple[Any, Any]:
@@ -166,8 +176,7 @@ def open_reference(args, samples, stack: contextlib.ExitStack) -> Any:
         check_positive(args, "image_size")
     side = samples.size[0] if samples else args.image_size
     found = open_images(text, side, as_path(args.out, "out"), field="reference")
-    for note in found.notes if group.current().index == 0 else ():
-        print(note, flush=True)
+    print_notes(found.notes)
     images = of_image_set("reference", text, found, (side, side))
     num = min(MANIFOLD_IMAGES, images.num_images)
     return ReferenceSet(text, None, None, images, num, {"reference": dict(found.about)}, {})

@@ -41,6 +41,7 @@ class SampleSet:
       labels_N: their classes; None if they are not known.
       num_jpeg: images stored as JPEG, which changes their scores.
       sampling: options that drew them; None if they are not known.
+      notes: what is left out, a line each.
       num_model_classes: classes of the model that draws them; None if it is not known.
     """
 
@@ -52,6 +53,7 @@ class SampleSet:
     labels_N: np.ndarray | None = None
     num_jpeg: int = 0
     sampling: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
     num_model_classes: int | None = None
 
     def class_balance(self) -> dict[str, int] | None:
@@ -113,7 +115,7 @@ def of_folder(field: str, folder: Path) -> SampleSet:
 
     Every file is read once to be checked; `about` holds a digest of all names, sizes and CRC-32.
     """
-    names = find_images(folder)
+    names, notes = find_images(folder)
     if not names:
         message = f"{field}={folder} holds no image files; expected an .npz file or a folder of PNGs"
         raise InputError(message, field=field, given=str(folder), expected="a folder of images")
@@ -153,7 +155,7 @@ def of_folder(field: str, folder: Path) -> SampleSet:
     files = digest(f"{name} {x.num_bytes} {x.crc32:08x}" for name, x in zip(names, headers, strict=True))
     about = {field: {"num_images": len(names), "files": files}}
     num_jpeg = sum(header.format == "JPEG" for header in headers)
-    return SampleSet(str(folder), len(names), size, read, about, labels_N, num_jpeg)
+    return SampleSet(str(folder), len(names), size, read, about, labels_N, num_jpeg, notes=notes)
 
 
 def of_image_set(field: str, name: str, images: ImageSet, size: tuple[int, int]) -> SampleSet:

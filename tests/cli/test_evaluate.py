@@ -239,6 +239,35 @@ def test_a_folder_of_pngs_is_scored_as_the_file_with_the_same_images():
     assert found["settings"]["samples"]["classes"] == {"num_classes": 2, "fewest": 20, "most": 20}
 
 
+@pytest.mark.parametrize("options", ["samples.json", "edits.json"])
+def test_the_grid_in_a_folder_of_ours_is_no_reference_image(options, capsys):
+    save_pngs("drawn/deep", REFERENCES[:20])
+    for folder in ("drawn/deep/a", "drawn/deep/b"):
+        Path(folder, options).write_text("{}")
+        Image.fromarray(SAMPLES[0]).save(f"{folder}/grid.png")
+    found = evaluate("--reference", "drawn")
+    assert found["settings"]["reference"]["statistics"] == "of 20 images"
+    assert "drawn: 2 files left out, which show several images or curves: deep/a/grid.png" in capsys.readouterr().out
+    if options == "edits.json":
+        assert evaluate("--samples", "drawn", out="samples")["settings"]["samples"]["num_samples"] == 20
+        assert "drawn: 2 files left out" in capsys.readouterr().out
+
+
+def test_an_image_that_is_called_as_a_grid_counts_in_a_folder_of_other_origin():
+    save_pngs("pngs", REFERENCES[:20])
+    Image.fromarray(SAMPLES[0]).save("pngs/a/grid.png")
+    assert evaluate("--reference", "pngs")["settings"]["reference"]["statistics"] == "of 21 images"
+
+
+def test_reconstructions_side_by_side_are_no_reference(capsys):
+    save_pngs("rebuilt", REFERENCES[:3])
+    for path in Path("rebuilt").glob("*/*.png"):
+        path.rename(f"rebuilt/000{path.stem}_x.png")
+    Path("rebuilt/reconstructions.json").write_text("{}")
+    error = refusal_of(capsys, "--reference", "rebuilt")
+    assert "its images show several side by side; give reconstructions.npz" in error
+
+
 def test_jpeg_unbalanced_and_few_samples_are_warned_of_and_refused_if_strict(capsys):
     save_pngs("jpegs", SAMPLES[:6], ".jpg")
     np.savez("samples.npz", arr_0=SAMPLES, arr_1=np.arange(40) % 3)
