@@ -52,10 +52,10 @@ def column(lines: list[dict], name: str) -> tuple[list[int], list]:
     return [line["step"] for line in lines], [line[name] for line in lines]
 
 
-def load_digits(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the run's data by split, not augmented: (images `[N, Y, X, 3] uint8`, labels `[N]`).
+def load_digits(workdir: Path, channels: int = 3) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the run's data by split, not augmented: (images `[N, Y, X, channels] uint8`, labels `[N]`).
 
-    Raises InputError if the run did not train on the digits.
+    channels: those of the run's tokenizer. Raises InputError if the run did not train on the digits.
     """
     try:
         data = read_json(workdir / "config.json", DigitsConfig)["data"]
@@ -65,7 +65,7 @@ def load_digits(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     if data["source"] != "digits":
         message = f"--transformer={workdir} must be a run on the digits, but it is a run on {data['source']}"
         raise InputError(message, field="transformer", given=str(workdir), expected="a run on the digits")
-    return load_splits(data["image_size"], data["split_seed"], data["val_fraction"])
+    return load_splits(data["image_size"], data["split_seed"], data["val_fraction"], channels)
 
 
 def sample_grid(model, seed: int) -> np.ndarray:
@@ -111,7 +111,7 @@ def report_digits(tokenizer_dir: Path, base: Drawn, refined: Drawn | None, stage
     began_s = time.monotonic()
     best = refined or base
     model = load(best.workdir)
-    splits = load_digits(base.workdir)
+    splits = load_digits(base.workdir, model.tokenizer.channels)
     real = Real(*splits["train"], *splits["val"])
     train, heldout = real.train, real.heldout
     samples = best.read_samples()

@@ -20,6 +20,7 @@ from mvar_jax.evaluation.image_sets import ImageSet
 from mvar_jax.evaluation.reference import IMAGES, ImageFile
 from mvar_jax.files.json_files import read_json
 from mvar_jax.files.npz_reader import NpzFile
+from mvar_jax.ops.pixels import repeat_grey
 from mvar_jax.progress import track
 
 LABELS = "arr_1"
@@ -85,7 +86,7 @@ def open_samples(field: str, path: Path, stack: contextlib.ExitStack) -> SampleS
 
 
 def of_npz(field: str, path: Path, stack: contextlib.ExitStack) -> SampleSet:
-    """Return the images of an .npz file; `arr_1` with an integer for each image holds the labels."""
+    """Return the images of an .npz file, grey ones three times; `arr_1` with an integer for each holds the labels."""
     images = ImageFile.open(field, path)
     with NpzFile(field, path) as file:
         header, labels_N = file.headers.get(LABELS), None
@@ -97,7 +98,8 @@ def of_npz(field: str, path: Path, stack: contextlib.ExitStack) -> SampleSet:
     if path.name == ARRAYS_FILE and options.exists():
         with contextlib.suppress(OSError, ValueError):  # it is somebody else's
             sampling = read_json(options, dict[str, Any])
-    read = stack.enter_context(images.reading())
+    read_stored = stack.enter_context(images.reading())
+    read = lambda rows: repeat_grey(read_stored(rows))
     return SampleSet(str(path), len(images), images.shape[1:3], read, about, labels_N, sampling=sampling)
 
 

@@ -182,6 +182,19 @@ def test_samples_of_a_model_are_those_of_sample_and_no_image_is_written(tiny_mod
     assert "seed=1 differs from 0, used for the evaluation in out" in capsys.readouterr().err
 
 
+def test_grey_images_are_scored_as_those_of_three_equal_channels():
+    """As samples, and as a reference that is saved; `sample` of a grey model writes such files."""
+    for name, images in (("samples", SAMPLES), ("reference", REFERENCES)):
+        np.savez(f"grey_{name}.npz", arr_0=images[..., :1])
+        np.savez(f"rgb_{name}.npz", arr_0=np.repeat(images[..., :1], 3, axis=-1))
+    grey, rgb = (
+        evaluate("--samples", f"{x}_samples.npz", "--reference", f"{x}_reference.npz", *saving, out=x)
+        for x, saving in (("grey", ["--save_reference", "saved.npz"]), ("rgb", []))
+    )
+    assert {name: grey[name] for name in SAMPLE_SCORES} == {name: rgb[name] for name in SAMPLE_SCORES}
+    assert len(read_reference("saved.npz").images) == 60
+
+
 def test_few_samples_of_a_model_are_spread_over_its_classes_with_a_warning(tmp_path, monkeypatch, capsys):
     transformer = small_case.TINY_MODULES["transformer"].clone(num_classes=10)
     modules = small_case.TINY_MODULES | {"transformer": transformer}
@@ -303,7 +316,8 @@ def test_published_scores_are_shown_beside_ours(capsys):
             "reference=none.npz is missing; docs/reproducing.md says where",
         ),
         (["--samples", "cut.npz"], "samples=cut.npz is not a usable .npz file"),
-        (["--samples", "floats.npz"], "arr_0 must have shape [any, any, any, 3], got float32 [4, 6, 6, 3]"),
+        (["--samples", "floats.npz"], "arr_0 must hold uint8 pixels from 0 to 255, got float32 [4, 6, 6, 3]; mvar_jax.files.images.to_uint8"),
+        (["--samples", "alpha.npz"], "arr_0 must be grey or RGB, got uint8 [9, 6, 6, 4]: Inception does not know"),
         (["--samples", "large.npz"], "samples must have the reference's 6 x 6 pixels, got 8 x 8 pixels"),
         (["--samples", "three.npz"], "samples must have at least 4 images, got 3"),
         (["--samples", "empty"], "samples=empty holds no image files"),
@@ -332,6 +346,7 @@ def test_bad_input_is_refused_in_one_sentence_before_anything_is_written(capsys,
 def make_bad_files() -> None:
     Path("cut.npz").write_bytes(Path("samples.npz").read_bytes()[:-40])
     np.savez("floats.npz", arr_0=np.zeros((4, 6, 6, 3), np.float32))
+    np.savez("alpha.npz", arr_0=np.zeros((9, 6, 6, 4), np.uint8))
     np.savez("large.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
     np.savez("three.npz", arr_0=SAMPLES[:3])
     Path("empty").mkdir()
