@@ -80,20 +80,11 @@ class Order:
 
     def identity(self, networks: Networks) -> dict:
         """Return everything that the files' bytes depend on, by the names of the command's options."""
-        model = networks.transformer
-        others: dict[str, str | None] = {"refiner": None, "switch": None}  # older folders have neither
-        if networks.refiner is not None:
-            others["refiner"] = "weights " + fingerprint(networks.refiner, networks.refiner_params)[:16]
-        if networks.later is not None:
-            later = self.identity(networks.parts()[1])
-            weights = [later["checkpoint"], later["refiner"]]
-            others["switch"] = f"{networks.switch}: {', refiner '.join(filter(None, weights))}"
+        model, weights = networks.transformer, identify_weights(networks)
         return {
             # the precision is part of it; folders of 0.1.0 do not name one
             "dtype": jnp.dtype(model.dtype).name + ", exact" * (model.precision == EXACT),
-            "checkpoint": "weights "
-            + fingerprint(model, networks.params)[:16]
-            + fingerprint(networks.tokenizer, networks.tokenizer_params)[:16],
+            "checkpoint": weights["checkpoint"],
             "labels": _as_ranges(self.labels),
             "num": self.num,
             **dataclasses.asdict(self.options),
@@ -102,7 +93,8 @@ class Order:
             "save_tokens": self.saves_tokens,
             "truncate_uint8": self.truncates,
             **({} if self.is_by_label else {ORDER_KEY: self._describe_rounds()}),
-            **others,
+            "refiner": weights["refiner"],
+            "switch": weights["switch"],
         }
 
     @property
@@ -111,6 +103,23 @@ class Order:
 
     def _describe_rounds(self) -> str:
         return "round-robin" + ", the last round spread over the labels" * bool(self._total % len(self.labels))
+
+
+def identify_weights(networks: Networks) -> dict[str, str | None]:
+    """Return the part of `Order.identity` that tells weights: checkpoint, refiner and switch; None for no such part.
+
+    Older folders have neither of the last two.
+    """
+    model, refiner, switch = networks.transformer, None, None
+    if networks.refiner is not None:
+        refiner = "weights " + fingerprint(networks.refiner, networks.refiner_params)[:16]
+    if networks.later is not None:
+        later = identify_weights(networks.parts()[1])
+        words = ", refiner ".join(filter(None, (later["checkpoint"], later["refiner"])))
+        switch = f"{networks.switch}: {words}"
+    checkpoint = fingerprint(model, networks.params)[:16]
+    checkpoint += fingerprint(networks.tokenizer, networks.tokenizer_params)[:16]
+    return {"checkpoint": f"weights {checkpoint}", "refiner": refiner, "switch": switch}
 
 
 def is_by_label(out: Path) -> bool:

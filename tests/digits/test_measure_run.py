@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import small_case
 
+import mvar_jax
 from mvar_jax.__main__ import main
 from mvar_jax.checkpoints.model_directory import save_model
 from mvar_jax.digits import measure_run
@@ -55,3 +56,30 @@ def test_a_run_of_grey_digits_is_reported(tmp_path, quick):
     draw_samples(root, tmp_path / "samples", "--save_tokens")
     report_digits(root, Drawn(root, tmp_path / "samples"), None, {}, tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["figures"]["num_samples"] == NUM
+
+
+def refuse(capfd, root, samples, out, *words: str) -> None:
+    stages = out.with_suffix(".json")
+    stages.write_text("{}")
+    line = ["report", f"--transformer={root}", f"--tokenizer={root}", f"--samples={samples}", f"--stages={stages}"]
+    capfd.readouterr()
+    assert main([*line, f"--out={out}"]) == 2
+    error = capfd.readouterr().err
+    assert all(word in error for word in words), error
+    assert not (out / "samples.png").exists()
+
+
+def test_samples_of_another_model_or_without_tokens_are_refused(tmp_path, capfd):
+    root, other = save_run(tmp_path / "run"), save_run(tmp_path / "other", seed=1)
+    draw_samples(other, tmp_path / "samples", "--save_tokens")
+    refuse(capfd, root, tmp_path / "samples", tmp_path / "out", "must hold samples of the last checkpoint of", "draw")
+    draw_samples(root, tmp_path / "bare")
+    words = "must be a finished folder of `mvar sample --save_tokens`, but has no tokens.npz"
+    refuse(capfd, root, tmp_path / "bare", tmp_path / "out", words)
+
+
+@pytest.mark.parametrize("more", [(), ("--dtype", "bfloat16"), ("--precision", "exact")])
+def test_samples_of_any_dtype_are_those_of_their_run(tmp_path, more):
+    root = save_run(tmp_path / "run")
+    draw_samples(root, tmp_path / "samples", "--save_tokens", *more)
+    Drawn(root, tmp_path / "samples").check_samples(mvar_jax.load(root).networks)
