@@ -105,6 +105,7 @@ def draw_samples(args, preset) -> tuple[Any, Any]:
     from mvar_jax.evaluation.published import NUM_SAMPLES
     from mvar_jax.evaluation.sample_sets import SampleSet
     from mvar_jax.files.paths import as_path
+    from mvar_jax.ops.pixels import check_scored
     from mvar_jax.sampling.bulk import sample_reader
     from mvar_jax.sampling.order import Order
 
@@ -116,6 +117,7 @@ def draw_samples(args, preset) -> tuple[Any, Any]:
     names = class_names_of(as_path(args.checkpoint, "checkpoint"))
     labels = None if args.labels is None else names.numbers_of(args.labels)
     model, networks, mesh = load_for_sampling(args)
+    check_scored(model.tokenizer.channels, "--inception")
     labels = model.labels(range(model.num_classes) if labels is None else labels)
     options.check_scales(len(model.tokenizer.sides))
     drawing = {"seed": args.seed, "batch_size": args.batch_size, "truncates": args.truncate_uint8}

@@ -108,12 +108,15 @@ def run(args) -> int:
     from mvar_jax.evaluation.sample_sets import SampleSet
     from mvar_jax.evaluation.sweep import AXES, CSV_FILE, Point, Sweep, describe
     from mvar_jax.files.directories import remove_tree
+    from mvar_jax.ops.pixels import check_scored
     from mvar_jax.processes.holding import UNFINISHED, owned_folder
     from mvar_jax.sampling.order import Order
     from mvar_jax.stopping import StopFlag
 
     args.refiner, args.refine_scales = "on", None  # the grid says which scales
     model, networks, mesh = load_for_sampling(args)
+    if args.reference is not None:
+        check_scored(model.tokenizer.channels, "--reference")
     for options in grid:
         options.check_scales(len(model.tokenizer.sides))
     points = {

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mvar_jax.data.decoding import FORMATS, BadImage, open_rgb
+from mvar_jax.data.decoding import FORMATS, BadImage, has_visible_alpha, open_rgb
 from mvar_jax.data.folder import find_images
 from mvar_jax.data.protocols import digest
 from mvar_jax.errors import InputError, shorten
@@ -104,7 +104,7 @@ def of_npz(field: str, path: Path, stack: contextlib.ExitStack) -> SampleSet:
 
 
 class _Header(NamedTuple):
-    """What is known of an image file before it is decoded."""
+    """What is known of an image file without its pixels."""
 
     size: tuple[int, int]
     format: str | None
@@ -129,9 +129,13 @@ def of_folder(field: str, folder: Path) -> SampleSet:
         try:
             data = (folder / name).read_bytes()
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _Header((image.height, image.width), image.format, len(data), zlib.crc32(data))
+                header = _Header((image.height, image.width), image.format, len(data), zlib.crc32(data))
+                is_opaque = not has_visible_alpha(image)
         except Exception as error:  # Pillow's readers raise anything at all on damaged bytes
             raise refuse(name, f"cannot be read as an image: {shorten(error)}") from None
+        if not is_opaque:
+            raise refuse(name, "has transparent pixels, and Inception does not know alpha: put it on a background")
+        return header
 
     def load(name: str) -> np.ndarray:
         try:

@@ -195,6 +195,24 @@ def test_grey_images_are_scored_as_those_of_three_equal_channels():
     assert len(read_reference("saved.npz").images) == 60
 
 
+def test_pngs_with_opaque_alpha_are_scored():
+    save_pngs("opaque", [np.dstack([x, np.full((6, 6), 255, np.uint8)]) for x in SAMPLES])
+    save_pngs("pngs", SAMPLES)
+    assert evaluate("--samples", "opaque")["fid"] == evaluate("--samples", "pngs", out="again")["fid"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sweep"])
+def test_a_model_of_images_with_alpha_is_refused_before_it_draws(command, tmp_path, monkeypatch, capsys):
+    tokenizer = small_case.TINY_MODULES["tokenizer"].clone(channels=4)
+    modules = small_case.TINY_MODULES | {"tokenizer": tokenizer}
+    save_model(tmp_path / "rgba", modules, {kind: small_case.seeded_params(module) for kind, module in modules.items()})
+    monkeypatch.setattr(bulk, "sample", None)
+    line = [command, "--checkpoint", "rgba", "--reference", "reference.npz", "--inception", "x.npz", "--out", "out"]
+    assert main([*line, "--num_samples", "9"]) == 2
+    assert "needs a tokenizer of images of 1 or 3 channels, got 4" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_few_samples_of_a_model_are_spread_over_its_classes_with_a_warning(tmp_path, monkeypatch, capsys):
     transformer = small_case.TINY_MODULES["transformer"].clone(num_classes=10)
     modules = small_case.TINY_MODULES | {"transformer": transformer}
@@ -323,6 +341,7 @@ def test_published_scores_are_shown_beside_ours(capsys):
         (["--samples", "empty"], "samples=empty holds no image files"),
         (["--samples", "mixed"], "which has 8 x 8 pixels, unlike a/000.png with 6 x 6"),
         (["--samples", "broken"], "samples=broken holds a/000.png, which cannot be read as an image"),
+        (["--samples", "clear"], "clear holds a/000.png, which has transparent pixels, and Inception does not know"),
         (["--samples", "begun"], "samples=begun holds samples that are not complete; run the same `mvar sample`"),
         (["--reference", "wide.npz"], "mu must have shape [6], got float64 [7]"),
         (["--reference", "nan.npz"], "mu or sigma is not finite"),
@@ -354,6 +373,7 @@ def make_bad_files() -> None:
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save("mixed/a/002.png")
     save_pngs("broken", SAMPLES[:4])
     Path("broken/a/000.png").write_bytes(b"no image")
+    save_pngs("clear", [np.dstack([x, np.full((6, 6), 254, np.uint8)]) for x in SAMPLES[:4]])
     save_pngs("begun", SAMPLES[:4])
     Path("begun/samples.json").write_text("{}")
     eye, network = np.eye(6), np.array([json.dumps({"f": "ffff"})])
