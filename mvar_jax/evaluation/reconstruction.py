@@ -208,7 +208,7 @@ def note_exact(num: int) -> str:
 def score_table(names: Sequence[str], scores_N2: np.ndarray) -> tuple[str, tuple[str, ...]]:
     """Return (table of PSNR and SSIM of each image and, last, of their means, notes).
 
-    The mean PSNR is of the images that have an error, as in `evaluate --tokenizer`; a score that does not exist is "-".
+    The mean PSNR is of the images that have an error, as in `evaluate --tokenizer`; a score that is not known is "-".
     """
     db_N, similarity_N = scores_N2.T
     has_error_N = np.isfinite(db_N)

@@ -1,7 +1,7 @@
 """Reference sets and samples as .npz files in the published form, and the statistics of a reference.
 
-`arr_0` holds images `[N, Y, X, 3] uint8`, or grey ones `[N, Y, X, 1]`. A reference may also hold `mu`, `sigma` (mean and covariance of the pool
-features of the whole training set) and `mu_s`, `sigma_s` (the same of the spatial features).
+`arr_0` holds images `[N, Y, X, 3] uint8`, or grey ones `[N, Y, X, 1]`. A reference may also hold `mu`, `sigma` (mean
+and covariance of the pool features of the whole training set) and `mu_s`, `sigma_s` (those of the spatial features).
 """
 
 import contextlib

@@ -241,7 +241,9 @@ def find_label_warnings(samples: SampleSet) -> list[str]:
         return found
     num, num_model = balance["num_classes"], samples.num_model_classes
     if num_model is not None and num < num_model:
-        found.append(f"the labels are {num} of the model's {num_model} classes: the scores are of these classes alone")
+        found.append(
+            f"the labels are {num} of the model's {num_model} classes: the scores are of these classes alone"
+        )
     if balance["fewest"] != balance["most"]:
         found.append(
             f"the labels are unbalanced, {balance['fewest']} to {balance['most']} images of each of {num} classes: "

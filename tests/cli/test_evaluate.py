@@ -205,7 +205,9 @@ def test_pngs_with_opaque_alpha_are_scored():
 def test_a_model_of_images_with_alpha_is_refused_before_it_draws(command, tmp_path, monkeypatch, capsys):
     tokenizer = small_case.TINY_MODULES["tokenizer"].clone(channels=4)
     modules = small_case.TINY_MODULES | {"tokenizer": tokenizer}
-    save_model(tmp_path / "rgba", modules, {kind: small_case.seeded_params(module) for kind, module in modules.items()})
+    save_model(
+        tmp_path / "rgba", modules, {kind: small_case.seeded_params(module) for kind, module in modules.items()}
+    )
     monkeypatch.setattr(bulk, "sample", None)
     line = [command, "--checkpoint", "rgba", "--reference", "reference.npz", "--inception", "x.npz", "--out", "out"]
     assert main([*line, "--num_samples", "9"]) == 2
@@ -216,7 +218,9 @@ def test_a_model_of_images_with_alpha_is_refused_before_it_draws(command, tmp_pa
 def test_few_samples_of_a_model_are_spread_over_its_classes_with_a_warning(tmp_path, monkeypatch, capsys):
     transformer = small_case.TINY_MODULES["transformer"].clone(num_classes=10)
     modules = small_case.TINY_MODULES | {"transformer": transformer}
-    save_model(tmp_path / "ten", modules, {kind: small_case.seeded_params(module) for kind, module in modules.items()})
+    save_model(
+        tmp_path / "ten", modules, {kind: small_case.seeded_params(module) for kind, module in modules.items()}
+    )
     drawn = []
 
     def draw(networks, labels_B, keys_B, options, outputs):
@@ -334,7 +338,10 @@ def test_published_scores_are_shown_beside_ours(capsys):
             "reference=none.npz is missing; docs/reproducing.md says where",
         ),
         (["--samples", "cut.npz"], "samples=cut.npz is not a usable .npz file"),
-        (["--samples", "floats.npz"], "arr_0 must hold uint8 pixels from 0 to 255, got float32 [4, 6, 6, 3]; mvar_jax.files.images.to_uint8"),
+        (
+            ["--samples", "floats.npz"],
+            "arr_0 must hold uint8 pixels from 0 to 255, got float32 [4, 6, 6, 3]; mvar_jax.files.images.to_uint8",
+        ),
         (["--samples", "alpha.npz"], "arr_0 must be grey or RGB, got uint8 [9, 6, 6, 4]: Inception does not know"),
         (["--samples", "large.npz"], "samples must have the reference's 6 x 6 pixels, got 8 x 8 pixels"),
         (["--samples", "three.npz"], "samples must have at least 4 images, got 3"),
