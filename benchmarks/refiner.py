@@ -76,7 +76,7 @@ def drawing_seconds(model) -> float:
 def measure_digits(report: Report, args: argparse.Namespace) -> None:
     """Add the table of samples, a transformer's figures once for all its refiners, and that of times."""
     runs, seen = [Path(run) for run in args.runs.split(",")], set()
-    splits = load_digits(runs[0])
+    splits = load_digits(runs[0], mvar_jax.load(runs[0], args.which).tokenizer.channels)
     judges = Judges(Real(*splits["train"], *splits["val"]))
     settings = [*((0.0, temperature) for temperature in args.temperature), GUIDED]
     for run in runs:

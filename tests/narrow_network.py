@@ -17,7 +17,7 @@ class NarrowExtractor:
     def __init__(self, weights, batch_size=None, dtype="float32"):
         self.batch_size, self.dtype = batch_size or 8, dtype
 
-    def stream(self, batches):
+    def stream(self, batches, reads_ahead=True):
         for pixels in batches:
             NarrowExtractor.num_seen += len(pixels)
             yield features_of(pixels, self.dtype)

@@ -112,7 +112,10 @@ def _add_models(parser) -> None:
 
 def _add_drawing(parser) -> None:
     parser.add_argument(
-        "--num_samples", type=int, metavar="N", help="number of samples, of all labels in turn (default 50000)"
+        "--num_samples",
+        type=int,
+        metavar="N",
+        help="number of samples, of all labels in turn, or of labels spread evenly if they are fewer (default 50000)",
     )
     parser.add_argument("--labels", metavar="L,L", help="as in `mvar sample` (default: all classes)")
     add_sampling_arguments(parser)

@@ -84,7 +84,17 @@ def open_samples(args, preset, stack: contextlib.ExitStack) -> tuple[Any, Any]:
 
     if args.checkpoint is not None:
         return draw_samples(args, preset)
-    return (open_stored("samples", as_path(args.samples, "samples"), stack) if args.samples else None), None
+    if args.samples is None:
+        return None, None
+    samples = open_stored("samples", as_path(args.samples, "samples"), stack)
+    print_notes(samples.notes)
+    return samples, None
+
+
+def print_notes(notes: tuple[str, ...]) -> None:
+    """Print notes on images in the first process, a line each."""
+    for note in notes if group.current().index == 0 else ():
+        print(note, flush=True)
 
 
 def draw_samples(args, preset) -> tuple[Any, Any]:
@@ -95,6 +105,7 @@ def draw_samples(args, preset) -> tuple[Any, Any]:
     from mvar_jax.evaluation.published import NUM_SAMPLES
     from mvar_jax.evaluation.sample_sets import SampleSet
     from mvar_jax.files.paths import as_path
+    from mvar_jax.ops.pixels import check_scored
     from mvar_jax.sampling.bulk import sample_reader
     from mvar_jax.sampling.order import Order
 
@@ -106,14 +117,15 @@ def draw_samples(args, preset) -> tuple[Any, Any]:
     names = class_names_of(as_path(args.checkpoint, "checkpoint"))
     labels = None if args.labels is None else names.numbers_of(args.labels)
     model, networks, mesh = load_for_sampling(args)
+    check_scored(model.tokenizer.channels, "--inception")
     labels = model.labels(range(model.num_classes) if labels is None else labels)
     options.check_scales(len(model.tokenizer.sides))
-    each = -(-num // len(labels))
-    order = Order(tuple(labels.tolist()), each, options, args.seed, args.batch_size, truncates=args.truncate_uint8)
-    side, about = model.tokenizer.image_size, order.identity(networks) | {"num_samples": num}
+    drawing = {"seed": args.seed, "batch_size": args.batch_size, "truncates": args.truncate_uint8}
+    order = Order.of_total(tuple(labels.tolist()), num, options, **drawing)
+    side, about = model.tokenizer.image_size, {"num_samples": num, **order.identity(networks)}
     read = sample_reader(networks, order, mesh)
-    labels_N = order.labels_N[:num]
-    return SampleSet(args.checkpoint, num, (side, side), read, about, labels_N, sampling=about), model.transformer
+    classes = {"labels_N": order.labels_N, "num_model_classes": model.num_classes}
+    return SampleSet(args.checkpoint, num, (side, side), read, about, **classes, sampling=about), model.transformer
 
 
 def fill_in(args, preset) -> None:
@@ -166,8 +178,7 @@ def open_reference(args, samples, stack: contextlib.ExitStack) -> Any:
         check_positive(args, "image_size")
     side = samples.size[0] if samples else args.image_size
     found = open_images(text, side, as_path(args.out, "out"), field="reference")
-    for note in found.notes if group.current().index == 0 else ():
-        print(note, flush=True)
+    print_notes(found.notes)
     images = of_image_set("reference", text, found, (side, side))
     num = min(MANIFOLD_IMAGES, images.num_images)
     return ReferenceSet(text, None, None, images, num, {"reference": dict(found.about)}, {})

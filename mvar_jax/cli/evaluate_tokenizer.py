@@ -106,6 +106,7 @@ def compute(folder, images, scorer) -> dict[str, Any]:
 def evaluation_of(scores: dict[str, Any], settings: dict[str, Any], structure: dict[str, Any], warnings):
     """Return the `Evaluation`, with the published figures if the tokenizer has VAR's structure."""
     from mvar_jax.evaluation.published import NUM_SAMPLES
+    from mvar_jax.evaluation.reconstruction import NO_SSIM, note_exact
     from mvar_jax.evaluation.report import Evaluation
     from mvar_jax.evaluation.tokenizer_report import VAR_TOKENIZER, VAR_TOKENIZER_SCORES, table_of
 
@@ -118,12 +119,12 @@ def evaluation_of(scores: dict[str, Any], settings: dict[str, Any], structure: d
         last = scores["skipped"][-1]
         notes.append(f"{bad} images cannot be used and are left out; the last is {last['name']}: {last['reason']}")
     if exact:
-        notes.append(f"{exact} images have no error and are left out of PSNR, which is infinite for them")
+        notes.append(note_exact(exact))
     for name, title, option in (("rfid", "rFID", "--inception"), ("lpips", "LPIPS", "--lpips")):
         if scores[name] is None:
             notes.append(f"no {title}: give {option} FILE")
     if scores["ssim"] is None:
-        notes.append("no SSIM: its window of 11 x 11 pixels is larger than the images")
+        notes.append(NO_SSIM)
     published = dict(VAR_TOKENIZER_SCORES) if is_var else {}
     details = table_of(scores["by_scale"])
     return Evaluation(scores, settings, published, "VAR" * is_var, warnings, tuple(notes), details)

@@ -76,8 +76,9 @@ def run(args) -> int:
     files = f"{len(images.names)} images, names and pixels {images.digest}"
     identity = options_of(args, "batch_size", "which") | {"checkpoint": weights, "images": files}
     with owned_folder("out", out, "reconstruct", identity):
-        table = write_reconstructions(model, images, out, args.batch_size, args.save_tokens)
+        table, notes = write_reconstructions(model, images, out, args.batch_size, args.save_tokens)
     print(table if len(images.names) <= MAX_SHOWN else table.splitlines()[-1])
+    print("".join(f"{note}\n" for note in notes), end="")
     print("".join(f"bad: {line}\n" for line in bad[:MAX_SHOWN]), end="")
     if len(bad) > MAX_SHOWN:
         print(f"and {len(bad) - MAX_SHOWN} more: see {out / TABLE_FILE}")

@@ -40,7 +40,7 @@ def run(args) -> int:
         raise InputError(message, field="stages", given=args.stages, expected="a JSON log") from None
     with hold("out", paths["out"]):
         base = Drawn(paths["transformer"], paths["samples"])
-        refined = Drawn(paths["refiner"], paths["refined_samples"]) if "refiner" in paths else None
+        refined = Drawn(paths["refiner"], paths["refined_samples"], "refined_samples") if "refiner" in paths else None
         passed = report_digits(paths["tokenizer"], base, refined, stages, paths["out"])
     print((paths["out"] / "report.md").read_text())
     print("all requirements passed" if passed else "some requirements failed, see the table")

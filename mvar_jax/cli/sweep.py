@@ -80,7 +80,7 @@ def _add_drawing(parser) -> None:
         type=int,
         default=NUM_SAMPLES,
         metavar="N",
-        help=f"samples of all labels in turn (default {NUM_SAMPLES})",
+        help=f"samples of all labels in turn, or of labels spread evenly if they are fewer (default {NUM_SAMPLES})",
     )
     parser.add_argument("--labels", metavar="L,L", help="as in `mvar sample` (default: all classes)")
     parser.add_argument("--smooth", action="store_true", help="as in `mvar sample`")
@@ -105,14 +105,18 @@ def run(args) -> int:
     labels = None if args.labels is None else names.numbers_of(args.labels)
     use_compilation_cache(AUTO)
 
+    from mvar_jax.evaluation.sample_sets import SampleSet
     from mvar_jax.evaluation.sweep import AXES, CSV_FILE, Point, Sweep, describe
     from mvar_jax.files.directories import remove_tree
+    from mvar_jax.ops.pixels import check_scored
     from mvar_jax.processes.holding import UNFINISHED, owned_folder
     from mvar_jax.sampling.order import Order
     from mvar_jax.stopping import StopFlag
 
     args.refiner, args.refine_scales = "on", None  # the grid says which scales
     model, networks, mesh = load_for_sampling(args)
+    if args.reference is not None:
+        check_scored(model.tokenizer.channels, "--reference")
     for options in grid:
         options.check_scales(len(model.tokenizer.sides))
     points = {
@@ -121,15 +125,18 @@ def run(args) -> int:
         for point in [Point(options, text, refined)]
     }
     labels = model.labels(range(model.num_classes) if labels is None else labels)
-    each = -(-args.num_samples // len(labels))
-    order = Order(tuple(labels.tolist()), each, grid[0], args.seed, args.batch_size, truncates=args.truncate_uint8)
+    drawing = {"seed": args.seed, "batch_size": args.batch_size, "truncates": args.truncate_uint8}
+    order = Order.of_total(tuple(labels.tolist()), args.num_samples, grid[0], **drawing)
+    side, classes = model.tokenizer.image_size, {"labels_N": order.labels_N, "num_model_classes": model.num_classes}
+    some = SampleSet("samples", args.num_samples, (side, side), lambda rows: None, {}, **classes)
     with contextlib.ExitStack() as stack:
-        judge, least = open_judge(args, checkpoint, model, out / UNFINISHED, stack)
-        side = model.tokenizer.image_size
-        sweep = Sweep([*points.values()], order, args.num_samples, (side, side), mesh, judge, least)
-        identity = {name: value for name, value in order.identity(networks).items() if name not in AXES}
-        identity |= {"num_samples": args.num_samples, **judge.about}
+        judge, least = open_judge(args, checkpoint, some, out / UNFINISHED, stack)
+        sweep = Sweep([*points.values()], order, some.size, mesh, judge, least)
+        same = {name: value for name, value in order.identity(networks).items() if name not in AXES}
+        identity = {"num_samples": args.num_samples, **same, **judge.about}
         stack.enter_context(owned_folder("out", out, "sweep", identity))
+        for warning in judge.warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
         stop = stack.enter_context(StopFlag(notice="stopping after this batch"))
         rows = sweep.run(out, stop.raise_if_set)
         remove_tree(out / UNFINISHED)
@@ -168,19 +175,19 @@ def refinements(networks, texts: list[str]) -> list[tuple[str, Any]]:
     return found
 
 
-def open_judge(args, checkpoint, model, unfinished, stack: contextlib.ExitStack) -> tuple[Any, float]:
-    """Return (the `Judge`, the quality that the chosen point must have).
+def open_judge(args, checkpoint, some, unfinished, stack: contextlib.ExitStack) -> tuple[Any, float]:
+    """Return (the `Judge`, the quality that the chosen point must have). some: a `SampleSet` as those to be scored.
 
     Raises InputError if the reference or the network cannot be used, or the samples are too few or of no known data.
     """
     if args.reference is None:
-        judge, least = judge_of_digits(args, checkpoint, model)
+        judge, least = judge_of_digits(args, checkpoint, some)
     else:
-        judge, least = judge_of_reference(args, model, unfinished, stack), 0.0
+        judge, least = judge_of_reference(args, some, unfinished, stack), 0.0
     return judge, least if args.least is None else args.least
 
 
-def judge_of_digits(args, checkpoint, model) -> tuple[Any, float]:
+def judge_of_digits(args, checkpoint, some) -> tuple[Any, float]:
     """Return (the judge of a run on the digits, the share of recognised samples that the report requires)."""
     import numpy as np
 
@@ -188,6 +195,7 @@ def judge_of_digits(args, checkpoint, model) -> tuple[Any, float]:
     from mvar_jax.digits.report import REQUIREMENTS
     from mvar_jax.digits.scorer import DigitScorer
     from mvar_jax.evaluation.image_sets import CONFIG_FILE, WorkdirConfig
+    from mvar_jax.evaluation.scoring import find_label_warnings
     from mvar_jax.evaluation.sweep import Judge
     from mvar_jax.fields import from_dict
     from mvar_jax.files.json_files import read_json
@@ -206,7 +214,7 @@ def judge_of_digits(args, checkpoint, model) -> tuple[Any, float]:
     if args.num_samples < 2:
         message = "--num_samples must be at least 2, as a covariance needs, got 1"
         raise InputError(message, field="num_samples", given=1, expected="at least 2")
-    scorer = DigitScorer(model.tokenizer.image_size, data.split_seed, data.val_fraction, args.num_samples)
+    scorer = DigitScorer(some.size[0], data.split_seed, data.val_fraction, args.num_samples)
     distance, quality = scorer.names
 
     def score(samples) -> dict[str, float]:
@@ -216,26 +224,24 @@ def judge_of_digits(args, checkpoint, model) -> tuple[Any, float]:
 
     about = {"reference": {"source": "digits", "split_seed": data.split_seed, "val_fraction": data.val_fraction}}
     bound = next(row.bound for row in REQUIREMENTS if row.figure == "judge_sample_accuracy")
-    return Judge(distance, quality, score, about), float(bound)
+    return Judge(distance, quality, score, about, find_label_warnings(some)), float(bound)
 
 
-def judge_of_reference(args, model, unfinished, stack: contextlib.ExitStack) -> Any:
+def judge_of_reference(args, some, unfinished, stack: contextlib.ExitStack) -> Any:
     """Return the judge by FID and inception score, as `evaluate` computes them, against --reference."""
     from mvar_jax.cli.evaluate_samples import check_network, open_network, open_reference
-    from mvar_jax.evaluation.sample_sets import SampleSet
-    from mvar_jax.evaluation.scoring import Comparison, check_sets
+    from mvar_jax.evaluation.scoring import Comparison, check_sets, find_warnings
     from mvar_jax.evaluation.sweep import Judge
     from mvar_jax.files.directories import remove_tree
 
     if args.inception_batch is not None:
         check_positive(args, "inception_batch")
-    weights, side, asked = open_network(args), model.tokenizer.image_size, ("fid", "inception_score")
-    some = SampleSet("samples", args.num_samples, (side, side), lambda rows: None, {})
+    weights, asked = open_network(args), ("fid", "inception_score")
     args.image_size = None  # the samples' own
     reference = open_reference(args, some, stack)
     check_network(reference, weights)
     check_sets(some, reference, asked)
-    comparison = Comparison(some, reference, weights, asked, batch_size=args.inception_batch)
+    comparison = Comparison(some, reference, weights, asked, batch_size=args.inception_batch, reads_ahead=False)
 
     def score(samples) -> dict[str, float]:
         remove_tree(unfinished / "samples")  # features of another point
@@ -243,4 +249,4 @@ def judge_of_reference(args, model, unfinished, stack: contextlib.ExitStack) -> 
         return {name: found[name] for name in asked}
 
     about = {"inception": sorted(weights.sources.values()), **reference.about}
-    return Judge(*asked, score, about)
+    return Judge(*asked, score, about, find_warnings(comparison))

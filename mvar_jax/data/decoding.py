@@ -79,6 +79,13 @@ def _is_negative(image: Image.Image) -> bool:
     return tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO
 
 
+def has_visible_alpha(image: Image.Image) -> bool:
+    """Return whether an image has pixels that are not opaque; decodes it if it has alpha at all."""
+    if not (image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info):
+        return False
+    return image.convert(_BETWEEN.get(image.mode, "RGBA")).getchannel("A").getextrema()[0] < 255
+
+
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode in _SIXTEEN_BITS:  # Pillow's own conversion clips at 255
         pixels_YX = np.asarray(image).astype(np.int64)

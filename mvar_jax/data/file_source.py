@@ -72,6 +72,13 @@ def note_ignored(where: object, kinds: Counter[str], first: str) -> tuple[str, .
     return (f"{where}: {kinds.total():,} files of other kinds are ignored: {counts} (first: {first})",)
 
 
+def note_figures(where: object, figures: Iterable[str]) -> tuple[str, ...]:
+    """Return the note on figures of our commands that are left out, see `find_figures`, () without any."""
+    figures = sorted(figures)
+    words = "files left out, which show several images or curves"
+    return (f"{where}: {len(figures):,} {words}: {list_some(figures)}",) if figures else ()
+
+
 def note_empty(where: object, source: FileSource) -> tuple[str, ...]:
     """Return the note on classes that have no images, () without any."""
     is_empty = np.bincount(source.labels, minlength=source.num_classes) == 0

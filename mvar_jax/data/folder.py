@@ -18,11 +18,12 @@ import numpy as np
 
 from mvar_jax.data.decoding import SUFFIXES
 from mvar_jax.data.file_reading import read_or_skip, size_on_disk
-from mvar_jax.data.file_source import FileSource, list_some, note_empty, note_ignored
+from mvar_jax.data.file_source import FileSource, list_some, note_empty, note_figures, note_ignored
 from mvar_jax.data.label_file import read_labels
 from mvar_jax.data.names import Names
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.paths import as_path, is_store
+from mvar_jax.processes.holding import find_figures
 
 ONE_CLASS = "images"  # name of the class of a folder without class folders
 LABELS_FILE = "val.txt"
@@ -129,9 +130,15 @@ def _find_files(folder: Path) -> dict[str, int]:
     return {name: size for name, size in found.items() if name[0] != "_" or "/" not in name}
 
 
-def find_images(folder: Path) -> list[str]:
-    """Return the image files below a folder, by name relative to it and in order, without hidden ones."""
-    return sorted(name for name in _find_files(folder) if name.lower().endswith(SUFFIXES))
+def find_images(folder: Path) -> tuple[list[str], tuple[str, ...]]:
+    """Return (image files below a folder, by name relative to it and in order, notes).
+
+    Hidden ones are left out, and figures that one of our commands wrote, with a note.
+    """
+    found = _find_files(folder)
+    figures = find_figures(found)
+    names = sorted(name for name in found if name.lower().endswith(SUFFIXES) and name not in figures)
+    return names, note_figures(folder, figures)
 
 
 def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:

@@ -10,9 +10,11 @@ import numpy as np
 
 from mvar_jax.data.decoding import SUFFIXES, BadImage
 from mvar_jax.data.file_reading import read_or_skip, size_on_disk
+from mvar_jax.data.file_source import note_figures
 from mvar_jax.data.protocols import ImageSource, digest
 from mvar_jax.errors import InputError, shorten
 from mvar_jax.files.paths import is_store
+from mvar_jax.processes.holding import find_figures
 
 NUM_THREADS = 16  # a network file system answers slowly, but many at once
 
@@ -62,6 +64,8 @@ def _sizes_of(folder: Path, names: list[str]) -> list[int]:
 def find_images(path: Path, out: Path, field: str = "images") -> tuple[Path, list[str], tuple[str, ...]]:
     """Return (folder, names of its images in order, notes); a single file alone.
 
+    Grids and other figures that one of our commands wrote beside its images are left out, with a note.
+
     out: a folder whose files are left out. Raises InputError if there are none.
     """
     expected, reason, names = f"an image file or a folder of {', '.join(SUFFIXES)} files", "", []
@@ -69,11 +73,15 @@ def find_images(path: Path, out: Path, field: str = "images") -> tuple[Path, lis
     try:
         if path.is_dir():
             found = _list_files(path, out)
-            names = [name for name in found if name.lower().endswith(SUFFIXES)]
-            if others := len(found) - len(names):
-                other = next(name for name in found if not name.lower().endswith(SUFFIXES))
-                words = f"{others} of {len(found)} files left out, no images by their names, such as {other}"
-                notes = (f"{path}: {words}",)
+            figures = find_figures(found)
+            others = [name for name in found if not name.lower().endswith(SUFFIXES)]
+            names = sorted({*found} - {*others} - figures)
+            notes = note_figures(path, figures)
+            if others:
+                words = f"{len(others)} of {len(found)} files left out, no images by their names, such as {others[0]}"
+                notes += (f"{path}: {words}",)
+            if figures and not names:
+                reason = " (its images show several side by side; give reconstructions.npz if it holds one)"
         elif path.exists():
             return path.parent, [path.name], ()
     except OSError as error:

@@ -1,15 +1,18 @@
 """Measurement of a digits run on the real held-out fifth, from the files that its stages wrote."""
 
+import itertools
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
 
 from mvar_jax.api import load
+from mvar_jax.checkpoints.model_directory import DTYPES
 from mvar_jax.digits.curves import Curves, plot_curves
 from mvar_jax.digits.quality import Real, Samples
 from mvar_jax.digits.report import Validation, measure, write_report
@@ -20,6 +23,10 @@ from mvar_jax.files.images import save_png, side_by_side, tile_grid, to_uint8
 from mvar_jax.files.json_files import read_json
 from mvar_jax.files.lines import read_lines
 from mvar_jax.files.npz import load_npz, save_npz
+from mvar_jax.models.networks import Networks
+from mvar_jax.processes.holding import OUTPUTS
+from mvar_jax.sampling.bulk import SAMPLES_FILE, TOKENS_FILE
+from mvar_jax.sampling.order import identify_weights
 from mvar_jax.scales import areas_of
 from mvar_jax.training.tokenizer_step import count_hits
 
@@ -52,10 +59,10 @@ def column(lines: list[dict], name: str) -> tuple[list[int], list]:
     return [line["step"] for line in lines], [line[name] for line in lines]
 
 
-def load_digits(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the run's data by split, not augmented: (images `[N, Y, X, 3] uint8`, labels `[N]`).
+def load_digits(workdir: Path, channels: int = 3) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the run's data by split, not augmented: (images `[N, Y, X, channels] uint8`, labels `[N]`).
 
-    Raises InputError if the run did not train on the digits.
+    channels: those of the run's tokenizer. Raises InputError if the run did not train on the digits.
     """
     try:
         data = read_json(workdir / "config.json", DigitsConfig)["data"]
@@ -65,7 +72,7 @@ def load_digits(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     if data["source"] != "digits":
         message = f"--transformer={workdir} must be a run on the digits, but it is a run on {data['source']}"
         raise InputError(message, field="transformer", given=str(workdir), expected="a run on the digits")
-    return load_splits(data["image_size"], data["split_seed"], data["val_fraction"])
+    return load_splits(data["image_size"], data["split_seed"], data["val_fraction"], channels)
 
 
 def sample_grid(model, seed: int) -> np.ndarray:
@@ -78,15 +85,36 @@ def sample_grid(model, seed: int) -> np.ndarray:
 class Drawn(NamedTuple):
     """A run that predicts token ids, and samples of it.
 
-    workdir: of the transformer or its refiner. samples: output of `sample --save_tokens`.
+    workdir: of the transformer or its refiner. samples: output of `sample --save_tokens`. field: name of the option
+    that gave the samples, for errors.
     """
 
     workdir: Path
     samples: Path
+    field: str = "samples"
+
+    def check_samples(self, networks: Networks) -> None:
+        """Raise InputError unless the samples have tokens and these networks drew them, with their refiner if any."""
+        path, names = self.samples, (OUTPUTS["sample"].identity, SAMPLES_FILE, TOKENS_FILE)
+        if missing := [name for name in names if not (path / name).exists()]:
+            expected = "a finished folder of `mvar sample --save_tokens`"
+            message = f"--{self.field}={path} must be {expected}, but has no {missing[0]}"
+            raise InputError(message, field=self.field, given=str(path), expected=expected)
+        try:
+            drawn = read_json(path / names[0], dict[str, Any])
+        except (OSError, ValueError) as error:
+            message = f"--{self.field}={path} has a damaged {names[0]}: {shorten(error)}; draw the samples again"
+            raise InputError(message, field=self.field, given=str(path), expected="a readable file") from None
+        found = {name: drawn.get(name) for name in ("checkpoint", "refiner", "switch")}
+        if not any(found == identify_weights(possible) for possible in _drawers(networks, str(drawn.get("dtype")))):
+            expected = f"samples of the last checkpoint of {self.workdir}"
+            expected += " with its refiner" if networks.refiner is not None else ", without a refiner"
+            message = f"--{self.field}={path} must hold {expected}, but other weights drew them; draw them again"
+            raise InputError(message, field=self.field, given=str(path), expected=expected)
 
     def read_samples(self) -> Samples:
         """Return the samples."""
-        images, tokens = (load_npz(self.samples / name) for name in ("samples.npz", "tokens.npz"))
+        images, tokens = (load_npz(self.samples / name) for name in (SAMPLES_FILE, TOKENS_FILE))
         return Samples(images["arr_0"], images["arr_1"], tokens["ids"])
 
     def validate(self, ids_NL, labels_N) -> Validation:
@@ -95,6 +123,16 @@ class Drawn(NamedTuple):
         (steps, per_scale), (_, whole) = (column(lines, name) for name in ("loss_per_scale", "loss"))
         entropy_NS = np.asarray(model.entropy(ids_NL, labels_N))
         return Validation(steps, per_scale, whole, entropy_NS.mean(0) / areas_of(model.tokenizer.sides))
+
+
+def _drawers(networks: Networks, dtype: str) -> Iterator[Networks]:
+    """Yield the networks in each form in which `sample` draws: dtypes of weights, scales of the refiner."""
+    name = dtype.partition(",")[0]
+    for cast in (networks, networks.with_dtype(name)) if name in DTYPES else (networks,):
+        yield cast
+        scales = cast.refiner.refined if cast.refiner is not None else ()
+        for num in range(1, len(scales)):
+            yield from (cast.with_refiner(scales=some) for some in itertools.combinations(scales, num))
 
 
 def report_digits(tokenizer_dir: Path, base: Drawn, refined: Drawn | None, stages: dict, out: Path) -> bool:
@@ -107,11 +145,16 @@ def report_digits(tokenizer_dir: Path, base: Drawn, refined: Drawn | None, stage
       base: of the transformer.
       refined: of its refiner; None: the run has no refiner.
       stages: the log of launch/stage.py.
+
+    Raises InputError before anything is computed if samples lack their tokens or other weights drew them.
     """
     began_s = time.monotonic()
     best = refined or base
     model = load(best.workdir)
-    splits = load_digits(base.workdir)
+    best.check_samples(model.networks)
+    if refined is not None:
+        base.check_samples(load(base.workdir).networks)
+    splits = load_digits(base.workdir, model.tokenizer.channels)
     real = Real(*splits["train"], *splits["val"])
     train, heldout = real.train, real.heldout
     samples = best.read_samples()

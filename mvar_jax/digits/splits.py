@@ -6,9 +6,11 @@ from mvar_jax.data.sources import open_source
 from mvar_jax.data.transforms import DigitTransform
 
 
-def load_splits(image_size: int, split_seed: int, val_fraction: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the images `[N, Y, X, 3] uint8` and labels `[N]` of "train" and "val"."""
-    transform, splits = DigitTransform(image_size), {}
+def load_splits(
+    image_size: int, split_seed: int, val_fraction: float, channels: int = 3
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the images `[N, Y, X, channels] uint8` and labels `[N]` of "train" and "val"."""
+    transform, splits = DigitTransform(image_size, channels=channels), {}
     for split in ("train", "val"):
         source = open_source("digits", split, split_seed=split_seed, val_fraction=val_fraction)
         items = [source[i] for i in range(len(source))]

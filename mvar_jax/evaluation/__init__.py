@@ -9,6 +9,7 @@ _PUBLIC = {
     "frechet_distance": "statistics",
     "inception_features": "features",
     "inception_score": "class_score",
+    "lpips_distance": "lpips",
     "precision_recall": "manifolds",
 }
 

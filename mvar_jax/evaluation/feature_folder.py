@@ -4,7 +4,7 @@ A part is the features of consecutive images, 20 kB an image. All scores are com
 so they depend neither on interruptions nor on the number of processes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from mvar_jax.errors import InputError
 from mvar_jax.evaluation.features import FeatureExtractor
 from mvar_jax.evaluation.inception import NUM_CLASSES, POOL_WIDTH, SPATIAL_WIDTH, Features
 from mvar_jax.evaluation.moments import Moments, RunningMoments
-from mvar_jax.files.npz import save_npz
+from mvar_jax.files.npz import is_whole_npz, save_npz
 from mvar_jax.files.npz_reader import NpzFile
 
 PART_IMAGES = 1024
@@ -41,8 +41,13 @@ class FeatureFolder:
         """Return the numbers of a part's images."""
         return range(part * PART_IMAGES, min((part + 1) * PART_IMAGES, self.num_images))
 
-    def has(self, part: int) -> bool:
-        """Return whether a part is there whole; one that a killed machine cut counts as missing."""
+    def find_missing(self, parts: Iterable[int]) -> list[int]:
+        """Return those of the parts that are not there whole; every byte of a part is checked."""
+        return [part for part in parts if not self._has(part)]
+
+    def _has(self, part: int) -> bool:
+        if not is_whole_npz(self._file(part), Features._fields):
+            return False
         try:
             with NpzFile("features", self._file(part)) as file:
                 for name, width in zip(Features._fields, WIDTHS, strict=True):
@@ -55,23 +60,20 @@ class FeatureFolder:
         self,
         extractor: FeatureExtractor,
         read_images: Callable[[range], np.ndarray],
-        process_index: int = 0,
-        process_count: int = 1,
-    ) -> Iterator[int]:
-        """Compute this process's missing parts, and yield the number of each when it is written.
+        parts: Iterable[int],
+        reads_ahead: bool = True,
+    ) -> None:
+        """Compute parts.
 
         Args:
           read_images: numbers -> pixels `[n, Y, X, 3] uint8`.
-          process_index, process_count: process i of n takes parts i, i + n, ...
+          reads_ahead: see `FeatureExtractor.stream`.
         """
-        for part in range(process_index, self.num_parts, process_count):
-            if self.has(part):
-                continue
+        for part in parts:
             rows, size = self.rows(part), extractor.batch_size
             batches = (read_images(rows[i : i + size]) for i in range(0, len(rows), size))
-            found = zip(*extractor.stream(batches), strict=True)
+            found = zip(*extractor.stream(batches, reads_ahead), strict=True)
             save_npz(self._file(part), **dict(zip(Features._fields, map(np.concatenate, found), strict=True)))
-            yield part
 
     def parts(self, name: str) -> Iterator[np.ndarray]:
         """Yield `pool`, `spatial` or `probabilities` of each part in order. Raises InputError if one is missing."""

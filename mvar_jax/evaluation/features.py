@@ -92,8 +92,10 @@ class FeatureExtractor:
         self._params = jax.device_put(dict(weights.params), replicated(mesh))
         self._sharding = NamedSharding(mesh, spec_of(("batch", None, None, None)))
 
-    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[Features]:
-        """Yield the features of each batch of at most `batch_size` images; the next one is computed meanwhile.
+    def stream(self, batches: Iterable[np.ndarray], reads_ahead: bool = True) -> Iterator[Features]:
+        """Yield the features of each batch of at most `batch_size` images.
+
+        reads_ahead: take the next batch while the devices compute this one; if False, they rest when it is taken.
 
         Smaller batches are filled up, so that all images of a size share one program. Raises InputError for a batch
         that is not uint8 images or too large.
@@ -108,6 +110,9 @@ class FeatureExtractor:
             rows = np.minimum(np.arange(self.batch_size), len(pixels) - 1)
             filled = pixels if len(pixels) == self.batch_size else pixels[rows]
             features = self.compute(filled)
+            if not reads_ahead:
+                yield fetch(len(pixels), features)
+                continue
             if pending is not None:
                 yield fetch(*pending)
             pending = len(pixels), features

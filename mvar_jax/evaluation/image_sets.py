@@ -160,7 +160,7 @@ def open_images(
         return SourceImages(data.open(split), data.transform(channels), about)
     path, transform = as_path(text, field), PhotoTransform(image_size, flip=False, upright=upright, channels=channels)
     if path.suffix == ".npz":
-        return NpzImages(ImageFile.open(field, path), transform, about)
+        return NpzImages(ImageFile.open(field, path, allows_alpha=True), transform, about)
     return SourceImages(ImageFiles(path, out, field), transform, about)
 
 

@@ -92,7 +92,9 @@ def params_of_torch(backbone: Path, heads: Path) -> dict:
 compute_lpips = jax.jit(lambda params, a_BYX3, b_BYX3: Lpips().apply({"params": params}, a_BYX3, b_BYX3))
 
 
-def lpips(a_NYX3, b_NYX3, weights: str | os.PathLike | NetworkWeights, batch_size: int = BATCH_SIZE) -> np.ndarray:
+def lpips_distance(
+    a_NYX3, b_NYX3, weights: str | os.PathLike | NetworkWeights, batch_size: int = BATCH_SIZE
+) -> np.ndarray:
     """Return the LPIPS distance of each pair of images, `[N] float32`.
 
     Args:

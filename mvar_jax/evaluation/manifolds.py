@@ -51,7 +51,8 @@ def precision_recall(reference_ND, sample_ND, k: int = 3, *, progress=None) -> t
         raise InputError(message, field="sample", given=given, expected=str(expected))
     dtype = np.result_type(reference_ND, sample_ND)
     dtype = np.float64 if dtype == np.float64 else np.float32
-    sets = {"reference": reference_ND.astype(dtype, copy=False), "sample": sample_ND.astype(dtype, copy=False)}
+    centre_D = _find_centre(reference_ND)
+    sets = {"reference": _centred(reference_ND, centre_D, dtype), "sample": _centred(sample_ND, centre_D, dtype)}
     with jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext():
         state = _Progress(sets, k, None if progress is None else as_path(progress, "progress"))
         for name in sets:
@@ -60,6 +61,24 @@ def precision_recall(reference_ND, sample_ND, k: int = 3, *, progress=None) -> t
     state.save()
     arrays = state.arrays
     return float(arrays["is_precise"].mean()), float(arrays["is_recalled"].mean())
+
+
+def _find_centre(features_ND: np.ndarray) -> np.ndarray:
+    """Return the mean of features, `[D] float64`, rounded to a power of two that is about as large as their spread.
+
+    So the features less this mean are exact, and equal distances stay equal.
+    """
+    spread_D = np.subtract(features_ND.max(0), features_ND.min(0), dtype=np.float64)
+    step_D = np.ldexp(1.0, np.frexp(spread_D)[1] - 1)
+    return np.rint(features_ND.mean(0, dtype=np.float64) / step_D) * step_D
+
+
+def _centred(features_ND: np.ndarray, centre_D: np.ndarray, dtype) -> np.ndarray:
+    """Return the features less their centre: in distances, which do not depend on it, a large offset would cancel."""
+    found = np.empty(features_ND.shape, dtype)
+    for begin in range(0, len(found), TILE_ROWS):
+        found[begin : begin + TILE_ROWS] = features_ND[begin : begin + TILE_ROWS] - centre_D
+    return found
 
 
 class _Progress:

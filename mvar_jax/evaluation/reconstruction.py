@@ -21,7 +21,7 @@ from mvar_jax.files.atomic import write_atomically
 from mvar_jax.files.directories import remove_tree
 from mvar_jax.files.images import GRID_IMAGES, Grid, min_zoom, save_png, side_by_side, to_uint8
 from mvar_jax.files.npz import is_whole_npz, load_npz, open_npz, save_npz
-from mvar_jax.ops.metrics import psnr, ssim
+from mvar_jax.ops.metrics import SSIM_WINDOW, psnr, ssim
 from mvar_jax.ops.pixels import from_levels
 from mvar_jax.progress import Progress, track
 
@@ -31,6 +31,7 @@ MAX_STEM_BYTES = 100  # of an image's name in the name of its PNG
 SILENT_S = 10.0  # a check that is quicker shows no progress
 TABLE_FILE = "psnr.md"
 UNFINISHED = "unfinished"
+NO_SSIM = f"no SSIM: its window of {SSIM_WINDOW} x {SSIM_WINDOW} pixels is larger than the images"
 
 Item = TypeVar("Item")
 Load = Callable[[str], np.ndarray]  # name -> pixels [Y, X, 3] uint8; raises BadImage
@@ -171,7 +172,7 @@ class _Batches:
 
     def _write_one(self, row: int, before_YX3: np.ndarray, after_YX3: np.ndarray) -> tuple[float, float]:
         pair = before_YX3[None], after_YX3[None]
-        similarity = ssim(*pair, 255.0)[0]  # before anything is written: it refuses images that are too small
+        similarity = np.nan if min(self.shape) < SSIM_WINDOW else ssim(*pair, 255.0)[0]
         save_png(self.png(row), side_by_side(*pair, 1, zoom=min_zoom(min(self.shape))))
         return psnr(*pair, 255.0)[0], similarity
 
@@ -199,8 +200,31 @@ class _Batches:
         return np.concatenate(scores)
 
 
-def write_reconstructions(model: Model, images: Images, out: Path, batch_size: int, saves_tokens: bool) -> str:
-    """Write the reconstructions of images and return the table of their scores; finished batches are kept.
+def note_exact(num: int) -> str:
+    """Return the sentence on images that are equal to their originals."""
+    return f"{num} images have no error and are left out of PSNR, which is infinite for them"
+
+
+def score_table(names: Sequence[str], scores_N2: np.ndarray) -> tuple[str, tuple[str, ...]]:
+    """Return (table of PSNR and SSIM of each image and, last, of their means, notes).
+
+    The mean PSNR is of the images that have an error, as in `evaluate --tokenizer`; a score that is not known is "-".
+    """
+    db_N, similarity_N = scores_N2.T
+    has_error_N = np.isfinite(db_N)
+    means = db_N[has_error_N].mean() if has_error_N.any() else np.nan, similarity_N.mean()
+    table = "| image | PSNR dB | SSIM |\n| --- | --- | --- |\n"
+    for name, db, similarity in (*zip(names, db_N, similarity_N, strict=True), ("mean", *means)):
+        cells = (format(x, spec) if not np.isnan(x) else "-" for x, spec in ((db, ".2f"), (similarity, ".4f")))
+        table += f"| {readable(name)} | {' | '.join(cells)} |\n"
+    notes = (note_exact(num),) if (num := int((~has_error_N).sum())) else ()
+    return table, notes + ((NO_SSIM,) if np.isnan(means[1]) else ())
+
+
+def write_reconstructions(
+    model: Model, images: Images, out: Path, batch_size: int, saves_tokens: bool
+) -> tuple[str, tuple[str, ...]]:
+    """Write the reconstructions of images; return the table of their scores and notes. Finished batches are kept.
 
     A side-by-side PNG of each image, NNNNNN_NAME.png; reconstructions.png, a grid of the first ones;
     reconstructions.npz, whose `arr_0` `[N, Y, X, 3] uint8` has the form of `sample`; and psnr.md, the table and the
@@ -218,11 +242,9 @@ def write_reconstructions(model: Model, images: Images, out: Path, batch_size: i
             batches.write(first, before, to_uint8(floats), ids, pool)
             progress.update(len(before))
     scores = batches.join(model.num_tokens, saves_tokens)
-    rows = [(name, *score) for name, score in zip(images.names, scores, strict=True)]
-    table = "| image | PSNR dB | SSIM |\n| --- | --- | --- |\n"
-    for name, db, similarity in (*rows, ("mean", *np.mean(scores, axis=0))):
-        table += f"| {readable(name)} | {db:.2f} | {similarity:.4f} |\n"
+    table, notes = score_table(images.names, scores)
     skipped = "".join(f"- {readable(name)}: {reason}\n" for name, reason in images.bad.items())
-    write_atomically(out / TABLE_FILE, table + (f"\nSkipped:\n\n{skipped}" if skipped else ""))
+    text = table + "".join(f"\n{note}\n" for note in notes)
+    write_atomically(out / TABLE_FILE, text + (f"\nSkipped:\n\n{skipped}" if skipped else ""))
     remove_tree(out / UNFINISHED)
-    return table
+    return table, notes

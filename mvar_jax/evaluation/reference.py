@@ -1,7 +1,7 @@
 """Reference sets and samples as .npz files in the published form, and the statistics of a reference.
 
-`arr_0` holds images `[N, Y, X, 3] uint8`. A reference may also hold `mu`, `sigma` (mean and covariance of the pool
-features of the whole training set) and `mu_s`, `sigma_s` (the same of the spatial features).
+`arr_0` holds images `[N, Y, X, 3] uint8`, or grey ones `[N, Y, X, 1]`. A reference may also hold `mu`, `sigma` (mean
+and covariance of the pool features of the whole training set) and `mu_s`, `sigma_s` (those of the spatial features).
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from mvar_jax.evaluation.network_files import read_json_array
 from mvar_jax.files.npz import Pieces, save_npz
 from mvar_jax.files.npz_reader import NpzFile
 from mvar_jax.files.paths import as_path
+from mvar_jax.ops.pixels import MODES
 
 IMAGES = "arr_0"
 NETWORK = "network"  # ours: the fingerprint of the network that the statistics come from, as JSON
@@ -50,9 +51,10 @@ class ImageFile:
     shape: tuple[int, int, int, int]
 
     @classmethod
-    def open(cls, field: str, path: str | os.PathLike) -> "ImageFile":
+    def open(cls, field: str, path: str | os.PathLike, allows_alpha: bool = False) -> "ImageFile":
+        """Open grey or RGB images, or RGBA ones too."""
         with NpzFile(field, path) as file:
-            return cls(field, file.path, _image_shape(file))
+            return cls(field, file.path, _image_shape(file, allows_alpha))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -124,10 +126,16 @@ def save_reference(
     save_npz(as_path(path, "reference"), **arrays)
 
 
-def _image_shape(file: NpzFile) -> tuple[int, int, int, int]:
-    header = file.header(IMAGES, (None, None, None, 3), "u")
-    if header.dtype != np.uint8 or 0 in header.shape:
-        raise file.refuse(f"{IMAGES} must be uint8 with at least one image, got {header.dtype} {list(header.shape)}")
+def _image_shape(file: NpzFile, allows_alpha: bool = False) -> tuple[int, int, int, int]:
+    header = file.header(IMAGES, (None,) * 4, "fiub")
+    given = f"{header.dtype} {list(header.shape)}"
+    if header.dtype != np.uint8:
+        how = "mvar_jax.files.images.to_uint8 converts floats in [-1, 1]"
+        raise file.refuse(f"{IMAGES} must hold uint8 pixels from 0 to 255, got {given}; {how}")
+    if header.shape[3] == 4 and not allows_alpha:
+        raise file.refuse(f"{IMAGES} must be grey or RGB, got {given}: Inception does not know alpha")
+    if header.shape[3] not in MODES or 0 in header.shape:
+        raise file.refuse(f"{IMAGES} must have shape [N, Y, X, 1 or 3] with at least one image, got {given}")
     return header.shape  # type: ignore[return-value]
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mvar_jax.data.decoding import FORMATS, BadImage, open_rgb
+from mvar_jax.data.decoding import FORMATS, BadImage, has_visible_alpha, open_rgb
 from mvar_jax.data.folder import find_images
 from mvar_jax.data.protocols import digest
 from mvar_jax.errors import InputError, shorten
@@ -20,6 +20,7 @@ from mvar_jax.evaluation.image_sets import ImageSet
 from mvar_jax.evaluation.reference import IMAGES, ImageFile
 from mvar_jax.files.json_files import read_json
 from mvar_jax.files.npz_reader import NpzFile
+from mvar_jax.ops.pixels import repeat_grey
 from mvar_jax.progress import track
 
 LABELS = "arr_1"
@@ -41,6 +42,8 @@ class SampleSet:
       labels_N: their classes; None if they are not known.
       num_jpeg: images stored as JPEG, which changes their scores.
       sampling: options that drew them; None if they are not known.
+      notes: what is left out, a line each.
+      num_model_classes: classes of the model that draws them; None if it is not known.
     """
 
     name: str
@@ -51,6 +54,8 @@ class SampleSet:
     labels_N: np.ndarray | None = None
     num_jpeg: int = 0
     sampling: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    num_model_classes: int | None = None
 
     def class_balance(self) -> dict[str, int] | None:
         """Return the number of classes, and the least and most images of a class; None if they are not known."""
@@ -81,7 +86,7 @@ def open_samples(field: str, path: Path, stack: contextlib.ExitStack) -> SampleS
 
 
 def of_npz(field: str, path: Path, stack: contextlib.ExitStack) -> SampleSet:
-    """Return the images of an .npz file; `arr_1` with an integer for each image holds the labels."""
+    """Return the images of an .npz file, grey ones three times; `arr_1` with an integer for each holds the labels."""
     images = ImageFile.open(field, path)
     with NpzFile(field, path) as file:
         header, labels_N = file.headers.get(LABELS), None
@@ -93,12 +98,13 @@ def of_npz(field: str, path: Path, stack: contextlib.ExitStack) -> SampleSet:
     if path.name == ARRAYS_FILE and options.exists():
         with contextlib.suppress(OSError, ValueError):  # it is somebody else's
             sampling = read_json(options, dict[str, Any])
-    read = stack.enter_context(images.reading())
+    read_stored = stack.enter_context(images.reading())
+    read = lambda rows: repeat_grey(read_stored(rows))
     return SampleSet(str(path), len(images), images.shape[1:3], read, about, labels_N, sampling=sampling)
 
 
 class _Header(NamedTuple):
-    """What is known of an image file before it is decoded."""
+    """What is known of an image file without its pixels."""
 
     size: tuple[int, int]
     format: str | None
@@ -111,7 +117,7 @@ def of_folder(field: str, folder: Path) -> SampleSet:
 
     Every file is read once to be checked; `about` holds a digest of all names, sizes and CRC-32.
     """
-    names = find_images(folder)
+    names, notes = find_images(folder)
     if not names:
         message = f"{field}={folder} holds no image files; expected an .npz file or a folder of PNGs"
         raise InputError(message, field=field, given=str(folder), expected="a folder of images")
@@ -123,9 +129,13 @@ def of_folder(field: str, folder: Path) -> SampleSet:
         try:
             data = (folder / name).read_bytes()
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _Header((image.height, image.width), image.format, len(data), zlib.crc32(data))
+                header = _Header((image.height, image.width), image.format, len(data), zlib.crc32(data))
+                is_opaque = not has_visible_alpha(image)
         except Exception as error:  # Pillow's readers raise anything at all on damaged bytes
             raise refuse(name, f"cannot be read as an image: {shorten(error)}") from None
+        if not is_opaque:
+            raise refuse(name, "has transparent pixels, and Inception does not know alpha: put it on a background")
+        return header
 
     def load(name: str) -> np.ndarray:
         try:
@@ -151,7 +161,7 @@ def of_folder(field: str, folder: Path) -> SampleSet:
     files = digest(f"{name} {x.num_bytes} {x.crc32:08x}" for name, x in zip(names, headers, strict=True))
     about = {field: {"num_images": len(names), "files": files}}
     num_jpeg = sum(header.format == "JPEG" for header in headers)
-    return SampleSet(str(folder), len(names), size, read, about, labels_N, num_jpeg)
+    return SampleSet(str(folder), len(names), size, read, about, labels_N, num_jpeg, notes=notes)
 
 
 def of_image_set(field: str, name: str, images: ImageSet, size: tuple[int, int]) -> SampleSet:

@@ -72,6 +72,7 @@ class Comparison:
       dtype: of the network for the samples; the reference's features are float32 always.
       batch_size: images of a device and batch; None for what fills it.
       saves_to: file for the reference that is computed; None if it is not kept.
+      reads_ahead: read images while the network computes; False if the reading of the samples is timed.
     """
 
     samples: SampleSet | None
@@ -81,6 +82,7 @@ class Comparison:
     dtype: str = "float32"
     batch_size: int | None = None
     saves_to: Path | None = None
+    reads_ahead: bool = True
 
     def run(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (scores, findings) in the first process; the others help with the features.
@@ -156,7 +158,7 @@ class Comparison:
         process = (here.index, here.count) if num_images is None else (0, 1)
         folder = FeatureFolder(path, num_images or images.num_images)
         parts = range(process[0], folder.num_parts, process[1])
-        missing = [part for part in parts if not folder.has(part)]
+        missing = folder.find_missing(parts)
         total = sum(len(folder.rows(part)) for part in parts)
         if not missing:
             return folder
@@ -171,8 +173,7 @@ class Comparison:
                 progress.update(len(rows))
                 return pixels
 
-            for _ in folder.fill(extractor, read, *process):
-                pass
+            folder.fill(extractor, read, missing, self.reads_ahead)
         return folder
 
     def _compare_dtypes(self, path: Path, samples: FeatureFolder, reference: Gaussian) -> dict[str, Any]:
@@ -223,18 +224,31 @@ def find_warnings(comparison: Comparison) -> list[str]:
             f"{reference.name} has no spatial statistics, as pytorch-fid writes them, whose resizing and so features "
             "are others"
         )
-    balance = samples.class_balance() if samples else None
-    if balance and balance["fewest"] != balance["most"]:
-        found.append(
-            f"the labels are unbalanced, {balance['fewest']} to {balance['most']} images of each of "
-            f"{balance['num_classes']} classes: the scores are of this mixture"
-        )
+    found += find_label_warnings(samples) if samples else []
     if samples and samples.num_jpeg:
         found.append(f"{samples.num_jpeg} of {samples.num_images} samples are JPEG files, whose losses change scores")
     if comparison.weights.is_published is False:
         found.append("the Inception weights are not the published file: compare only with scores by the same file")
     if comparison.dtype != "float32":
         found.append(f"features in {comparison.dtype} give other scores than float32")
+    return found
+
+
+def find_label_warnings(samples: SampleSet) -> list[str]:
+    """Return why samples of these labels are no even mixture of all classes, as far as the labels are known."""
+    found, balance = [], samples.class_balance()
+    if balance is None:
+        return found
+    num, num_model = balance["num_classes"], samples.num_model_classes
+    if num_model is not None and num < num_model:
+        found.append(
+            f"the labels are {num} of the model's {num_model} classes: the scores are of these classes alone"
+        )
+    if balance["fewest"] != balance["most"]:
+        found.append(
+            f"the labels are unbalanced, {balance['fewest']} to {balance['most']} images of each of {num} classes: "
+            "the scores are of this mixture"
+        )
     return found
 
 

@@ -60,12 +60,14 @@ class Judge:
       quality: name of the score that is better if higher.
       score: samples -> both by name.
       about: JSON values on which the scores depend.
+      warnings: why the scores will not compare with others, as sentences.
     """
 
     distance: str
     quality: str
     score: Callable[[SampleSet], Mapping[str, float]]
     about: Mapping[str, object]
+    warnings: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +75,7 @@ class Sweep:
     """Points, and what is the same for all of them.
 
     Attributes:
-      order: labels, seed and batches; its options are replaced by each point's.
-      num: samples of a point, the first ones of the order.
+      order: the samples of a point: labels, seed and batches; its options are replaced by each point's.
       size: rows and columns of a sample.
       mesh: that of the points' networks.
       least: `quality` that the chosen point must have at least.
@@ -82,11 +83,15 @@ class Sweep:
 
     points: Sequence[Point]
     order: Order
-    num: int
     size: tuple[int, int]
     mesh: Mesh
     judge: Judge
     least: float
+
+    @property
+    def num(self) -> int:
+        """Return the number of samples of a point."""
+        return len(self.order.labels_N)
 
     def run(self, out: Path, check_stop: Callable[[], None]) -> list[dict[str, str]]:
         """Draw and score the points that the CSV in `out` lacks; write it after each one, and the figure at the end.
@@ -129,8 +134,7 @@ class Sweep:
             progress.update(len(rows))
             return pixels
 
-        labels_N = order.labels_N[: self.num]
-        samples = SampleSet("sweep", self.num, self.size, read, {}, labels_N, sampling={})
+        samples = SampleSet("sweep", self.num, self.size, read, {}, order.labels_N, sampling={})
         return self.judge.score(samples), seconds
 
     @property

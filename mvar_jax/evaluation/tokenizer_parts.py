@@ -18,7 +18,7 @@ from mvar_jax.errors import InputError, RunError
 from mvar_jax.evaluation.image_sets import ImageSet
 from mvar_jax.evaluation.network_files import read_json_array
 from mvar_jax.evaluation.tokenizer_scores import HITS, PER_IMAGE, TokenizerScorer, Totals, frechet_to_originals
-from mvar_jax.files.npz import save_npz
+from mvar_jax.files.npz import is_whole_npz, save_npz
 from mvar_jax.files.npz_reader import NpzFile
 
 PART_IMAGES = 256
@@ -87,14 +87,17 @@ class PartFolder:
             on_image()
 
     def _has(self, part: int) -> bool:
-        """Return whether a part is there whole; one that a killed machine cut counts as missing."""
+        """Return whether a part is there whole; every byte is checked."""
+        shapes = self.scorer.array_shapes()
+        if not is_whole_npz(self._file(part), (*shapes, BAD)):
+            return False
         try:
             with self._open(part) as file:
-                for name, shape in self.scorer.array_shapes().items():
+                for name, shape in shapes.items():
                     file.header(name, shape, "fi")
-                return BAD in file.headers
         except InputError:
             return False
+        return True
 
     def _rows_of(self, name: str) -> Iterator[np.ndarray]:
         for part in range(self.num_parts):

@@ -15,6 +15,8 @@ from mvar_jax.files.paths import as_path
 
 MAX_ARRAYS = 10_000
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # as numpy writes them
+# values of `dtype.kind`
+KINDS = {"b": "truth values", "f": "floats", "i": "integers", "u": "unsigned integers", "U": "text"}
 IS_ENCRYPTED = 1  # a bit of a member's flags
 HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -118,9 +120,12 @@ class NpzFile:
             raise self.refuse(f"it has no array {name}")
         fits = len(header.shape) == len(shape)
         fits = fits and all(want in (None, n) for want, n in zip(shape, header.shape, strict=True))
-        if not fits or header.dtype.kind not in kinds:
+        if not fits:
             wanted = ", ".join("any" if n is None else str(n) for n in shape)
             raise self.refuse(f"{name} must have shape [{wanted}], got {header.dtype} {list(header.shape)}")
+        if header.dtype.kind not in kinds:
+            wanted = " or ".join(KINDS[kind] for kind in kinds)
+            raise self.refuse(f"{name} must be an array of {wanted}, got {header.dtype} {list(header.shape)}")
         return header
 
     def _read_header(self, name: str) -> Header:

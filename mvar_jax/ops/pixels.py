@@ -33,7 +33,7 @@ def repeat_grey(images):
 def check_scored(channels: int, field: str) -> None:
     """Raise InputError if images have alpha, which LPIPS and Inception do not know. field: what asks for a score."""
     if channels == 4:
-        words = f"{field} needs a tokenizer of images of 1 or 3 channels, got 4; leave it out"
+        words = f"{field} needs a tokenizer of images of 1 or 3 channels, got 4; leave it out or use another model"
         raise InputError(words, field=field, given=4, expected="1 or 3 channels")
 
 

@@ -8,8 +8,9 @@ import contextlib
 import fnmatch
 import json
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from mvar_jax.errors import InputError, RunError, describe_file_error, shorten, show
@@ -27,7 +28,8 @@ class Output(NamedTuple):
 
     noun: what a user calls it.
     identity: the file that holds the options, or by which the whole output is known.
-    names: patterns of the names of all other files and folders.
+    names: patterns of the names of all other files and folders but figures.
+    figures: patterns of the names of image files that are no single images: grids, images side by side, charts.
     kept: what a failed run leaves, as the end of a sentence.
     unfinished: a folder by which an unfinished output is known, if it holds the options itself.
     """
@@ -35,6 +37,7 @@ class Output(NamedTuple):
     noun: str
     identity: str
     names: tuple[str, ...]
+    figures: tuple[str, ...] = ()
     kept: str = "run the command again"
     unfinished: str = ""
 
@@ -45,35 +48,39 @@ OUTPUTS = {
     "sample": Output(
         "samples",
         "samples.json",
-        (f"{_NUMBER}.png", "grid.png", "samples.npz", "tokens.npz", "unfinished"),
+        (f"{_NUMBER}.png", "samples.npz", "tokens.npz", "unfinished"),
+        ("grid.png",),
         "the finished batches are kept: run the command again",
     ),
-    "edit": Output("edits", "edits.json", (f"{_NUMBER}.png", "grid.png")),
+    "edit": Output("edits", "edits.json", (f"{_NUMBER}.png",), ("grid.png",)),
     "reconstruct": Output(
         "reconstructions",
         "reconstructions.json",
-        (f"{_NUMBER}_*.png", "reconstructions.png", "reconstructions.npz", "psnr.md", "tokens.npz", "unfinished"),
+        ("reconstructions.npz", "psnr.md", "tokens.npz", "unfinished"),
+        (f"{_NUMBER}_*.png", "reconstructions.png"),
         "the finished batches are kept: run the command again",
     ),
     "evaluate": Output(
         "evaluation",
         "evaluation_options.json",
-        ("evaluation.json", "evaluation.txt", "curves.csv", "curves.png", UNFINISHED),
+        ("evaluation.json", "evaluation.txt", "curves.csv", UNFINISHED),
+        ("curves.png",),
         "the finished features are kept: run the command again",
     ),
     "sweep": Output(
         "sweep",
         "sweep.json",
-        ("sweep.csv", "sweep.png", UNFINISHED),
+        ("sweep.csv", UNFINISHED),
+        ("sweep.png",),
         "the finished points are kept: run the command again",
     ),
-    "data": Output("survey", "data.json", ("train.png", "val.png")),
+    "data": Output("survey", "data.json", (), ("train.png", "val.png")),
     "cache_tokens": Output(
         "token cache",
         "cache.json",
         ("*.array_record", "tokenizer"),
-        "the finished shards are kept: run the command again",
-        "unfinished",
+        kept="the finished shards are kept: run the command again",
+        unfinished="unfinished",
     ),
 }
 
@@ -222,8 +229,30 @@ def _own_names(folder: Path, output: Output) -> list[str]:
     """Return the names in a folder that the command writes."""
     with contextlib.suppress(FileNotFoundError):  # of a store, where an empty folder does not exist
         names = [path.name for path in folder.iterdir()]
-        return sorted(name for name in names if any(fnmatch.fnmatchcase(name, own) for own in output.names))
+        return sorted(name for name in names if _matches(name, (*output.names, *output.figures)))
     return []
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def find_figures(names: Iterable[str]) -> set[str]:
+    """Return which of the files are figures of our commands, which are no images of a set.
+
+    names: of all files below a folder, relative to it. A folder is a command's if it holds the file of its options.
+    """
+    by_folder = defaultdict(set)
+    for path in map(PurePath, names):
+        by_folder[path.parent].add(path.name)
+    return {
+        str(folder / name)
+        for folder, own in by_folder.items()
+        for output in OUTPUTS.values()
+        if output.identity in own
+        for name in own
+        if _matches(name, output.figures)
+    }
 
 
 def _unwritable(field: str, folder: Path, error: OSError) -> InputError:

@@ -19,9 +19,19 @@ from mvar_jax.values import as_integer, as_num_each, as_seed
 ORDER_KEY = "order"
 
 
+def spread_labels(num_labels: int, num: int) -> np.ndarray:
+    """Return which of the labels each of `num` samples has, `[num]`: one round over all labels after another.
+
+    The samples of a last round that is not whole are spread evenly over the labels, as few samples are.
+    """
+    rounds, rest = divmod(num, num_labels)
+    last = np.arange(rest) * num_labels // max(1, rest)
+    return np.concatenate([np.tile(np.arange(num_labels), rounds), last])
+
+
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """The samples to draw: `num` of each label.
+    """The samples to draw: `num` of each label, or with `total` so many in all.
 
     Samples are numbered label by label, and sample i is a function of (weights, its label, seed, i, options). Files
     and arrays hold them round-robin over the labels: the published evaluator takes the inception score of parts in
@@ -29,6 +39,7 @@ class Order:
     being computed or written. Raises InputError if a number is out of range.
 
     is_by_label: files and arrays hold the samples in the order of their numbers, as earlier versions wrote them.
+    total: samples in all, see `spread_labels` for their labels; None for `num` of each label.
     """
 
     labels: tuple[int, ...]
@@ -39,17 +50,28 @@ class Order:
     saves_tokens: bool = False
     truncates: bool = False
     is_by_label: bool = False
+    total: int | None = None
+
+    @classmethod
+    def of_total(cls, labels: tuple[int, ...], total: int, options: SampleOptions, **others) -> "Order":
+        """Return the order of `total` samples, spread evenly over the labels. others: further fields."""
+        return cls(labels, -(-total // len(labels)), options, **others, total=total)
 
     def __post_init__(self):
         as_seed(self.seed)
-        as_num_each(self.num, len(self.labels))
+        most = as_num_each(self.num, len(self.labels)) * len(self.labels)
+        if self.total is not None:
+            as_integer(self.total, "total", most - len(self.labels) + 1, most)
         as_integer(self.batch_size, "batch_size", 1)
 
     @functools.cached_property
     def numbers_N(self) -> np.ndarray:
         """Return the number of the sample in each file."""
-        numbers_KM = np.arange(len(self.labels) * self.num, dtype=np.uint32).reshape(len(self.labels), self.num)
-        return (numbers_KM if self.is_by_label else numbers_KM.T).reshape(-1)
+        num_labels, total = len(self.labels), self._total
+        if self.is_by_label:
+            return np.arange(total, dtype=np.uint32)
+        numbers_N = spread_labels(num_labels, total) * self.num + np.arange(total) // num_labels
+        return numbers_N.astype(np.uint32)
 
     @functools.cached_property
     def labels_N(self) -> np.ndarray:
@@ -58,20 +80,11 @@ class Order:
 
     def identity(self, networks: Networks) -> dict:
         """Return everything that the files' bytes depend on, by the names of the command's options."""
-        model = networks.transformer
-        others: dict[str, str | None] = {"refiner": None, "switch": None}  # older folders have neither
-        if networks.refiner is not None:
-            others["refiner"] = "weights " + fingerprint(networks.refiner, networks.refiner_params)[:16]
-        if networks.later is not None:
-            later = self.identity(networks.parts()[1])
-            weights = [later["checkpoint"], later["refiner"]]
-            others["switch"] = f"{networks.switch}: {', refiner '.join(filter(None, weights))}"
+        model, weights = networks.transformer, identify_weights(networks)
         return {
             # the precision is part of it; folders of 0.1.0 do not name one
             "dtype": jnp.dtype(model.dtype).name + ", exact" * (model.precision == EXACT),
-            "checkpoint": "weights "
-            + fingerprint(model, networks.params)[:16]
-            + fingerprint(networks.tokenizer, networks.tokenizer_params)[:16],
+            "checkpoint": weights["checkpoint"],
             "labels": _as_ranges(self.labels),
             "num": self.num,
             **dataclasses.asdict(self.options),
@@ -79,9 +92,34 @@ class Order:
             "batch_size": self.batch_size,
             "save_tokens": self.saves_tokens,
             "truncate_uint8": self.truncates,
-            **({} if self.is_by_label else {ORDER_KEY: "round-robin"}),
-            **others,
+            **({} if self.is_by_label else {ORDER_KEY: self._describe_rounds()}),
+            "refiner": weights["refiner"],
+            "switch": weights["switch"],
         }
+
+    @property
+    def _total(self) -> int:
+        return len(self.labels) * self.num if self.total is None else self.total
+
+    def _describe_rounds(self) -> str:
+        return "round-robin" + ", the last round spread over the labels" * bool(self._total % len(self.labels))
+
+
+def identify_weights(networks: Networks) -> dict[str, str | None]:
+    """Return the part of `Order.identity` that tells weights: checkpoint, refiner and switch; None for no such part.
+
+    Older folders have neither of the last two.
+    """
+    model, refiner, switch = networks.transformer, None, None
+    if networks.refiner is not None:
+        refiner = "weights " + fingerprint(networks.refiner, networks.refiner_params)[:16]
+    if networks.later is not None:
+        later = identify_weights(networks.parts()[1])
+        words = ", refiner ".join(filter(None, (later["checkpoint"], later["refiner"])))
+        switch = f"{networks.switch}: {words}"
+    checkpoint = fingerprint(model, networks.params)[:16]
+    checkpoint += fingerprint(networks.tokenizer, networks.tokenizer_params)[:16]
+    return {"checkpoint": f"weights {checkpoint}", "refiner": refiner, "switch": switch}
 
 
 def is_by_label(out: Path) -> bool:

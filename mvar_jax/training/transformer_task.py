@@ -15,6 +15,7 @@ from mvar_jax.ops.cost import phase_macs
 from mvar_jax.ops.pixels import as_images
 from mvar_jax.ops.random import keys_of_samples
 from mvar_jax.sampling.bulk import place_networks
+from mvar_jax.sampling.order import spread_labels
 from mvar_jax.sampling.sampler import SampleOptions, sample
 from mvar_jax.scales import Phase
 from mvar_jax.sharding import batch_like, constrain, is_abstract, map_rows, num_shards_of, use_mesh
@@ -164,10 +165,11 @@ class TokenTask(DataTask):
 
     def _samples(self, state) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (pixels uint8, labels) of the samples that are scored, round-robin over the classes."""
-        N, C, size = self.run.eval_samples, self.transformer.num_classes, self.eval_rows
+        N, size = self.run.eval_samples, self.eval_rows
+        labels_N = spread_labels(self.transformer.num_classes, N)
         for begin in range(0, N, size):
             index = np.minimum(np.arange(begin, begin + size), N - 1)
-            labels = index % C if N >= C else index * C // N  # of few samples, spread over the classes
+            labels = labels_N[index]
             with use_mesh(self.run.mesh):
                 pixels = np.asarray(self.draw_samples(self.averaged(state), self.tokenizer, labels, index))
             yield pixels[: N - begin], labels[: N - begin]

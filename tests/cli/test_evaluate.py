@@ -253,12 +253,17 @@ def test_published_scores_are_shown_beside_ours(capsys):
             "reference=none.npz is missing; docs/reproducing.md says where",
         ),
         (["--samples", "cut.npz"], "samples=cut.npz is not a usable .npz file"),
-        (["--samples", "floats.npz"], "arr_0 must have shape [any, any, any, 3], got float32 [4, 6, 6, 3]"),
+        (
+            ["--samples", "floats.npz"],
+            "arr_0 must hold uint8 pixels from 0 to 255, got float32 [4, 6, 6, 3]; mvar_jax.files.images.to_uint8",
+        ),
+        (["--samples", "alpha.npz"], "arr_0 must be grey or RGB, got uint8 [9, 6, 6, 4]: Inception does not know"),
         (["--samples", "large.npz"], "samples must have the reference's 6 x 6 pixels, got 8 x 8 pixels"),
         (["--samples", "three.npz"], "samples must have at least 4 images, got 3"),
         (["--samples", "empty"], "samples=empty holds no image files"),
         (["--samples", "mixed"], "which has 8 x 8 pixels, unlike a/000.png with 6 x 6"),
         (["--samples", "broken"], "samples=broken holds a/000.png, which cannot be read as an image"),
+        (["--samples", "clear"], "clear holds a/000.png, which has transparent pixels, and Inception does not know"),
         (["--samples", "begun"], "samples=begun holds samples that are not complete; run the same `mvar sample`"),
         (["--reference", "wide.npz"], "mu must have shape [6], got float64 [7]"),
         (["--reference", "nan.npz"], "mu or sigma is not finite"),
@@ -282,6 +287,7 @@ def test_bad_input_is_refused_in_one_sentence_before_anything_is_written(capsys,
 def make_bad_files() -> None:
     Path("cut.npz").write_bytes(Path("samples.npz").read_bytes()[:-40])
     np.savez("floats.npz", arr_0=np.zeros((4, 6, 6, 3), np.float32))
+    np.savez("alpha.npz", arr_0=np.zeros((9, 6, 6, 4), np.uint8))
     np.savez("large.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
     np.savez("three.npz", arr_0=SAMPLES[:3])
     Path("empty").mkdir()
@@ -289,6 +295,7 @@ def make_bad_files() -> None:
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save("mixed/a/002.png")
     save_pngs("broken", SAMPLES[:4])
     Path("broken/a/000.png").write_bytes(b"no image")
+    save_pngs("clear", [np.dstack([x, np.full((6, 6), 254, np.uint8)]) for x in SAMPLES[:4]])
     save_pngs("begun", SAMPLES[:4])
     Path("begun/samples.json").write_text("{}")
     eye, network = np.eye(6), np.array([json.dumps({"f": "ffff"})])

@@ -88,7 +88,7 @@ def test_samples_are_drawn_by_the_refiner_unless_it_is_off(refiner, samples, cap
 def test_the_report_shows_the_refiner_beside_its_transformer(run, refiner, samples, tmp_path, monkeypatch, capfd):
     """The losses are those of the two runs. Fewer images, a judge of their size and no grid of samples: for speed."""
     read = measure_run.load_digits
-    few = lambda workdir: {split: (x[:60], labels[:60]) for split, (x, labels) in read(workdir).items()}
+    few = lambda *args: {split: (x[:60], labels[:60]) for split, (x, labels) in read(*args).items()}
     monkeypatch.setattr(measure_run, "load_digits", few)
     monkeypatch.setattr(measure_run, "sample_grid", lambda model, seed: np.zeros((8, 8, 3), np.uint8))
     monkeypatch.setattr(judge, "GRID_SIDE", 6)

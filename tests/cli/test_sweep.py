@@ -16,6 +16,8 @@ from mvar_jax.__main__ import main
 from mvar_jax.checkpoints.model_directory import save_model
 from mvar_jax.digits.scorer import DigitScorer
 from mvar_jax.evaluation import frechet_distance, inception_score, scoring
+from mvar_jax.evaluation.features import FeatureExtractor
+from mvar_jax.evaluation.inception import Features
 from mvar_jax.models.refiner import Refiner
 from mvar_jax.sampling import bulk
 from mvar_jax.sampling.sampler import sample
@@ -27,9 +29,13 @@ GRID = ["--cfg", "0", "2", "--temperature", "1", "1.2,1"]
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """A model with a refiner, as a run on the digits would leave it."""
-    root = tmp_path_factory.mktemp("digits")
+    return save_digits(tmp_path_factory.mktemp("digits"))
+
+
+def save_digits(root: Path, num_classes: int = 3) -> Path:
     refiner = Refiner(SIDES, vocab_size=16, code_width=4, width=16, num_heads=2, depth=1)
     modules = {kind: module.clone(sides=SIDES) for kind, module in small_case.TINY_MODULES.items()}
+    modules["transformer"] = modules["transformer"].clone(num_classes=num_classes)
     modules["refiner"] = refiner
     save_model(root, modules, {kind: small_case.seeded_params(module) for kind, module in modules.items()})
     (root / "config.json").write_text(json.dumps({"data": {"source": "digits", "image_size": 8}}))
@@ -131,12 +137,12 @@ def test_a_sweep_that_was_killed_continues_with_the_next_point(digits, drawn, tm
 
 def test_other_samples_and_a_damaged_csv_are_refused(digits, drawn, tmp_path, monkeypatch, capfd):
     fake_scores(monkeypatch)
-    sweep(digits, tmp_path)
-    line = ["sweep", "--checkpoint", str(digits), "--out", str(tmp_path), "--num_samples", "20"]
+    sweep(digits, tmp_path, "--num_samples", "21")
+    line = ["sweep", "--checkpoint", str(digits), "--out", str(tmp_path), "--num_samples", "21"]
     refuse(capfd, [*line, "--seed", "1"], "seed=1 differs from 0", "choose another --out")
-    refuse(capfd, [*line, "--num_samples", "21"], "num_samples=21 differs from 20")
+    refuse(capfd, [*line, "--num_samples", "20"], "num_samples=20 differs from 21")
     path = tmp_path / "sweep.csv"
-    path.write_text(path.read_text().replace("fd_20", "fd"))
+    path.write_text(path.read_text().replace("fd_21", "fd"))
     damaged = path.read_text()
     refuse(capfd, line, "has a sweep.csv that cannot be continued")
     assert path.read_text() == damaged
@@ -158,6 +164,63 @@ def test_with_a_reference_the_scores_are_those_of_evaluate(tiny_model, drawn, tm
         shuffled = ours.probabilities[np.random.default_rng(scoring.SHUFFLE_SEED).permutation(20)]
         assert float(row["inception_score"]) == pytest.approx(inception_score(shuffled), rel=1e-9)
     assert not Path("out/unfinished").exists()
+
+
+def test_few_samples_are_spread_over_the_classes_with_a_warning(drawn, tmp_path, monkeypatch, capsys):
+    save_digits(tmp_path / "ten", num_classes=10)
+    labels = []
+
+    def score(self, batches):
+        labels.extend(np.concatenate([labels_B for _, labels_B in batches]).tolist())
+        return dict.fromkeys(self.names, 1.0)
+
+    monkeypatch.setattr(DigitScorer, "score", score)
+    sweep(tmp_path / "ten", tmp_path / "out", "--num_samples", "5", "--refine_scales", "off")
+    assert labels == [0, 2, 4, 6, 8]
+    assert "warning: the labels are 5 of the model's 10 classes" in capsys.readouterr().err
+
+
+def test_the_network_rests_while_samples_are_drawn_and_timed(tiny_model, drawn, tmp_path, monkeypatch):
+    """Otherwise its seconds would count as those of the samples, since both share the devices."""
+    running = []
+
+    class Lazy:
+        """Features that are computed until they are fetched."""
+
+        def __init__(self, rows):
+            self.rows = rows
+            running.append(self)
+
+        def __array__(self, dtype=None, copy=None):
+            running.remove(self)
+            return self.rows
+
+    class Extractor(FeatureExtractor):
+        def __init__(self, weights, batch_size=None, dtype="float32"):
+            self.batch_size = 4
+
+        def compute(self, pixels_BYX3):
+            return Features(*map(Lazy, narrow_network.features_of(pixels_BYX3)))
+
+    draw = bulk.sample
+    narrow_network.install(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scoring, "FeatureExtractor", Extractor)
+    busy = []
+    monkeypatch.setattr(bulk, "sample", lambda *args: busy.append(len(running)) or draw(*args))
+    np.savez("reference.npz", arr_0=np.random.default_rng(1).integers(0, 256, (60, 6, 6, 3)).astype(np.uint8))
+    sweep(tiny_model, "out", "--reference", "reference.npz", "--inception", "x.npz", "--batch_size", "4")
+    assert len(busy) == 6 and not any(busy) and not running
+
+
+def test_the_warnings_of_evaluate_are_printed(tiny_model, drawn, tmp_path, monkeypatch, capsys):
+    narrow_network.install(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    np.savez("reference.npz", arr_0=np.zeros((60, 6, 6, 3), np.uint8))
+    sweep(tiny_model, "out", "--reference", "reference.npz", "--inception", "x.npz", "--num_samples", "5")
+    errors = capsys.readouterr().err
+    assert "warning: 5 samples are fewer than the 7 that a covariance of 6 features needs" in errors
+    assert "warning: the labels are unbalanced, 1 to 2 images of each of 3 classes" in errors
 
 
 @pytest.mark.parametrize(

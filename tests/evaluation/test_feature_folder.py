@@ -17,7 +17,7 @@ class Extractor:
     def __init__(self):
         self.num_seen = 0
 
-    def stream(self, batches):
+    def stream(self, batches, reads_ahead=True):
         for pixels in batches:
             self.num_seen += len(pixels)
             mean_N1 = pixels.mean((1, 2, 3), dtype=np.float32)[:, None]
@@ -30,10 +30,11 @@ def folder(tmp_path, monkeypatch):
     return FeatureFolder(tmp_path, len(PIXELS))
 
 
-def fill(folder, *process) -> tuple[list[int], int]:
-    """Return the parts that were written, and the number of images that the network saw."""
-    extractor = Extractor()
-    return list(folder.fill(extractor, lambda rows: PIXELS[rows.start : rows.stop], *process)), extractor.num_seen
+def fill(folder, first: int = 0, step: int = 1) -> tuple[list[int], int]:
+    """Compute what is missing; return the parts that were written, and the number of images that the network saw."""
+    extractor, missing = Extractor(), folder.find_missing(range(first, folder.num_parts, step))
+    folder.fill(extractor, lambda rows: PIXELS[rows.start : rows.stop], missing)
+    return missing, extractor.num_seen
 
 
 def test_features_of_all_images_come_back_in_their_order(folder):
@@ -66,3 +67,13 @@ def test_only_parts_that_are_missing_or_cut_are_computed_again(folder, tmp_path)
         folder.array("pool")
     assert fill(folder) == ([1, 2], 15)
     assert fill(folder) == ([], 0)
+
+
+def test_a_part_with_a_damaged_byte_is_computed_again(folder, tmp_path):
+    fill(folder)
+    whole, part = folder.array("pool"), tmp_path / "000001.npz"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 255
+    part.write_bytes(bytes(data))
+    assert fill(folder) == ([1], 8)
+    np.testing.assert_array_equal(folder.array("pool"), whole)

@@ -66,6 +66,14 @@ def test_images_that_have_the_size_stay_as_they_are_and_any_numbers_can_be_read(
     np.testing.assert_array_equal(stream(images, [3])[0], noise(12, 12, 2))
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_an_npz_of_any_channels_gives_images_of_those_that_are_asked_for(tmp_path, channels):
+    for stored in (1, 3, 4):
+        np.savez(tmp_path / "x.npz", arr_0=np.full((2, SIDE, SIDE, stored), 255, np.uint8))
+        images = open_images(f"{tmp_path}/x.npz", SIDE, tmp_path / "out", channels=channels)
+        assert [image.shape for image in stream(images)] == [(SIDE, SIDE, channels)] * 2
+
+
 def test_the_orientation_tag_is_obeyed_unless_told_otherwise(tmp_path):
     exif = Image.Exif()
     exif[274] = 3  # upside down

@@ -8,8 +8,8 @@ import torch_files
 
 from mvar_jax.errors import InputError
 from mvar_jax.evaluation import lpips as lpips_module
-from mvar_jax.evaluation import network_files
-from mvar_jax.evaluation.lpips import compute_lpips, convert_lpips, load_lpips, lpips, shapes
+from mvar_jax.evaluation import lpips_distance, network_files
+from mvar_jax.evaluation.lpips import compute_lpips, convert_lpips, load_lpips, shapes
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +48,15 @@ def test_distances_are_those_of_the_published_program(weights, size):
     a = x[[1, 3]]
     b = (a + x[[2, 2]]) / 2
     golden = eval_case.load("lpips.npz")[f"formula/{size}/total"]
-    np.testing.assert_allclose(lpips(a, b, weights), golden, rtol=1e-5)
+    np.testing.assert_allclose(lpips_distance(a, b, weights), golden, rtol=1e-5)
 
 
 def test_bytes_floats_and_batches_give_the_same_distances(weights):
     pixels = eval_case.images("lpips/16x16", 4, 16, 16)
     a, b = pixels[:3], pixels[1:]
-    whole = lpips(a / 127.5 - 1, b / 127.5 - 1, weights, batch_size=2)
-    np.testing.assert_allclose(lpips(a, b, weights, batch_size=2), whole, rtol=1e-5)
-    assert lpips(a[:2], a[:2], weights).max() == 0
+    whole = lpips_distance(a / 127.5 - 1, b / 127.5 - 1, weights, batch_size=2)
+    np.testing.assert_allclose(lpips_distance(a, b, weights, batch_size=2), whole, rtol=1e-5)
+    assert lpips_distance(a[:2], a[:2], weights).max() == 0
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_bytes_floats_and_batches_give_the_same_distances(weights):
 )
 def test_images_that_do_not_fit_are_refused(weights, a, b, message):
     with pytest.raises(InputError, match=message):
-        lpips(a, b, weights)
+        lpips_distance(a, b, weights)
 
 
 def test_missing_and_swapped_files_are_refused(files, tmp_path):

@@ -225,3 +225,36 @@ def test_an_image_damaged_while_the_command_runs_ends_it_and_leaves_no_array(tmp
     with pytest.raises(RunError, match="^b could be read at the start and cannot any more: cut short"):
         write_reconstructions(FlatModel(), images, tmp_path, 1, saves_tokens=True)
     assert not list(tmp_path.glob("*.npz*"))
+
+
+def test_an_image_without_error_is_left_out_of_the_mean_psnr(reconstruct, tmp_path, capsys):
+    """A flat image is its own mean; the other one is not."""
+    Image.fromarray(np.full((SIDE, SIDE, 3), 77, np.uint8)).save(tmp_path / "in" / "flat.png")
+    pixels = write_image(tmp_path / "in" / "noise.png", 0)
+    assert reconstruct() == 0
+    flat, other, mean = (tmp_path / "out" / "psnr.md").read_text().splitlines()[2:5]
+    assert flat.startswith("| flat.png | inf | 1.0000")
+    level = np.full_like(pixels, np.rint(pixels.mean()))
+    db = psnr(pixels[None], level[None], 255.0)[0]
+    assert f"| {db:.2f} |" in other and f"| mean | {db:.2f} |" in mean
+    note = "1 images have no error and are left out of PSNR, which is infinite for them"
+    assert note in (tmp_path / "out" / "psnr.md").read_text() and note in capsys.readouterr().out
+
+
+def test_images_that_are_too_small_for_ssim_are_reconstructed_without_it(reconstruct, tmp_path, capsys):
+    class SmallModel(FlatModel):
+        tokenizer = Tokenizer((1, 2), ch_mult=(1, 1, 1))
+
+        def decode(self, ids_BL):
+            return super().decode(ids_BL)[:, :8, :8]
+
+    write_image(tmp_path / "in" / "noise.png", 0)
+    assert reconstruct(model=SmallModel()) == 0
+    lines = (tmp_path / "out" / "psnr.md").read_text().splitlines()[2:4]
+    assert [line.rsplit(" | ")[-1] for line in lines] == ["- |"] * 2
+    assert "no SSIM: its window of 11 x 11 pixels is larger than the images" in capsys.readouterr().out
+
+
+def test_without_any_error_there_is_no_mean_psnr():
+    table, notes = reconstruction.score_table(["a"], np.array([[np.inf, 1.0]]))
+    assert table.splitlines()[-1] == "| mean | - | 1.0000 |" and len(notes) == 1

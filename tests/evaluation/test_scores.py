@@ -185,6 +185,15 @@ def test_precision_and_recall_continue_where_a_kill_left_them(tmp_path, monkeypa
         assert precision_recall(a, b, progress=path) == whole
 
 
+def test_a_large_offset_of_all_features_changes_nothing():
+    """The features are so coarse that float32 holds them with the offset, too."""
+    rng = np.random.default_rng(0)
+    coarse = lambda num, scale: (np.round(256 * scale * rng.normal(size=(num, 8))) / 256).astype(np.float32)
+    a, b = coarse(300, 1), coarse(250, 3)
+    found = precision_recall(a + np.float32(4096), b + np.float32(4096))
+    assert found == precision_recall(a, b) and 0 < found[0] < 1
+
+
 @pytest.mark.parametrize("stale", ["other k", "other sets", "cut"])
 def test_progress_of_something_else_is_replaced(tmp_path, stale):
     (a, b), path = manifold_sets("A_B"), tmp_path / "progress.npz"
@@ -213,3 +222,8 @@ def test_importing_the_package_imports_no_jax():
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
     with pytest.raises(AttributeError, match="has no attribute 'fid'"):
         evaluation.fid  # noqa: B018
+
+
+def test_every_public_score_is_a_function():
+    for name in evaluation._PUBLIC:
+        assert callable(getattr(evaluation, name))

@@ -130,6 +130,19 @@ def test_a_stopped_run_continues_with_the_part_that_it_had_begun(folder_of, tmp_
     assert fill(folder) == []
 
 
+def test_a_part_with_a_damaged_byte_is_computed_again(folder_of, tmp_path, monkeypatch):
+    """The features are so wide that their headers are read without them."""
+    monkeypatch.setitem(globals(), "WIDTH", 2000)
+    monkeypatch.setitem(globals(), "FEATURES_ND", rng.normal(size=(NUM_IMAGES, 2000)).astype(np.float32))
+    folder, part = folder_of(Images()), tmp_path / "000001.npz"
+    fill(folder)
+    data = bytearray(part.read_bytes())
+    data[data.index(FEATURES_ND[12].tobytes())] ^= 255
+    part.write_bytes(bytes(data))
+    assert fill(folder) == [*range(8, 16)]
+    assert np.array_equal(np.load(part)["original"], FEATURES_ND[8:16])
+
+
 def test_bad_images_are_left_out_and_named(folder_of):
     folder = folder_of(Images(bad={3, 22}))
     fill(folder)

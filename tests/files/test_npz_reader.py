@@ -58,7 +58,7 @@ def test_the_checksum_of_an_array_tells_others_from_it(stored):
         ("w", (1,), "f", "it has no array w"),
         ("y", (8,), "f", r"y must have shape \[8\], got float32 \[7\]"),
         ("y", (7, None), "f", r"y must have shape \[7, any\], got float32 \[7\]"),
-        ("x", (10, 2, 3), "f", r"x must have shape \[10, 2, 3\], got uint8 \[10, 2, 3\]"),
+        ("x", (10, 2, 3), "f", r"x must be an array of floats, got uint8 \[10, 2, 3\]"),
     ],
 )
 def test_an_array_that_is_missing_or_of_another_form_is_refused(stored, name, shape, kinds, expected):

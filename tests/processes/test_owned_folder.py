@@ -67,7 +67,7 @@ def test_files_of_unknown_origin_are_refused_only_if_they_would_be_replaced(tmp_
     with owned_folder("out", tmp_path, command, OPTIONS):
         pass
     (tmp_path / OUTPUTS[command].identity).unlink()
-    name = OUTPUTS[command].names[-1]
+    name = (*OUTPUTS[command].names, *OUTPUTS[command].figures)[-1]
     (tmp_path / name).write_text("mine")
     with pytest.raises(InputError, match=f"holds {name}, which `{command}` would replace; choose another --out"):
         write_edits(tmp_path, command=command)
