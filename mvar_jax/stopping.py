@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 # EX_TEMPFAIL of sysexits.h: SIGTERM or SIGHUP ended the command early, all files are whole, and the same command
-# continues. A supervisor that starts it again on this status, and on no other, never repeats a mistake.
+# continues. A supervisor that starts it again on this status, and on that of a lost process, repeats no mistake.
 STOPPED_STATUS = 75
 # Another process of the run ended without a word: it was killed, or its host was lost. This one has no fault to look
 # for, so a supervisor starts it again, from the newest checkpoint. If JAX notices first, it aborts: status 134.
