@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Compile the kernels, a d16 training step and a d16 sampler for an H100 and a TPU v5e without either: the tests marked
-# deviceless. The compilers of this jax (CUDA plugin, libtpu; 250 MB) go into VENV/compilers; only these tests see them.
+# Compile the kernels for five kinds of CUDA cards and a TPU v5e, a d16 training step and a d16 sampler for an H100 and a
+# v5e, without any of them: the tests marked deviceless. The compilers of this jax (CUDA plugin, libtpu; 250 MB) go into
+# VENV/compilers; only these tests see them.
 #   PYTHON=3.12 bash launch/test_deviceless.sh                   arguments go to pytest
 #   PYTHON=3.12 bash launch/test_deviceless.sh --install_only    the compilers, without the tests
 set -euo pipefail
