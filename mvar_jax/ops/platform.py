@@ -46,7 +46,7 @@ def current_generation() -> int:
         return _target.value[1]
     if current_platform() != "gpu":
         return HOPPER
-    return major_of(str(getattr(jax.devices()[0], "compute_capability", "")))
+    return major_of(str(getattr(jax.local_devices()[0], "compute_capability", "")))
 
 
 def major_of(capability: str) -> int:
