@@ -13,8 +13,8 @@ from collections.abc import Iterator
 # instructions without a kernel of their own
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 PARTS = {"dynamic-slice", "slice", "gather"}  # they read as much as they return
-# where the arrays of an asynchronous copy's type hold its result; the others are its operand and a mark
-STARTED = {"copy-start": slice(0, 1), "slice-start": slice(1, 2)}
+# which array of an asynchronous copy's type is its result; the others are its operand and a mark
+RESULT_OF = {"copy-start": 0, "slice-start": 1}
 SAME_PLACES = {"bitcast", "convert"}  # a part of what they return is read from a part of their operand
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^}]*\})?")
@@ -46,10 +46,15 @@ class Instruction:
     operands: tuple[str, ...]
     line: str
 
+    @property
+    def results(self) -> tuple[Array, ...]:
+        """Return the arrays that it writes."""
+        return (self.arrays[RESULT_OF[self.op]],) if self.op in RESULT_OF else self.arrays
+
     @functools.cached_property
     def size(self) -> int:
         """Return the bytes of the result."""
-        return sum(array.size for array in self.arrays[STARTED.get(self.op, slice(None))])
+        return sum(array.size for array in self.results)
 
     @property
     def allocates(self) -> bool:
@@ -144,8 +149,9 @@ class Text:
         if it.op in PARTS:
             return 2 * it.size
         if it.op == "slice-start":  # a TPU reads a part ahead, into its fast memory
-            (result,) = it.arrays[STARTED[it.op]]
-            return (math.prod(result.sides) * result.width if any(sizes) else 0) + it.size
+            (part,) = it.results
+            read = dataclasses.replace(part, is_fast=sizes[0] == 0)
+            return read.size + it.size
         if it.op == "dynamic-update-slice":
             return 2 * sizes[1]
         return sum(sizes) + it.size

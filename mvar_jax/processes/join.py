@@ -150,7 +150,10 @@ def _open_hub(count: int) -> Hub:
 
 
 def _wait_for_readers(client: Any, count: int) -> None:
-    """Return when the other processes have read why this one refuses: JAX aborts those that lose process 0 before."""
+    """Wait until the other processes have read why this one refuses, at most _REFUSAL_S.
+
+    Without it JAX would abort them, because process 0 has left, before they can say the reason.
+    """
     deadline = time.monotonic() + _REFUSAL_S
     for index in range(1, count):
         try:
